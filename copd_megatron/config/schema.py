@@ -1,0 +1,392 @@
+"""Every setting of a run: one dataclass per component, each field documented beneath it.
+
+This module imports neither torch nor vLLM. A default lives here and nowhere else. ``load.py`` reads YAML
+and dotted overrides into these classes; ``validate.py`` holds the checks that span fields. Instances are
+treated as read-only once loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Device(Enum):
+    """Where the actors run: ``auto`` takes CUDA when torch sees a GPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Topology(Enum):
+    """Which live branches exchange in an OPD phase (paper section 3.3)."""
+
+    none = "none"
+    hub_and_spoke = "hub_and_spoke"
+    all_to_all = "all_to_all"
+    custom = "custom"
+
+
+class TeacherMode(Enum):
+    """Which weights a live branch scores with when it teaches."""
+
+    live = "live"
+    phase_snapshot = "phase_snapshot"
+    every_n_steps = "every_n_steps"
+
+
+class Aggregation(Enum):
+    """How per-token losses become one number (see ``advantages.token_weights``)."""
+
+    seq_mean_token_mean = "seq_mean_token_mean"
+    token_mean = "token_mean"
+    seq_mean_token_sum = "seq_mean_token_sum"
+    constant = "constant"
+
+
+class RatioLevel(Enum):
+    """Importance ratio per token (GRPO) or per sequence (GSPO)."""
+
+    token = "token"
+    sequence = "sequence"
+
+
+class KLEstimator(Enum):
+    """Schulman's estimators of KL(policy || reference) from sampled tokens."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class KLPlacement(Enum):
+    """Whether the KL term is subtracted from token advantages or added to the loss."""
+
+    loss = "loss"
+    reward = "reward"
+
+
+class MismatchCorrection(Enum):
+    """Correction for the rollout engine and the trainer disagreeing on the sampling policy."""
+
+    none = "none"
+    tis_token = "tis_token"
+    tis_sequence = "tis_sequence"
+    icepop = "icepop"
+    sequence_rejection = "sequence_rejection"
+
+
+class LRSchedule(Enum):
+    """Decay after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    name: str = "copd"
+    """Shown in logs; the default run directory is ``runs/<name>``."""
+    dir: str | None = None
+    """Run directory: resolved config, metrics, exports, table. Null: ``runs/<name>``."""
+    seed: int = 1
+    """Root of every random choice: data order, sampling seeds, dropped samples."""
+    device: Device = Device.auto
+    collective_timeout_seconds: float = 1800.0
+    """After this long in one operation a rank reports who waits for whom and ends the job."""
+    overwrite: bool = False
+    """Start anew in a run directory that already holds a finished or interrupted run."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    path: str = MISSING
+    """Hugging Face folder of the base model theta_0: config.json, safetensors, tokenizer."""
+    dtype: str = "auto"
+    """Compute type: ``float32``, ``bfloat16``, or ``auto`` (float32 on CPU, bfloat16 on CUDA)."""
+    max_sequence_tokens: int = 2048
+    """Longest prompt plus response, in tokens; also vLLM's context length."""
+    system_prompt: str | None = None
+    """Put in front of every prompt through the chat template."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    train: list[str] = field(default_factory=list)
+    """webdataset shards: paths, globs or brace ranges."""
+    validation: list[str] = field(default_factory=list)
+    """Shards for the evaluation table."""
+    shuffle: bool = True
+    """Shuffle shard and sample order, as (seed, epoch) determines."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are skipped, counted and logged."""
+
+
+@dataclass(kw_only=True)
+class RewardConfig:
+    verifiers: list[str] = field(default_factory=lambda: ["math", "exact", "numeric", "reasoning_gym"])
+    """Verifiers this branch's samples may name; built-in names or ``package.module:attribute``."""
+    timeout_seconds: float = 10.0
+    """A verifier that takes longer scores the sample 0, is counted and logged."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """The branch's Megatron layout. ranks = tensor x pipeline x context x data."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    data_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the branch."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+            * self.data_parallel_size
+        )
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    tensor_parallel_size: int = 1
+    """vLLM's tensor parallelism; divides the branch's ranks, the rest become rollout replicas."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1: no limit."""
+    max_new_tokens: int = 1024
+    """A response that reaches it without a stop is flagged as truncated."""
+    stop: list[str] = field(default_factory=list)
+    """Stop strings besides the tokenizer's end-of-sequence."""
+    gpu_memory_utilization: float = 0.5
+    """Share of a GPU that vLLM may take; ignored on CPU."""
+    cpu_kv_cache_gib: float = 0.25
+    """KV cache on CPU, in GiB per rank."""
+    max_num_seqs: int = 256
+    """Sequences that an engine decodes at once."""
+    enforce_eager: bool = True
+    """No CUDA graphs / compilation; set false on GPU for speed."""
+    enable_prefix_caching: bool = True
+
+
+@dataclass(kw_only=True)
+class BranchConfig:
+    """One expert: its data, reward, layout and sampling."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    num_prompts_per_step: int = 256
+    num_generations_per_prompt: int = 8
+    """Group size G."""
+    frozen: bool = False
+    """Never samples for itself nor updates; it can only teach (static OPD, MOPD)."""
+    model_path: str | None = None
+    """Start from this Hugging Face folder instead of ``model.path`` (a frozen expert, say)."""
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Alg. 1: ``cycles`` times ``rlvr_steps`` (S_RL) of Phase I, then ``opd_steps`` (S_OPD) of Phase II."""
+
+    cycles: int = 4
+    rlvr_steps: int = 15
+    opd_steps: int = 10
+
+
+@dataclass(kw_only=True)
+class EdgeConfig:
+    """One edge of the distillation graph, for ``opd.topology: custom``."""
+
+    student: str = MISSING
+    teacher: str = MISSING
+    prompts: str | None = None
+    """Branch whose prompts are used; null: the teacher's."""
+    beta: float | None = None
+    """Null: ``opd.beta``."""
+    num_prompts_per_step: int | None = None
+    """Null: ``opd.num_prompts_per_step``."""
+
+
+@dataclass(kw_only=True)
+class BehaviourConfig:
+    """Top-k overlap (Eq. 6) and symmetric KL between student and teacher on student-visited states."""
+
+    top_k: int = 10
+    num_states: int = 64
+    """States per edge and measurement on which both are computed exactly. 0 switches them off."""
+    every_steps: int = 1
+    """OPD steps between measurements."""
+
+
+@dataclass(kw_only=True)
+class OPDConfig:
+    topology: Topology = Topology.hub_and_spoke
+    hub: str | None = None
+    """Hub of ``hub_and_spoke``; null: the first branch."""
+    edges: list[EdgeConfig] = field(default_factory=list)
+    """Edges of ``custom``; for the other topologies, overrides of single edges (beta, batch size)."""
+    beta: float = 1.0
+    """Token advantage = beta * (log pi_teacher - log pi_student) (Eq. 8)."""
+    num_prompts_per_step: int | None = None
+    """Cross prompts per edge and step; null: the student's ``num_prompts_per_step``."""
+    num_generations_per_prompt: int | None = None
+    """Samples per cross prompt; null: the student's ``num_generations_per_prompt``."""
+    delta_clip: float | None = None
+    """Clip |delta| to this bound; null: no clipping."""
+    teacher_mode: TeacherMode = TeacherMode.live
+    snapshot_every_steps: int = 1
+    """For ``every_n_steps``."""
+    behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """The clipped surrogate (Eq. 7) and its options. Pure data: see ``losses.py``."""
+
+    aggregation: Aggregation = Aggregation.seq_mean_token_mean
+    constant_divisor: float | None = None
+    """For ``constant`` (Dr. GRPO): divide token sums by it; null: the branch's ``max_new_tokens``."""
+    ratio_level: RatioLevel = RatioLevel.token
+    ratio_clip_min: float = 0.2
+    ratio_clip_max: float = 0.28
+    dual_clip: float | None = None
+    """Lower bound c > 1 on the loss of negative advantages (usually 3.0); null: off."""
+    kl_coefficient: float = 0.0
+    """Weight of KL(policy || reference), Eq. 12; 0: no reference model is kept."""
+    kl_estimator: KLEstimator = KLEstimator.k3
+    kl_placement: KLPlacement = KLPlacement.loss
+    entropy_coefficient: float = 0.0
+    """Entropy bonus; the loss has minus coefficient times mean entropy."""
+    mismatch_correction: MismatchCorrection = MismatchCorrection.none
+    mismatch_cap: float = 2.0
+    """C of truncated importance sampling."""
+    mismatch_bounds: list[float] = field(default_factory=lambda: [0.5, 5.0])
+    """Lower and upper bound on pi_old / pi_rollout for ``icepop`` and ``sequence_rejection``."""
+
+
+@dataclass(kw_only=True)
+class AdvantageConfig:
+    """GRPO advantages (Eq. 11) and sample selection. Pure data: see ``advantages.py``."""
+
+    normalize_std: bool = True
+    """Divide by the group's standard deviation."""
+    std_epsilon: float = 1e-6
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal and sample further prompts in their place."""
+    dynamic_sampling_max_rounds: int = 3
+    """Sampling rounds per step, the first included."""
+    overlong_buffer_tokens: int = 0
+    """Soft overlong punishment: over the last this many tokens before ``max_new_tokens`` the reward falls
+    linearly by ``overlong_penalty``. 0: off."""
+    overlong_penalty: float = 1.0
+    overlong_filtering: bool = False
+    """Truncated responses get loss mask 0 (they still count in the group's baseline)."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    lr_schedule: LRSchedule = LRSchedule.constant
+    lr_warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Global gradient norm bound; 0: no clipping."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    micro_batch_tokens: int = 16384
+    """Token budget of one micro-batch (padding included) on one data-parallel rank."""
+    num_mini_batches: int = 1
+    """Optimizer steps that a step's batch is split into. 1: strictly on-policy."""
+    logprob_chunk_tokens: int = 1024
+    """Rows of [tokens, vocab / tp] float32 logits that exist at once."""
+    max_weight_lag: int = 0
+    """Weight versions that a rollout may be behind when it is trained on."""
+
+
+@dataclass(kw_only=True)
+class WeightSyncConfig:
+    bucket_bytes: int = 256 * 1024 * 1024
+    """Size of one streamed bucket; a sync's extra memory is at most two of them per rank (or of the
+    largest tensor, where that is bigger)."""
+    verify: bool = False
+    """After each sync, compare vLLM's weights with the actor's by checksum (slow; for tests)."""
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    at_start: bool = True
+    """Evaluate the base model first; needed for the table's base row."""
+    every_steps: int = 0
+    """Steps between evaluations during training; 0: only at start and end."""
+    max_prompts: int | None = None
+    """Validation prompts per domain; null: all."""
+    num_generations_per_prompt: int = 1
+    temperature: float = 0.0
+    """0: greedy."""
+
+
+@dataclass(kw_only=True)
+class EndConfig:
+    """What happens after the last step."""
+
+    merge: bool = True
+    """Merge the branches (uniform mean), export and evaluate the merged model."""
+    export: bool = True
+    """Write each branch as a Hugging Face folder."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    save_period: int = 0
+    """Steps between joint checkpoints; 0: none."""
+    keep_last: int = 2
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    console: bool = True
+    """Live view: one line a branch."""
+    tensorboard: bool = False
+    level: str = "INFO"
+
+
+@dataclass(kw_only=True)
+class Config:
+    """The whole run. Every branch starts from ``branch_defaults``, overlaid with its own section."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    branches: dict[str, BranchConfig] = field(default_factory=dict)
+    """By name, in rank order; ``branch_defaults`` (YAML only) fills what a branch leaves out."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    opd: OPDConfig = field(default_factory=OPDConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    end: EndConfig = field(default_factory=EndConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Free space for user verifiers and notes; nothing here reads it."""
