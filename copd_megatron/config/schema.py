@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -388,5 +387,3 @@ class Config:
     end: EndConfig = field(default_factory=EndConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Free space for user verifiers and notes; nothing here reads it."""

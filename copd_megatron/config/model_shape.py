@@ -1,0 +1,159 @@
+"""The base model's shape, from its Hugging Face folder, with json only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from copd_megatron.config.errors import ConfigError
+from copd_megatron.config.schema import Config
+
+SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM",)
+
+_WEIGHTS = "model.safetensors"
+_WEIGHTS_INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes that layout checks and memory estimates need."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads."""
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one decoder layer: q, k, v, o; gate, up, down; two norms and the q and k norms."""
+        query = self.num_attention_heads * self.head_dim
+        key_value = self.num_query_groups * self.head_dim
+        attention = self.hidden_size * (2 * query + 2 * key_value)
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        return attention + mlp + 2 * self.hidden_size + 2 * self.head_dim
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the embedding; the output layer has as many more unless they are tied."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """All weights, shared ones counted once."""
+        embeddings = self.embedding_parameters * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * self.layer_parameters + embeddings + self.hidden_size
+
+
+def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
+    """Reads ``config.json`` and checks that the folder is a model that can be trained.
+
+    Args:
+        folder: Hugging Face folder, relative to the working directory.
+        key: setting that named it, for the error message.
+
+    Raises:
+        ConfigError: no such folder, no config.json, not Qwen3, no safetensors weights, no tokenizer.
+    """
+    path = Path(folder).expanduser()
+    where = f"{key}: {folder}"
+    if not path.is_dir():
+        raise ConfigError(
+            f"{where}: no such folder (working directory {Path.cwd()}); it has to be a Hugging Face model "
+            f"folder with config.json, safetensors and a tokenizer"
+        )
+    config = _read_json(path / "config.json", where)
+    architectures = config.get("architectures") or []
+    known = [name for name in architectures if name in SUPPORTED_ARCHITECTURES]
+    if not known:
+        found = ", ".join(map(str, architectures)) or "none named"
+        raise ConfigError(
+            f"{where}: config.json: architectures is {found}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    _check_weights(path, where)
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"{where}: no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)} beside config.json "
+            f"(AutoTokenizer.save_pretrained writes them)"
+        )
+    return _shape(config, known[0], where)
+
+
+def read_model_shapes(config: Config) -> dict[str, ModelShape]:
+    """The shape of each branch's starting model, by branch name; each folder is read once.
+
+    Raises:
+        ConfigError: as :func:`read_model_shape`.
+    """
+    read: dict[str, ModelShape] = {}
+    shapes = {}
+    for name, branch in config.branches.items():
+        folder = branch.model_path or config.model.path
+        if folder not in read:
+            key = f"branches.{name}.model_path" if branch.model_path else "model.path"
+            read[folder] = read_model_shape(folder, key)
+        shapes[name] = read[folder]
+    return shapes
+
+
+def _read_json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: {path.name} is missing; is it a Hugging Face model folder?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{where}: {path.name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where}: {path.name} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _check_weights(path: Path, where: str) -> None:
+    """One safetensors file, or an index all of whose files are there."""
+    if (path / _WEIGHTS).is_file():
+        return
+    if not (path / _WEIGHTS_INDEX).is_file():
+        raise ConfigError(
+            f"{where}: no {_WEIGHTS} and no {_WEIGHTS_INDEX}; other weight formats are not read: save the "
+            f"model again with save_pretrained, which writes safetensors"
+        )
+    weight_map = _read_json(path / _WEIGHTS_INDEX, where).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise ConfigError(f"{where}: {_WEIGHTS_INDEX} has no weight_map; copy the model again")
+    absent = sorted({name for name in weight_map.values() if not (path / str(name)).is_file()})
+    if absent:
+        raise ConfigError(
+            f"{where}: {len(absent)} weight file(s) of {_WEIGHTS_INDEX} are missing, {absent[0]} the first; "
+            f"copy the model again"
+        )
+
+
+def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelShape:
+    def size(key: str, default: int | None = None) -> int:
+        value = config.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{where}: config.json: {key} is {value!r}, expected a positive whole number")
+        return value
+
+    heads = size("num_attention_heads")
+    return ModelShape(
+        architecture=architecture,
+        num_layers=size("num_hidden_layers"),
+        hidden_size=size("hidden_size"),
+        ffn_hidden_size=size("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=size("num_key_value_heads", default=heads),
+        # Qwen3's head size is a field of its own; transformers takes 128 where config.json lacks it.
+        head_dim=size("head_dim", default=128),
+        vocab_size=size("vocab_size"),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )

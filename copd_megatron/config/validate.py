@@ -1,0 +1,496 @@
+"""Checks that span fields. Every message gives field, value, arithmetic and remedy.
+
+Types and names are checked when the settings are read (``load.py``); model folders when their shapes are
+read (``model_shape.py``); shards, tokenizers and verifiers by the rooms that own them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
+
+from copd_megatron.config.errors import ConfigError
+from copd_megatron.config.model_shape import ModelShape
+from copd_megatron.config.schema import (
+    Aggregation,
+    BranchConfig,
+    Config,
+    LRSchedule,
+    MismatchCorrection,
+    TeacherMode,
+    Topology,
+)
+
+DTYPES = ("auto", "float32", "bfloat16")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*")
+
+
+def validate(
+    config: Config, world_size: int | None, model: ModelShape | Mapping[str, ModelShape] | None
+) -> None:
+    """Checks the whole run.
+
+    Args:
+        config: as ``load_config`` returns it.
+        world_size: processes of the job; None: not known yet, the layout is not compared with it.
+        model: shape of every branch's model, or by branch name (``read_model_shapes``); None: what depends
+            on the model is not checked.
+
+    Raises:
+        ConfigError: with every problem found, not only the first.
+    """
+    problems = list(_problems(config, world_size, model))
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise ConfigError(f"{len(problems)} problems in the configuration:\n{listed}")
+
+
+def _problems(
+    config: Config, world_size: int | None, model: ModelShape | Mapping[str, ModelShape] | None
+) -> Iterator[str]:
+    if not config.branches:
+        yield "branches: empty; name at least one branch, with its data"
+        return
+    for name, branch in config.branches.items():
+        yield from _branch(config, name, branch)
+        shape = model.get(name) if isinstance(model, Mapping) else model
+        # Sizes below one have been reported; dividing by them would hide that.
+        if shape is not None and branch.parallel.world_size > 0 and branch.rollout.tensor_parallel_size > 0:
+            yield from _branch_against_model(name, branch, shape)
+    if isinstance(model, Mapping):
+        yield from _vocabularies(model)
+    yield from _world(config, world_size)
+    yield from _schedule(config)
+    yield from _opd(config)
+    yield from _loss(config)
+    yield from _optimizer(config)
+    yield from _training(config)
+    yield from _rest(config)
+
+
+def _at_least(minimum: float, **values: float | None) -> Iterator[str]:
+    """Lower bounds; a double underscore in a keyword stands for the dot of the key."""
+    for key, value in values.items():
+        if value is not None and not (value >= minimum and math.isfinite(value)):
+            yield f"{key.replace('__', '.')}: {value} must be at least {minimum:g}"
+
+
+def _above(minimum: float, **values: float | None) -> Iterator[str]:
+    for key, value in values.items():
+        if value is not None and not (value > minimum and math.isfinite(value)):
+            yield f"{key.replace('__', '.')}: {value} must be above {minimum:g}"
+
+
+def _within(low: float, high: float, **values: float | None) -> Iterator[str]:
+    for key, value in values.items():
+        if value is not None and not low <= value <= high:
+            yield f"{key.replace('__', '.')}: {value} must be between {low:g} and {high:g}"
+
+
+def _under(prefix: str, problems: Iterable[str]) -> Iterator[str]:
+    return (f"{prefix}.{problem}" for problem in problems)
+
+
+def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
+    """What a branch's section must satisfy by itself."""
+    key = f"branches.{name}"
+    if not _NAME.fullmatch(name):
+        yield (
+            f"{key}: {name!r} cannot name a branch: it becomes part of paths and metric names, where '-' and "
+            f"'/' separate branches; use letters, digits and underscores"
+        )
+    rollout, data, parallel = branch.rollout, branch.data, branch.parallel
+    yield from _under(
+        key,
+        [
+            *_at_least(
+                1,
+                num_prompts_per_step=branch.num_prompts_per_step,
+                num_generations_per_prompt=branch.num_generations_per_prompt,
+                data__max_prompt_tokens=data.max_prompt_tokens,
+                parallel__tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+                parallel__pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+                parallel__context_parallel_size=parallel.context_parallel_size,
+                parallel__expert_model_parallel_size=parallel.expert_model_parallel_size,
+                parallel__data_parallel_size=parallel.data_parallel_size,
+                rollout__tensor_parallel_size=rollout.tensor_parallel_size,
+                rollout__max_new_tokens=rollout.max_new_tokens,
+                rollout__max_num_seqs=rollout.max_num_seqs,
+            ),
+            *_above(
+                0,
+                reward__timeout_seconds=branch.reward.timeout_seconds,
+                rollout__temperature=rollout.temperature,
+                rollout__top_p=rollout.top_p,
+                rollout__gpu_memory_utilization=rollout.gpu_memory_utilization,
+                rollout__cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
+            ),
+            *_within(
+                0,
+                1,
+                rollout__top_p=rollout.top_p,
+                rollout__gpu_memory_utilization=rollout.gpu_memory_utilization,
+            ),
+        ],
+    )
+    if rollout.top_k != -1 and rollout.top_k < 1:
+        yield f"{key}.rollout.top_k: {rollout.top_k} must be -1 (no limit) or at least 1"
+    total = data.max_prompt_tokens + rollout.max_new_tokens
+    if total > config.model.max_sequence_tokens:
+        yield (
+            f"{key}: data.max_prompt_tokens + rollout.max_new_tokens = {data.max_prompt_tokens} + "
+            f"{rollout.max_new_tokens} = {total} exceeds model.max_sequence_tokens "
+            f"{config.model.max_sequence_tokens}; raise that or lower one of the two"
+        )
+    if not data.train and _needs_prompts(config, name):
+        yield f"{key}.data.train: empty; give webdataset shards (paths, globs or brace ranges)"
+    if not branch.reward.verifiers and not branch.frozen:
+        yield f"{key}.reward.verifiers: empty; name those that its samples ask for"
+    if not branch.frozen and config.advantage.normalize_std and branch.num_generations_per_prompt == 1:
+        yield (
+            f"{key}.num_generations_per_prompt: 1 leaves no group to take a baseline from, every GRPO "
+            f"advantage would be 0; use at least 2"
+        )
+    yield from _branch_batches(config, name, branch)
+    yield from _branch_layout(key, branch)
+
+
+def _needs_prompts(config: Config, name: str) -> bool:
+    """Trains on its own prompts, or lends them to a student."""
+    if not config.branches[name].frozen:
+        return True
+    if config.schedule.opd_steps == 0 or config.opd.topology is Topology.none:
+        return False
+    if config.opd.topology is Topology.custom:
+        return any((edge.prompts or edge.teacher) == name for edge in config.opd.edges)
+    return True
+
+
+def _branch_batches(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
+    """A step's native samples split evenly over its mini-batches."""
+    parts = config.training.num_mini_batches
+    samples = branch.num_prompts_per_step * branch.num_generations_per_prompt
+    if not branch.frozen and parts > 0 and samples % parts:
+        yield (
+            f"training.num_mini_batches: {parts} does not divide branches.{name}'s num_prompts_per_step x "
+            f"num_generations_per_prompt = {branch.num_prompts_per_step} x "
+            f"{branch.num_generations_per_prompt} = {samples}; change one of them"
+        )
+
+
+def _branch_layout(key: str, branch: BranchConfig) -> Iterator[str]:
+    parallel, rollout = branch.parallel, branch.rollout
+    ranks, rollout_tp = parallel.world_size, rollout.tensor_parallel_size
+    if ranks > 0 and rollout_tp > 0 and ranks % rollout_tp:
+        yield (
+            f"{key}.rollout.tensor_parallel_size: {rollout_tp} does not divide the branch's {ranks} ranks "
+            f"({_rank_product(branch)}); use one of {_divisors(ranks)}"
+        )
+    if parallel.context_parallel_size > 1:
+        yield (
+            f"{key}.parallel.context_parallel_size: {parallel.context_parallel_size} is not supported: "
+            f"Megatron-Core's context parallelism needs Transformer Engine's attention, which the CPU path "
+            f"lacks; use 1, and tensor or pipeline parallelism for long sequences"
+        )
+    if parallel.expert_model_parallel_size > 1:
+        yield (
+            f"{key}.parallel.expert_model_parallel_size: {parallel.expert_model_parallel_size} is not "
+            f"supported: the supported models are dense and have no experts to spread; use 1"
+        )
+    if parallel.sequence_parallel:
+        yield (
+            f"{key}.parallel.sequence_parallel: true is not supported: Megatron-Core's local layer spec, "
+            f"which the CPU path uses, has no sequence-parallel norm; use false"
+        )
+
+
+def _branch_against_model(name: str, branch: BranchConfig, shape: ModelShape) -> Iterator[str]:
+    """Tensor and pipeline parallelism cut the model into equal pieces."""
+    key = f"branches.{name}"
+    tensor = branch.parallel.tensor_model_parallel_size
+    pipeline = branch.parallel.pipeline_model_parallel_size
+    for what, size in (
+        ("attention heads", shape.num_attention_heads),
+        ("query groups (key/value heads)", shape.num_query_groups),
+        ("feed-forward width", shape.ffn_hidden_size),
+    ):
+        if size % tensor:
+            yield (
+                f"{key}.parallel.tensor_model_parallel_size: {tensor} does not divide the model's {what}, "
+                f"{size} (remainder {size % tensor}); use one of {_divisors(size)}"
+            )
+    if shape.num_layers % pipeline:
+        yield (
+            f"{key}.parallel.pipeline_model_parallel_size: {pipeline} does not divide the model's "
+            f"{shape.num_layers} layers (remainder {shape.num_layers % pipeline}); "
+            f"use one of {_divisors(shape.num_layers)}"
+        )
+    rollout_tp = branch.rollout.tensor_parallel_size
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    if heads % rollout_tp or (groups % rollout_tp and rollout_tp % groups):
+        yield (
+            f"{key}.rollout.tensor_parallel_size: {rollout_tp} has to divide the model's {heads} attention "
+            f"heads and to divide or be a multiple of its {groups} key/value heads; use one of "
+            f"{[d for d in _divisors(heads) if groups % d == 0 or d % groups == 0]}"
+        )
+
+
+def _vocabularies(shapes: Mapping[str, ModelShape]) -> Iterator[str]:
+    """Teachers score the student's token ids: one vocabulary for all."""
+    for (first, a), (second, b) in pairwise(shapes.items()):
+        if a.vocab_size != b.vocab_size:
+            yield (
+                f"branches.{second}.model_path: vocabulary of {b.vocab_size} tokens, branches.{first} has "
+                f"{a.vocab_size}; branches exchange token ids, so all need the same tokenizer"
+            )
+
+
+def _world(config: Config, world_size: int | None) -> Iterator[str]:
+    if world_size is None:
+        return
+    sizes = {name: branch.parallel.world_size for name, branch in config.branches.items()}
+    total = sum(sizes.values())
+    if total != world_size:
+        listed = " + ".join(f"{size} ({name})" for name, size in sizes.items())
+        yield (
+            f"branches.*.parallel: the branches need {listed} = {total} ranks, the job has {world_size}; "
+            f"start it with {total} processes (torchrun --nproc-per-node={total} on one machine, or nodes x "
+            f"processes per node = {total}), or change tensor_model_parallel_size, "
+            f"pipeline_model_parallel_size or data_parallel_size"
+        )
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    schedule = config.schedule
+    yield from _under("schedule", _at_least(0, rlvr_steps=schedule.rlvr_steps, opd_steps=schedule.opd_steps))
+    yield from _under("schedule", _at_least(1, cycles=schedule.cycles))
+    if schedule.rlvr_steps == 0 and schedule.opd_steps == 0:
+        yield "schedule: rlvr_steps and opd_steps are both 0, there is nothing to train; raise one"
+    if all(branch.frozen for branch in config.branches.values()):
+        yield "branches: every branch is frozen, there is nothing to train; set frozen: false for one"
+
+
+def _opd(config: Config) -> Iterator[str]:
+    opd, branches = config.opd, config.branches
+    yield from _under(
+        "opd",
+        [
+            *_at_least(
+                1,
+                num_prompts_per_step=opd.num_prompts_per_step,
+                num_generations_per_prompt=opd.num_generations_per_prompt,
+                behaviour__top_k=opd.behaviour.top_k,
+                behaviour__every_steps=opd.behaviour.every_steps,
+            ),
+            *_at_least(0, beta=opd.beta, behaviour__num_states=opd.behaviour.num_states),
+            *_above(0, delta_clip=opd.delta_clip),
+        ],
+    )
+    if opd.teacher_mode is TeacherMode.every_n_steps:
+        yield from _under("opd", _at_least(1, snapshot_every_steps=opd.snapshot_every_steps))
+    if opd.hub is not None and opd.hub not in branches:
+        yield f"opd.hub: {opd.hub!r} is not a branch; branches: {', '.join(branches)}"
+    yield from _edges(config)
+    if config.schedule.opd_steps == 0:
+        return
+    if opd.topology is Topology.none:
+        yield (
+            f"opd.topology: none has no edges, yet schedule.opd_steps is {config.schedule.opd_steps}; set "
+            f"schedule.opd_steps=0 and put the steps into rlvr_steps, or choose a topology"
+        )
+    elif len(branches) < 2:
+        yield (
+            f"schedule.opd_steps: {config.schedule.opd_steps} with {len(branches)} branch: distillation "
+            f"needs a teacher; add a branch or set schedule.opd_steps=0"
+        )
+    elif opd.topology is Topology.custom and not opd.edges:
+        yield "opd.edges: empty with topology custom; list edges with student and teacher"
+
+
+def _edges(config: Config) -> Iterator[str]:
+    opd, branches = config.opd, config.branches
+    seen: Counter[tuple[str, str, str]] = Counter()
+    for index, edge in enumerate(opd.edges):
+        key = f"opd.edges[{index}]"
+        for role, name in (("student", edge.student), ("teacher", edge.teacher), ("prompts", edge.prompts)):
+            if name is not None and name not in branches:
+                yield f"{key}.{role}: {name!r} is not a branch; branches: {', '.join(branches)}"
+        yield from _under(key, _at_least(0, beta=edge.beta))
+        yield from _under(key, _at_least(1, num_prompts_per_step=edge.num_prompts_per_step))
+        if edge.student == edge.teacher:
+            yield (
+                f"{key}: student and teacher are both {edge.student!r}; a branch's own weights say nothing "
+                f"new about its own samples; name another teacher"
+            )
+        elif edge.student in branches and branches[edge.student].frozen:
+            yield (
+                f"{key}.student: {edge.student!r} is frozen and cannot learn; set "
+                f"branches.{edge.student}.frozen=false or drop the edge"
+            )
+        elif not _in_topology(config, edge.student, edge.teacher):
+            yield (
+                f"{key}: {edge.student} <- {edge.teacher} is no edge of topology {opd.topology.value}; "
+                f"use opd.topology=custom to list edges freely"
+            )
+        seen[(edge.student, edge.teacher, edge.prompts or edge.teacher)] += 1
+    for (student, teacher, prompts), count in seen.items():
+        if count > 1:
+            yield f"opd.edges: {student} <- {teacher} on {prompts} prompts stands {count} times; keep one"
+
+
+def _in_topology(config: Config, student: str, teacher: str) -> bool:
+    """Whether listing this edge can mean something; names that do not exist are reported elsewhere."""
+    topology = config.opd.topology
+    if student not in config.branches or teacher not in config.branches:
+        return True
+    if topology is Topology.hub_and_spoke:
+        return (config.opd.hub or next(iter(config.branches))) in (student, teacher)
+    return topology is not Topology.none
+
+
+def _loss(config: Config) -> Iterator[str]:
+    loss, advantage = config.loss, config.advantage
+    yield from _under(
+        "loss",
+        [
+            *_above(0, ratio_clip_min=loss.ratio_clip_min, ratio_clip_max=loss.ratio_clip_max),
+            *_above(1, dual_clip=loss.dual_clip),
+            *_at_least(0, kl_coefficient=loss.kl_coefficient),
+            *_above(0, constant_divisor=loss.constant_divisor),
+        ],
+    )
+    if loss.ratio_clip_min >= 1:
+        yield (
+            f"loss.ratio_clip_min: {loss.ratio_clip_min} puts the lower bound at 1 - {loss.ratio_clip_min} = "
+            f"{1 - loss.ratio_clip_min:g}, which no ratio is below; use less than 1"
+        )
+    if loss.constant_divisor is not None and loss.aggregation is not Aggregation.constant:
+        yield (
+            f"loss.constant_divisor: {loss.constant_divisor} has no effect with loss.aggregation "
+            f"{loss.aggregation.value}; use loss.aggregation=constant or loss.constant_divisor=null"
+        )
+    correction = loss.mismatch_correction
+    if correction in (MismatchCorrection.tis_token, MismatchCorrection.tis_sequence):
+        yield from _under("loss", _above(0, mismatch_cap=loss.mismatch_cap))
+    if correction in (MismatchCorrection.icepop, MismatchCorrection.sequence_rejection):
+        bounds = loss.mismatch_bounds
+        if len(bounds) != 2 or not 0 <= bounds[0] < 1 < bounds[1]:
+            yield (
+                f"loss.mismatch_bounds: {bounds} must be two numbers, a lower bound in [0, 1) and an upper "
+                f"bound above 1, such as [0.5, 5.0]"
+            )
+    yield from _under(
+        "advantage",
+        [
+            *_above(0, std_epsilon=advantage.std_epsilon),
+            *_at_least(1, dynamic_sampling_max_rounds=advantage.dynamic_sampling_max_rounds),
+            *_at_least(
+                0,
+                overlong_buffer_tokens=advantage.overlong_buffer_tokens,
+                overlong_penalty=advantage.overlong_penalty,
+            ),
+        ],
+    )
+    for name, branch in config.branches.items():
+        if advantage.overlong_buffer_tokens > branch.rollout.max_new_tokens:
+            yield (
+                f"advantage.overlong_buffer_tokens: {advantage.overlong_buffer_tokens} is longer than "
+                f"branches.{name}.rollout.max_new_tokens {branch.rollout.max_new_tokens}; lower it"
+            )
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    optimizer = config.optimizer
+    yield from _under(
+        "optimizer",
+        [
+            *_above(0, lr=optimizer.lr, adam_eps=optimizer.adam_eps),
+            *_at_least(
+                0,
+                min_lr=optimizer.min_lr,
+                lr_warmup_steps=optimizer.lr_warmup_steps,
+                weight_decay=optimizer.weight_decay,
+                clip_grad=optimizer.clip_grad,
+            ),
+            *_within(0, 1, adam_beta1=optimizer.adam_beta1, adam_beta2=optimizer.adam_beta2),
+        ],
+    )
+    if optimizer.lr_schedule is not LRSchedule.constant and optimizer.min_lr > optimizer.lr:
+        yield f"optimizer.min_lr: {optimizer.min_lr} is above optimizer.lr {optimizer.lr}; lower it"
+    for beta, value in (("adam_beta1", optimizer.adam_beta1), ("adam_beta2", optimizer.adam_beta2)):
+        if value == 1:
+            yield f"optimizer.{beta}: 1 never forgets its start value 0, no step would move; use less than 1"
+
+
+def _training(config: Config) -> Iterator[str]:
+    training = config.training
+    yield from _under(
+        "training",
+        [
+            *_at_least(
+                1,
+                micro_batch_tokens=training.micro_batch_tokens,
+                num_mini_batches=training.num_mini_batches,
+                logprob_chunk_tokens=training.logprob_chunk_tokens,
+            ),
+            *_at_least(0, max_weight_lag=training.max_weight_lag),
+        ],
+    )
+    longest = config.model.max_sequence_tokens
+    if 0 < training.micro_batch_tokens < longest:
+        yield (
+            f"training.micro_batch_tokens: {training.micro_batch_tokens} cannot hold one sequence of "
+            f"model.max_sequence_tokens {longest}; raise it to at least {longest}"
+        )
+    yield from _under("weight_sync", _at_least(1, bucket_bytes=config.weight_sync.bucket_bytes))
+
+
+def _rest(config: Config) -> Iterator[str]:
+    if config.model.dtype not in DTYPES:
+        yield f"model.dtype: {config.model.dtype!r} must be one of {', '.join(DTYPES)}"
+    if config.logging.level.upper() not in LOG_LEVELS:
+        yield f"logging.level: {config.logging.level!r} must be one of {', '.join(LOG_LEVELS)}"
+    if not config.run.name or "/" in config.run.name:
+        yield f"run.name: {config.run.name!r} names a folder; use letters without '/', and run.dir for a path"
+    yield from _under("model", _at_least(2, max_sequence_tokens=config.model.max_sequence_tokens))
+    yield from _under(
+        "run",
+        [
+            *_above(0, collective_timeout_seconds=config.run.collective_timeout_seconds),
+            *_at_least(0, seed=config.run.seed),
+        ],
+    )
+    yield from _under(
+        "evaluation",
+        [
+            *_at_least(
+                0, every_steps=config.evaluation.every_steps, temperature=config.evaluation.temperature
+            ),
+            *_at_least(
+                1,
+                max_prompts=config.evaluation.max_prompts,
+                num_generations_per_prompt=config.evaluation.num_generations_per_prompt,
+            ),
+        ],
+    )
+    yield from _under("checkpoint", _at_least(0, save_period=config.checkpoint.save_period))
+    yield from _under("checkpoint", _at_least(1, keep_last=config.checkpoint.keep_last))
+
+
+def _rank_product(branch: BranchConfig) -> str:
+    parallel = branch.parallel
+    return (
+        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
+        f"context {parallel.context_parallel_size} x data {parallel.data_parallel_size}"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

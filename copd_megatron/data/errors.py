@@ -1,0 +1,19 @@
+"""What can be wrong with data, in two kinds: refused at start-up, or skipped while running."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """Data that a run cannot start with: the message says what, where and the remedy."""
+
+
+class BadSampleError(DataError):
+    """One sample that cannot be used. The stream skips, counts and logs it; start-up checks refuse it.
+
+    ``reason`` is a short stable word for counters: ``not_json``, ``no_json``, ``missing_field``,
+    ``bad_type``, ``unknown_verifier``, ``too_long``, ``empty_prompt``, ``media_unsupported``.
+    """
+
+    def __init__(self, where: str, reason: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{where}: {problem}. {remedy}")
+        self.reason = reason

@@ -1,0 +1,280 @@
+"""webdataset shards: finding them, indexing them by headers only, and random access by (shard, key).
+
+A shard is a plain ``.tar`` in webdataset's layout (see ``samples.py``). Opening one reads tar headers
+only, so the index of a shard costs the same whether its members are text or videos; samples are then read
+one by one, when they are needed. The ``webdataset`` package itself is not used here: it imports torch and
+streams shards in file order, while a run needs a global order that (seed, epoch) determines and access by
+reference from other branches. Shards that it writes are read, and the other way round; a test holds this.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import braceexpand
+
+from copd_megatron.data.errors import BadSampleError, DataError
+from copd_megatron.data.samples import Sample, SampleRef, parse_sample
+
+_MEMBER = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+_REWRITE = "Write it again: the program that made it was probably interrupted."
+
+
+def expand_patterns(patterns: Sequence[str]) -> list[Path]:
+    """Shard files that paths, globs and brace ranges (``train-{000000..000007}.tar``) name, in order.
+
+    Each pattern's matches are sorted by name; a file named twice is taken once. ``~`` is expanded.
+
+    Raises DataError for an empty list, a pattern that matches nothing, or a member of a brace range that
+    does not exist.
+    """
+    if not patterns:
+        raise DataError("no shards are named. List paths, globs or brace ranges of .tar files.")
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        try:
+            alternatives = list(braceexpand.braceexpand(os.path.expanduser(pattern)))
+        except braceexpand.UnbalancedBracesError as error:
+            raise DataError(f"shard pattern {pattern!r}: {error}. Close every brace.") from error
+        for alternative in alternatives:
+            if os.path.isdir(alternative):
+                raise DataError(f"{alternative} is a folder, not a shard. Did you mean {alternative}/*.tar?")
+            matches = [alternative] if os.path.isfile(alternative) else sorted(glob.glob(alternative))
+            if not matches:
+                of = f" (from {pattern!r})" if alternative != pattern else ""
+                raise DataError(f"no shard matches {alternative!r}{of}. {_nothing_there(alternative)}")
+            found.update((Path(match).absolute(), None) for match in matches)
+    return list(found)
+
+
+def _nothing_there(pattern: str) -> str:
+    folder = Path(pattern).parent
+    while glob.has_magic(str(folder)):
+        folder = folder.parent
+    if not folder.is_dir():
+        return f"The folder {folder.absolute()} does not exist: check the path, or write the shards first."
+    tars = sorted(path.name for path in folder.glob("*.tar"))
+    holds = f"holds {len(tars)} .tar file(s), such as {tars[0]}" if tars else "holds no .tar file"
+    return f"The folder {folder.absolute()} {holds}: check the name, or write the shards first."
+
+
+class Member(NamedTuple):
+    """One file of a sample: its extension and where its bytes lie in the shard."""
+
+    extension: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where everything in one shard lies, read off its headers."""
+
+    name: str
+    path: Path
+    samples: dict[str, tuple[Member, ...]]
+    """By key, in file order."""
+
+    def find(self, key: str, extension: str) -> Member | None:
+        """The sample's member with this extension, None if it has none."""
+        return next((member for member in self.samples[key] if member.extension == extension), None)
+
+
+def index_shard(path: Path, name: str | None = None) -> ShardIndex:
+    """Index a shard by scanning its tar headers.
+
+    Raises DataError: cannot be opened, compressed, not a tar, cut off, damaged, no samples, no sample with
+    a ``.json`` member, or one member name twice.
+    """
+    _refuse_unreadable(path)
+    samples: dict[str, dict[str, Member]] = {}
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            for info in tar:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
+                if info.isreg() and (match := _MEMBER.match(info.name)):
+                    key, extension = match.group(1), sys.intern(match.group(2).lower())
+                    members = samples.setdefault(key, {})
+                    if extension in members:
+                        raise DataError(f"shard {path}: member {info.name!r} occurs twice. Give keys once.")
+                    members[extension] = Member(extension, info.offset_data, info.size)
+            end = tar.offset  # type: ignore[attr-defined]
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"shard {path}: not a readable tar ({error}). {_REWRITE}") from error
+    _refuse_cut_off(path, end)
+    if not samples:
+        raise DataError(f"shard {path}: empty, it holds no samples. {_REWRITE}")
+    if not any("json" in members for members in samples.values()):
+        key, members = next(iter(samples.items()))
+        raise DataError(
+            f"shard {path}: no sample has a .json member (sample {key!r} has {sorted(members)}). "
+            "Each sample needs <key>.json with prompt, answer, verifier; see tools/jsonl_to_shards.py."
+        )
+    return ShardIndex(
+        name=name or path.stem,
+        path=path,
+        samples={key: tuple(members.values()) for key, members in samples.items()},
+    )
+
+
+def _refuse_unreadable(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(2)
+    except OSError as error:
+        raise DataError(f"shard {path}: cannot be read ({error.strerror}). Check path and rights.") from error
+    if not magic:
+        raise DataError(f"shard {path}: the file has no bytes. {_REWRITE}")
+    if magic in _COMPRESSED:
+        raise DataError(
+            f"shard {path}: compressed with {_COMPRESSED[magic]}, which allows no random access. Decompress it."
+        )
+
+
+def _refuse_cut_off(path: Path, end: int) -> None:
+    # tarfile takes a damaged header, or a file cut between two members, for the end of the archive; the
+    # format wants blocks of zeros there.
+    with open(path, "rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
+        problem = "cut off" if len(block) < tarfile.BLOCKSIZE else "damaged header"
+        raise DataError(f"shard {path}: {problem} at byte {end}. {_REWRITE}")
+
+
+def shard_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each shard, unique in the list: the stem, with parent folders where stems collide."""
+    names = [path.stem for path in paths]
+    depth = 1
+    while duplicates := {name for name, count in Counter(names).items() if count > 1}:
+        depth += 1
+        names = [
+            "/".join((*path.parts[-depth:-1], path.stem)) if name in duplicates else name
+            for name, path in zip(names, paths, strict=True)
+        ]
+        if depth > max(len(path.parts) for path in paths):
+            raise DataError(f"shards {sorted(duplicates)} cannot be told apart by name. Rename one of them.")
+    return names
+
+
+class ShardSet:
+    """Shards opened together: a sequence of sample references, and random access to what they name.
+
+    >>> shards = ShardSet.open(["data/math-train-*.tar"])          # doctest: +SKIP
+    >>> ref = shards.refs[0]                                        # doctest: +SKIP
+    SampleRef(shard='math-train-000000', key='000000000')
+    >>> shards.read(ref).answer, shards.read_member(ref, "0.png")   # doctest: +SKIP
+    """
+
+    def __init__(self, indexes: Sequence[ShardIndex]) -> None:
+        self.indexes = tuple(indexes)
+        self._by_name = {index.name: index for index in self.indexes}
+        self.refs: tuple[SampleRef, ...] = tuple(
+            SampleRef(index.name, key) for index in self.indexes for key in index.samples
+        )
+
+    @classmethod
+    def open(cls, patterns: Sequence[str]) -> ShardSet:
+        """Expand the patterns and index every shard. Raises DataError as those two do."""
+        paths = expand_patterns(patterns)
+        names = shard_names(paths)
+        return cls([index_shard(path, name) for path, name in zip(paths, names, strict=True)])
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def __iter__(self) -> Iterator[SampleRef]:
+        return iter(self.refs)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of names, keys, extensions and sizes of all members, in order (not of their contents)."""
+        digest = hashlib.sha256()
+        for index in self.indexes:
+            digest.update(f"{index.name}\0{len(index.samples)}\n".encode())
+            for key, members in index.samples.items():
+                spans = ",".join(f"{member.extension}:{member.size}" for member in members)
+                digest.update(f"{key}\0{spans}\n".encode())
+        return digest.hexdigest()[:32]
+
+    def where(self, ref: SampleRef) -> str:
+        """The sample's place for messages: file and key."""
+        index = self._by_name.get(ref.shard)
+        return f"shard {index.path if index else ref.shard}, sample {ref.key!r}"
+
+    def read(self, ref: SampleRef, verifiers: Collection[str] | None = None) -> Sample:
+        """Read and check one sample.
+
+        Raises BadSampleError (no or broken JSON, wrong fields, verifier not in ``verifiers``), DataError
+        (the reference names nothing here, or the file can no longer be read).
+        """
+        index = self._index_of(ref)
+        where = self.where(ref)
+        member = index.find(ref.key, "json")
+        if member is None:
+            held = sorted(member.extension for member in index.samples[ref.key])
+            raise BadSampleError(
+                where, "no_json", f"no .json member (it has {held})", "Add <key>.json or drop the sample."
+            )
+        media = tuple(other.extension for other in index.samples[ref.key] if other is not member)
+        return parse_sample(self._read(index, member), ref, where, media=media, verifiers=verifiers)
+
+    def read_member(self, ref: SampleRef, extension: str) -> bytes:
+        """Bytes of one member, such as ``0.png``.
+
+        Raises BadSampleError if the sample has no such member, DataError as ``read`` does.
+        """
+        index = self._index_of(ref)
+        member = index.find(ref.key, extension)
+        if member is None:
+            held = sorted(member.extension for member in index.samples[ref.key])
+            raise BadSampleError(
+                self.where(ref), "no_member", f"no .{extension} member (it has {held})", "Write the shard again."
+            )
+        return self._read(index, member)
+
+    def _index_of(self, ref: SampleRef) -> ShardIndex:
+        index = self._by_name.get(ref.shard)
+        if index is None or ref.key not in index.samples:
+            what = "no sample with this key" if index else f"no such shard among {sorted(self._by_name)[:5]} ..."
+            raise DataError(f"{self.where(ref)}: {what}. Give every branch the same shards.")
+        return index
+
+    def _read(self, index: ShardIndex, member: Member) -> bytes:
+        # Opened per read: no descriptors to share or leak, safe from threads, and small against a step.
+        try:
+            with open(index.path, "rb", buffering=0) as file:
+                file.seek(member.offset)
+                data = bytearray()
+                while len(data) < member.size and (chunk := file.read(member.size - len(data))):
+                    data += chunk
+        except OSError as error:
+            raise DataError(f"shard {index.path}: cannot be read any more ({error}). Put it back.") from error
+        if len(data) < member.size:
+            raise DataError(f"shard {index.path}: became shorter while in use. Do not write to it during a run.")
+        return bytes(data)
+
+
+def check_shards(patterns: Sequence[str], verifiers: Collection[str] | None = None) -> ShardSet:
+    """Open the shards and check the first sample of each, so that bad data is refused before training.
+
+    ``verifiers``: names that samples may use; None: any. Returns the opened set, to be used as is.
+
+    Raises DataError: what ``ShardSet.open`` raises, or a first sample that cannot be used.
+    """
+    shards = ShardSet.open(patterns)
+    for index in shards.indexes:
+        shards.read(SampleRef(index.name, next(iter(index.samples))), verifiers)
+    return shards

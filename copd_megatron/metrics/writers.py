@@ -1,0 +1,165 @@
+"""Where metrics go: ``metrics.jsonl``, always, and TensorBoard, if asked for. One process writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+_RESERVED = ("step", "phase")
+
+
+class Writer(Protocol):
+    """Takes the reduced metrics of each step."""
+
+    def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
+        """Records one step."""
+
+    def truncate_after(self, step: int) -> None:
+        """Forgets steps above ``step``: a run that resumes from a checkpoint will write them again."""
+
+    def close(self) -> None:
+        """Flushes and releases what is open."""
+
+
+class JsonlWriter:
+    """One JSON object per line: ``{"step": 3, "phase": "rlvr", "text/train/reward": 0.41, ...}``.
+
+    Each line is flushed when it is written, so a run that dies loses at most a torn last line, which opening
+    the file again removes. Values that JSON does not have (NaN, infinities) become ``null``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """
+        Args:
+            path: usually ``<run_dir>/metrics.jsonl``; made with its folders if missing, else continued.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._warned: set[str] = set()
+        if self.path.exists():
+            self._drop_torn_line()
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
+        """Appends one line and flushes it.
+
+        Raises:
+            ValueError: a metric is named ``step`` or ``phase``.
+        """
+        record: dict[str, Any] = {"step": step, "phase": phase}
+        for name, value in metrics.items():
+            if name in _RESERVED:
+                raise ValueError(f"a metric cannot be named {name!r}: the line's own field has that name")
+            record[name] = self._jsonable(name, float(value), step)
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Removes the lines of later steps. The file is replaced as a whole: a crash leaves old or new.
+
+        Raises:
+            ValueError: a line is not a JSON object with an integer step; names the line.
+        """
+        self._file.close()
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as kept:
+            for line, line_step in self._lines():
+                if line_step <= step:
+                    kept.write(line)
+            kept.flush()
+            os.fsync(kept.fileno())
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _jsonable(self, name: str, value: float, step: int) -> float | None:
+        if math.isfinite(value):
+            return value
+        if name not in self._warned:
+            self._warned.add(name)
+            logger.warning(
+                "metric %s is %s at step %d: written as null here and whenever it happens again",
+                name,
+                value,
+                step,
+            )
+        return None
+
+    def _lines(self) -> Iterator[tuple[str, int]]:
+        with self.path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    step = json.loads(line)["step"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{self.path}, line {number} is not a metrics line: {error}; "
+                        "remove the line or move the file away"
+                    ) from error
+                if not isinstance(step, int):
+                    raise ValueError(f"{self.path}, line {number}: step is {step!r}, not an integer")
+                yield line, step
+
+    def _drop_torn_line(self) -> None:
+        """Cuts the file after its last newline."""
+        with self.path.open("r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            keep, position = 0, end
+            while position > 0:
+                start = max(0, position - 65536)
+                file.seek(start)
+                newline = file.read(position - start).rfind(b"\n")
+                if newline >= 0:
+                    keep = start + newline + 1
+                    break
+                position = start
+            if keep < end:
+                logger.warning("%s ends in a torn line of %d bytes: removed", self.path, end - keep)
+                file.truncate(keep)
+
+
+class TensorBoardWriter:
+    """The same metrics as TensorBoard scalars; values that are not finite are left out."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """
+        Args:
+            directory: usually ``<run_dir>/tensorboard``.
+
+        Raises:
+            ImportError: the ``tensorboard`` package is missing.
+        """
+        # Imported here: a run that does not ask for TensorBoard need not have it installed.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._make = SummaryWriter
+        self._directory = os.fspath(directory)
+        self._writer = SummaryWriter(self._directory)
+
+    def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
+        """Records one step; ``phase`` is not a number and is left to ``metrics.jsonl``."""
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, global_step=step)
+        self._writer.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Starts an events file that tells TensorBoard to hide what older ones hold beyond ``step``."""
+        self._writer.close()
+        self._writer = self._make(self._directory, purge_step=step + 1)
+
+    def close(self) -> None:
+        """Flushes and closes the events file."""
+        self._writer.close()

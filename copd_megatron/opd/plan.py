@@ -1,0 +1,154 @@
+"""The exchange plan: which rank sends which rows of an edge to which rank. Pure.
+
+All ranks of a branch hold all of its rollouts, and all ranks of the teacher need them, so the cheap way is
+that each byte crosses between branches once, over several links at a time, and is then shared inside the
+receiving branch. An edge is split into lanes, as many as the smaller of its two branches has ranks; lane i
+runs from one rank of the student to one rank of the teacher (requests), and back (scores). A hub serves many
+edges, so every edge takes the ranks of each branch that have the fewest lane ends so far.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from copd_megatron.config.schema import Topology
+from copd_megatron.opd.graph import Edge
+
+TOKEN_ID_BYTES: Final = 4
+LOGPROB_BYTES: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """One link of an edge. Requests go from source to destination, scores back."""
+
+    edge: Edge
+    index: int
+    """0 .. number of the edge's lanes - 1."""
+    source: int
+    """Global rank in the student branch."""
+    destination: int
+    """Global rank in the teacher branch."""
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """The lanes of every edge; the same on every rank."""
+
+    lanes: Mapping[Edge, tuple[Lane, ...]]
+
+    def sends_of(self, rank: int) -> tuple[Lane, ...]:
+        """Lanes over which ``rank`` sends requests and receives scores."""
+        return tuple(lane for lanes in self.lanes.values() for lane in lanes if lane.source == rank)
+
+    def receives_of(self, rank: int) -> tuple[Lane, ...]:
+        """Lanes over which ``rank`` receives requests and sends scores."""
+        return tuple(lane for lanes in self.lanes.values() for lane in lanes if lane.destination == rank)
+
+
+def plan_exchange(edges: Sequence[Edge], branch_ranks: Mapping[str, Sequence[int]]) -> ExchangePlan:
+    """Lanes for every edge. Deterministic in its arguments.
+
+    In each branch the numbers of lane ends that two ranks serve differ by at most one.
+
+    Args:
+        edges: in the graph's order.
+        branch_ranks: branch name to global ranks.
+
+    Raises:
+        ValueError: an edge between branches that share a rank or have none.
+    """
+    ends = {branch: dict.fromkeys(ranks, 0) for branch, ranks in branch_ranks.items()}
+    lanes: dict[Edge, tuple[Lane, ...]] = {}
+    for edge in edges:
+        students, teachers = branch_ranks[edge.student], branch_ranks[edge.teacher]
+        if not students or not teachers or set(students) & set(teachers):
+            raise ValueError(
+                f"edge {edge.name}: ranks {list(students)} and {list(teachers)} must be disjoint and not empty"
+            )
+        count = min(len(students), len(teachers))
+        sources = _least_busy(ends[edge.student], count)
+        destinations = _least_busy(ends[edge.teacher], count)
+        lanes[edge] = tuple(
+            Lane(edge=edge, index=i, source=source, destination=destination)
+            for i, (source, destination) in enumerate(zip(sources, destinations, strict=True))
+        )
+    return ExchangePlan(lanes)
+
+
+def _least_busy(ends: dict[int, int], count: int) -> list[int]:
+    """Take the ``count`` ranks with the fewest lane ends, ties by rank order, and book one more on each."""
+    order = {rank: i for i, rank in enumerate(ends)}
+    chosen = heapq.nsmallest(count, ends, key=lambda rank: (ends[rank], order[rank]))
+    for rank in chosen:
+        ends[rank] += 1
+    return chosen
+
+
+def split_rows(num_tokens: Sequence[int], num_lanes: int) -> tuple[tuple[int, ...], ...]:
+    """Which rows go over which lane, balanced by tokens.
+
+    Longest row first onto the least loaded lane: no lane exceeds the mean by more than the longest row.
+
+    Args:
+        num_tokens: length of each row.
+        num_lanes: at least 1; lanes may stay empty.
+
+    Returns:
+        Per lane, ascending indices into the rows; together each index exactly once.
+    """
+    if num_lanes < 1:
+        raise ValueError(f"num_lanes is {num_lanes}; give at least 1")
+    lanes: list[list[int]] = [[] for _ in range(num_lanes)]
+    heap = [(0, lane) for lane in range(num_lanes)]
+    for row in sorted(range(len(num_tokens)), key=lambda i: (-num_tokens[i], i)):
+        load, lane = heapq.heappop(heap)
+        lanes[lane].append(row)
+        heapq.heappush(heap, (load + num_tokens[row], lane))
+    return tuple(tuple(sorted(rows)) for rows in lanes)
+
+
+def edge_count(topology: Topology, num_branches: int) -> int:
+    """Edges between live branches: 2 (K - 1) for hub and spoke, K (K - 1) for all to all."""
+    match topology:
+        case Topology.none:
+            return 0
+        case Topology.hub_and_spoke:
+            return 2 * (num_branches - 1) if num_branches else 0
+        case Topology.all_to_all:
+            return num_branches * (num_branches - 1)
+        case Topology.custom:
+            raise ValueError("a custom topology has as many edges as opd.edges lists")
+
+
+def router_bytes(
+    edges: Iterable[Edge],
+    *,
+    sequence_tokens: float,
+    response_tokens: float,
+    num_states: int = 0,
+    top_k: int = 0,
+    vocab_size: int = 0,
+) -> int:
+    """Payload that crosses between branches in one step, in bytes: the cost model of the router.
+
+    Per row 4 bytes for each token id out and 4 for each log-probability back; per sampled state 4 for its
+    position out, 4 per top-k id and 4 per vocabulary entry back. Row tables and headers (under 150 bytes a
+    row and lane) are left out.
+
+    Args:
+        edges: of the graph.
+        sequence_tokens: mean tokens of prompt plus response.
+        response_tokens: mean tokens of a response.
+        num_states: states per edge whose full behaviour is asked.
+        top_k: ids per state.
+        vocab_size: log-probabilities per state.
+    """
+    total = 0.0
+    for edge in edges:
+        total += edge.num_rows * (TOKEN_ID_BYTES * sequence_tokens + LOGPROB_BYTES * response_tokens)
+        total += num_states * (4 + TOKEN_ID_BYTES * top_k + LOGPROB_BYTES * vocab_size)
+    return round(total)

@@ -1,0 +1,182 @@
+"""Log-probabilities, entropy and top-k from hidden states, vocab-parallel and in chunks.
+
+The output layer is applied to the wanted positions only, ``chunk_tokens`` rows at a time, and its logits are
+thrown away again; the backward pass recomputes them chunk by chunk. So at no time does a float32
+``[tokens, vocab]`` tensor of the batch exist: the peak is ``chunk_tokens x vocab / tp`` floats.
+
+Shape legend: ``N`` positions, ``H`` hidden, ``Vp`` vocabulary entries of this tensor-parallel rank
+(padding included), ``V`` the model's vocabulary (without padding).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabShard:
+    """Where this rank's slice of the vocabulary lies."""
+
+    group: dist.ProcessGroup | None
+    """Tensor-parallel group; None: one rank."""
+    start: int
+    """First vocabulary entry of this rank."""
+    vocab_size: int
+    """V; rows of the weight that lie at or beyond it are padding and have probability 0."""
+
+    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        if self.group is not None and self.group.size() > 1:
+            dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor
+
+
+def _chunk_logits(hidden_nh: Tensor, weight_vh: Tensor, shard: VocabShard, temperature: float) -> Tensor:
+    """Float32 logits [n, Vp] of a chunk; padding rows at -inf."""
+    logits = torch.matmul(hidden_nh, weight_vh.t()).float()
+    if temperature != 1.0:
+        logits.div_(temperature)
+    valid = shard.vocab_size - shard.start
+    if valid < logits.shape[1]:
+        logits[:, max(valid, 0) :] = float("-inf")
+    return logits
+
+
+def _log_normaliser(logits: Tensor, shard: VocabShard) -> Tensor:
+    """log sum exp over the whole vocabulary, [n, 1]."""
+    top = shard.all_reduce(logits.amax(dim=-1, keepdim=True), dist.ReduceOp.MAX)
+    total = shard.all_reduce((logits - top).exp().sum(dim=-1, keepdim=True))
+    return top + total.log()
+
+
+def _local_targets(targets: Tensor, shard: VocabShard, width: int) -> tuple[Tensor, Tensor]:
+    """Column of each target on this rank (0 where it lies elsewhere) and whether it lies here."""
+    local = targets - shard.start
+    here = (local >= 0) & (local < width)
+    return local.masked_fill(~here, 0), here
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_nh: Tensor,
+        weight_vh: Tensor,
+        targets_n: Tensor,
+        shard: VocabShard,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        num = hidden_nh.shape[0]
+        logprobs = torch.empty(num, dtype=torch.float32, device=hidden_nh.device)
+        entropy = torch.empty_like(logprobs)
+        for begin in range(0, num, chunk_tokens):
+            part = slice(begin, begin + chunk_tokens)
+            logits = _chunk_logits(hidden_nh[part], weight_vh, shard, temperature)
+            log_z = _log_normaliser(logits, shard)
+            column, here = _local_targets(targets_n[part], shard, logits.shape[1])
+            picked = logits.gather(1, column[:, None]).squeeze(1).masked_fill(~here, 0.0)
+            log_p = logits.sub_(log_z)
+            p_log_p = torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p).sum(dim=-1)
+            both = shard.all_reduce(torch.stack([picked, p_log_p]))
+            logprobs[part] = both[0] - log_z.squeeze(1)
+            entropy[part] = -both[1]
+        ctx.save_for_backward(hidden_nh, weight_vh, targets_n, entropy)
+        ctx.settings = (shard, temperature, chunk_tokens)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logprobs, grad_entropy = grads
+        hidden_nh, weight_vh, targets_n, entropy_n = ctx.saved_tensors
+        shard, temperature, chunk_tokens = ctx.settings
+        grad_hidden = torch.empty_like(hidden_nh)
+        grad_weight = torch.zeros_like(weight_vh, dtype=torch.float32)
+        for begin in range(0, hidden_nh.shape[0], chunk_tokens):
+            part = slice(begin, begin + chunk_tokens)
+            logits = _chunk_logits(hidden_nh[part], weight_vh, shard, temperature)
+            log_p = logits.sub_(_log_normaliser(logits, shard))
+            p = log_p.exp()
+            # d logprob / d logits = onehot - p;  d entropy / d logits = -p * (log p + entropy)
+            g_ent = grad_entropy[part, None]
+            inner = torch.where(log_p.isneginf(), 0.0, log_p).add_(entropy_n[part, None])
+            grad_logits = p * (-grad_logprobs[part, None] - g_ent * inner)
+            column, here = _local_targets(targets_n[part], shard, p.shape[1])
+            grad_logits.scatter_add_(1, column[:, None], (grad_logprobs[part] * here)[:, None])
+            grad_logits = grad_logits.div_(temperature).to(hidden_nh.dtype)
+            grad_hidden[part] = torch.matmul(grad_logits, weight_vh)
+            grad_weight += torch.matmul(grad_logits.t(), hidden_nh[part]).float()
+        shard.all_reduce(grad_hidden)
+        return grad_hidden, grad_weight.to(weight_vh.dtype), None, None, None, None
+
+
+def linear_logprobs(
+    hidden_nh: Tensor,
+    weight_vh: Tensor,
+    targets_n: Tensor,
+    *,
+    shard: VocabShard,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of each distribution, in nats, both float32 [N].
+
+    ``hidden_nh`` [N, H] is the same on every tensor-parallel rank; its gradient comes back summed over the
+    ranks, that of ``weight_vh`` [Vp, H] for this rank's slice only. Both outputs are differentiable.
+    """
+    logprobs, entropy = _LinearLogProbs.apply(
+        hidden_nh, weight_vh, targets_n, shard, temperature, chunk_tokens
+    )
+    return logprobs, entropy
+
+
+@torch.no_grad()
+def linear_full_logprobs(
+    hidden_nh: Tensor, weight_vh: Tensor, *, shard: VocabShard, temperature: float = 1.0
+) -> Tensor:
+    """Log-probabilities over this rank's slice of the vocabulary, [N, min(Vp, V - start)] float32.
+
+    For the few states on which behaviour is measured; the caller keeps N small.
+    """
+    logits = _chunk_logits(hidden_nh, weight_vh, shard, temperature)
+    log_p = logits.sub_(_log_normaliser(logits, shard))
+    return log_p[:, : max(0, min(log_p.shape[1], shard.vocab_size - shard.start))]
+
+
+@torch.no_grad()
+def linear_topk(
+    hidden_nh: Tensor,
+    weight_vh: Tensor,
+    k: int,
+    *,
+    shard: VocabShard,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """The k most probable entries of each state: (log-probabilities [N, k], vocabulary ids [N, k])."""
+    if not 0 < k <= shard.vocab_size:
+        raise ValueError(f"top-k: k={k} must lie in 1..{shard.vocab_size} (the vocabulary)")
+    num, device = hidden_nh.shape[0], hidden_nh.device
+    values = torch.empty(num, k, dtype=torch.float32, device=device)
+    ids = torch.empty(num, k, dtype=torch.int64, device=device)
+    ranks = shard.group.size() if shard.group is not None else 1
+    for begin in range(0, num, chunk_tokens):
+        part = slice(begin, begin + chunk_tokens)
+        logits = _chunk_logits(hidden_nh[part], weight_vh, shard, temperature)
+        log_p = logits.sub_(_log_normaliser(logits, shard))
+        width = min(k, log_p.shape[1])
+        top, column = log_p.topk(width, dim=-1)
+        column = column + shard.start
+        if ranks > 1:
+            tops = [torch.empty_like(top) for _ in range(ranks)]
+            columns = [torch.empty_like(column) for _ in range(ranks)]
+            dist.all_gather(tops, top.contiguous(), group=shard.group)
+            dist.all_gather(columns, column.contiguous(), group=shard.group)
+            top, column = torch.cat(tops, dim=-1), torch.cat(columns, dim=-1)
+        best, where = top.topk(k, dim=-1)
+        values[part], ids[part] = best, column.gather(1, where)
+    return values, ids

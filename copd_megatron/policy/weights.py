@@ -1,0 +1,146 @@
+"""Reading and writing Hugging Face tensors in a Megatron shard, streamed tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from copd_megatron.policy.hf_layout import ModelDims, Slot, slots
+
+
+class ShardView:
+    """This rank's share of every Hugging Face tensor of its pipeline stage.
+
+    The views alias the parameters: reading sees the live weights, writing changes them.
+    """
+
+    def __init__(
+        self, model: nn.Module, dims: ModelDims, *, tp_rank: int, tp_size: int, pp_rank: int, pp_size: int
+    ) -> None:
+        self.dims, self.tp_rank, self.tp_size = dims, tp_rank, tp_size
+        self.pp_rank, self.pp_size = pp_rank, pp_size
+        self._model = model
+        self.table = slots(dims, pp_size)
+        self.local = [slot for slot in self.table if slot.stage == pp_rank]
+
+    def _parameter(self, slot: Slot) -> nn.Parameter:
+        """The Megatron parameter behind a slot. Transformer Engine's fused norm-and-linear modules hold the
+        norm's weight; the slot table names modules as the local spec does."""
+        fused = {
+            "input_layernorm": "self_attention.linear_qkv.layer_norm_weight",
+            "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm_weight",
+        }
+        path = f"{slot.module}.weight"
+        layer, _, leaf = slot.module.rpartition(".")
+        if leaf in fused and not _has_weight(self._model, path):
+            path = f"{layer}.{fused[leaf]}"
+        return self._model.get_parameter(path)
+
+    def _view(self, slot: Slot) -> Tensor:
+        """A (possibly strided) view whose elements, in order, are this rank's share of the tensor."""
+        weight = self._parameter(slot).data
+        dims = self.dims
+        if slot.part in ("q", "k", "v"):
+            groups = dims.num_kv_heads // self.tp_size
+            per_group = dims.num_heads // dims.num_kv_heads
+            fused = weight.view(groups, per_group + 2, dims.head_dim, dims.hidden_size)
+            if slot.part == "q":
+                return fused[:, :per_group]
+            return fused[:, per_group] if slot.part == "k" else fused[:, per_group + 1]
+        if slot.part in ("gate", "up"):
+            half = weight.shape[0] // 2
+            return weight[:half] if slot.part == "gate" else weight[half:]
+        if slot.dim == 0 and slot.shape[0] == dims.vocab_size:
+            start, stop = slot.range_of(self.tp_rank, self.tp_size)
+            return weight[: stop - start]
+        return weight
+
+    def local_shape(self, slot: Slot) -> tuple[int, ...]:
+        """Shape of this rank's share."""
+        shape = list(slot.shape)
+        if slot.dim is not None:
+            start, stop = slot.range_of(self.tp_rank, self.tp_size)
+            shape[slot.dim] = stop - start
+        return tuple(shape)
+
+    def read(self, slot: Slot) -> Tensor:
+        """This rank's share, in Hugging Face layout; a copy only where the parameter is fused."""
+        return self._view(slot).reshape(self.local_shape(slot))
+
+    def write(self, slot: Slot, value: Tensor) -> None:
+        """Sets this rank's share (in Hugging Face layout)."""
+        view = self._view(slot)
+        view.copy_(value.reshape(view.shape))
+
+
+def _has_weight(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_parameter(path)
+    except AttributeError:
+        return False
+    return True
+
+
+class HFFolder:
+    """The safetensors files of a Hugging Face folder, opened lazily, read slice by slice."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(
+                f"model.path: {folder} has no *.safetensors; convert the weights to safetensors first"
+            )
+        self._where: dict[str, Path] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                    self._where[name] = file
+
+    def names(self) -> list[str]:
+        """Tensor names, sorted."""
+        return sorted(self._where)
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """One tensor, or its range [start, stop) along ``dim``, read from disk without the rest."""
+        if name not in self._where:
+            raise KeyError(
+                f"{self.folder}: no tensor {name}; the folder holds {len(self._where)} tensors and does not "
+                "match its config.json"
+            )
+        with safe_open(self._where[name], framework="pt") as handle:
+            if dim is None:
+                return handle.get_tensor(name)
+            index = [slice(None)] * dim + [slice(start, stop)]
+            return handle.get_slice(name)[tuple(index)]
+
+    def iterate(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, one at a time."""
+        for name in self.names():
+            yield name, self.read(name)
+
+
+@torch.no_grad()
+def load_hf(view: ShardView, folder: str | Path) -> None:
+    """Fills a Megatron shard from a Hugging Face folder; each rank reads only its own slices.
+
+    Raises:
+        KeyError, ValueError: the folder lacks a tensor, or one has another shape than config.json says.
+    """
+    source = HFFolder(folder)
+    for slot in view.local:
+        if slot.dim is None:
+            value = source.read(slot.name)
+        else:
+            start, stop = slot.range_of(view.tp_rank, view.tp_size)
+            value = source.read(slot.name, slot.dim, start, stop)
+        if tuple(value.shape) != view.local_shape(slot):
+            raise ValueError(
+                f"{source.folder}: {slot.name} gives {tuple(value.shape)} on tensor-parallel rank "
+                f"{view.tp_rank}, config.json implies {view.local_shape(slot)}"
+            )
+        view.write(slot, value)

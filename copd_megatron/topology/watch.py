@@ -1,0 +1,524 @@
+"""Operations with a time limit that say who waits for whom.
+
+Every rank tells the job's TCPStore which operation it is in (``with watch.operation("opd.score"):``, nested
+at will). A daemon thread beats like a heart. When a rank has been in one operation for longer than its limit
+without entering or leaving another, the thread writes a report (this rank's branch, rank, operation and
+seconds; what every other rank is in, who is behind, who is dead), asks all other ranks through the store to
+dump their Python stacks, and ends the process with ``EXIT_STUCK``. When a collective fails by itself (a peer
+died, the backend timed out), the operation raises ``CollectiveError`` with the same table.
+
+A rank that hangs outside any operation is found by those that wait for it. Elapsed seconds are measured by
+each rank's own clock, and death by two reads of the heartbeat counter, so that clocks need not agree.
+
+Cost: one fire-and-forget message per entry or exit (about 10 microseconds), and per heartbeat (at most every
+two seconds) one message and one query; a thousand ranks load the store with a thousand messages a second.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from torch.distributed import DistError, Store
+
+logger = logging.getLogger(__name__)
+
+EXIT_STUCK: Final = 86
+"""Exit code of a process that the watch ended."""
+
+_MAX_NAMED = 8
+_RUNNING, _FAILED, _CLOSED, _EXITED, _DEAD, _UNKNOWN = "running", "failed", "closed", "exited", "dead", "unknown"
+_GONE_ORDER = {_DEAD: 0, _EXITED: 1, _FAILED: 2, _UNKNOWN: 3, _RUNNING: 4, _CLOSED: 5}
+_BACKEND_MARKS = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset", "Broken pipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankState:
+    """What one rank was doing when the table was read."""
+
+    rank: int
+    """Global rank."""
+    branch: str
+    branch_rank: int
+    status: str
+    """``running``, ``failed`` (left an operation by an exception), ``closed`` (ended in good order), ``exited``
+    (ended without closing), ``dead`` (heartbeat stopped), ``unknown`` (never seen)."""
+    path: str
+    """Open operations, outermost first, joined by `` > ``; empty: between operations."""
+    count: int
+    """Operations entered so far; ranks of one branch run the same ones, so a lower count is behind."""
+    seconds: float
+    """Since it last entered or left an operation."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.branch} rank {self.branch_rank}"
+
+    @property
+    def activity(self) -> str:
+        """``in rollout.generate for 613 s``, with the status where it is not ``running``."""
+        where = f"in {self.path}" if self.path else "between operations"
+        if self.status == _UNKNOWN:
+            return "never reported"
+        if self.status == _CLOSED:
+            return "finished"
+        if self.status == _DEAD:
+            return f"dead: no heartbeat, last seen {where}"
+        if self.status == _EXITED:
+            return f"exited, last seen {where}"
+        prefix = "failed " if self.status == _FAILED else ""
+        return f"{prefix}{where} for {self.seconds:.0f} s"
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed inside an operation: a peer died, or the backend's own timeout expired.
+
+    The backend's exception is the cause (``__cause__``).
+    """
+
+    def __init__(self, message: str, *, branch: str, rank: int, operation: str, seconds: float) -> None:
+        super().__init__(message)
+        self.branch = branch
+        self.rank = rank
+        """Global rank."""
+        self.operation = operation
+        self.seconds = seconds
+        """Waited in the operation."""
+
+
+class WatchError(RuntimeError):
+    """The watch was used in a way that would make its table wrong."""
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Whether an exception comes from a communication backend (Gloo raises plain ``RuntimeError``)."""
+    if isinstance(error, CollectiveError):
+        return False
+    if isinstance(error, DistError):
+        return True
+    return type(error) is RuntimeError and any(mark in str(error) for mark in _BACKEND_MARKS)
+
+
+def waited_for(mine: RankState, table: Sequence[RankState], ranks: Iterable[int] | None = None) -> list[RankState]:
+    """Ranks that keep ``mine`` waiting, likeliest culprit first.
+
+    ``ranks`` (global; None: everybody) take part in the operation. A participant keeps others waiting when it
+    is gone, is in another operation, or, in one's own branch, has entered fewer operations. Gone ranks come
+    first, then those that have been where they are the longest.
+    """
+    participants = None if ranks is None else set(ranks)
+    waiting = []
+    for state in table:
+        if state.rank == mine.rank or (participants is not None and state.rank not in participants):
+            continue
+        behind = state.branch == mine.branch and state.count < mine.count
+        if state.status != _RUNNING or state.path != mine.path or behind:
+            waiting.append(state)
+    return sorted(waiting, key=lambda s: (_GONE_ORDER[s.status], -s.seconds, s.rank))
+
+
+def format_report(mine: RankState, table: Sequence[RankState], ranks: Iterable[int] | None = None) -> str:
+    """Who waits for whom, as text: the culprits, one's own branch's stragglers, then every rank."""
+    culprits = waited_for(mine, table, ranks)
+    lines = []
+    if culprits:
+        named = [f"{s.label} (global rank {s.rank}, {s.activity})" for s in culprits[:_MAX_NAMED]]
+        if len(culprits) > _MAX_NAMED:
+            named.append(f"and {len(culprits) - _MAX_NAMED} more")
+        lines.append("waiting for: " + "; ".join(named))
+    else:
+        lines.append(
+            "waiting for: nobody; every rank taking part is in the same operation, so look for a broken link "
+            "between them or for collectives that do not match"
+        )
+    for word, ranks_there in (
+        ("behind", [s for s in table if s.branch == mine.branch and s.count < mine.count]),
+        ("ahead", [s for s in table if s.branch == mine.branch and s.count > mine.count]),
+    ):
+        if ranks_there:
+            steps = [f"rank {s.branch_rank} at operation {s.count}" for s in ranks_there[:_MAX_NAMED]]
+            lines.append(f"{word} in branch {mine.branch}: {', '.join(steps)} (this rank: {mine.count})")
+    lines.append("all ranks:")
+    lines += [f"  {line}" for line in _grouped(table)]
+    return "\n".join(lines)
+
+
+def _grouped(table: Sequence[RankState]) -> list[str]:
+    """One line per set of ranks of a branch that do the same."""
+    groups: dict[tuple[str, str, str], list[RankState]] = {}
+    for state in table:
+        groups.setdefault((state.branch, state.status, state.path), []).append(state)
+    lines = []
+    for (branch, _, _), states in groups.items():
+        numbers = _ranges([s.branch_rank for s in states])
+        slowest = max(states, key=lambda s: s.seconds)
+        noun = "rank" if len(states) == 1 else "ranks"
+        lines.append(f"{branch} {noun} {numbers} (global {_ranges([s.rank for s in states])}): {slowest.activity}")
+    return lines
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Current:
+    """What this rank is doing; replaced as a whole, so that the thread reads it without a lock."""
+
+    count: int
+    path: str
+    since: float
+    """Monotonic time of the last entry or exit."""
+    timeout_seconds: float
+    ranks: tuple[int, ...] | None
+    status: str
+
+
+class Operation:
+    """Context manager made by ``Watch.operation``."""
+
+    __slots__ = ("_watch", "name", "ranks", "started", "timeout_seconds")
+
+    def __init__(self, watch: Watch, name: str, timeout_seconds: float, ranks: tuple[int, ...] | None) -> None:
+        self._watch = watch
+        self.name = name
+        self.timeout_seconds = timeout_seconds
+        self.ranks = ranks
+        self.started = 0.0
+
+    def __enter__(self) -> Self:
+        self.started = time.monotonic()
+        self._watch._enter(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        failed = error is not None
+        if error is not None and is_collective_failure(error):
+            try:
+                raise self._watch._collective_error(self, error) from error
+            finally:
+                self._watch._leave(self, failed=True)
+        self._watch._leave(self, failed=failed)
+
+
+class Watch:
+    """This rank's operations, and the thread that minds them.
+
+    Use it from one thread (the training loop's): nesting is a property of one thread.
+
+    Args:
+        store: the job's store; the watch makes its own connections, since a client that blocks in one thread
+            blocks its other users.
+        rank: global rank.
+        branch_ranks: branch name to global ranks, for every branch.
+        timeout_seconds: limit on one operation without progress.
+        report_dir: reports and stacks are also written there (``stuck_rank_00003.txt``).
+        hosts_store: this process serves the store, and therefore ends last.
+        heartbeat_seconds: between two heartbeats; None: a sixtieth of the limit, within 0.1 and 2 s.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        branch_ranks: Mapping[str, Sequence[int]],
+        *,
+        timeout_seconds: float,
+        report_dir: Path | None = None,
+        hosts_store: bool = False,
+        heartbeat_seconds: float | None = None,
+    ) -> None:
+        if timeout_seconds <= 0:
+            raise ValueError(f"timeout_seconds is {timeout_seconds}; give a positive number of seconds")
+        self.rank = rank
+        self.timeout_seconds = timeout_seconds
+        self.heartbeat_seconds = heartbeat_seconds or min(max(timeout_seconds / 60, 0.1), 2.0)
+        self._places = {g: (branch, i) for branch, ranks in branch_ranks.items() for i, g in enumerate(ranks)}
+        if rank not in self._places:
+            raise ValueError(f"rank {rank} is in no branch of {dict(branch_ranks)}")
+        self.branch, self.branch_rank = self._places[rank]
+        self._report_dir = report_dir
+        self._hosts_store = hosts_store
+        self._publisher = store.clone()
+        self._monitor = store.clone()
+        self._store_lost = False
+        self._stack: list[Operation] = []
+        self._thread_id = threading.get_ident()
+        self._current = _Current(0, "", time.monotonic(), timeout_seconds, None, _RUNNING)
+        self._stop = threading.Event()
+        self._publish()
+        self._beat(0)
+        self._thread = threading.Thread(target=self._mind, name="copd-watch", daemon=True)
+        self._thread.start()
+        atexit.register(self._abandon)
+
+    def operation(
+        self, name: str, *, timeout_seconds: float | None = None, ranks: Iterable[int] | None = None
+    ) -> Operation:
+        """Context manager around something that may wait for other ranks.
+
+        Args:
+            name: as it shall read in a report, such as ``opd.score image<-text``.
+            timeout_seconds: limit without progress; None: the watch's.
+            ranks: global ranks taking part, so that a report accuses nobody else; None: everybody may.
+
+        Raises:
+            CollectiveError: on leaving, when the block raised an exception of a communication backend.
+        """
+        limit = self.timeout_seconds if timeout_seconds is None else timeout_seconds
+        return Operation(self, name, limit, None if ranks is None else tuple(ranks))
+
+    def table(self) -> list[RankState]:
+        """Every rank's state, by global rank, after waiting long enough (about 2.5 heartbeats) to tell the dead.
+
+        Call it from the watch's own thread of use. Raises ``torch.distributed.DistError`` if the store is gone.
+        """
+        return self._read_table(self._publisher)
+
+    def close(self) -> None:
+        """Stop the thread; others see this rank as finished. Safe to call twice."""
+        self._end(_CLOSED)
+
+    def fail(self) -> None:
+        """Stop the thread; others see this rank as failed in its current operation."""
+        self._end(_FAILED)
+
+    def _abandon(self) -> None:
+        self._end(_EXITED)
+
+    def _end(self, status: str) -> None:
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        atexit.unregister(self._abandon)
+        self._current = replace(self._current, status=status)
+        self._publish()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5.0)
+
+    # Bookkeeping of the thread of use.
+
+    def _enter(self, operation: Operation) -> None:
+        if threading.get_ident() != self._thread_id:
+            raise WatchError(
+                f"operation {operation.name!r} entered in thread {threading.current_thread().name!r}: "
+                "a watch belongs to the thread that made it; run the collective there"
+            )
+        self._stack.append(operation)
+        self._set_current(_RUNNING, entered=1)
+
+    def _leave(self, operation: Operation, *, failed: bool) -> None:
+        assert self._stack and self._stack[-1] is operation
+        path = self._current.path
+        self._stack.pop()
+        self._set_current(_FAILED if failed else _RUNNING)
+        if failed:
+            # Others shall read where it failed, whatever the exception unwinds on its way.
+            self._current = replace(self._current, path=path)
+            self._publish()
+
+    def _set_current(self, status: str, entered: int = 0) -> None:
+        top = self._stack[-1] if self._stack else None
+        self._current = _Current(
+            self._current.count + entered,
+            " > ".join(operation.name for operation in self._stack),
+            time.monotonic(),
+            top.timeout_seconds if top else float("inf"),
+            top.ranks if top else None,
+            status,
+        )
+        if status != _FAILED:
+            self._publish()
+
+    def _publish(self) -> None:
+        current = self._current
+        try:
+            self._publisher.set(f"watch/state/{self.rank}", f"{current.count}\t{current.status}\t{current.path}")
+        except RuntimeError as error:
+            # The store's host is gone, so the job is ending; the collectives themselves will say so.
+            if not self._store_lost:
+                logger.warning("watch: the job's store does not answer, reports will be local: %s", error)
+            self._store_lost = True
+
+    def _collective_error(self, operation: Operation, error: BaseException) -> CollectiveError:
+        seconds = time.monotonic() - operation.started
+        path = self._current.path
+        headline = (
+            f"{self.branch} rank {self.branch_rank} (global rank {self.rank}): operation {path!r} failed after "
+            f"{seconds:.1f} s"
+        )
+        logger.error("%s: %s", headline, error)
+        mine = self._mine()
+        try:
+            report = format_report(mine, self._read_table(self._publisher), operation.ranks)
+        except RuntimeError as store_error:
+            report = f"the job's store does not answer either ({store_error}): its host has ended"
+        return CollectiveError(
+            f"{headline}: {error}\n{report}",
+            branch=self.branch, rank=self.rank, operation=operation.name, seconds=seconds,
+        )  # fmt: skip
+
+    def _mine(self) -> RankState:
+        current = self._current
+        return RankState(
+            rank=self.rank, branch=self.branch, branch_rank=self.branch_rank, status=current.status,
+            path=current.path, count=current.count, seconds=time.monotonic() - current.since,
+        )  # fmt: skip
+
+    # The thread.
+
+    def _beat(self, number: int) -> None:
+        current = self._current
+        elapsed = time.monotonic() - current.since
+        self._monitor.set(f"watch/beat/{self.rank}", f"{number}\t{current.count}\t{current.status}\t{elapsed:.3f}")
+
+    def _mind(self) -> None:
+        number = 0
+        while not self._stop.wait(self.heartbeat_seconds):
+            number += 1
+            try:
+                self._beat(number)
+                aborted = self._monitor.check(["watch/abort"])
+            except RuntimeError:
+                # Reported by the publisher; without the store this rank still minds its own limit.
+                aborted = False
+            current = self._current
+            expired = time.monotonic() - current.since > current.timeout_seconds
+            if (expired or aborted) and not self._stop.is_set():
+                self._end_process(current, number)
+
+    def _end_process(self, current: _Current, number: int) -> None:
+        """Report, dump stacks, and end the process; never returns."""
+        me = f"{self.branch} rank {self.branch_rank} (global rank {self.rank})"
+        where = f"operation {current.path!r}" if current.path else "no operation"
+        waited = time.monotonic() - current.since
+        headline = f"watch: {me} in {where} without progress for {waited:.0f} s"
+        if current.timeout_seconds != float("inf"):
+            headline += f" (limit {current.timeout_seconds:.0f} s)"
+        leader = True
+        mine = self._mine()
+        try:
+            verdict = self._monitor.compare_set("watch/abort", "", headline).decode()
+            leader = verdict == headline
+            # Only one rank reads the table: a thousand at once would swamp the store.
+            if leader:
+                report = format_report(mine, self._read_table(self._monitor, beat=number), current.ranks)
+            else:
+                report = f"asked to stop by: {verdict}"
+                self._sleep(3 * self.heartbeat_seconds, number)
+        except RuntimeError as error:
+            report = f"the job's store does not answer ({error}): its host has ended"
+        self._emit(f"{headline}\n{report}", stacks_to_stderr=leader or self._report_dir is None)
+        self._wait_for_reports()
+        os._exit(EXIT_STUCK)
+
+    def _emit(self, text: str, *, stacks_to_stderr: bool) -> None:
+        """Log the report and dump all threads' stacks to stderr and to the report directory."""
+        if self._report_dir is not None:
+            path = self._report_dir / f"stuck_rank_{self.rank:05d}.txt"
+            try:
+                self._report_dir.mkdir(parents=True, exist_ok=True)
+                with path.open("w") as file:
+                    file.write(f"{text}\n\nstacks:\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file=file, all_threads=True)
+                text += f"\nstacks of every rank: {self._report_dir}/stuck_rank_*.txt"
+            except OSError as error:
+                text += f"\n(could not write {path}: {error})"
+                stacks_to_stderr = True
+        # A stuck main thread may hold a logging lock, so logging must not be able to stop the exit.
+        log = threading.Thread(target=_log_and_flush, args=(text,), daemon=True)
+        log.start()
+        log.join(timeout=5.0)
+        if log.is_alive():
+            os.write(2, f"{text}\n".encode())
+        if stacks_to_stderr:
+            os.write(2, f"stacks of {self.branch} rank {self.branch_rank}:\n".encode())
+            faulthandler.dump_traceback(file=2, all_threads=True)
+
+    def _wait_for_reports(self) -> None:
+        """Let every rank write its report before launchers notice the first exit and kill the rest."""
+        deadline = time.monotonic() + 4 * self.heartbeat_seconds + 2.0
+        try:
+            reported = self._monitor.add("watch/reported", 1)
+            while reported < len(self._places) and time.monotonic() < deadline:
+                time.sleep(self.heartbeat_seconds / 4)
+                reported = self._monitor.add("watch/reported", 0)
+        except RuntimeError as error:
+            logger.warning("watch: the job's store ended before every rank had reported: %s", error)
+        if self._hosts_store:
+            time.sleep(1.0)
+
+    # Reading others.
+
+    def _read_table(self, store: Store, beat: int | None = None) -> list[RankState]:
+        first = self._read_all(store, "beat")
+        self._sleep(2.5 * self.heartbeat_seconds, beat)
+        second = self._read_all(store, "beat")
+        states = self._read_all(store, "state")
+        return [self._state(rank, states[rank], first[rank], second[rank]) for rank in sorted(self._places)]
+
+    def _sleep(self, seconds: float, beat: int | None) -> None:
+        """Sleep; in the heartbeat's own thread (``beat``: its last number) keep beating meanwhile."""
+        deadline = time.monotonic() + seconds
+        while (remaining := deadline - time.monotonic()) > 0:
+            time.sleep(min(remaining, self.heartbeat_seconds / 2))
+            if beat is not None:
+                beat += 1
+                self._beat(beat)
+
+    def _read_all(self, store: Store, kind: str) -> dict[int, tuple[str, ...] | None]:
+        keys = {rank: f"watch/{kind}/{rank}" for rank in self._places}
+        # A get of a missing key would block until the store's timeout.
+        if store.check(list(keys.values())):
+            values = dict(zip(keys, store.multi_get(list(keys.values())), strict=True))
+        else:
+            values = {rank: store.get(key) for rank, key in keys.items() if store.check([key])}
+        return {rank: tuple(values[rank].decode().split("\t")) if rank in values else None for rank in keys}
+
+    def _state(
+        self, rank: int, state: tuple[str, ...] | None, first: tuple[str, ...] | None, second: tuple[str, ...] | None
+    ) -> RankState:
+        branch, branch_rank = self._places[rank]
+        if rank == self.rank:
+            return self._mine()
+        if state is None or second is None:
+            return RankState(
+                rank=rank, branch=branch, branch_rank=branch_rank, status=_UNKNOWN, path="", count=0, seconds=0.0
+            )
+        count, status, path = int(state[0]), state[1], state[2]
+        if status in (_RUNNING, _FAILED) and first is not None and first[0] == second[0]:
+            status = _DEAD
+        # The beat's seconds belong to the state it was written in.
+        same = int(second[1]) == count and second[2] == state[1]
+        return RankState(
+            rank=rank, branch=branch, branch_rank=branch_rank, status=status, path=path, count=count,
+            seconds=float(second[3]) if same else 0.0,
+        )  # fmt: skip
+
+
+def _log_and_flush(text: str) -> None:
+    logger.critical("%s", text)
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()

@@ -1,0 +1,336 @@
+"""One torchrun world carved into branch worlds, with a router group over everybody.
+
+Each branch becomes an ordinary torch.distributed world: its default process group spans only its ranks, made
+over ``PrefixStore("branch/<name>")``, so Megatron-Core's ``parallel_state`` and vLLM's external launcher work
+unchanged and branches may differ in size and layout. Beside it stands the router group, a
+``ProcessGroupGloo`` over all ranks that torch.distributed does not know as a group: use its own methods
+(``send``, ``recv``, ``barrier``, ``allgather``), with global ranks and CPU tensors.
+
+The store is torchrun's own (``TORCHELASTIC_USE_AGENT_STORE``); under another launcher that sets RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, global rank 0 hosts it. Keys carry the run's identifier
+and torchrun's restart count, so that a restarted group never reads those of its predecessor.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Protocol, Self
+
+import torch
+import torch.distributed as dist
+
+from copd_megatron.topology.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+_LAZY_CONNECTIONS_FROM: Final = 128
+"""World size from which router connections are made on first use: a full mesh needs a socket per peer."""
+_BACKEND_GRACE_SECONDS: Final = 60.0
+"""Backends time out later than the watch, whose report says more."""
+_ENVIRONMENT: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class WorldError(RuntimeError):
+    """The ranks that were launched do not form the world that the configuration describes."""
+
+
+class _Group(Protocol):
+    """What ``World`` needs of a Gloo group: the router's is no ``ProcessGroup`` to torch's type stubs."""
+
+    def send(self, tensors: list[torch.Tensor], dstRank: int, tag: int) -> dist.Work: ...
+    def recv(self, tensors: list[torch.Tensor], srcRank: int, tag: int) -> dist.Work: ...
+    def barrier(self) -> dist.Work: ...
+    def allgather(self, output_tensors: list[list[torch.Tensor]], input_tensors: list[torch.Tensor]) -> dist.Work: ...
+
+
+@dataclass
+class World:
+    """This process's place in the job, and the groups it talks through. Made by ``init_world``."""
+
+    rank: int
+    """Global rank."""
+    world_size: int
+    """Ranks of all branches."""
+    branch: str
+    branch_rank: int
+    branch_ranks: dict[str, tuple[int, ...]]
+    """Branch name to global ranks, for every branch, in configuration order."""
+    device: torch.device
+    """``cpu``, or ``cuda:<LOCAL_RANK>``."""
+    store: dist.Store
+    """The job's store under this run's prefix; for use by one thread (``clone()`` it for another)."""
+    router: _Group
+    """Gloo group over all ranks, for CPU tensors; peers are global ranks."""
+    watch: Watch
+    local_rank: int
+    hosts_store: bool
+    _saved_environment: dict[str, str] = field(default_factory=dict)
+    _closed: bool = False
+
+    @property
+    def branch_size(self) -> int:
+        return len(self.branch_ranks[self.branch])
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return tuple(self.branch_ranks)
+
+    @property
+    def is_first(self) -> bool:
+        """Global rank 0: writes what the job writes once."""
+        return self.rank == 0
+
+    @property
+    def is_branch_first(self) -> bool:
+        """First rank of its branch: writes what a branch writes once."""
+        return self.branch_rank == 0
+
+    def place_of(self, rank: int) -> tuple[str, int]:
+        """Branch and branch rank of a global rank."""
+        for branch, ranks in self.branch_ranks.items():
+            if rank in ranks:
+                return branch, ranks.index(rank)
+        raise ValueError(f"no rank {rank} in a world of {self.world_size}")
+
+    def barrier(self, name: str) -> None:
+        """Wait until every rank of every branch is here. ``name`` is what a report calls it."""
+        with self.watch.operation(f"barrier {name}"):
+            self.router.barrier().wait()
+
+    def all_gather_objects(self, obj: Any, name: str = "all_gather_objects") -> list[Any]:
+        """Small picklable objects of all ranks, by global rank. Trusts the job's own ranks (pickle)."""
+        with self.watch.operation(name):
+            data, size = _pickled(obj)
+            sizes = [torch.empty_like(size) for _ in range(self.world_size)]
+            self.router.allgather([sizes], [size]).wait()
+            longest = int(max(sizes))
+            padded = torch.zeros(longest, dtype=torch.uint8)
+            padded[: data.numel()] = data
+            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+            self.router.allgather([parts], [padded]).wait()
+        return [pickle.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, sizes, strict=True)]
+
+    def branch_gather(self, obj: Any, name: str = "branch_gather") -> list[Any]:
+        """Small picklable objects of this branch's ranks, by branch rank, on every one of them."""
+        gathered: list[Any] = [None] * self.branch_size
+        with self.watch.operation(name, ranks=self.branch_ranks[self.branch]):
+            data, size = _pickled(obj)
+            sizes = [torch.empty_like(size) for _ in range(self.branch_size)]
+            dist.all_gather(sizes, size)
+            longest = int(max(sizes))
+            padded = torch.zeros(longest, dtype=torch.uint8)
+            padded[: data.numel()] = data
+            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.branch_size)]
+            dist.all_gather(parts, padded)
+        for i, (part, n) in enumerate(zip(parts, sizes, strict=True)):
+            gathered[i] = pickle.loads(part[: int(n)].numpy().tobytes())
+        return gathered
+
+    def branch_environment(self) -> dict[str, str]:
+        """RANK, WORLD_SIZE and LOCAL_RANK as libraries inside a branch must read them.
+
+        RANK and WORLD_SIZE become the branch's: vLLM's external launcher takes its rank from RANK, Megatron-Core
+        falls back on both. LOCAL_RANK stays the launcher's, as it is the device index on this node.
+        """
+        return {
+            "RANK": str(self.branch_rank),
+            "WORLD_SIZE": str(self.branch_size),
+            "LOCAL_RANK": str(self.local_rank),
+        }
+
+    def adopt_branch_environment(self) -> None:
+        """Put ``branch_environment()`` into ``os.environ`` until ``close()``."""
+        for name, value in self.branch_environment().items():
+            self._saved_environment.setdefault(name, os.environ[name])
+            os.environ[name] = value
+
+    def close(self) -> None:
+        """Leave in good order: wait for everybody, stop the watch, destroy the groups. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self.barrier("close")
+        self.watch.close()
+        dist.destroy_process_group()
+        os.environ.update(self._saved_environment)
+        if self.hosts_store:
+            # The server lives in this process; the others still publish their end.
+            others = [f"closed/{rank}" for rank in range(self.world_size) if rank != self.rank]
+            self.store.wait(others, timedelta(seconds=self.watch.timeout_seconds))
+        else:
+            self.store.set(f"closed/{self.rank}", "")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            # The others cannot be waited for; they learn of it from the watch and from closed connections.
+            self._closed = True
+            self.watch.fail()
+            os.environ.update(self._saved_environment)
+
+
+def init_world(
+    branch_ranks: Mapping[str, Sequence[int]],
+    *,
+    device: Literal["cpu", "cuda"],
+    timeout_seconds: float,
+    run_id: str,
+    report_dir: Path | None = None,
+) -> World:
+    """Join the job: branch world as torch.distributed's default group, router group, watch.
+
+    Collective over all launched ranks. Reads the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR, MASTER_PORT). On CUDA the branch group has a Gloo part for CPU tensors.
+
+    Args:
+        branch_ranks: branch name to global ranks; together exactly 0 .. WORLD_SIZE - 1.
+        device: where the actors run; ``cuda`` selects the GPU of LOCAL_RANK.
+        timeout_seconds: limit on every operation, and on waiting for ranks that have not started.
+        run_id: the same on every rank; keeps runs apart that share a store.
+        report_dir: where the watch also writes its reports.
+
+    Raises:
+        ValueError: ``branch_ranks`` does not cover the world.
+        WorldError: no launcher environment, ranks that never came, or ranks with another configuration.
+    """
+    rank, world_size, local_rank = _launcher_environment()
+    if dist.is_initialized():
+        raise WorldError("torch.distributed is initialised already; init_world must be the one to do it")
+    ranks = {branch: tuple(branch_ranks[branch]) for branch in branch_ranks}
+    _check_cover(ranks, world_size)
+    branch = next(name for name, members in ranks.items() if rank in members)
+    timeout = timedelta(seconds=timeout_seconds + _BACKEND_GRACE_SECONDS)
+
+    store, hosts_store = _connect(rank, timeout)
+    _agree(store, rank, ranks, run_id, timeout_seconds)
+    store = dist.PrefixStore(run_id, store)
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    watch = Watch(
+        store, rank, ranks, timeout_seconds=timeout_seconds, report_dir=report_dir, hosts_store=hosts_store
+    )
+    try:
+        with watch.operation(f"init_world branch {branch}", ranks=ranks[branch]):
+            dist.init_process_group(
+                backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                store=dist.PrefixStore(f"branch/{branch}", store),
+                rank=ranks[branch].index(rank),
+                world_size=len(ranks[branch]),
+                timeout=timeout,
+            )
+        with watch.operation("init_world router"):
+            router = _router_group(
+                dist.PrefixStore("router", store), rank, world_size, timeout,
+                lazy=world_size >= _LAZY_CONNECTIONS_FROM,
+            )  # fmt: skip
+    except BaseException:
+        watch.fail()
+        raise
+    world = World(
+        rank=rank, world_size=world_size, branch=branch, branch_rank=ranks[branch].index(rank), branch_ranks=ranks,
+        device=torch.device(device, local_rank) if device == "cuda" else torch.device("cpu"),
+        store=store, router=router, watch=watch, local_rank=local_rank, hosts_store=hosts_store,
+    )  # fmt: skip
+    world.barrier("init_world")
+    logger.info(
+        "rank %d of %d: branch %s, rank %d of %d, %s",
+        rank, world_size, branch, world.branch_rank, world.branch_size, world.device,
+    )  # fmt: skip
+    return world
+
+
+def _launcher_environment() -> tuple[int, int, int]:
+    missing = [name for name in _ENVIRONMENT if name not in os.environ]
+    if missing:
+        raise WorldError(
+            f"{', '.join(missing)} not set: start the job with torchrun, or with a launcher that sets "
+            f"{', '.join(_ENVIRONMENT)}"
+        )
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+
+
+def _check_cover(branch_ranks: Mapping[str, Sequence[int]], world_size: int) -> None:
+    placed = sorted(rank for ranks in branch_ranks.values() for rank in ranks)
+    empty = [branch for branch, ranks in branch_ranks.items() if not ranks]
+    if placed != list(range(world_size)) or empty:
+        sizes = " + ".join(f"{len(ranks)} ({branch})" for branch, ranks in branch_ranks.items())
+        raise ValueError(
+            f"the branches take {sizes} = {len(placed)} ranks, the job has {world_size}: every rank 0 .. "
+            f"{world_size - 1} must be in exactly one branch and no branch may be empty; launch {len(placed)} "
+            "processes or change the branches' layouts"
+        )
+
+
+def _connect(rank: int, timeout: timedelta) -> tuple[dist.Store, bool]:
+    """The job's store under this restart's prefix, and whether this process hosts it."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts = rank == 0 and not agent_hosts
+    try:
+        tcp = dist.TCPStore(host, port, None, hosts, timeout, wait_for_workers=False)
+    except RuntimeError as error:
+        role = "serve" if hosts else "reach"
+        raise WorldError(
+            f"rank {rank} cannot {role} the job's store at MASTER_ADDR:MASTER_PORT = {host}:{port}: {error}"
+        ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"copd/attempt_{attempt}", tcp), hosts
+
+
+def _agree(
+    store: dist.Store, rank: int, branch_ranks: Mapping[str, tuple[int, ...]], run_id: str, timeout_seconds: float
+) -> None:
+    """Wait for every rank and refuse ranks that were configured otherwise."""
+    mine = json.dumps({"run_id": run_id, "branch_ranks": branch_ranks, "torch": torch.__version__})
+    keys = {f"arrived/{r}": (branch, i, r) for branch, ranks in branch_ranks.items() for i, r in enumerate(ranks)}
+    store.set(f"arrived/{rank}", mine)
+    try:
+        store.wait(list(keys), timedelta(seconds=timeout_seconds))
+    except dist.DistStoreError as error:
+        absent = [place for key, place in keys.items() if not store.check([key])]
+        names = ", ".join(f"{branch} rank {i} (global rank {r})" for branch, i, r in absent[:16])
+        raise WorldError(
+            f"{len(absent)} of {len(keys)} ranks did not start within {timeout_seconds:.0f} s: {names}; "
+            "look at their nodes' logs, or raise run.collective_timeout_seconds"
+        ) from error
+    given = dict(zip(keys, (value.decode() for value in store.multi_get(list(keys))), strict=True))
+    # Every rank compares all with rank 0's, so that all of them refuse, not only the odd ones.
+    for key, (branch, i, r) in keys.items():
+        if given[key] != given["arrived/0"]:
+            raise WorldError(
+                f"{branch} rank {i} (global rank {r}) was started with {given[key]}, global rank 0 with "
+                f"{given['arrived/0']}: give every node the same configuration and software"
+            )
+
+
+def _router_group(
+    store: dist.Store, rank: int, world_size: int, timeout: timedelta, *, lazy: bool
+) -> dist.ProcessGroupGloo:
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [
+        dist.ProcessGroupGloo.create_device(interface=name, lazy_init=lazy)
+        for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
+        if name
+    ] or [dist.ProcessGroupGloo.create_default_device(lazy_init=lazy)]
+    options._timeout = timeout
+    options._threads = 2 * len(options._devices)
+    return dist.ProcessGroupGloo(store, rank, world_size, options)
+
+
+def _pickled(obj: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    data = torch.frombuffer(bytearray(pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)), dtype=torch.uint8)
+    return data, torch.tensor([data.numel()], dtype=torch.int64)
