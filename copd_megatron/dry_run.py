@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from copd_megatron.config import Config, Device, ModelShape, read_model_shapes, to_yaml, validate
+from copd_megatron.opd.graph import build_graph
 from copd_megatron.topology.layout import Layout
 from copd_megatron.topology.memory import GIB, compute_bytes, estimate_memory
 
@@ -29,25 +30,10 @@ def dry_run(config: Config, world_size: int | None = None) -> str:
     sections = (
         ("Resolved configuration", to_yaml(config).rstrip()),
         ("Rank layout", f"{layout.world_size} ranks\n{layout.describe()}"),
-        ("Distillation edges", _describe_edges(config)),
+        ("Distillation edges", build_graph(config).describe()),
         ("Memory per rank (estimate)", _describe_memory(config, shapes)),
     )
     return "\n\n".join(f"# {title}\n{body}" for title, body in sections) + "\n"
-
-
-def _describe_edges(config: Config) -> str:
-    # Here and not above: the graph is the larger part of what this module would import.
-    from copd_megatron.opd.graph import build_graph
-
-    lines = []
-    for edge in build_graph(config).edges:
-        details = ", ".join(
-            f"{field.name} {getattr(edge, field.name)}"
-            for field in fields(edge)
-            if field.name not in ("student", "teacher")
-        )
-        lines.append(f"{edge.student} <- {edge.teacher}: {details}")
-    return "\n".join(lines) or "none: every branch trains on its own rewards only"
 
 
 def _describe_memory(config: Config, shapes: Mapping[str, ModelShape]) -> str:

@@ -4,8 +4,9 @@
 failed first; ``launch_distributed`` returns every rank's outcome, for tests in which ranks are meant to die.
 
 Ranks are forked from a server process that has imported torch once (no rank pays the seconds that takes);
-``fresh_interpreter=True`` starts each from scratch, for code that must set things up before torch is imported.
-Functions and arguments travel by pickle, so a function must be importable: a module-level ``def`` of a test.
+``fresh_interpreter=True`` starts each from scratch, for code that must set things up before torch is
+imported. Functions and arguments travel by pickle, so a function must be importable: a module-level ``def``
+of a test.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ def run_distributed(
         # A rank that was still running had been waiting for one that had failed.
         failed.sort(key=lambda o: (o.exit_code is None, o.seconds))
         parts = [
-            f"rank {o.rank}: exit code {'none (killed, out of time)' if o.exit_code is None else o.exit_code} after "
-            f"{o.seconds:.1f} s\n{o.error or ''}\noutput:\n{o.output[-6000 if i == 0 else -1500:]}"
+            f"rank {o.rank}: exit code "
+            f"{'none (killed, out of time)' if o.exit_code is None else o.exit_code} after {o.seconds:.1f} "
+            f"s\n{o.error or ''}\noutput:\n{o.output[-6000 if i == 0 else -1500 :]}"
             for i, o in enumerate(failed)
         ]
         raise DistributedTestError(f"{len(failed)} of {world_size} ranks failed\n" + "\n".join(parts))
@@ -131,7 +133,8 @@ def launch_distributed(
         with _environment(_THREADS):
             processes = [
                 context.Process(
-                    target=_rank_main, args=(pickle.dumps((fn, tuple(args))), environments[rank], folder / str(rank))
+                    target=_rank_main,
+                    args=(pickle.dumps((fn, tuple(args))), environments[rank], folder / str(rank)),
                 )
                 for rank in range(world_size)
             ]
@@ -142,14 +145,21 @@ def launch_distributed(
         finally:
             for process in processes:
                 _kill(process)
+        now = time.monotonic()
         return [
-            _outcome(rank, process.exitcode if rank in ended else None, ended.get(rank, time.monotonic()) - started,
-                     folder / str(rank))
+            _outcome(
+                rank,
+                process.exitcode if rank in ended else None,
+                ended.get(rank, now) - started,
+                folder / str(rank),
+            )
             for rank, process in enumerate(processes)
-        ]  # fmt: skip
+        ]
 
 
-def _wait(processes: Sequence[ForkServerProcess | SpawnProcess], deadline: float, stop: bool) -> dict[int, float]:
+def _wait(
+    processes: Sequence[ForkServerProcess | SpawnProcess], deadline: float, stop: bool
+) -> dict[int, float]:
     """Monotonic end time of each rank that ended by itself before the deadline."""
     ended: dict[int, float] = {}
     while len(ended) < len(processes) and (remaining := deadline - time.monotonic()) > 0:
@@ -184,7 +194,9 @@ def _outcome(rank: int, exit_code: int | None, seconds: float, stem: Path) -> Ra
     output = log.read_text(errors="replace") if log.exists() else ""
     if exit_code == 0 and not written.exists():
         error = "the process ended without returning from the function"
-    return RankOutcome(rank=rank, exit_code=exit_code, result=result, error=error, output=output, seconds=seconds)
+    return RankOutcome(
+        rank=rank, exit_code=exit_code, result=result, error=error, output=output, seconds=seconds
+    )
 
 
 def _rank_main(call: bytes, environment: Mapping[str, str], stem: Path) -> None:
@@ -195,7 +207,7 @@ def _rank_main(call: bytes, environment: Mapping[str, str], stem: Path) -> None:
     os.dup2(log, 2)
     try:
         fn, args = pickle.loads(call)
-        outcome = (fn(*args), None)
+        outcome: tuple[Any, str | None] = (fn(*args), None)
     except BaseException:
         outcome = (None, traceback.format_exc())
     written = stem.with_suffix(".partial")

@@ -76,7 +76,9 @@ def _is_socket(fd: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("agent_store", [True, False], ids=["agent hosts the store", "rank 0 hosts the store"])
+@pytest.mark.parametrize(
+    "agent_store", [True, False], ids=["agent hosts the store", "rank 0 hosts the store"]
+)
 def test_branches_are_worlds_of_their_own_beside_a_router(agent_store: bool) -> None:
     results = run_distributed(_check_worlds, 6, agent_store=agent_store)
     for branch, ranks in BRANCHES.items():
@@ -111,7 +113,10 @@ def _ring_and_sockets() -> tuple[float, int, int]:
         sockets = sum(1 for fd in os.listdir("/proc/self/fd") if _is_socket(fd))
         value = torch.empty(1)
         far = (world.rank + 3) % 6
-        works = [world.router.recv([value], far, 1), world.router.send([torch.tensor([1.0 * world.rank])], far, 1)]
+        works = [
+            world.router.recv([value], far, 1),
+            world.router.send([torch.tensor([1.0 * world.rank])], far, 1),
+        ]
         for work in works:
             work.wait()
         return value.item(), far, sockets
@@ -227,7 +232,9 @@ def test_report_names_who_is_waited_for_and_who_is_behind() -> None:
 
 
 def test_only_backend_failures_become_collective_errors() -> None:
-    assert is_collective_failure(RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed"))
+    assert is_collective_failure(
+        RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed")
+    )
     assert is_collective_failure(dist.DistBackendError("NCCL error"))
     assert not is_collective_failure(RuntimeError("The size of tensor a (3) must match"))
     assert not is_collective_failure(torch.OutOfMemoryError("CUDA out of memory"))
@@ -284,7 +291,9 @@ def test_an_operation_costs_less_than_a_third_of_a_millisecond() -> None:
 
 def _stuck(report_dir: str | None) -> None:
     logging.basicConfig(level=logging.INFO)
-    with _world({"text": (0, 1), "image": (2, 3)}, 2.0, report_dir=Path(report_dir) if report_dir else None) as world:
+    with _world(
+        {"text": (0, 1), "image": (2, 3)}, 2.0, report_dir=Path(report_dir) if report_dir else None
+    ) as world:
         if world.rank == 3:
             with world.watch.operation("rollout.generate", timeout_seconds=1000):
                 _sleep_forever_in_a_function_with_a_name()
@@ -342,7 +351,11 @@ def test_a_killed_rank_is_named_by_those_that_waited_for_it(agent_store: bool) -
     for rank, branch in ((0, "text"), (1, "text"), (2, "image")):
         result = outcomes[rank].result
         assert result is not None, outcomes[rank].output
-        assert (result["branch"], result["rank"], result["operation"]) == (branch, rank, "opd.score image<-text")
+        assert (result["branch"], result["rank"], result["operation"]) == (
+            branch,
+            rank,
+            "opd.score image<-text",
+        )
         assert result["cause"] == "RuntimeError"
         assert "'step 7 > opd.score image<-text' failed after" in result["message"]
         assert (
@@ -368,11 +381,15 @@ def _hangs() -> None:
     time.sleep(60)
 
 
-def test_harness_returns_results_and_raises_the_failing_ranks_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_harness_returns_results_and_raises_the_failing_ranks_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert run_distributed(_returns, 2, args=(7,), env={"EXTRA": "!"}) == [(7, 0, "1!"), (7, 1, "1!")]
     monkeypatch.setattr("tests.distributed._GRACE_SECONDS", 0.2)
     start = time.monotonic()
-    with pytest.raises(DistributedTestError, match=r"(?s)rank 1: exit code 1 .*KeyError: 'a cause of its own'"):
+    with pytest.raises(
+        DistributedTestError, match=r"(?s)rank 1: exit code 1 .*KeyError: 'a cause of its own'"
+    ):
         run_distributed(_raises_on_one, 2)
     with pytest.raises(DistributedTestError, match="2 of 2 ranks failed"):
         run_distributed(_hangs, 2, timeout=1)

@@ -132,6 +132,8 @@ class RewardConfig:
     """Verifiers this branch's samples may name; built-in names or ``package.module:attribute``."""
     timeout_seconds: float = 10.0
     """A verifier that takes longer scores the sample 0, is counted and logged."""
+    num_workers: int = 1
+    """Worker processes per rank for the verifiers that run isolated (``math``, ``reasoning_gym``, your own)."""
 
 
 @dataclass(kw_only=True)
@@ -326,8 +328,6 @@ class WeightSyncConfig:
     bucket_bytes: int = 256 * 1024 * 1024
     """Size of one streamed bucket; a sync's extra memory is at most two of them per rank (or of the
     largest tensor, where that is bigger)."""
-    verify: bool = False
-    """After each sync, compare vLLM's weights with the actor's by checksum (slow; for tests)."""
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
@@ -295,64 +294,30 @@ def _opd(config: Config) -> Iterator[str]:
     )
     if opd.teacher_mode is TeacherMode.every_n_steps:
         yield from _under("opd", _at_least(1, snapshot_every_steps=opd.snapshot_every_steps))
-    if opd.hub is not None and opd.hub not in branches:
-        yield f"opd.hub: {opd.hub!r} is not a branch; branches: {', '.join(branches)}"
-    yield from _edges(config)
-    if config.schedule.opd_steps == 0:
-        return
-    if opd.topology is Topology.none:
-        yield (
-            f"opd.topology: none has no edges, yet schedule.opd_steps is {config.schedule.opd_steps}; set "
-            f"schedule.opd_steps=0 and put the steps into rlvr_steps, or choose a topology"
-        )
-    elif len(branches) < 2:
+    yield from _graph(config)
+    if config.schedule.opd_steps > 0 and len(branches) < 2:
         yield (
             f"schedule.opd_steps: {config.schedule.opd_steps} with {len(branches)} branch: distillation "
             f"needs a teacher; add a branch or set schedule.opd_steps=0"
         )
-    elif opd.topology is Topology.custom and not opd.edges:
-        yield "opd.edges: empty with topology custom; list edges with student and teacher"
 
 
-def _edges(config: Config) -> Iterator[str]:
-    opd, branches = config.opd, config.branches
-    seen: Counter[tuple[str, str, str]] = Counter()
-    for index, edge in enumerate(opd.edges):
-        key = f"opd.edges[{index}]"
-        for role, name in (("student", edge.student), ("teacher", edge.teacher), ("prompts", edge.prompts)):
-            if name is not None and name not in branches:
-                yield f"{key}.{role}: {name!r} is not a branch; branches: {', '.join(branches)}"
-        yield from _under(key, _at_least(0, beta=edge.beta))
-        yield from _under(key, _at_least(1, num_prompts_per_step=edge.num_prompts_per_step))
-        if edge.student == edge.teacher:
-            yield (
-                f"{key}: student and teacher are both {edge.student!r}; a branch's own weights say nothing "
-                f"new about its own samples; name another teacher"
-            )
-        elif edge.student in branches and branches[edge.student].frozen:
-            yield (
-                f"{key}.student: {edge.student!r} is frozen and cannot learn; set "
-                f"branches.{edge.student}.frozen=false or drop the edge"
-            )
-        elif not _in_topology(config, edge.student, edge.teacher):
-            yield (
-                f"{key}: {edge.student} <- {edge.teacher} is no edge of topology {opd.topology.value}; "
-                f"use opd.topology=custom to list edges freely"
-            )
-        seen[(edge.student, edge.teacher, edge.prompts or edge.teacher)] += 1
-    for (student, teacher, prompts), count in seen.items():
-        if count > 1:
-            yield f"opd.edges: {student} <- {teacher} on {prompts} prompts stands {count} times; keep one"
+def _graph(config: Config) -> Iterator[str]:
+    """Hub, edges and their overrides: the graph's own checks."""
+    # Here and not above: the graph is built from this package's types.
+    from copd_megatron.opd.graph import build_graph
 
-
-def _in_topology(config: Config, student: str, teacher: str) -> bool:
-    """Whether listing this edge can mean something; names that do not exist are reported elsewhere."""
-    topology = config.opd.topology
-    if student not in config.branches or teacher not in config.branches:
-        return True
-    if topology is Topology.hub_and_spoke:
-        return (config.opd.hub or next(iter(config.branches))) in (student, teacher)
-    return topology is not Topology.none
+    try:
+        graph = build_graph(config)
+    except ConfigError as error:
+        yield str(error)
+        return
+    if config.schedule.opd_steps > 0 and len(config.branches) > 1 and not graph.edges:
+        yield (
+            f"schedule.opd_steps: {config.schedule.opd_steps} with opd.topology "
+            f"{config.opd.topology.value}, which makes no edge here, would distil nothing; set "
+            f"schedule.opd_steps=0 (its steps can go into rlvr_steps), or choose another topology"
+        )
 
 
 def _loss(config: Config) -> Iterator[str]:

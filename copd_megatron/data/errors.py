@@ -11,7 +11,8 @@ class BadSampleError(DataError):
     """One sample that cannot be used. The stream skips, counts and logs it; start-up checks refuse it.
 
     ``reason`` is a short stable word for counters: ``not_json``, ``no_json``, ``missing_field``,
-    ``bad_type``, ``unknown_verifier``, ``too_long``, ``empty_prompt``, ``media_unsupported``.
+    ``bad_type``, ``unknown_verifier``, ``too_long``, ``empty_prompt``, ``chat_template``, ``no_member``,
+    ``media_unsupported``.
     """
 
     def __init__(self, where: str, reason: str, problem: str, remedy: str) -> None:

@@ -51,7 +51,12 @@ class Sample:
 
 
 def parse_sample(
-    raw: bytes, ref: SampleRef, where: str, *, media: tuple[str, ...] = (), verifiers: Collection[str] | None = None
+    raw: bytes,
+    ref: SampleRef,
+    where: str,
+    *,
+    media: tuple[str, ...] = (),
+    verifiers: Collection[str] | None = None,
 ) -> Sample:
     """Read and check a sample's JSON member.
 
@@ -69,7 +74,12 @@ def parse_sample(
 
 
 def sample_from_record(
-    record: Any, ref: SampleRef, where: str, *, media: tuple[str, ...] = (), verifiers: Collection[str] | None = None
+    record: Any,
+    ref: SampleRef,
+    where: str,
+    *,
+    media: tuple[str, ...] = (),
+    verifiers: Collection[str] | None = None,
 ) -> Sample:
     """The same checks on a decoded record. Raises BadSampleError."""
     if not isinstance(record, dict):
@@ -114,7 +124,9 @@ def _check_prompt(prompt: Any, where: str) -> str | tuple[Message, ...]:
     if not isinstance(prompt, list):
         raise _bad_type(where, "'prompt'", "a string or a list of chat messages", prompt)
     if not prompt:
-        raise BadSampleError(where, "empty_prompt", "'prompt' is an empty list", "Drop the sample or fill it in.")
+        raise BadSampleError(
+            where, "empty_prompt", "'prompt' is an empty list", "Drop the sample or fill it in."
+        )
     for position, message in enumerate(prompt):
         name = f"message {position} of 'prompt'"
         if not isinstance(message, dict):
@@ -123,7 +135,9 @@ def _check_prompt(prompt: Any, where: str) -> str | tuple[Message, ...]:
             raise _bad_type(where, f"'role' of {name}", "a string", message.get("role"))
         # A list holds typed parts ({"type": "text", ...}, {"type": "image", ...}), as chat templates take them.
         if not isinstance(message.get("content"), str | list):
-            raise _bad_type(where, f"'content' of {name}", "a string or a list of parts", message.get("content"))
+            raise _bad_type(
+                where, f"'content' of {name}", "a string or a list of parts", message.get("content")
+            )
     return tuple(prompt)
 
 
@@ -132,5 +146,8 @@ def _bad_type(where: str, what: str, wanted: str, got: Any) -> BadSampleError:
     if len(shown) > 60:
         shown = shown[:57] + "..."
     return BadSampleError(
-        where, "bad_type", f"{what} must be {wanted}, got {type(got).__name__} {shown}", "Write the shard again."
+        where,
+        "bad_type",
+        f"{what} must be {wanted}, got {type(got).__name__} {shown}",
+        "Write the shard again.",
     )

@@ -28,7 +28,7 @@ from copd_megatron.data.errors import BadSampleError, DataError
 from copd_megatron.data.samples import Sample, SampleRef, parse_sample
 
 _MEMBER = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _REWRITE = "Write it again: the program that made it was probably interrupted."
 
 
@@ -132,15 +132,18 @@ def index_shard(path: Path, name: str | None = None) -> ShardIndex:
 def _refuse_unreadable(path: Path) -> None:
     try:
         with open(path, "rb") as file:
-            magic = file.read(2)
+            head = file.read(tarfile.BLOCKSIZE)
     except OSError as error:
         raise DataError(f"shard {path}: cannot be read ({error.strerror}). Check path and rights.") from error
-    if not magic:
+    if not head:
         raise DataError(f"shard {path}: the file has no bytes. {_REWRITE}")
-    if magic in _COMPRESSED:
-        raise DataError(
-            f"shard {path}: compressed with {_COMPRESSED[magic]}, which allows no random access. Decompress it."
-        )
+    if head[257:262] == b"ustar":
+        return
+    for magic, program in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise DataError(
+                f"shard {path}: compressed with {program}, which allows no random access. Decompress it."
+            )
 
 
 def _refuse_cut_off(path: Path, end: int) -> None:
@@ -241,14 +244,19 @@ class ShardSet:
         if member is None:
             held = sorted(member.extension for member in index.samples[ref.key])
             raise BadSampleError(
-                self.where(ref), "no_member", f"no .{extension} member (it has {held})", "Write the shard again."
+                self.where(ref),
+                "no_member",
+                f"no .{extension} member (it has {held})",
+                "Write the shard again.",
             )
         return self._read(index, member)
 
     def _index_of(self, ref: SampleRef) -> ShardIndex:
         index = self._by_name.get(ref.shard)
         if index is None or ref.key not in index.samples:
-            what = "no sample with this key" if index else f"no such shard among {sorted(self._by_name)[:5]} ..."
+            what = (
+                "no sample with this key" if index else f"no such shard among {sorted(self._by_name)[:5]} ..."
+            )
             raise DataError(f"{self.where(ref)}: {what}. Give every branch the same shards.")
         return index
 
@@ -263,7 +271,9 @@ class ShardSet:
         except OSError as error:
             raise DataError(f"shard {index.path}: cannot be read any more ({error}). Put it back.") from error
         if len(data) < member.size:
-            raise DataError(f"shard {index.path}: became shorter while in use. Do not write to it during a run.")
+            raise DataError(
+                f"shard {index.path}: became shorter while in use. Do not write to it during a run."
+            )
         return bytes(data)
 
 

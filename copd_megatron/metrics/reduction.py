@@ -220,7 +220,7 @@ class Metrics:
         if name not in self._uneven and not math.isclose(smallest, largest, rel_tol=1e-6):
             self._uneven.add(name)
             logger.warning(
-                "metric %s should be the same on all ranks, and lies between %r and %r: the largest is reported",
+                "metric %s should be the same on all ranks, but lies between %r and %r: the largest counts",
                 name,
                 smallest,
                 largest,

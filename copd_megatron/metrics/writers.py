@@ -70,7 +70,6 @@ class JsonlWriter:
         Raises:
             ValueError: a line is not a JSON object with an integer step; names the line.
         """
-        self._file.close()
         temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("w", encoding="utf-8") as kept:
             for line, line_step in self._lines():
@@ -78,6 +77,7 @@ class JsonlWriter:
                     kept.write(line)
             kept.flush()
             os.fsync(kept.fileno())
+        self._file.close()
         os.replace(temporary, self.path)
         self._file = self.path.open("a", encoding="utf-8")
 

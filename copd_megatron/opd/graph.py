@@ -83,11 +83,12 @@ class Graph:
 def build_graph(config: Config) -> Graph:
     """The distillation graph that a configuration describes.
 
-    Frozen branches never learn: ``hub_and_spoke`` and ``all_to_all`` leave out the edges into them. Edges come
-    by student, then teacher, in the order of ``branches`` (``custom``: in the order given).
+    Frozen branches never learn: ``hub_and_spoke`` and ``all_to_all`` leave out the edges into them. Edges
+    come by student, then teacher, in the order of ``branches`` (``custom``: in the order given).
 
     Raises:
-        ConfigError: unknown branch, self edge, frozen student, duplicate edge, an override of an edge that the
+        ConfigError: unknown branch, self edge, frozen student, duplicate edge, an override of an edge that
+        the
             topology does not make, or a value out of range; with the remedy.
     """
     branches = tuple(config.branches)
@@ -98,8 +99,8 @@ def build_graph(config: Config) -> Graph:
         for i, (student, _) in enumerate(pairs):
             if config.branches[student].frozen:
                 raise ConfigError(
-                    f"opd.edges[{i}].student: branch {student!r} is frozen and cannot learn; swap student and "
-                    f"teacher, or set branches.{student}.frozen=false"
+                    f"opd.edges[{i}].student: branch {student!r} is frozen and cannot learn; swap student "
+                    f"and teacher, or set branches.{student}.frozen=false"
                 )
     else:
         pairs = [
@@ -111,8 +112,8 @@ def build_graph(config: Config) -> Graph:
             if (student, teacher) not in pairs:
                 made = ", ".join(f"{s}<-{t}" for s, t in pairs) or "none"
                 raise ConfigError(
-                    f"opd.edges[{i}] overrides {student}<-{teacher}, which opd.topology={opd.topology.value} does "
-                    f"not make (edges: {made}); remove it, or list every edge under opd.topology=custom"
+                    f"opd.edges[{i}] overrides {student}<-{teacher}, which opd.topology={opd.topology.value} "
+                    f"does not make (edges: {made}); remove it, or list every edge under opd.topology=custom"
                 )
     return Graph(branches, tuple(_edge(config, s, t, overrides.get((s, t))) for s, t in pairs))
 
@@ -173,12 +174,15 @@ def _edge(config: Config, student: str, teacher: str, override: EdgeConfig | Non
     )
     if not (math.isfinite(edge.beta) and edge.beta > 0):
         raise ConfigError(
-            f"edge {edge.name}: beta is {edge.beta}; give a positive number (opd.beta, or the edge's own). To do "
-            "without the edge, leave it out under opd.topology=custom"
+            f"edge {edge.name}: beta is {edge.beta}; give a positive number (opd.beta, or the edge's own). "
+            "To do without the edge, leave it out under opd.topology=custom"
         )
-    for what, value in (("num_prompts_per_step", edge.num_prompts), ("num_generations_per_prompt", edge.num_generations)):
+    sizes = {"num_prompts_per_step": edge.num_prompts, "num_generations_per_prompt": edge.num_generations}
+    for what, value in sizes.items():
         if value < 1:
-            raise ConfigError(f"edge {edge.name}: {what} is {value}; give at least 1 (opd.{what}, or the edge's own)")
+            raise ConfigError(
+                f"edge {edge.name}: {what} is {value}; give at least 1 (opd.{what}, or the edge's own)"
+            )
     return edge
 
 
@@ -190,6 +194,6 @@ def _first[T](*values: T | None) -> T:
 def _branch(name: str, branches: tuple[str, ...], where: str) -> str:
     if name not in branches:
         close = difflib.get_close_matches(name, branches, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{where}: no branch {name!r}{hint} Branches: {', '.join(branches) or 'none'}".replace("? B", "? B"))
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"{where}: no branch {name!r}; {hint}Branches: {', '.join(branches) or 'none'}")
     return name

@@ -67,7 +67,8 @@ def plan_exchange(edges: Sequence[Edge], branch_ranks: Mapping[str, Sequence[int
         students, teachers = branch_ranks[edge.student], branch_ranks[edge.teacher]
         if not students or not teachers or set(students) & set(teachers):
             raise ValueError(
-                f"edge {edge.name}: ranks {list(students)} and {list(teachers)} must be disjoint and not empty"
+                f"edge {edge.name}: ranks {list(students)} and {list(teachers)} must be disjoint and not "
+                "empty"
             )
         count = min(len(students), len(teachers))
         sources = _least_busy(ends[edge.student], count)

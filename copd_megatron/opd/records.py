@@ -2,8 +2,8 @@
 
 Shape legend: ``L`` tokens of prompt plus response, ``R`` response tokens, ``s`` sampled states of a row,
 ``k`` top-k, ``V`` vocabulary. Alignment as in ``copd_megatron.records``: element ``i`` of a ``[R]`` array
-belongs to token ``token_ids[prompt_length + i]`` and comes from the logits one position earlier. A *state* is a
-response position; its distribution is the one from which that token was drawn.
+belongs to token ``token_ids[prompt_length + i]`` and comes from the logits one position earlier. A *state* is
+a response position; its distribution is the one from which that token was drawn.
 """
 
 from __future__ import annotations

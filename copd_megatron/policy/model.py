@@ -83,6 +83,8 @@ def transformer_config(dims: ModelDims, parallel: ParallelConfig, dtype: torch.d
         # the loss comes fully normalised (records.TrainRow): Megatron must only sum
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
+        # the all-gather dispatcher refuses micro-batches of different length
+        "moe_token_dispatcher_type": "alltoall",
     }
     if not on_cuda:
         settings |= {

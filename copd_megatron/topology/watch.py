@@ -37,9 +37,23 @@ EXIT_STUCK: Final = 86
 """Exit code of a process that the watch ended."""
 
 _MAX_NAMED = 8
-_RUNNING, _FAILED, _CLOSED, _EXITED, _DEAD, _UNKNOWN = "running", "failed", "closed", "exited", "dead", "unknown"
+_RUNNING, _FAILED, _CLOSED, _EXITED, _DEAD, _UNKNOWN = (
+    "running",
+    "failed",
+    "closed",
+    "exited",
+    "dead",
+    "unknown",
+)
 _GONE_ORDER = {_DEAD: 0, _EXITED: 1, _FAILED: 2, _UNKNOWN: 3, _RUNNING: 4, _CLOSED: 5}
-_BACKEND_MARKS = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset", "Broken pipe")
+_BACKEND_MARKS = (
+    "gloo",
+    "NCCL",
+    "ProcessGroup",
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +65,8 @@ class RankState:
     branch: str
     branch_rank: int
     status: str
-    """``running``, ``failed`` (left an operation by an exception), ``closed`` (ended in good order), ``exited``
+    """``running``, ``failed`` (left an operation by an exception), ``closed`` (ended in good order),
+    ``exited``
     (ended without closing), ``dead`` (heartbeat stopped), ``unknown`` (never seen)."""
     path: str
     """Open operations, outermost first, joined by `` > ``; empty: between operations."""
@@ -109,7 +124,9 @@ def is_collective_failure(error: BaseException) -> bool:
     return type(error) is RuntimeError and any(mark in str(error) for mark in _BACKEND_MARKS)
 
 
-def waited_for(mine: RankState, table: Sequence[RankState], ranks: Iterable[int] | None = None) -> list[RankState]:
+def waited_for(
+    mine: RankState, table: Sequence[RankState], ranks: Iterable[int] | None = None
+) -> list[RankState]:
     """Ranks that keep ``mine`` waiting, likeliest culprit first.
 
     ``ranks`` (global; None: everybody) take part in the operation. A participant keeps others waiting when it
@@ -163,7 +180,9 @@ def _grouped(table: Sequence[RankState]) -> list[str]:
         numbers = _ranges([s.branch_rank for s in states])
         slowest = max(states, key=lambda s: s.seconds)
         noun = "rank" if len(states) == 1 else "ranks"
-        lines.append(f"{branch} {noun} {numbers} (global {_ranges([s.rank for s in states])}): {slowest.activity}")
+        lines.append(
+            f"{branch} {noun} {numbers} (global {_ranges([s.rank for s in states])}): {slowest.activity}"
+        )
     return lines
 
 
@@ -196,7 +215,9 @@ class Operation:
 
     __slots__ = ("_watch", "name", "ranks", "started", "timeout_seconds")
 
-    def __init__(self, watch: Watch, name: str, timeout_seconds: float, ranks: tuple[int, ...] | None) -> None:
+    def __init__(
+        self, watch: Watch, name: str, timeout_seconds: float, ranks: tuple[int, ...] | None
+    ) -> None:
         self._watch = watch
         self.name = name
         self.timeout_seconds = timeout_seconds
@@ -258,8 +279,9 @@ class Watch:
         self.branch, self.branch_rank = self._places[rank]
         self._report_dir = report_dir
         self._hosts_store = hosts_store
-        self._publisher = store.clone()
-        self._monitor = store.clone()
+        # torch's type stubs lack Store.clone.
+        self._publisher: Store = store.clone()  # type: ignore[attr-defined]
+        self._monitor: Store = store.clone()  # type: ignore[attr-defined]
         self._store_lost = False
         self._stack: list[Operation] = []
         self._thread_id = threading.get_ident()
@@ -288,9 +310,11 @@ class Watch:
         return Operation(self, name, limit, None if ranks is None else tuple(ranks))
 
     def table(self) -> list[RankState]:
-        """Every rank's state, by global rank, after waiting long enough (about 2.5 heartbeats) to tell the dead.
+        """Every rank's state, by global rank, after waiting long enough (about 2.5 heartbeats) to tell the
+        dead.
 
-        Call it from the watch's own thread of use. Raises ``torch.distributed.DistError`` if the store is gone.
+        Call it from the watch's own thread of use. Raises ``torch.distributed.DistError`` if the store is
+        gone.
         """
         return self._read_table(self._publisher)
 
@@ -352,7 +376,9 @@ class Watch:
     def _publish(self) -> None:
         current = self._current
         try:
-            self._publisher.set(f"watch/state/{self.rank}", f"{current.count}\t{current.status}\t{current.path}")
+            self._publisher.set(
+                f"watch/state/{self.rank}", f"{current.count}\t{current.status}\t{current.path}"
+            )
         except RuntimeError as error:
             # The store's host is gone, so the job is ending; the collectives themselves will say so.
             if not self._store_lost:
@@ -363,8 +389,8 @@ class Watch:
         seconds = time.monotonic() - operation.started
         path = self._current.path
         headline = (
-            f"{self.branch} rank {self.branch_rank} (global rank {self.rank}): operation {path!r} failed after "
-            f"{seconds:.1f} s"
+            f"{self.branch} rank {self.branch_rank} (global rank {self.rank}): operation {path!r} failed "
+            f"after {seconds:.1f} s"
         )
         logger.error("%s: %s", headline, error)
         mine = self._mine()
@@ -389,7 +415,9 @@ class Watch:
     def _beat(self, number: int) -> None:
         current = self._current
         elapsed = time.monotonic() - current.since
-        self._monitor.set(f"watch/beat/{self.rank}", f"{number}\t{current.count}\t{current.status}\t{elapsed:.3f}")
+        self._monitor.set(
+            f"watch/beat/{self.rank}", f"{number}\t{current.count}\t{current.status}\t{elapsed:.3f}"
+        )
 
     def _mind(self) -> None:
         number = 0
@@ -496,14 +524,24 @@ class Watch:
         return {rank: tuple(values[rank].decode().split("\t")) if rank in values else None for rank in keys}
 
     def _state(
-        self, rank: int, state: tuple[str, ...] | None, first: tuple[str, ...] | None, second: tuple[str, ...] | None
+        self,
+        rank: int,
+        state: tuple[str, ...] | None,
+        first: tuple[str, ...] | None,
+        second: tuple[str, ...] | None,
     ) -> RankState:
         branch, branch_rank = self._places[rank]
         if rank == self.rank:
             return self._mine()
         if state is None or second is None:
             return RankState(
-                rank=rank, branch=branch, branch_rank=branch_rank, status=_UNKNOWN, path="", count=0, seconds=0.0
+                rank=rank,
+                branch=branch,
+                branch_rank=branch_rank,
+                status=_UNKNOWN,
+                path="",
+                count=0,
+                seconds=0.0,
             )
         count, status, path = int(state[0]), state[1], state[2]
         if status in (_RUNNING, _FAILED) and first is not None and first[0] == second[0]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self
+from typing import Any, Final, Literal, Protocol, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ from copd_megatron.topology.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-_LAZY_CONNECTIONS_FROM: Final = 128
+_LAZY_CONNECTIONS_FROM = 128
 """World size from which router connections are made on first use: a full mesh needs a socket per peer."""
 _BACKEND_GRACE_SECONDS: Final = 60.0
 """Backends time out later than the watch, whose report says more."""
@@ -42,13 +42,15 @@ class WorldError(RuntimeError):
     """The ranks that were launched do not form the world that the configuration describes."""
 
 
-class _Group(Protocol):
+class RouterGroup(Protocol):
     """What ``World`` needs of a Gloo group: the router's is no ``ProcessGroup`` to torch's type stubs."""
 
     def send(self, tensors: list[torch.Tensor], dstRank: int, tag: int) -> dist.Work: ...
     def recv(self, tensors: list[torch.Tensor], srcRank: int, tag: int) -> dist.Work: ...
     def barrier(self) -> dist.Work: ...
-    def allgather(self, output_tensors: list[list[torch.Tensor]], input_tensors: list[torch.Tensor]) -> dist.Work: ...
+    def allgather(
+        self, output_tensors: list[list[torch.Tensor]], input_tensors: list[torch.Tensor]
+    ) -> dist.Work: ...
 
 
 @dataclass
@@ -67,7 +69,7 @@ class World:
     """``cpu``, or ``cuda:<LOCAL_RANK>``."""
     store: dist.Store
     """The job's store under this run's prefix; for use by one thread (``clone()`` it for another)."""
-    router: _Group
+    router: RouterGroup
     """Gloo group over all ranks, for CPU tensors; peers are global ranks."""
     watch: Watch
     local_rank: int
@@ -137,8 +139,9 @@ class World:
     def branch_environment(self) -> dict[str, str]:
         """RANK, WORLD_SIZE and LOCAL_RANK as libraries inside a branch must read them.
 
-        RANK and WORLD_SIZE become the branch's: vLLM's external launcher takes its rank from RANK, Megatron-Core
-        falls back on both. LOCAL_RANK stays the launcher's, as it is the device index on this node.
+        RANK and WORLD_SIZE become the branch's: vLLM's external launcher takes its rank from RANK,
+        Megatron-Core falls back on both. LOCAL_RANK stays the launcher's, as it is the device index on this
+        node.
         """
         return {
             "RANK": str(self.branch_rank),
@@ -241,10 +244,18 @@ def init_world(
         watch.fail()
         raise
     world = World(
-        rank=rank, world_size=world_size, branch=branch, branch_rank=ranks[branch].index(rank), branch_ranks=ranks,
-        device=torch.device(device, local_rank) if device == "cuda" else torch.device("cpu"),
-        store=store, router=router, watch=watch, local_rank=local_rank, hosts_store=hosts_store,
-    )  # fmt: skip
+        rank=rank,
+        world_size=world_size,
+        branch=branch,
+        branch_rank=ranks[branch].index(rank),
+        branch_ranks=ranks,
+        device=torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu"),
+        store=store,
+        router=router,
+        watch=watch,
+        local_rank=local_rank,
+        hosts_store=hosts_store,
+    )
     world.barrier("init_world")
     logger.info(
         "rank %d of %d: branch %s, rank %d of %d, %s",
@@ -270,8 +281,8 @@ def _check_cover(branch_ranks: Mapping[str, Sequence[int]], world_size: int) -> 
         sizes = " + ".join(f"{len(ranks)} ({branch})" for branch, ranks in branch_ranks.items())
         raise ValueError(
             f"the branches take {sizes} = {len(placed)} ranks, the job has {world_size}: every rank 0 .. "
-            f"{world_size - 1} must be in exactly one branch and no branch may be empty; launch {len(placed)} "
-            "processes or change the branches' layouts"
+            f"{world_size - 1} must be in exactly one branch and no branch may be empty; launch "
+            f"{len(placed)} processes or change the branches' layouts"
         )
 
 
@@ -292,11 +303,17 @@ def _connect(rank: int, timeout: timedelta) -> tuple[dist.Store, bool]:
 
 
 def _agree(
-    store: dist.Store, rank: int, branch_ranks: Mapping[str, tuple[int, ...]], run_id: str, timeout_seconds: float
+    store: dist.Store,
+    rank: int,
+    branch_ranks: Mapping[str, tuple[int, ...]],
+    run_id: str,
+    timeout_seconds: float,
 ) -> None:
     """Wait for every rank and refuse ranks that were configured otherwise."""
     mine = json.dumps({"run_id": run_id, "branch_ranks": branch_ranks, "torch": torch.__version__})
-    keys = {f"arrived/{r}": (branch, i, r) for branch, ranks in branch_ranks.items() for i, r in enumerate(ranks)}
+    keys = {
+        f"arrived/{r}": (branch, i, r) for branch, ranks in branch_ranks.items() for i, r in enumerate(ranks)
+    }
     store.set(f"arrived/{rank}", mine)
     try:
         store.wait(list(keys), timedelta(seconds=timeout_seconds))
@@ -319,8 +336,8 @@ def _agree(
 
 def _router_group(
     store: dist.Store, rank: int, world_size: int, timeout: timedelta, *, lazy: bool
-) -> dist.ProcessGroupGloo:
-    options = dist.ProcessGroupGloo._Options()
+) -> RouterGroup:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [
         dist.ProcessGroupGloo.create_device(interface=name, lazy_init=lazy)
         for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
@@ -328,7 +345,7 @@ def _router_group(
     ] or [dist.ProcessGroupGloo.create_default_device(lazy_init=lazy)]
     options._timeout = timeout
     options._threads = 2 * len(options._devices)
-    return dist.ProcessGroupGloo(store, rank, world_size, options)
+    return cast(RouterGroup, dist.ProcessGroupGloo(store, rank, world_size, options))
 
 
 def _pickled(obj: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,316 @@
+"""Prompts in an order that (seed, epoch) determines, tokenised when needed, resumable to the sample.
+
+Every rank holds the same stream and computes the same global batch; ``split_evenly`` then gives each
+data-parallel replica its part. Nothing is exchanged, so no rank can drift.
+
+Order of an epoch: samples sorted by 64 random bits each, drawn from PCG64 seeded with (seed, epoch). The
+raw bit stream of that generator is fixed by numpy's compatibility policy, unlike ``permutation``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import TemplateError
+
+from copd_megatron.config.schema import DataConfig
+from copd_megatron.data.errors import BadSampleError, DataError
+from copd_megatron.data.samples import Message, Sample
+from copd_megatron.data.shards import ShardSet, check_shards
+from copd_megatron.records import IntArray, Prompt
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LOGGED_PER_REASON = 3
+
+
+class Tokenizer(Protocol):
+    """What a Hugging Face tokenizer offers and the stream needs."""
+
+    chat_template: Any
+
+    def __call__(self, text: str) -> Mapping[str, Any]: ...
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+
+def split_evenly(items: Sequence[T], rank: int, world: int) -> list[T]:
+    """Part ``rank`` of ``items`` cut into ``world`` contiguous parts whose sizes differ by at most one.
+
+    The parts in rank order are the items again: none lost, none twice. Raises ValueError unless
+    0 <= rank < world.
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"split_evenly: rank {rank} is not in 0 .. {world - 1}. Pass a rank of this group.")
+    return list(items[len(items) * rank // world : len(items) * (rank + 1) // world])
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -> npt.NDArray[np.int64]:
+    """[num_samples] sample indices in the order of this epoch."""
+    if not shuffle:
+        return np.arange(num_samples, dtype=np.int64)
+    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
+    return np.argsort(np.asarray(bits, dtype=np.uint64), kind="stable").astype(np.int64)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str | Sequence[Message], system_prompt: str | None = None
+) -> IntArray:
+    """[P] token ids of a prompt, ready for the model to answer.
+
+    With a chat template: system message (if given, and the prompt brings none), messages, generation
+    prompt. Without: system prompt, blank line and text, encoded plainly.
+
+    Raises DataError for chat messages and a tokenizer without a chat template.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        if not isinstance(prompt, str):
+            raise DataError(
+                "a prompt is a list of chat messages, but the tokenizer has no chat template. "
+                "Use a chat model's tokenizer, or write prompts as plain strings."
+            )
+        text = prompt if system_prompt is None else f"{system_prompt}\n\n{prompt}"
+        return np.asarray(tokenizer(text)["input_ids"], dtype=np.int32)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return np.asarray(encoded["input_ids"], dtype=np.int32)
+
+
+class PromptReader:
+    """Samples to prompts: reads, checks, tokenises; counts and logs what it has to skip."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        tokenizer: Tokenizer,
+        *,
+        domain: str,
+        max_prompt_tokens: int,
+        system_prompt: str | None = None,
+        verifiers: Collection[str] | None = None,
+    ) -> None:
+        self.shards = shards
+        self.domain = domain
+        self.skipped: Counter[str] = Counter()
+        self._tokenizer = tokenizer
+        self._max_prompt_tokens = max_prompt_tokens
+        self._system_prompt = system_prompt
+        self._verifiers = verifiers
+
+    def read(self, index: int) -> Prompt | None:
+        """Prompt of sample ``index``, None if it cannot be used."""
+        ref = self.shards.refs[index]
+        try:
+            sample = self.shards.read(ref, self._verifiers)
+            token_ids = self._encode(sample)
+        except BadSampleError as error:
+            self._skip(error)
+            return None
+        return Prompt(
+            prompt_id=ref.id,
+            domain=self.domain,
+            token_ids=token_ids,
+            answer=sample.answer,
+            verifier=sample.verifier,
+            metadata=sample.metadata,
+        )
+
+    def _encode(self, sample: Sample) -> IntArray:
+        where = self.shards.where(sample.ref)
+        if sample.media:
+            raise BadSampleError(
+                where,
+                "media_unsupported",
+                f"has media members {sorted(sample.media)}, which a text branch cannot show to its model",
+                "Give these shards to a branch whose model reads them.",
+            )
+        try:
+            token_ids = encode_prompt(self._tokenizer, sample.prompt, self._system_prompt)
+        except TemplateError as error:
+            raise BadSampleError(
+                where,
+                "chat_template",
+                f"the tokenizer's chat template refuses the messages ({error})",
+                "Use roles and an order that the template knows; model.system_prompt adds a system message.",
+            ) from error
+        if len(token_ids) == 0:
+            raise BadSampleError(where, "empty_prompt", "the prompt has no tokens", "Drop the sample.")
+        if len(token_ids) > self._max_prompt_tokens:
+            raise BadSampleError(
+                where,
+                "too_long",
+                f"the prompt has {len(token_ids)} tokens, data.max_prompt_tokens is {self._max_prompt_tokens}",
+                "Raise the limit or shorten the prompt.",
+            )
+        return token_ids
+
+    def _skip(self, error: BadSampleError) -> None:
+        self.skipped[error.reason] += 1
+        count = self.skipped[error.reason]
+        if count <= _LOGGED_PER_REASON:
+            last = " (further ones of this kind are only counted)" if count == _LOGGED_PER_REASON else ""
+            logger.warning("%s: skipped a sample: %s%s", self.domain, error, last)
+
+
+class PromptStream:
+    """An endless, resumable sequence of prompts.
+
+    ``next`` may be called with any sizes: the sequence of prompts does not depend on how it is cut, nor on
+    being saved and restored in between.
+    """
+
+    def __init__(self, reader: PromptReader, *, seed: int, shuffle: bool = True) -> None:
+        self.reader = reader
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = 0
+        self._position = 0
+        self._order = self._order_of(0)
+
+    @classmethod
+    def from_config(
+        cls,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        domain: str,
+        seed: int,
+        verifiers: Collection[str] | None = None,
+        system_prompt: str | None = None,
+        shards: ShardSet | None = None,
+    ) -> PromptStream:
+        """The stream over ``data.train``. ``shards``: opened before (``check_shards``), to save the scan.
+
+        ``verifiers``: names that samples may use, None: any. Raises DataError as ``check_shards`` does.
+        """
+        reader = PromptReader(
+            shards if shards is not None else check_shards(data.train, verifiers),
+            tokenizer,
+            domain=domain,
+            max_prompt_tokens=data.max_prompt_tokens,
+            system_prompt=system_prompt,
+            verifiers=verifiers,
+        )
+        return cls(reader, seed=seed, shuffle=data.shuffle)
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next prompt, from 0."""
+        return self._epoch
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Skipped samples by reason, over all epochs."""
+        return dict(self.reader.skipped)
+
+    def next(self, num_prompts: int) -> list[Prompt]:
+        """The next ``num_prompts`` prompts of the global batch, over epoch ends where need be.
+
+        Raises DataError if a whole epoch holds no usable sample.
+        """
+        prompts: list[Prompt] = []
+        attempts_without_prompt = 0
+        while len(prompts) < num_prompts:
+            if self._position == len(self._order):
+                self._epoch += 1
+                self._position = 0
+                self._order = self._order_of(self._epoch)
+            prompt = self.reader.read(int(self._order[self._position]))
+            self._position += 1
+            if prompt is not None:
+                prompts.append(prompt)
+                attempts_without_prompt = 0
+                continue
+            attempts_without_prompt += 1
+            if attempts_without_prompt > 2 * len(self._order):
+                raise DataError(
+                    f"{self.reader.domain}: none of the {len(self._order)} samples can be used; skipped: "
+                    f"{self.skipped}. The first of each kind are in the log with their remedies."
+                )
+        return prompts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and what it refers to; plain JSON types."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "skipped": dict(self.reader.skipped),
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "fingerprint": self.reader.shards.fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken.
+
+        Raises DataError if the shards, seed or shuffling differ from those of the saved position, which
+        would then stand for other samples.
+        """
+        mine = self.state_dict()
+        for name, remedy in (
+            ("fingerprint", "Put back the shards that the run began with, or start a new run on these"),
+            ("seed", "Restore run.seed, or start a new run"),
+            ("shuffle", "Restore data.shuffle, or start a new run"),
+        ):
+            if state[name] != mine[name]:
+                what = "the shards" if name == "fingerprint" else name
+                raise DataError(
+                    f"{self.reader.domain}: the data position cannot be restored: {what} changed "
+                    f"({name} was {state[name]!r}, is {mine[name]!r}). {remedy}."
+                )
+        self._epoch = int(state["epoch"])
+        self._order = self._order_of(self._epoch)
+        self._position = int(state["position"])
+        self.reader.skipped = Counter({str(reason): int(n) for reason, n in state["skipped"].items()})
+
+    def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
+        return epoch_order(len(self.reader.shards), self._seed, epoch, self._shuffle)
+
+
+def load_validation(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    domain: str,
+    max_prompts: int | None = None,
+    verifiers: Collection[str] | None = None,
+    system_prompt: str | None = None,
+    shards: ShardSet | None = None,
+) -> list[Prompt]:
+    """Prompts of ``data.validation`` in file order, the same every time.
+
+    ``max_prompts``: take that many, spread evenly over the files; samples that cannot be used are skipped,
+    counted in the log, and not replaced.
+
+    Raises DataError: as ``check_shards``, or when nothing usable is left.
+    """
+    reader = PromptReader(
+        shards if shards is not None else check_shards(data.validation, verifiers),
+        tokenizer,
+        domain=domain,
+        max_prompt_tokens=data.max_prompt_tokens,
+        system_prompt=system_prompt,
+        verifiers=verifiers,
+    )
+    total = len(reader.shards)
+    wanted = total if max_prompts is None else min(max_prompts, total)
+    prompts = [prompt for i in range(wanted) if (prompt := reader.read(i * total // wanted)) is not None]
+    if reader.skipped:
+        logger.warning("%s: skipped %s of %d validation samples", domain, dict(reader.skipped), wanted)
+    if not prompts:
+        raise DataError(
+            f"{domain}: no validation sample can be used (skipped: {dict(reader.skipped)} of {wanted}). "
+            "The first of each kind are in the log with their remedies."
+        )
+    return prompts

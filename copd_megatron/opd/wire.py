@@ -1,0 +1,294 @@
+"""Requests and scores as bytes: a fixed header and one flat payload per lane. Pure.
+
+A message is an int64 header of ``HEADER_FIELDS`` and a payload of ``payload_bytes``:
+
+requests  table int64 [n, 6] (position, row id, L, P, weight version, s), token ids int32, state positions
+int32 scores    table int64 [n, 7] (position, row id, R, weight version, s, k, V), top-k ids int32,
+          log-probabilities float32, state log-probabilities float32
+
+``position`` is the row's index in the edge's list, so that the receiver restores the order. ``ids_crc`` is
+the CRC-32 of the lane's token ids; scores carry that of the ids they were computed from. Little-endian.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from copd_megatron.opd.records import ScoreRequest, TeacherScore
+
+FORMAT_VERSION: Final = 1
+REQUESTS: Final = 0
+SCORES: Final = 1
+
+_MAGIC: Final = 0x434F5044
+_REQUEST_COLUMNS: Final = 6
+_SCORE_COLUMNS: Final = 7
+
+
+class RouterError(RuntimeError):
+    """A message does not fit what its receiver expects, or scores do not fit their requests."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """First part of every message. The fields' order is the wire's."""
+
+    magic: int = _MAGIC
+    format_version: int = FORMAT_VERSION
+    kind: int
+    """``REQUESTS`` or ``SCORES``."""
+    exchange: int
+    """Number of the exchange in this run: branches are in lock step."""
+    edge: int
+    """Index in the graph."""
+    lane: int
+    num_rows: int
+    """In this lane."""
+    edge_rows: int
+    """In all lanes of the edge."""
+    payload_bytes: int
+    ids_crc: int
+
+    def pack(self) -> npt.NDArray[np.int64]:
+        """[HEADER_FIELDS]"""
+        return np.array([getattr(self, f.name) for f in fields(self)], dtype="<i8")
+
+    @classmethod
+    def unpack(cls, values: npt.NDArray[np.int64], origin: str, **expected: int) -> Header:
+        """Check a header that was received.
+
+        Args:
+            values: [HEADER_FIELDS]
+            origin: edge and rank, for the error.
+            expected: fields that the receiver knows already.
+
+        Raises:
+            RouterError: naming origin, field, expected and received value.
+        """
+        header = cls(**{f.name: int(v) for f, v in zip(fields(cls), values, strict=True)})
+        for name, value in {"magic": _MAGIC, "format_version": FORMAT_VERSION, **expected}.items():
+            received = getattr(header, name)
+            if received != value:
+                raise RouterError(
+                    f"{origin}: header field {name} is {received}, expected {value}; every rank must run the "
+                    "same code and configuration, and the branches the same step"
+                )
+        return header
+
+
+HEADER_FIELDS: Final = len(fields(Header))
+HEADER_BYTES: Final = 8 * HEADER_FIELDS
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Message:
+    """What travels over one lane in one direction."""
+
+    header: Header
+    payload: npt.NDArray[np.uint8]
+    """[payload_bytes]"""
+
+
+def ids_crc(requests: Sequence[ScoreRequest]) -> int:
+    """CRC-32 of the rows' token ids and lengths, in order."""
+    crc = 0
+    for request in requests:
+        crc = zlib.crc32(np.ascontiguousarray(request.token_ids, dtype="<i4"), crc)
+        crc = zlib.crc32(np.array([len(request.token_ids), request.prompt_length], dtype="<i8"), crc)
+    return crc
+
+
+def pack_requests(
+    requests: Sequence[ScoreRequest], positions: Sequence[int], *, exchange: int, edge: int, lane: int
+) -> Message:
+    """One lane's requests.
+
+    Args:
+        requests: all of the edge's.
+        positions: which of them go over this lane.
+
+    Raises:
+        RouterError: a request whose lengths or state positions are impossible.
+    """
+    rows = [requests[i] for i in positions]
+    for row in rows:
+        check_request(row)
+    table = np.array(
+        [
+            (i, r.row_id, len(r.token_ids), r.prompt_length, r.weight_version, len(r.state_positions))
+            for i, r in zip(positions, rows, strict=True)
+        ],
+        dtype="<i8",
+    ).reshape(len(rows), _REQUEST_COLUMNS)
+    payload = _flat(
+        [table, *(_as(r.token_ids, "<i4") for r in rows), *(_as(r.state_positions, "<i4") for r in rows)]
+    )
+    header = Header(
+        kind=REQUESTS, exchange=exchange, edge=edge, lane=lane, num_rows=len(rows), edge_rows=len(requests),
+        payload_bytes=payload.nbytes, ids_crc=ids_crc(rows),
+    )  # fmt: skip
+    return Message(header=header, payload=payload)
+
+
+def unpack_requests(message: Message, origin: str) -> dict[int, ScoreRequest]:
+    """Requests by position. Arrays are views of the payload.
+
+    Raises:
+        RouterError: the payload does not fit its header, or the ids' CRC differs.
+    """
+    header, payload = message.header, message.payload
+    reader = _Reader(payload, origin)
+    table = reader.take("<i8", header.num_rows * _REQUEST_COLUMNS).reshape(-1, _REQUEST_COLUMNS)
+    ids = reader.rows("<i4", table[:, 2])
+    states = reader.rows("<i4", table[:, 5])
+    reader.finish()
+    rows = {
+        int(position): ScoreRequest(
+            row_id=int(row_id), token_ids=ids[i], prompt_length=int(prompt), weight_version=int(version),
+            state_positions=states[i],
+        )
+        for i, (position, row_id, _, prompt, version, _) in enumerate(table)
+    }  # fmt: skip
+    crc = ids_crc(list(rows.values()))
+    if crc != header.ids_crc:
+        raise RouterError(
+            f"{origin}: token ids arrived with CRC {crc:#010x}, sent with {header.ids_crc:#010x}: the "
+            "message was damaged on its way; look at the network of both nodes"
+        )
+    return rows
+
+
+def pack_scores(
+    scores: Sequence[TeacherScore], positions: Sequence[int], *, exchange: int, edge: int, lane: int, crc: int
+) -> Message:
+    """One lane's scores. ``scores``: all of the edge's; ``positions``: this lane's; ``crc``: of its
+    requests."""
+    rows = [scores[i] for i in positions]
+    table = np.array(
+        [
+            (i, r.row_id, len(r.logprobs), r.weight_version, len(r.topk_ids), r.topk_ids.shape[1],
+             r.state_logprobs.shape[1])
+            for i, r in zip(positions, rows, strict=True)
+        ],
+        dtype="<i8",
+    ).reshape(len(rows), _SCORE_COLUMNS)  # fmt: skip
+    payload = _flat(
+        [
+            table,
+            *(_as(r.topk_ids, "<i4") for r in rows),
+            *(_as(r.logprobs, "<f4") for r in rows),
+            *(_as(r.state_logprobs, "<f4") for r in rows),
+        ]
+    )
+    header = Header(
+        kind=SCORES, exchange=exchange, edge=edge, lane=lane, num_rows=len(rows), edge_rows=len(scores),
+        payload_bytes=payload.nbytes, ids_crc=crc,
+    )  # fmt: skip
+    return Message(header=header, payload=payload)
+
+
+def unpack_scores(message: Message, origin: str) -> dict[int, TeacherScore]:
+    """Scores by position. Arrays are views of the payload. Raises ``RouterError`` as ``unpack_requests``."""
+    header, payload = message.header, message.payload
+    reader = _Reader(payload, origin)
+    table = reader.take("<i8", header.num_rows * _SCORE_COLUMNS).reshape(-1, _SCORE_COLUMNS)
+    topk = reader.rows("<i4", table[:, 4] * table[:, 5])
+    logprobs = reader.rows("<f4", table[:, 2])
+    states = reader.rows("<f4", table[:, 4] * table[:, 6])
+    reader.finish()
+    return {
+        int(position): TeacherScore(
+            row_id=int(row_id), logprobs=logprobs[i], weight_version=int(version),
+            topk_ids=topk[i].reshape(s, k), state_logprobs=states[i].reshape(s, v),
+        )
+        for i, (position, row_id, _, version, s, k, v) in enumerate(table)
+    }  # fmt: skip
+
+
+def check_request(request: ScoreRequest) -> None:
+    """Raises ``RouterError`` for a row that no teacher could score."""
+    length, states = len(request.token_ids), request.state_positions
+    if not 0 < request.prompt_length <= length:
+        raise RouterError(
+            f"row {request.row_id}: prompt_length is {request.prompt_length} in a row of {length} tokens; it "
+            "must be 1 .. number of tokens"
+        )
+    if len(states) and (int(states.min()) < 0 or int(states.max()) >= request.response_length):
+        raise RouterError(
+            f"row {request.row_id}: state_positions {states.tolist()} must lie in 0 .. "
+            f"{request.response_length - 1}, as they count response tokens"
+        )
+
+
+def check_scores(requests: Sequence[ScoreRequest], scores: Sequence[TeacherScore], origin: str) -> None:
+    """Whether scores answer their requests, row by row.
+
+    Raises:
+        RouterError: other rows, other lengths, missing states, NaN, or more than one weight version.
+    """
+    if len(scores) != len(requests):
+        raise RouterError(f"{origin}: {len(scores)} scores for {len(requests)} rows")
+    for request, score in zip(requests, scores, strict=True):
+        asked = len(request.state_positions)
+        expected = (request.row_id, request.response_length, asked, asked)
+        got = (score.row_id, len(score.logprobs), len(score.topk_ids), len(score.state_logprobs))
+        if got != expected:
+            raise RouterError(
+                f"{origin}: (row id, response tokens, states with top-k, states with distribution) are {got} "
+                f"in the score, {expected} in the request; a teacher must answer its rows in their order, in "
+                "full"
+            )
+        if np.isnan(score.logprobs).any():
+            where = int(np.flatnonzero(np.isnan(score.logprobs))[0])
+            raise RouterError(
+                f"{origin}: log-probability of response token {where} in row {request.row_id} is NaN; check "
+                "the teacher's weights"
+            )
+    versions = sorted({score.weight_version for score in scores})
+    if len(versions) > 1:
+        raise RouterError(f"{origin}: rows were scored by weight versions {versions}; one step must use one")
+
+
+class _Reader:
+    """Cuts a payload into arrays."""
+
+    def __init__(self, payload: npt.NDArray[np.uint8], origin: str) -> None:
+        self._payload, self._origin, self._offset = payload, origin, 0
+
+    def take(self, dtype: str, count: int) -> npt.NDArray[Any]:
+        size = np.dtype(dtype).itemsize * count
+        end = self._offset + size
+        if count < 0 or end > self._payload.nbytes:
+            raise RouterError(
+                f"{self._origin}: the payload of {self._payload.nbytes} bytes ends before byte {end}, which "
+                "its row table promises"
+            )
+        part = self._payload[self._offset : end].view(dtype)
+        self._offset = end
+        return part
+
+    def rows(self, dtype: str, counts: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
+        if len(counts) == 0:
+            return []
+        return np.split(self.take(dtype, int(counts.sum())), np.cumsum(counts)[:-1])
+
+    def finish(self) -> None:
+        if self._offset != self._payload.nbytes:
+            raise RouterError(
+                f"{self._origin}: the payload has {self._payload.nbytes} bytes, its row table promises "
+                f"{self._offset}"
+            )
+
+
+def _as(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(array, dtype=dtype).reshape(-1)
+
+
+def _flat(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+    return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])

@@ -1,0 +1,115 @@
+"""Which part of a response counts as its final answer; shared by all verifiers that compare answers."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from enum import Enum
+
+_MARKER = re.compile(r"\banswer(?:\*\*)?(?:[ \t]+is(?:[ \t]*:)?|[ \t]*:)(?:\*\*)?", re.IGNORECASE)
+_SPACES = re.compile(r"\s+")
+
+
+class Source(Enum):
+    """What marked the final answer."""
+
+    boxed = "boxed"
+    tag = "tag"
+    marker = "marker"
+    last_line = "last_line"
+    nothing = "nothing"
+
+
+@dataclass(frozen=True)
+class FinalAnswer:
+    text: str
+    source: Source
+
+
+def final_answer(response: str, *, multiline: bool = False) -> FinalAnswer:
+    r"""The response's final answer, by the first rule that applies:
+
+    1. the contents of the last ``\boxed{...}``,
+    2. the contents of the last ``<answer>...</answer>``,
+    3. what follows the last "Answer:" or "answer is": the rest of its line or, where that is empty, all
+       that follows,
+    4. the last line that is not empty (``multiline``: the whole text, for answers of several lines).
+
+    Only what follows the last ``</think>`` counts; a response cut off while thinking has no final answer.
+    """
+    text = response
+    if "</think>" in text:
+        text = text[text.rindex("</think>") + len("</think>") :]
+    elif "<think>" in text:
+        return FinalAnswer("", Source.nothing)
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return FinalAnswer(boxed.strip(), Source.boxed)
+    tagged = _last_tagged(text)
+    if tagged is not None:
+        return FinalAnswer(tagged.strip(), Source.tag)
+    markers = list(_MARKER.finditer(text))
+    if markers:
+        after = text[markers[-1].end() :]
+        line, _, rest = after.partition("\n")
+        found = line.strip() or rest.strip()
+        if found:
+            return FinalAnswer(found, Source.marker)
+    stripped = text.strip()
+    if not stripped:
+        return FinalAnswer("", Source.nothing)
+    return FinalAnswer(stripped if multiline else stripped.rsplit("\n", 1)[-1].strip(), Source.last_line)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Contents of the last ``\boxed{...}`` or ``\fbox{...}`` whose braces balance, None without one."""
+    for start in sorted(_starts(text, "\\boxed{") + _starts(text, "\\fbox{"), reverse=True)[:8]:
+        opening = text.index("{", start)
+        depth = 0
+        for position in range(opening, len(text)):
+            if text[position] == "{":
+                depth += 1
+            elif text[position] == "}":
+                depth -= 1
+                if depth == 0:
+                    return text[opening + 1 : position]
+    return None
+
+
+def _starts(text: str, needle: str) -> list[int]:
+    starts = []
+    position = text.find(needle)
+    while position >= 0:
+        starts.append(position)
+        position = text.find(needle, position + 1)
+    return starts
+
+
+def _last_tagged(text: str) -> str | None:
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    return text[start + len("<answer>") : end] if start >= 0 else None
+
+
+def normalize(answer: str, *, case_sensitive: bool = False) -> str:
+    r"""The answer without what does not change its meaning.
+
+    Unicode compatibility forms, runs of white space, one layer each of ``$...$``, ``\text{...}``,
+    ``**...**``, backticks and quotation marks, a full stop at the end, and (by default) letter case.
+    """
+    text = _SPACES.sub(" ", unicodedata.normalize("NFKC", answer)).strip()
+    for opening, closing in (("$", "$"), ("\\(", "\\)"), ("\\text{", "}"), ("**", "**"), ("`", "`")):
+        text = _unwrap(text, opening, closing)
+    if text.endswith(".") and not text.endswith(".."):
+        text = text[:-1].rstrip()
+    for opening, closing in (("**", "**"), ("$", "$"), ("\\text{", "}"), ('"', '"'), ("'", "'"), ("“", "”")):
+        text = _unwrap(text, opening, closing)
+    return text if case_sensitive else text.casefold()
+
+
+def _unwrap(text: str, opening: str, closing: str) -> str:
+    if len(text) <= len(opening) + len(closing) or not (text.startswith(opening) and text.endswith(closing)):
+        return text
+    inner = text[len(opening) : len(text) - len(closing)]
+    return text if opening in inner or closing in inner else inner.strip()

@@ -1,0 +1,139 @@
+"""Grading rollouts: every rollout gets a reward, whatever its verifier does."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+
+from copd_megatron.config.schema import RewardConfig
+from copd_megatron.records import Rollout
+from copd_megatron.rewards import registry
+from copd_megatron.rewards.isolation import Call, Outcome, WorkerPool
+from copd_megatron.rewards.registry import Verifier
+
+logger = logging.getLogger(__name__)
+
+_LOGGED_PER_KIND = 3
+
+
+class Grader:
+    """Runs the verifiers that rollouts name.
+
+    Cheap verifiers run here, the others in worker processes under ``timeout_seconds`` each. A verifier that
+    raises, hangs, dies or returns no finite number scores its sample 0; that is counted by verifier and
+    reason, and logged with the sample's name (the first few of each kind). Truncated responses are graded
+    like all others. Equal responses to one prompt are graded once per call.
+
+    ``also``: further verifiers, beyond ``config.verifiers``, that rollouts may name: those of other
+    branches whose prompts this one answers.
+
+    Raises UnknownVerifierError at construction for names that cannot be resolved.
+    """
+
+    def __init__(self, config: RewardConfig, *, also: Iterable[str] = ()) -> None:
+        self._verifiers = registry.resolve([*config.verifiers, *also])
+        self._pool = WorkerPool(config.num_workers, config.timeout_seconds)
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def verifier_names(self) -> frozenset[str]:
+        """Names that samples may use."""
+        return frozenset(self._verifiers)
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts with their rewards, in order.
+
+        Raises ValueError for a rollout whose verifier is not among this grader's (the data check refuses
+        such samples before training), RuntimeError if a worker process cannot run a verifier at all.
+        """
+        tasks: dict[tuple[int, str], Rollout] = {}
+        for rollout in rollouts:
+            tasks.setdefault((id(rollout.prompt), rollout.text), rollout)
+        outcomes = dict(zip(tasks, self._run(list(tasks.values())), strict=True))
+        return [
+            dataclasses.replace(
+                rollout, reward=self._settle(rollout, outcomes[id(rollout.prompt), rollout.text])
+            )
+            for rollout in rollouts
+        ]
+
+    def counters(self) -> dict[str, int]:
+        """Totals since the start: ``graded``, ``failed``, and ``failed_<verifier>_<reason>``."""
+        return {"graded": 0, "failed": 0, **self._counts}
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._pool.close()
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
+        verifiers = [self._verifier_of(rollout) for rollout in rollouts]
+        isolated = [index for index, verifier in enumerate(verifiers) if verifier.isolated]
+        calls = [
+            Call(
+                target=verifiers[index].target,
+                response=rollouts[index].text,
+                answer=rollouts[index].prompt.answer,
+                metadata=rollouts[index].prompt.metadata,
+            )
+            for index in isolated
+        ]
+        far = dict(zip(isolated, self._pool.run(calls), strict=True))
+        return [
+            far[index] if index in far else _call_here(verifier, rollout)
+            for index, (verifier, rollout) in enumerate(zip(verifiers, rollouts, strict=True))
+        ]
+
+    def _verifier_of(self, rollout: Rollout) -> Verifier:
+        name = rollout.prompt.verifier
+        if name not in self._verifiers:
+            raise ValueError(
+                f"prompt {rollout.prompt.prompt_id!r} of domain {rollout.prompt.domain!r} names verifier {name!r}, "
+                f"which this grader lacks (it has {sorted(self._verifiers)}). Add it to the branch's "
+                "reward.verifiers."
+            )
+        return self._verifiers[name]
+
+    def _settle(self, rollout: Rollout, outcome: Outcome) -> float:
+        self._counts["graded"] += 1
+        value, reason, message = outcome.value, outcome.reason, outcome.message
+        if value is not None and not math.isfinite(value):
+            reason, message = "bad_value", f"returned {value}"
+        if value is not None and reason is None:
+            return value
+        prompt = rollout.prompt
+        kind = f"failed_{prompt.verifier}_{reason}"
+        self._counts["failed"] += 1
+        self._counts[kind] += 1
+        if self._counts[kind] <= _LOGGED_PER_KIND:
+            last = self._counts[kind] == _LOGGED_PER_KIND
+            logger.warning(
+                "%s: verifier %r failed on sample %s, response %d, which scores 0 (%s: %s)%s",
+                prompt.domain,
+                prompt.verifier,
+                prompt.prompt_id,
+                rollout.sample_index,
+                reason,
+                message,
+                "; further ones of this kind are only counted" if last else "",
+            )
+        return 0.0
+
+
+def _call_here(verifier: Verifier, rollout: Rollout) -> Outcome:
+    prompt = rollout.prompt
+    try:
+        return Outcome(value=float(verifier.verify(rollout.text, prompt.answer, prompt.metadata)))
+    except Exception as error:  # whatever a verifier raises is its sample's failure
+        return Outcome(reason="error", message=f"{type(error).__name__}: {error}"[:500])

@@ -1,0 +1,122 @@
+"""Verifiers by name: the built-in ones, and any ``package.module:attribute``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from copd_megatron.rewards import verifiers as builtin
+
+Verify = Callable[[str, str, Mapping[str, Any]], float]
+"""(response, gold answer, metadata) -> reward, usually 0 or 1. Same arguments, same reward."""
+
+
+class UnknownVerifierError(ValueError):
+    """A verifier's name that cannot be resolved: says which, what is known, and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verifier:
+    """A verifier and how it wants to be run."""
+
+    name: str
+    verify: Verify
+    isolated: bool
+    """Runs in a worker process that is killed when it takes too long. Only a verifier that surely ends in
+    no time (a string comparison, say) should run in the trainer's process."""
+    prepare: Callable[[], None] | None = None
+    """Called once in the worker before the first grade, outside the time limit: slow imports."""
+
+    @property
+    def target(self) -> str:
+        """``module:attribute`` under which another process finds the function."""
+        return f"{self.verify.__module__}:{self.verify.__qualname__}"
+
+
+_registered: dict[str, Verifier] = {}
+
+
+def register(
+    name: str, *, isolated: bool = True, prepare: Callable[[], None] | None = None
+) -> Callable[[Verify], Verify]:
+    """Decorator: make a module-level function available as verifier ``name``.
+
+    Raises ValueError: the name is taken by another function, or the function is not at module level (a
+    worker process could not import it).
+    """
+
+    def decorate(verify: Verify) -> Verify:
+        verifier = Verifier(name=name, verify=verify, isolated=isolated, prepare=prepare)
+        if "." in verify.__qualname__ or verify.__qualname__ == "<lambda>":
+            raise ValueError(
+                f"verifier {name!r}: {verifier.target} is not a module-level function. Define it with def at "
+                "the top level of a module, so that a worker process can import it."
+            )
+        other = _registered.get(name)
+        if other is not None and other.target != verifier.target:
+            raise ValueError(f"verifier {name!r} is already {other.target}. Register another name.")
+        _registered[name] = verifier
+        return verify
+
+    return decorate
+
+
+def known() -> list[str]:
+    """Names that ``get`` resolves without a module path."""
+    return sorted({module.name for module in pkgutil.iter_modules(builtin.__path__)} | set(_registered))
+
+
+def get(name: str) -> Verifier:
+    """The verifier of this name: registered, built in, or ``package.module:attribute``.
+
+    A function given by path runs isolated unless it is registered otherwise.
+
+    Raises UnknownVerifierError with the known and the nearest names.
+    """
+    if name in _registered:
+        return _registered[name]
+    if ":" in name:
+        return _by_path(name)
+    if name in known():
+        importlib.import_module(f"{builtin.__name__}.{name}")
+        return _registered[name]
+    near = difflib.get_close_matches(name, known(), n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise UnknownVerifierError(
+        f"unknown verifier {name!r}; known: {', '.join(known())}. {hint}"
+        "Name one of these, or your own as package.module:function."
+    )
+
+
+def _by_path(name: str) -> Verifier:
+    module_name, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnknownVerifierError(
+            f"verifier {name!r} cannot be imported: {error}. Check module and function name, and that the "
+            "module is on PYTHONPATH on every node."
+        ) from error
+    if not callable(function):
+        raise UnknownVerifierError(
+            f"verifier {name!r} is a {type(function).__name__}, not a function of (response, answer, metadata). "
+            "Point to the function."
+        )
+    for verifier in _registered.values():
+        if verifier.verify is function:
+            return verifier
+    return Verifier(name=name, verify=function, isolated=True)
+
+
+def resolve(names: Iterable[str]) -> dict[str, Verifier]:
+    """Verifiers by every name that samples may use for them. Raises UnknownVerifierError."""
+    found: dict[str, Verifier] = {}
+    for name in names:
+        verifier = get(name)
+        found[name] = verifier
+        found[verifier.name] = verifier
+    return found

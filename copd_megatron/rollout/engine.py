@@ -1,0 +1,249 @@
+"""Rollouts: vLLM inside the trainer's own processes.
+
+Every rank holds one vLLM worker. ``tensor_parallel_size`` neighbouring ranks form an engine; the branch's
+remaining factor is rollout replicas, each sampling its share of the prompts. All ranks of one engine run the
+same scheduler on the same requests and so return the same samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from copd_megatron.config.schema import RolloutConfig
+from copd_megatron.records import Prompt, Rollout
+
+
+def sample_seed(run_seed: int, branch: str, step: int, prompt_id: str, sample_index: int) -> int:
+    """The seed of one sampled response: a function of what it is, not of where or when it is sampled."""
+    text = f"{run_seed}/{branch}/{step}/{prompt_id}/{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+
+
+def split_replicas(num_items: int, num_replicas: int) -> list[range]:
+    """Items of each replica: dealt out in turn, so that neighbours in difficulty spread."""
+    return [range(replica, num_items, num_replicas) for replica in range(num_replicas)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How to sample a batch; training and evaluation differ."""
+
+    num_generations: int
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = -1
+
+
+class RolloutEngine:
+    """One branch's vLLM, driven in step by all its ranks."""
+
+    def __init__(
+        self,
+        *,
+        model_path: str | Path,
+        config: RolloutConfig,
+        branch: str,
+        run_id: str,
+        dtype: torch.dtype,
+        max_tokens: int,
+        seed: int,
+    ) -> None:
+        """Starts this rank's worker with dummy weights; collective over the branch.
+
+        The engine refuses to sample until ``load_weights`` has run. ``run_id`` must be fresh for every
+        launch: it names shared memory.
+        """
+        self.config, self.branch, self.run_seed = config, branch, seed
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.tp_size = config.tensor_parallel_size
+        self.replica, self.tp_rank = divmod(self.rank, self.tp_size)
+        self.num_replicas = self.world_size // self.tp_size
+        self.version: int | None = None
+        self.llm = self._start(str(model_path), dtype, max_tokens, f"{run_id}-{branch}")
+
+    def _start(self, model_path: str, dtype: torch.dtype, max_tokens: int, identity: str) -> Any:
+        on_cuda = torch.cuda.is_available()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if not on_cuda:
+            # several ranks share the cores; binding each to core 0 would serialise them
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        import vllm
+
+        from copd_megatron.rollout.executor import external_launcher
+
+        settings: dict[str, Any] = {"gpu_memory_utilization": self.config.gpu_memory_utilization}
+        if not on_cuda:
+            settings = {"kv_cache_memory_bytes": int(self.config.cpu_kv_cache_gib * 2**30)}
+        return vllm.LLM(
+            model=model_path,
+            tensor_parallel_size=self.tp_size,
+            distributed_executor_backend=external_launcher(identity, on_cuda=on_cuda),
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=max_tokens,
+            max_num_seqs=self.config.max_num_seqs,
+            enforce_eager=self.config.enforce_eager,
+            enable_prefix_caching=self.config.enable_prefix_caching,
+            load_format="dummy",
+            # log-probabilities of the distribution that is sampled from, temperature included
+            logprobs_mode="processed_logprobs",
+            seed=0,
+            disable_log_stats=True,
+            **settings,
+        )
+
+    # ---- weights ---------------------------------------------------------------------------------------
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        """Replaces the worker's weights from a stream of (Hugging Face name, full-shape tensor).
+
+        Nothing cached under the old weights survives. If the stream fails midway, the engine stays
+        without a version and refuses to sample.
+        """
+        self.version = None
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if not torch.cuda.is_available():
+            self.llm.collective_rpc(_repack_output_head)
+        self.llm.reset_prefix_cache()
+        self.version = version
+
+    # ---- sampling --------------------------------------------------------------------------------------
+
+    def sample(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings, *, step: int, branch: str | None = None
+    ) -> list[Rollout]:
+        """Samples every prompt on every rank's engine share and returns all rollouts on all ranks.
+
+        Args:
+            prompts: the same list on every rank of the branch.
+            settings: samples per prompt and the distribution.
+            step: enters each sample's seed.
+            branch: name that enters the seeds; default this branch.
+
+        Returns:
+            ``len(prompts) * num_generations`` rollouts, ordered by prompt, then sample.
+
+        Raises:
+            RuntimeError: the engine has no valid weights.
+        """
+        return self.gather(self.sample_share(prompts, settings, step=step, branch=branch), prompts, settings)
+
+    def sample_share(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings, *, step: int, branch: str | None = None
+    ) -> list[Rollout]:
+        """Samples this replica's share of the prompts (all ranks of the engine call it together)."""
+        if self.version is None:
+            raise RuntimeError(f"branch {self.branch}: vLLM holds no valid weights; sync them before sampling")
+        from vllm import SamplingParams
+
+        mine = [
+            (prompts[i], sample)
+            for i in split_replicas(len(prompts), self.num_replicas)[self.replica]
+            for sample in range(settings.num_generations)
+        ]
+        requests = [{"prompt_token_ids": prompt.token_ids.tolist()} for prompt, _ in mine]
+        seeds = [
+            sample_seed(self.run_seed, branch or self.branch, step, prompt.prompt_id, sample)
+            for prompt, sample in mine
+        ]
+        parameters = [
+            SamplingParams(
+                n=1,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+                max_tokens=self.config.max_new_tokens,
+                stop=self.config.stop or None,
+                seed=seed,
+                logprobs=0,
+            )
+            for seed in seeds
+        ]
+        outputs = self.llm.generate(requests, parameters, use_tqdm=False) if requests else []
+        return [
+            self._rollout(prompt, sample, seed, output.outputs[0])
+            for (prompt, sample), seed, output in zip(mine, seeds, outputs, strict=True)
+        ]
+
+    def _rollout(self, prompt: Prompt, sample: int, seed: int, completion: Any) -> Rollout:
+        tokens = list(completion.token_ids)
+        logprobs = [entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)]
+        assert self.version is not None
+        return Rollout(
+            prompt=prompt,
+            sample_index=sample,
+            token_ids=np.concatenate([prompt.token_ids, np.asarray(tokens, dtype=np.int32)]).astype(np.int32),
+            rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
+            text=completion.text,
+            truncated=completion.finish_reason == "length",
+            weight_version=self.version,
+            seed=seed,
+        )
+
+    def gather(
+        self, mine: Sequence[Rollout], prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> list[Rollout]:
+        """Brings every replica's rollouts to every rank, in prompt order. Only one rank per engine sends;
+        prompts do not travel, every rank has them."""
+        if self.world_size == 1:
+            return list(mine)
+        packed = [_pack(r) for r in mine] if self.tp_rank == 0 else []
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, packed)
+        rollouts: list[Rollout | None] = [None] * (len(prompts) * settings.num_generations)
+        for replica, share in enumerate(split_replicas(len(prompts), self.num_replicas)):
+            arrived = iter(parts[replica * self.tp_size])
+            for i in share:
+                for sample in range(settings.num_generations):
+                    rollouts[i * settings.num_generations + sample] = _unpack(next(arrived), prompts[i])
+        return [rollout for rollout in rollouts if rollout is not None]
+
+
+def _repack_output_head(worker: Any) -> None:
+    """On CPU, vLLM's output head multiplies by a prepacked copy of its weight. A head tied to the embedding
+    is not itself in the weight stream, so reloading leaves that copy stale: make it anew."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in worker.get_model().modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _pack(rollout: Rollout) -> tuple[Any, ...]:
+    response = rollout.token_ids[rollout.prompt_length :]
+    return (
+        rollout.sample_index,
+        response,
+        rollout.rollout_logprobs,
+        rollout.text,
+        rollout.truncated,
+        rollout.weight_version,
+        rollout.seed,
+        rollout.reward,
+    )
+
+
+def _unpack(packed: tuple[Any, ...], prompt: Prompt) -> Rollout:
+    sample, response, logprobs, text, truncated, version, seed, reward = packed
+    return Rollout(
+        prompt=prompt,
+        sample_index=sample,
+        token_ids=np.concatenate([prompt.token_ids, response]).astype(np.int32),
+        rollout_logprobs=logprobs,
+        text=text,
+        truncated=truncated,
+        weight_version=version,
+        seed=seed,
+        reward=reward,
+    )

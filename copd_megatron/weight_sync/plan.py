@@ -1,0 +1,159 @@
+"""Which slice of which tensor travels from which rank to which rank in a weight sync. Pure.
+
+Source: a Megatron branch at TP x PP x DP, every Hugging Face tensor split as ``policy.hf_layout`` says.
+Destination: the same ranks as vLLM workers at their own tensor parallelism; the remaining factor of the
+branch is rollout replicas. Each destination rank receives exactly the rows that its vLLM shard keeps, and
+what it already owns as a Megatron rank it never receives.
+
+Megatron rank order inside a branch: tensor fastest, then data, then pipeline parallel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from copd_megatron.policy.hf_layout import ModelDims, Slot, slots
+
+VLLM_VOCAB_PADDING = 64
+"""vLLM pads the vocabulary to a multiple of this before it splits it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchLayout:
+    """Sizes of a branch's two layouts."""
+
+    tp: int
+    pp: int
+    dp: int
+    rollout_tp: int
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(tp, dp, pp) coordinates of a branch rank."""
+        return rank % self.tp, rank // self.tp % self.dp, rank // (self.tp * self.dp)
+
+    def rank_at(self, tp: int, dp: int, pp: int) -> int:
+        """Branch rank at given coordinates."""
+        return (pp * self.dp + dp) * self.tp + tp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Rows [start, stop) along the slot's ``dim`` go from ``src`` to ``dst`` (branch ranks).
+
+    A replicated tensor travels whole: ``start`` and ``stop`` are None. ``src == dst`` is a local copy.
+    """
+
+    slot: Slot
+    src: int
+    dst: int
+    start: int | None
+    stop: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Tensors that are in flight together."""
+
+    slots: tuple[Slot, ...]
+    transfers: tuple[Transfer, ...]
+    """In an order that every rank follows."""
+
+
+def wanted_range(slot: Slot, dims: ModelDims, rollout_rank: int, rollout_tp: int) -> tuple[int, int] | None:
+    """Rows along ``slot.dim`` that vLLM's tensor-parallel rank keeps; None: the whole tensor."""
+    if slot.dim is None:
+        return None
+    size = slot.shape[slot.dim]
+    if size == dims.vocab_size and slot.dim == 0 and slot.part == "whole":
+        share = math.ceil(size / VLLM_VOCAB_PADDING) * VLLM_VOCAB_PADDING // rollout_tp
+    elif slot.part in ("k", "v") and rollout_tp > dims.num_kv_heads:
+        # vLLM replicates key/value heads over ranks when there are fewer heads than ranks
+        head = rollout_rank * dims.num_kv_heads // rollout_tp
+        return head * dims.head_dim, (head + 1) * dims.head_dim
+    else:
+        share = size // rollout_tp
+    return min(rollout_rank * share, size), min((rollout_rank + 1) * share, size)
+
+
+def plan_sync(dims: ModelDims, layout: BranchLayout, *, bucket_bytes: int, element_bytes: int) -> list[Bucket]:
+    """Buckets in streaming order; a deterministic function of its arguments, equal on all ranks.
+
+    Tensors that vLLM fuses into one parameter share a bucket, because its loader keeps them until the
+    parameter is complete. A bucket holds at most ``bucket_bytes`` of full tensors, unless a single fused
+    parameter is larger than that.
+
+    Raises:
+        ValueError: the rollout layout does not divide the branch or the model.
+    """
+    _check(dims, layout)
+    groups: dict[str, list[Slot]] = {}
+    for slot in slots(dims, layout.pp):
+        if not slot.copy_of_embedding:
+            groups.setdefault(slot.group, []).append(slot)
+    buckets: list[Bucket] = []
+    waiting: list[Slot] = []
+    size = 0
+    for group in groups.values():
+        group_bytes = sum(math.prod(slot.shape) for slot in group) * element_bytes
+        if waiting and size + group_bytes > bucket_bytes:
+            buckets.append(_bucket(waiting, dims, layout))
+            waiting, size = [], 0
+        waiting += group
+        size += group_bytes
+    buckets.append(_bucket(waiting, dims, layout))
+    return buckets
+
+
+def _bucket(members: Sequence[Slot], dims: ModelDims, layout: BranchLayout) -> Bucket:
+    transfers = []
+    for slot in members:
+        for dst in range(layout.world_size):
+            wanted = wanted_range(slot, dims, dst % layout.rollout_tp, layout.rollout_tp)
+            if wanted is None:
+                transfers.append(
+                    Transfer(slot=slot, src=_whole_source(slot, dst, layout), dst=dst, start=None, stop=None)
+                )
+                continue
+            for tp in range(layout.tp):
+                owned = slot.range_of(tp, layout.tp)
+                start, stop = max(owned[0], wanted[0]), min(owned[1], wanted[1])
+                if start < stop:
+                    src = _split_source(slot, tp, dst, layout)
+                    transfers.append(Transfer(slot=slot, src=src, dst=dst, start=start, stop=stop))
+    return Bucket(slots=tuple(members), transfers=tuple(transfers))
+
+
+def _split_source(slot: Slot, tp: int, dst: int, layout: BranchLayout) -> int:
+    """The data-parallel copy of a shard that serves ``dst``: the destination's own index, so that a rank
+    serves itself where it can and the copies share the rest evenly."""
+    _, dp, _ = layout.coordinates(dst)
+    return layout.rank_at(tp, dp, slot.stage)
+
+
+def _whole_source(slot: Slot, dst: int, layout: BranchLayout) -> int:
+    tp, dp, _ = layout.coordinates(dst)
+    return layout.rank_at(tp, dp, slot.stage)
+
+
+def _check(dims: ModelDims, layout: BranchLayout) -> None:
+    if layout.rollout_tp < 1 or layout.world_size % layout.rollout_tp:
+        raise ValueError(
+            f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the branch's {layout.world_size} ranks"
+        )
+    if dims.num_heads % layout.rollout_tp or dims.ffn_size % layout.rollout_tp:
+        raise ValueError(
+            f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the model's {dims.num_heads} attention "
+            f"heads and {dims.ffn_size} feed-forward rows"
+        )
+    fewer, more = sorted((dims.num_kv_heads, layout.rollout_tp))
+    if more % fewer:
+        raise ValueError(
+            f"rollout.tensor_parallel_size={layout.rollout_tp} must divide, or be a multiple of, the model's "
+            f"{dims.num_kv_heads} key/value heads"
+        )

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Sets up, then lints, type-checks and tests. Arguments go to pytest.
+#
+#   launchers/test.sh                          all but the slow tests
+#   launchers/test.sh tests/test_config.py     some
+#   launchers/test.sh -m slow                  only the slow ones
+#
+# Tests that need a GPU skip themselves, with the reason, where there is none.
+set -euo pipefail
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+# shellcheck source-path=SCRIPTDIR source=setup.sh
+. "$here/setup.sh"
+cd -- "$COPD_ROOT"
+copd_setup
+
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false
+# Several ranks share the cores in most tests.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+failed=()
+ruff check . || failed+=("ruff")
+mypy || failed+=("mypy")
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "test.sh: failed: ${failed[*]} (see above); the tests run all the same" >&2
+fi
+python -m pytest -m "not slow" "$@" || failed+=("pytest")
+[ ${#failed[@]} -eq 0 ]
