@@ -114,7 +114,7 @@ _copd_setup_locked() {
     local venv=$1 list=$2 python uv free_kib
     if _copd_is_ready "$venv" "$list"; then return 0; fi
     rm -f "$venv/.copd-setup"
-    if [ -e "$venv" ] && ! _copd_is_312 "$venv/bin/python"; then
+    if [ -n "$(ls -A -- "$venv" 2>/dev/null)" ] && ! _copd_is_312 "$venv/bin/python"; then
         if [ "$venv" != "$COPD_ROOT/.venv" ] && [ "$venv" != "$COPD_ROOT/.venv-launch" ]; then
             _copd_say "COPD_VENV=$venv exists and is not a Python 3.12 environment; remove it or name another"
             return 1

@@ -321,7 +321,8 @@ def test_console_logs_one_line_a_branch_where_there_is_no_terminal(caplog: pytes
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 3
     assert messages[0] == (
-        "branch text  phase rlvr  step 1/12  reward 0.412  entropy 1.250  overlap 0.800  tokens/s 5,230  ETA -"
+        "branch text  phase rlvr  step 1/12  reward 0.412  entropy 1.250  overlap 0.800  "
+        "tokens/s 5,230  ETA -"
     )
 
 

@@ -274,24 +274,30 @@ def _run_exchanges() -> list[dict[str, Any]]:
     return results
 
 
-def test_scores_that_arrive_equal_scores_computed_directly_on_the_teacher() -> None:
-    ranks = run_distributed(_run_exchanges, 6)
-    for rank, results in enumerate(ranks):
+@pytest.fixture(scope="module")
+def exchanges() -> list[list[dict[str, Any]]]:
+    """Results by rank, then exchange."""
+    return run_distributed(_run_exchanges, 6)
+
+
+def test_scores_that_arrive_equal_scores_computed_directly_on_the_teacher(
+    exchanges: list[list[dict[str, Any]]],
+) -> None:
+    for rank, results in enumerate(exchanges):
         for step, result in enumerate(results):
             assert result["right"], f"rank {rank}, exchange {step}"
             assert not result["swapped"], "the student's own scores must not pass for the teacher's"
             assert result["seen"] == result["expected_seen"], "score is called on every rank, rows in order"
-    for step in range(len(ranks[0])):
+    for step in range(len(exchanges[0])):
         sent, received = (
-            sum(sum(results[step][what].values()) for results in ranks) for what in ("sent", "received")
+            sum(sum(results[step][what].values()) for results in exchanges) for what in ("sent", "received")
         )
         assert sent == received > 0
     # Nobody in the last exchange but text and image.
-    assert ranks[4][-1]["num_rows"] == {}
+    assert exchanges[4][-1]["num_rows"] == {}
 
 
-def test_every_byte_crosses_between_branches_once() -> None:
-    ranks = run_distributed(_run_exchanges, 6)
+def test_every_byte_crosses_between_branches_once(exchanges: list[list[dict[str, Any]]]) -> None:
     graph = _graph(Topology.hub_and_spoke, *BRANCHES)
     rows = {edge: _rows(edge, 8, seed=6) for edge in graph.edges}
     model = sum(
@@ -307,7 +313,7 @@ def test_every_byte_crosses_between_branches_once() -> None:
     )
     lanes = 2 * (min(2, 1) + min(2, 3))
     overhead = 4 * 8 * ROW_TABLE_BYTES + lanes * 2 * HEADER_BYTES
-    assert sum(sum(results[6]["sent"].values()) for results in ranks) == model + overhead
+    assert sum(sum(results[6]["sent"].values()) for results in exchanges) == model + overhead
 
 
 def _provoke(what: str) -> str:
@@ -389,7 +395,8 @@ def test_a_teacher_that_dies_is_named_by_the_student_that_waits() -> None:
     assert messages, [o.output for o in outcomes]
     for message in messages:
         assert (
-            "image rank 1 (global rank 3, dead: no heartbeat, last seen in opd.exchange 1 > opd.score"
+            "image rank 1 (global rank 3, dead or frozen: no heartbeat, last seen in opd.exchange 1 > "
+            "opd.score"
             in message
         )
     assert any("operation 'opd.exchange 1 > opd.receive scores text<-image' failed" in m for m in messages)

@@ -223,7 +223,7 @@ def test_report_names_who_is_waited_for_and_who_is_behind() -> None:
     assert [s.rank for s in waited_for(mine, table)] == [4, 3, 1]
     assert [s.rank for s in waited_for(mine, table, ranks=(0, 2, 3))] == [3]
     report = format_report(mine, table)
-    assert "video rank 0 (global rank 4, dead: no heartbeat, last seen in policy.update)" in report
+    assert "video rank 0 (global rank 4, dead or frozen: no heartbeat, last seen in policy.update)" in report
     assert "image rank 1 (global rank 3, in rollout.generate for 613 s)" in report
     assert "behind in branch text: rank 1 at operation 9 (this rank: 10)" in report
     assert "text ranks 0-1 (global 0-1): in opd.score image<-text for 600 s" in report
@@ -359,7 +359,8 @@ def test_a_killed_rank_is_named_by_those_that_waited_for_it(agent_store: bool) -
         assert result["cause"] == "RuntimeError"
         assert "'step 7 > opd.score image<-text' failed after" in result["message"]
         assert (
-            "waiting for: image rank 1 (global rank 3, dead: no heartbeat, last seen in rollout.generate)"
+            "waiting for: image rank 1 (global rank 3, dead or frozen: no heartbeat, last seen in "
+            "rollout.generate)"
             in result["message"]
         )
 

@@ -6,7 +6,8 @@
 
 Several families, mixed 3 to 1, with settings for each:
 
-    ... --family chain_sum:3 --family spell_backward:1 --set chain_sum.max_terms=3 --set spell_backward.max_word_len=5
+    ... --family chain_sum:3 --family spell_backward:1 \\
+        --set chain_sum.max_terms=3 --set spell_backward.max_word_len=5
 """
 
 from __future__ import annotations

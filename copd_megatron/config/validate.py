@@ -119,6 +119,7 @@ def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
                 parallel__context_parallel_size=parallel.context_parallel_size,
                 parallel__expert_model_parallel_size=parallel.expert_model_parallel_size,
                 parallel__data_parallel_size=parallel.data_parallel_size,
+                reward__num_workers=branch.reward.num_workers,
                 rollout__tensor_parallel_size=rollout.tensor_parallel_size,
                 rollout__max_new_tokens=rollout.max_new_tokens,
                 rollout__max_num_seqs=rollout.max_num_seqs,
@@ -283,12 +284,10 @@ def _opd(config: Config) -> Iterator[str]:
         [
             *_at_least(
                 1,
-                num_prompts_per_step=opd.num_prompts_per_step,
-                num_generations_per_prompt=opd.num_generations_per_prompt,
                 behaviour__top_k=opd.behaviour.top_k,
                 behaviour__every_steps=opd.behaviour.every_steps,
             ),
-            *_at_least(0, beta=opd.beta, behaviour__num_states=opd.behaviour.num_states),
+            *_at_least(0, behaviour__num_states=opd.behaviour.num_states),
             *_above(0, delta_clip=opd.delta_clip),
         ],
     )

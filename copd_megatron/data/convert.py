@@ -60,10 +60,12 @@ def convert_jsonl(
     ranked: set[str] = set()
     for sample in _samples(sources, fields, prompt_suffix, skip_bad, log=True):
         ranked.add(_rank(seed, sample))
-    if num_validation < 0 or num_validation >= max(len(ranked), 1):
+    if not ranked:
+        raise DataError(f"no usable line in {', '.join(map(str, sources))}. Check files and field names.")
+    if not 0 <= num_validation < len(ranked):
         raise DataError(
-            f"{num_validation} validation prompts of {len(ranked)} distinct usable prompts leave none to train on. "
-            "Ask for fewer, or check the source."
+            f"{num_validation} validation prompts of {len(ranked)} distinct usable prompts leave none to "
+            "train on. Ask for fewer, or check the source."
         )
     chosen = set(sorted(ranked)[:num_validation])
     counts = {"train": 0, "validation": 0}
@@ -147,7 +149,9 @@ def _sample(line: bytes, fields: FieldMap, suffix: str, where: str) -> NewSample
     try:
         registry.get(sample.verifier)
     except registry.UnknownVerifierError as error:
-        raise BadSampleError(where, "unknown_verifier", str(error), "Or set --verifier.") from error
+        raise BadSampleError(
+            where, "unknown_verifier", str(error), "--verifier sets one for lines without."
+        ) from error
     extra = {name: _field(row, name, where, "--keep") for name in fields.extra_metadata}
     return NewSample(
         prompt=_with_suffix(sample.prompt, suffix) if suffix else sample.prompt,

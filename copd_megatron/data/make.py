@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import importlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,8 @@ from typing import Any
 from copd_megatron.data.errors import DataError
 from copd_megatron.data.write import NewSample, existing_shards, write_shards
 from copd_megatron.rewards import registry
+from copd_megatron.rewards.verifiers.numeric import is_number
+from copd_megatron.rewards.verifiers.reasoning_gym import library
 
 AUTO_VERIFIER = "auto"
 
@@ -38,8 +39,8 @@ class Family:
     weight: float = 1.0
     """Share among the families, relative to the others' weights."""
     verifier: str = AUTO_VERIFIER
-    """``auto``: ``reasoning_gym`` where the family scores answers in a way of its own, and ``numeric`` or
-    ``exact`` where one answer is right, as the answers are numbers or not."""
+    """``auto``: ``numeric`` where all gold answers are numbers; else ``reasoning_gym`` where the family scores
+    answers in a way of its own; else ``exact``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,8 @@ def write_domain(
     """
     if not families or num_train < 1 or num_validation < 0:
         raise DataError(
-            f"domain {name!r}: {len(families)} families, {num_train} training and {num_validation} validation "
-            "samples. At least one family and one training sample are needed."
+            f"domain {name!r}: {len(families)} families, {num_train} training and {num_validation} "
+            "validation samples. At least one family and one training sample are needed."
         )
     if "{question}" not in template:
         raise DataError(f"template {template!r} does not contain {{question}}. Put it where the task goes.")
@@ -166,7 +167,7 @@ def _entries(dataset: Any, attempts: int) -> Iterator[dict[str, Any]]:
 
 
 def _create(family: Family, *, seed: int, size: int) -> Any:
-    factory = importlib.import_module("reasoning_gym").factory
+    factory = library().factory
     if family.name not in factory.DATASETS:
         near = difflib.get_close_matches(family.name, factory.DATASETS, n=3)
         raise DataError(
@@ -192,11 +193,9 @@ def _create(family: Family, *, seed: int, size: int) -> Any:
 
 
 def _choose_verifier(dataset: Any, answers: Sequence[str]) -> str:
-    from copd_megatron.rewards.verifiers.numeric import is_number
-
     if all(is_number(answer) for answer in answers):
         return "numeric"
-    base = importlib.import_module("reasoning_gym.dataset").ProceduralDataset
+    base = library().dataset.ProceduralDataset
     return "exact" if type(dataset).score_answer is base.score_answer else "reasoning_gym"
 
 
@@ -208,8 +207,8 @@ def _sample(prompt: str, entry: Mapping[str, Any], family: Family, verifier: str
         plain = json.loads(json.dumps(metadata, default=_plain))
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"family {family.name!r}: its task metadata is not storable as JSON ({error}). Choose verifier 'exact' "
-            "or 'numeric', or another family."
+            f"family {family.name!r}: its task metadata is not storable as JSON ({error}). Choose "
+            "verifier 'exact' or 'numeric', or another family."
         ) from error
     return NewSample(prompt=prompt, answer=str(entry["answer"]), verifier=verifier, metadata=plain)
 
@@ -233,6 +232,7 @@ def _check_gold(samples: Sequence[NewSample], family: Family, verifier: str) -> 
             reward, problem = 0.0, f"raises {type(error).__name__}: {error}"
         if reward < 1.0:
             raise DataError(
-                f"family {family.name!r}, task {sample.prompt[:80]!r}: verifier {verifier!r} does not accept the gold "
-                f"answer {sample.answer[:80]!r} ({problem}). Choose another verifier or family."
+                f"family {family.name!r}, task {sample.prompt[:80]!r}: verifier {verifier!r} does not "
+                f"accept the gold answer {sample.answer[:80]!r} ({problem}). Choose another "
+                "verifier or family."
             )

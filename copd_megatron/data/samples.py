@@ -90,7 +90,7 @@ def sample_from_record(
             where,
             "missing_field",
             f"field(s) {', '.join(repr(name) for name in missing)} missing; it has {sorted(record)}",
-            "Every sample needs prompt, answer and verifier; tools/jsonl_to_shards.py maps other field names.",
+            "Every sample needs prompt, answer and verifier; tools/jsonl_to_shards.py maps other names.",
         )
     prompt = _check_prompt(record["prompt"], where)
     for name in ("answer", "verifier"):
@@ -133,7 +133,7 @@ def _check_prompt(prompt: Any, where: str) -> str | tuple[Message, ...]:
             raise _bad_type(where, name, 'an object {"role": ..., "content": ...}', message)
         if not isinstance(message.get("role"), str):
             raise _bad_type(where, f"'role' of {name}", "a string", message.get("role"))
-        # A list holds typed parts ({"type": "text", ...}, {"type": "image", ...}), as chat templates take them.
+        # A list holds typed parts ({"type": "text", ...}, {"type": "image", ...}) for the chat template.
         if not isinstance(message.get("content"), str | list):
             raise _bad_type(
                 where, f"'content' of {name}", "a string or a list of parts", message.get("content")

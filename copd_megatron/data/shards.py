@@ -46,7 +46,7 @@ def expand_patterns(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         try:
             alternatives = list(braceexpand.braceexpand(os.path.expanduser(pattern)))
-        except braceexpand.UnbalancedBracesError as error:
+        except ValueError as error:
             raise DataError(f"shard pattern {pattern!r}: {error}. Close every brace.") from error
         for alternative in alternatives:
             if os.path.isdir(alternative):
@@ -110,7 +110,7 @@ def index_shard(path: Path, name: str | None = None) -> ShardIndex:
                     if extension in members:
                         raise DataError(f"shard {path}: member {info.name!r} occurs twice. Give keys once.")
                     members[extension] = Member(extension, info.offset_data, info.size)
-            end = tar.offset  # type: ignore[attr-defined]
+            end = tar.offset
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"shard {path}: not a readable tar ({error}). {_REWRITE}") from error
     _refuse_cut_off(path, end)

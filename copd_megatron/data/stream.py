@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,11 @@ from jinja2 import TemplateError
 
 from copd_megatron.config.schema import DataConfig
 from copd_megatron.data.errors import BadSampleError, DataError
-from copd_megatron.data.samples import Message, Sample
+from copd_megatron.data.samples import Message, Sample, SampleRef
 from copd_megatron.data.shards import ShardSet, check_shards
 from copd_megatron.records import IntArray, Prompt
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _LOGGED_PER_REASON = 3
 
@@ -41,7 +39,7 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
 
-def split_evenly(items: Sequence[T], rank: int, world: int) -> list[T]:
+def split_evenly[T](items: Sequence[T], rank: int, world: int) -> list[T]:
     """Part ``rank`` of ``items`` cut into ``world`` contiguous parts whose sizes differ by at most one.
 
     The parts in rank order are the items again: none lost, none twice. Raises ValueError unless
@@ -103,6 +101,7 @@ class PromptReader:
         self.shards = shards
         self.domain = domain
         self.skipped: Counter[str] = Counter()
+        self._logged: dict[str, set[SampleRef]] = {}
         self._tokenizer = tokenizer
         self._max_prompt_tokens = max_prompt_tokens
         self._system_prompt = system_prompt
@@ -115,7 +114,7 @@ class PromptReader:
             sample = self.shards.read(ref, self._verifiers)
             token_ids = self._encode(sample)
         except BadSampleError as error:
-            self._skip(error)
+            self._skip(ref, error)
             return None
         return Prompt(
             prompt_id=ref.id,
@@ -150,17 +149,19 @@ class PromptReader:
             raise BadSampleError(
                 where,
                 "too_long",
-                f"the prompt has {len(token_ids)} tokens, data.max_prompt_tokens is {self._max_prompt_tokens}",
+                f"{len(token_ids)} prompt tokens exceed data.max_prompt_tokens = {self._max_prompt_tokens}",
                 "Raise the limit or shorten the prompt.",
             )
         return token_ids
 
-    def _skip(self, error: BadSampleError) -> None:
+    def _skip(self, ref: SampleRef, error: BadSampleError) -> None:
         self.skipped[error.reason] += 1
-        count = self.skipped[error.reason]
-        if count <= _LOGGED_PER_REASON:
-            last = " (further ones of this kind are only counted)" if count == _LOGGED_PER_REASON else ""
-            logger.warning("%s: skipped a sample: %s%s", self.domain, error, last)
+        logged = self._logged.setdefault(error.reason, set())
+        if len(logged) < _LOGGED_PER_REASON and ref not in logged:
+            logged.add(ref)
+            last = len(logged) == _LOGGED_PER_REASON
+            also = " (further ones of this kind are only counted)" if last else ""
+            logger.warning("%s: skipped a sample: %s%s", self.domain, error, also)
 
 
 class PromptStream:

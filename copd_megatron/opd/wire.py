@@ -97,11 +97,9 @@ class Message:
 
 def ids_crc(requests: Sequence[ScoreRequest]) -> int:
     """CRC-32 of the rows' token ids and lengths, in order."""
-    crc = 0
-    for request in requests:
-        crc = zlib.crc32(np.ascontiguousarray(request.token_ids, dtype="<i4"), crc)
-        crc = zlib.crc32(np.array([len(request.token_ids), request.prompt_length], dtype="<i8"), crc)
-    return crc
+    lengths = np.array([(len(r.token_ids), r.prompt_length) for r in requests], dtype="<i8")
+    ids = [np.asarray(r.token_ids, dtype="<i4") for r in requests]
+    return zlib.crc32(np.concatenate(ids) if ids else b"", zlib.crc32(lengths))
 
 
 def pack_requests(

@@ -7,6 +7,7 @@ every rank calls them with the same rows, and every rank gets the same results.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,10 +70,24 @@ class BatchStatistics:
     loss: float
     terms: dict[str, float]
     sums: dict[str, float]
-    """As in ``losses.PolicyLossOutput.statistics``, the key ``num_tokens`` included."""
+    """As in ``losses.PolicyLossOutput.statistics``, the key ``num_tokens`` included; and ``gen_kl_error``, the k3
+    estimate of KL(rollout engine || trainer), which means something only while the weights are those that
+    sampled."""
+
+    max_gen_logprob_error: float
+    """Largest |log-probability under the trainer - under the rollout engine| of an unmasked token."""
 
     def mean(self, name: str) -> float:
+        """Mean over unmasked tokens."""
         return self.sums.get(name, math.nan) / max(self.sums.get("num_tokens", 0.0), 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSnapshot:
+    """One rank's weights at some version."""
+
+    version: int
+    tensors: list[Tensor]
 
 
 class MegatronActor:
@@ -232,6 +247,31 @@ class MegatronActor:
             for row in range(len(sequences))
         ]
 
+    @torch.no_grad()
+    def snapshot(self) -> WeightSnapshot:
+        """A copy of this rank's current weights, in host memory."""
+        return WeightSnapshot(
+            version=self.version, tensors=[p.detach().to("cpu", copy=True) for p in self.model.parameters()]
+        )
+
+    @contextlib.contextmanager
+    def using(self, snapshot: WeightSnapshot | None) -> Iterator[int]:
+        """Scores with a snapshot's weights inside the block (None: the live ones) and yields their version."""
+        if snapshot is None:
+            yield self.version
+            return
+        live = self.snapshot()
+        self._put(snapshot)
+        try:
+            yield snapshot.version
+        finally:
+            self._put(live)
+
+    @torch.no_grad()
+    def _put(self, snapshot: WeightSnapshot) -> None:
+        for parameter, value in zip(self.model.parameters(), snapshot.tensors, strict=True):
+            parameter.copy_(value)
+
     # ---- training --------------------------------------------------------------------------------------
 
     def forward_backward(self, rows: Sequence[TrainRow], loss: LossConfig, *, max_new_tokens: int) -> BatchStatistics:
@@ -261,6 +301,8 @@ class MegatronActor:
                 for name, value in values.items():
                     totals[prefix + name] = totals.get(prefix + name, 0.0) + float(value)
             totals["loss"] = totals.get("loss", 0.0) + float(result.loss.detach())
+            for name, value in self._mismatch(batch, rows, logprobs.detach()).items():
+                totals[name] = max(totals.get(name, 0.0), value) if name.startswith("max/") else totals.get(name, 0.0) + value
             return result.loss
 
         self.module.zero_grad_buffer()
@@ -272,13 +314,14 @@ class MegatronActor:
             loss=merged.get("loss", 0.0),
             terms={k.removeprefix("term/"): v for k, v in merged.items() if k.startswith("term/")},
             sums={k.removeprefix("sum/"): v for k, v in merged.items() if k.startswith("sum/")},
+            max_gen_logprob_error=merged.get("max/gen_logprob_error", 0.0),
         )
 
     def optimizer_step(self) -> dict[str, float]:
         """Clips, steps and advances the learning rate. Returns ``grad_norm`` (before clipping) and ``lr``.
 
         Raises:
-            FloatingPointError: the gradient norm is not finite; the weights are unchanged.
+            FloatingPointError: the gradient norm is not finite.
         """
         assert self.optimizer is not None, "a frozen actor cannot train"
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -287,7 +330,6 @@ class MegatronActor:
         if not updated or (grad_norm is not None and not math.isfinite(float(grad_norm))):
             raise FloatingPointError(f"gradient norm {grad_norm} at weight version {self.version}")
         self.scheduler.step(increment=1)
-        self.version += 1
         return {"grad_norm": float(grad_norm or 0.0), "lr": lr}
 
     # ---- the way through Megatron's schedules ------------------------------------------------------------
@@ -409,6 +451,19 @@ class MegatronActor:
             correction=None if correction is None else flat(correction),
         )
 
+    def _mismatch(self, batch: MicroBatch, rows: Sequence[TrainRow], logprobs: Tensor) -> dict[str, float]:
+        """How far the trainer's log-probabilities are from the rollout engine's, on one micro-batch."""
+        known = [row.rollout_logprobs for row in rows]
+        if not batch.rows or any(value is None for value in known):
+            return {}
+        mask = flatten(batch.rows, [row.loss_mask for row in rows], self.device) > 0
+        rollout = flatten(batch.rows, [value for value in known if value is not None], self.device)
+        difference = torch.where(mask, logprobs - rollout, 0.0)
+        return {
+            "sum/gen_kl_error": float((torch.expm1(difference) - difference).sum()),
+            "max/gen_logprob_error": float(difference.abs().max()),
+        }
+
     def _sum_over_owners(self, totals: dict[str, float]) -> dict[str, float]:
         """Adds up statistics over the branch; only one rank per data-parallel replica holds them."""
         owner = self.last_stage and self.tp_rank == 0
@@ -417,7 +472,8 @@ class MegatronActor:
         merged: dict[str, float] = {}
         for part in gathered:
             for name, value in (part or {}).items():
-                merged[name] = merged.get(name, 0.0) + value
+                old = merged.get(name, 0.0)
+                merged[name] = max(old, value) if name.startswith("max/") else old + value
         return merged
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from copd_megatron.policy.hf_layout import ModelDims, Slot, slots
+
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "U8": 1}
 
 
 class ShardView:
@@ -117,6 +120,12 @@ class HFFolder:
                 return handle.get_tensor(name)
             index = [slice(None)] * dim + [slice(start, stop)]
             return handle.get_slice(name)[tuple(index)]
+
+    def num_bytes(self, name: str) -> int:
+        """Size of one tensor in bytes, without reading it."""
+        with safe_open(self._where[name], framework="pt") as handle:
+            piece = handle.get_slice(name)
+            return math.prod(piece.get_shape()) * _DTYPE_BYTES[piece.get_dtype()]
 
     def iterate(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one at a time."""

@@ -99,9 +99,9 @@ class Grader:
         name = rollout.prompt.verifier
         if name not in self._verifiers:
             raise ValueError(
-                f"prompt {rollout.prompt.prompt_id!r} of domain {rollout.prompt.domain!r} names verifier {name!r}, "
-                f"which this grader lacks (it has {sorted(self._verifiers)}). Add it to the branch's "
-                "reward.verifiers."
+                f"prompt {rollout.prompt.prompt_id!r} of domain {rollout.prompt.domain!r} names verifier "
+                f"{name!r}, which this grader lacks (it has {sorted(self._verifiers)}). Add it to the "
+                "branch's reward.verifiers."
             )
         return self._verifiers[name]
 

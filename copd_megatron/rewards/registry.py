@@ -103,8 +103,8 @@ def _by_path(name: str) -> Verifier:
         ) from error
     if not callable(function):
         raise UnknownVerifierError(
-            f"verifier {name!r} is a {type(function).__name__}, not a function of (response, answer, metadata). "
-            "Point to the function."
+            f"verifier {name!r} is a {type(function).__name__}, not a function of (response, answer, "
+            "metadata). Point to the function."
         )
     for verifier in _registered.values():
         if verifier.verify is function:

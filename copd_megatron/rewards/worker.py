@@ -3,8 +3,8 @@
 Started by ``isolation.py`` as ``python -m copd_megatron.rewards.worker <watchdog seconds>``. Imports only
 what the verifiers need. Requests and answers are JSON objects on standard input and output:
 
-``{"load": target}`` -> ``{"loaded": true}`` or ``{"error": ..., "kind": ...}``
-``{"target": ..., "response": ..., "answer": ..., "metadata": {...}}`` -> ``{"value": ...}`` or ``{"error"...}``
+``{"load": target}`` -> ``{"loaded": true}`` or ``{"error": ...}``
+``{"target": ..., "response": ..., "answer": ..., "metadata": {...}}`` -> ``{"value": ...}`` or the same error
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ class RankState:
     status: str
     """``running``, ``failed`` (left an operation by an exception), ``closed`` (ended in good order),
     ``exited``
-    (ended without closing), ``dead`` (heartbeat stopped), ``unknown`` (never seen)."""
+    (ended without closing), ``dead`` (heartbeat stopped: killed,
+    or stuck in native code that never lets Python run), ``unknown`` (never seen)."""
     path: str
     """Open operations, outermost first, joined by `` > ``; empty: between operations."""
     count: int
@@ -88,7 +89,7 @@ class RankState:
         if self.status == _CLOSED:
             return "finished"
         if self.status == _DEAD:
-            return f"dead: no heartbeat, last seen {where}"
+            return f"dead or frozen: no heartbeat, last seen {where}"
         if self.status == _EXITED:
             return f"exited, last seen {where}"
         prefix = "failed " if self.status == _FAILED else ""
@@ -254,7 +255,7 @@ class Watch:
         timeout_seconds: limit on one operation without progress.
         report_dir: reports and stacks are also written there (``stuck_rank_00003.txt``).
         hosts_store: this process serves the store, and therefore ends last.
-        heartbeat_seconds: between two heartbeats; None: a sixtieth of the limit, within 0.1 and 2 s.
+        heartbeat_seconds: between two heartbeats; None: a sixtieth of the limit, within 0.25 and 2 s.
     """
 
     def __init__(
@@ -272,7 +273,7 @@ class Watch:
             raise ValueError(f"timeout_seconds is {timeout_seconds}; give a positive number of seconds")
         self.rank = rank
         self.timeout_seconds = timeout_seconds
-        self.heartbeat_seconds = heartbeat_seconds or min(max(timeout_seconds / 60, 0.1), 2.0)
+        self.heartbeat_seconds = heartbeat_seconds or min(max(timeout_seconds / 60, 0.25), 2.0)
         self._places = {g: (branch, i) for branch, ranks in branch_ranks.items() for i, g in enumerate(ranks)}
         if rank not in self._places:
             raise ValueError(f"rank {rank} is in no branch of {dict(branch_ranks)}")

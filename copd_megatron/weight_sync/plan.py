@@ -81,8 +81,18 @@ def wanted_range(slot: Slot, dims: ModelDims, rollout_rank: int, rollout_tp: int
     return min(rollout_rank * share, size), min((rollout_rank + 1) * share, size)
 
 
-def plan_sync(dims: ModelDims, layout: BranchLayout, *, bucket_bytes: int, element_bytes: int) -> list[Bucket]:
+def plan_sync(
+    dims: ModelDims,
+    layout: BranchLayout,
+    *,
+    bucket_bytes: int,
+    element_bytes: int,
+    destinations: Sequence[int] | None = None,
+) -> list[Bucket]:
     """Buckets in streaming order; a deterministic function of its arguments, equal on all ranks.
+
+    ``destinations`` are the branch ranks that receive; None: all of them. An export to one rank is a sync
+    with ``rollout_tp=1`` and one destination.
 
     Tensors that vLLM fuses into one parameter share a bucket, because its loader keeps them until the
     parameter is complete. A bucket holds at most ``bucket_bytes`` of full tensors, unless a single fused
@@ -92,6 +102,7 @@ def plan_sync(dims: ModelDims, layout: BranchLayout, *, bucket_bytes: int, eleme
         ValueError: the rollout layout does not divide the branch or the model.
     """
     _check(dims, layout)
+    receivers = range(layout.world_size) if destinations is None else destinations
     groups: dict[str, list[Slot]] = {}
     for slot in slots(dims, layout.pp):
         if not slot.copy_of_embedding:
@@ -102,43 +113,41 @@ def plan_sync(dims: ModelDims, layout: BranchLayout, *, bucket_bytes: int, eleme
     for group in groups.values():
         group_bytes = sum(math.prod(slot.shape) for slot in group) * element_bytes
         if waiting and size + group_bytes > bucket_bytes:
-            buckets.append(_bucket(waiting, dims, layout))
+            buckets.append(_bucket(waiting, dims, layout, receivers))
             waiting, size = [], 0
         waiting += group
         size += group_bytes
-    buckets.append(_bucket(waiting, dims, layout))
+    buckets.append(_bucket(waiting, dims, layout, receivers))
     return buckets
 
 
-def _bucket(members: Sequence[Slot], dims: ModelDims, layout: BranchLayout) -> Bucket:
+def _bucket(
+    members: Sequence[Slot], dims: ModelDims, layout: BranchLayout, receivers: Sequence[int]
+) -> Bucket:
     transfers = []
     for slot in members:
-        for dst in range(layout.world_size):
+        for dst in receivers:
             wanted = wanted_range(slot, dims, dst % layout.rollout_tp, layout.rollout_tp)
             if wanted is None:
                 transfers.append(
-                    Transfer(slot=slot, src=_whole_source(slot, dst, layout), dst=dst, start=None, stop=None)
+                    Transfer(slot=slot, src=_source(slot, None, dst, layout), dst=dst, start=None, stop=None)
                 )
                 continue
             for tp in range(layout.tp):
                 owned = slot.range_of(tp, layout.tp)
                 start, stop = max(owned[0], wanted[0]), min(owned[1], wanted[1])
                 if start < stop:
-                    src = _split_source(slot, tp, dst, layout)
+                    src = _source(slot, tp, dst, layout)
                     transfers.append(Transfer(slot=slot, src=src, dst=dst, start=start, stop=stop))
     return Bucket(slots=tuple(members), transfers=tuple(transfers))
 
 
-def _split_source(slot: Slot, tp: int, dst: int, layout: BranchLayout) -> int:
-    """The data-parallel copy of a shard that serves ``dst``: the destination's own index, so that a rank
-    serves itself where it can and the copies share the rest evenly."""
-    _, dp, _ = layout.coordinates(dst)
-    return layout.rank_at(tp, dp, slot.stage)
-
-
-def _whole_source(slot: Slot, dst: int, layout: BranchLayout) -> int:
-    tp, dp, _ = layout.coordinates(dst)
-    return layout.rank_at(tp, dp, slot.stage)
+def _source(slot: Slot, tp: int | None, dst: int, layout: BranchLayout) -> int:
+    """The rank that serves ``dst``: of the data-parallel copies (and, for a replicated tensor, the
+    tensor-parallel ones: ``tp`` None) the one at the destination's own coordinates, so that a rank serves
+    itself where it can and the copies share the rest evenly."""
+    own_tp, dp, _ = layout.coordinates(dst)
+    return layout.rank_at(own_tp if tp is None else tp, dp, slot.stage)
 
 
 def _check(dims: ModelDims, layout: BranchLayout) -> None:

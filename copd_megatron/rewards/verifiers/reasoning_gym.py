@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,15 +14,19 @@ from copd_megatron.rewards.registry import register
 _FULL_SCORE = 0.999
 
 
+def library() -> Any:
+    """The reasoning_gym module; takes seconds the first time. A dependency of it has ill-formed code."""
+    with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+        return importlib.import_module("reasoning_gym")
+
+
 def _prepare() -> None:
-    importlib.import_module("reasoning_gym")
+    library()
 
 
 @functools.cache
 def _scorer(family: str) -> Callable[[str, dict[str, Any]], float]:
-    import reasoning_gym  # seconds to import: not before it is needed
-
-    scorer: Callable[[str, dict[str, Any]], float] = reasoning_gym.get_score_answer_fn(family)
+    scorer: Callable[[str, dict[str, Any]], float] = library().get_score_answer_fn(family)
     return scorer
 
 

@@ -1,0 +1,218 @@
+"""Everything one process holds of its branch: built from the configuration, used by the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from copd_megatron.config import Config, Device
+from copd_megatron.config.schema import BranchConfig
+from copd_megatron.data import PromptStream, ShardSet, check_shards, load_validation
+from copd_megatron.metrics.reduction import Metrics
+from copd_megatron.opd.graph import Edge, Graph, build_graph
+from copd_megatron.opd.router import Router
+from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
+from copd_megatron.records import Prompt
+from copd_megatron.rewards.grader import Grader
+from copd_megatron.rollout.engine import RolloutEngine
+from copd_megatron.schedule import num_steps
+from copd_megatron.topology.layout import Layout
+from copd_megatron.topology.world import World, init_world
+from copd_megatron.weight_sync.sync import WeightSync
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Branch:
+    """This process's share of its branch. All ranks of a branch hold equal prompts, rows and metrics."""
+
+    name: str
+    config: Config
+    settings: BranchConfig
+    """The branch's own section."""
+    world: World
+    graph: Graph
+    router: Router
+    actor: MegatronActor
+    engine: RolloutEngine | None
+    """None on a frozen branch, which only scores."""
+    sync: WeightSync | None
+    grader: Grader
+    prompts: PromptStream | None
+    """The branch's own data; None on a frozen branch."""
+    edge_prompts: dict[Edge, PromptStream]
+    """Per edge into this branch, a stream of its own over the edge's prompts."""
+    validation: dict[str, list[Prompt]]
+    """Validation prompts of every domain."""
+    run_dir: Path
+    metrics: Metrics = field(default_factory=Metrics)
+    """This step's metrics, named without the branch."""
+    reference: WeightSnapshot | None = None
+    """The base weights, where the loss has a KL term."""
+    teacher: WeightSnapshot | None = None
+    """The weights this branch teaches with; None: the live ones."""
+
+    @property
+    def trains(self) -> bool:
+        return not self.settings.frozen
+
+
+@contextlib.contextmanager
+def start(config: Config, layout: Layout) -> Iterator[Branch]:
+    """Joins the job and builds this rank's branch; leaves in good order at the end.
+
+    Data is checked before models are loaded, models before engines start, so that a mistake shows early.
+    """
+    device = "cuda" if uses_cuda(config) else "cpu"
+    run_dir = run_directory(config)
+    with init_world(
+        {name: list(layout.ranks_of(name)) for name in layout.branch_names},
+        device=device,
+        timeout_seconds=config.run.collective_timeout_seconds,
+        run_id=os.environ.get("COPD_RUN_ID", "run"),
+        report_dir=run_dir,
+    ) as world:
+        world.adopt_branch_environment()
+        branch = _build(config, world, run_dir)
+        try:
+            yield branch
+        finally:
+            branch.grader.close()
+
+
+def uses_cuda(config: Config) -> bool:
+    """Whether the actors run on GPUs.
+
+    Raises:
+        RuntimeError: CUDA is asked for where torch sees none.
+    """
+    if config.run.device is Device.cuda and not torch.cuda.is_available():
+        raise RuntimeError("run.device=cuda, but torch sees no CUDA device; `copd doctor` shows what is here")
+    if config.run.device is Device.cpu and torch.cuda.is_available():
+        raise RuntimeError("run.device=cpu on a machine with GPUs: hide them with CUDA_VISIBLE_DEVICES= (empty)")
+    return torch.cuda.is_available()
+
+
+def run_directory(config: Config) -> Path:
+    """Where the run writes."""
+    return Path(config.run.dir or f"runs/{config.run.name}")
+
+
+def model_dtype(config: Config) -> torch.dtype:
+    """The compute type that ``model.dtype`` names on this machine."""
+    if config.model.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    dtype = getattr(torch, config.model.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _build(config: Config, world: World, run_dir: Path) -> Branch:
+    name = world.branch
+    settings = config.branches[name]
+    graph = build_graph(config)
+    edges = graph.into(name)
+    domains = [edge.prompts for edge in edges]
+    model_path = settings.model_path or config.model.path
+    with world.watch.operation("startup.data"):
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        verifiers = [v for branch in config.branches.values() for v in branch.reward.verifiers]
+        grader = Grader(settings.reward, also=verifiers)
+        shards = {domain: _shards(config, domain) for domain in {name, *domains} if config.branches[domain].data.train}
+        prompts = None if settings.frozen else _stream(config, tokenizer, name, shards[name], "native")
+        edge_prompts = {e: _stream(config, tokenizer, e.prompts, shards[e.prompts], e.name) for e in edges}
+        validation = _validation(config, tokenizer)
+    dtype = model_dtype(config)
+    with world.watch.operation("startup.actor"):
+        actor = MegatronActor(
+            model_path=model_path,
+            parallel=settings.parallel,
+            training=config.training,
+            optimizer=None if settings.frozen else config.optimizer,
+            dtype=dtype,
+            max_tokens=config.model.max_sequence_tokens,
+            temperature=settings.rollout.temperature,
+            seed=config.run.seed,
+            total_steps=num_steps(config.schedule) * config.training.num_mini_batches,
+        )
+    engine = sync = None
+    if not settings.frozen:
+        with world.watch.operation("startup.rollout"):
+            engine = RolloutEngine(
+                model_path=model_path,
+                config=settings.rollout,
+                branch=name,
+                run_id=os.environ.get("COPD_RUN_ID", "run"),
+                dtype=dtype,
+                max_tokens=config.model.max_sequence_tokens,
+                seed=config.run.seed,
+            )
+        sync = WeightSync(actor, engine, config.weight_sync)
+    return Branch(
+        name=name,
+        config=config,
+        settings=settings,
+        world=world,
+        graph=graph,
+        router=Router(world, graph),
+        actor=actor,
+        engine=engine,
+        sync=sync,
+        grader=grader,
+        prompts=prompts,
+        edge_prompts=edge_prompts,
+        validation=validation,
+        run_dir=run_dir,
+        reference=actor.snapshot() if config.loss.kl_coefficient else None,
+    )
+
+
+def _shards(config: Config, domain: str) -> ShardSet:
+    branch = config.branches[domain]
+    return check_shards(branch.data.train, branch.reward.verifiers)
+
+
+def _stream(
+    config: Config, tokenizer: PreTrainedTokenizerBase, domain: str, shards: ShardSet, purpose: str
+) -> PromptStream:
+    """A stream over a domain's training prompts. Streams of different purpose visit them in different order."""
+    branch = config.branches[domain]
+    return PromptStream.from_config(
+        branch.data,
+        tokenizer,
+        domain=domain,
+        seed=stream_seed(config.run.seed, purpose),
+        verifiers=branch.reward.verifiers,
+        system_prompt=config.model.system_prompt,
+        shards=shards,
+    )
+
+
+def stream_seed(run_seed: int, purpose: str) -> int:
+    """Seed of one stream's order, from what it is for (``native`` or an edge's name)."""
+    from copd_megatron.rollout.engine import sample_seed
+
+    return sample_seed(run_seed, purpose, 0, "stream", 0) % 2**31
+
+
+def _validation(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Prompt]]:
+    return {
+        domain: load_validation(
+            branch.data,
+            tokenizer,
+            domain=domain,
+            max_prompts=config.evaluation.max_prompts,
+            verifiers=branch.reward.verifiers,
+            system_prompt=config.model.system_prompt,
+        )
+        for domain, branch in config.branches.items()
+        if branch.data.validation
+    }

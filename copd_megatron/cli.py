@@ -1,0 +1,143 @@
+"""The ``copd`` command: train, merge, eval, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import uuid
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from copd_megatron.config import Config, ConfigError, load_config, read_model_shapes, validate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except (ConfigError, FileNotFoundError, ValueError) as error:
+        if os.environ.get("COPD_TRACEBACK"):
+            raise
+        print(f"copd: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="copd", description="Co-evolving policy distillation on Megatron-Core.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    train = commands.add_parser("train", help="train the branches of a configuration")
+    train.add_argument("config", help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    train.add_argument("--dry-run", action="store_true", help="check, print the resolved run, start nothing")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="validation accuracy of a Hugging Face folder")
+    evaluate.add_argument("config", help="YAML file whose validation sets and verifiers are used")
+    evaluate.add_argument("model", help="Hugging Face folder, an exported branch or merged model for instance")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.set_defaults(run=_eval)
+
+    merge = commands.add_parser("merge", help="merge Hugging Face folders by (weighted) mean")
+    merge.add_argument("models", nargs="+", help="folders of one architecture")
+    merge.add_argument("--out", required=True, help="folder to write")
+    merge.add_argument("--weights", help="comma-separated, one per folder; default: equal")
+    merge.set_defaults(run=_merge)
+
+    doctor = commands.add_parser("doctor", help="what this machine has and what that enables")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+    validate(config, world_size=world_size, model=read_model_shapes(config))
+    if arguments.dry_run:
+        from copd_megatron.dry_run import dry_run
+
+        print(dry_run(config))
+        return 0
+    _check_inputs(config)
+    if world_size is None:
+        return _torchrun(config, ["train", arguments.config, *arguments.overrides])
+    _logging(config)
+    from copd_megatron.train import train
+
+    train(config)
+    return 0
+
+
+def _check_inputs(config: Config) -> None:
+    """Data, verifiers and the run directory, before any process is started."""
+    from copd_megatron.data import check_shards
+    from copd_megatron.rewards import registry
+
+    for branch in config.branches.values():
+        registry.resolve(branch.reward.verifiers)
+        for patterns in (branch.data.train, branch.data.validation):
+            if patterns:
+                check_shards(patterns, branch.reward.verifiers)
+    folder = Path(config.run.dir or f"runs/{config.run.name}")
+    if int(os.environ.get("RANK", "0")) == 0 and (folder / "metrics.jsonl").exists():
+        if not config.run.overwrite:
+            raise ConfigError(
+                f"run.dir: {folder} already holds a run; choose another run.name or run.dir, or set run.overwrite=true"
+            )
+        (folder / "metrics.jsonl").unlink()
+
+
+def _torchrun(config: Config, arguments: Sequence[str]) -> int:
+    """Replaces this process by a local torchrun of as many ranks as the branches need."""
+    ranks = sum(branch.parallel.world_size for branch in config.branches.values())
+    os.environ["COPD_RUN_ID"] = uuid.uuid4().hex[:12]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*command, "-m", "copd_megatron.cli", *arguments])
+
+
+def _logging(config: Config) -> None:
+    """Log lines carry the rank; ranks other than 0 speak up only when something is wrong."""
+    rank = int(os.environ.get("RANK", "0"))
+    level = logging.getLevelName(config.logging.level) if rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", stream=sys.stderr)
+    # what the libraries say about kernels this machine lacks is `copd doctor`'s to tell, once
+    for library in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from copd_megatron.evaluate_folder import evaluate_folder
+
+    print(evaluate_folder(load_config(arguments.config, arguments.overrides), arguments.model))
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from copd_megatron.merge.mean import merge_mean
+
+    weights = [float(w) for w in arguments.weights.split(",")] if arguments.weights else None
+    merge_mean(arguments.models, arguments.out, weights=weights)
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from copd_megatron import doctor
+
+    report = doctor.report()
+    print(report.to_json() if arguments.json else report.to_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

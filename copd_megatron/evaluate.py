@@ -1,0 +1,60 @@
+"""Validation accuracy of whatever weights the engines hold, and the final table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from copd_megatron.branch import Branch
+from copd_megatron.metrics.table import render_table, save_table
+from copd_megatron.policy.weights import HFFolder
+from copd_megatron.rollout.engine import SamplingSettings
+from copd_megatron.stages import sample_graded
+
+Accuracies = dict[str, dict[str, float]]
+"""Model name to domain to mean verifier score."""
+
+
+def accuracy(me: Branch, domains: Iterable[str]) -> dict[str, float]:
+    """Mean verifier score per domain under the weights that this branch's engine holds."""
+    if me.engine is None:
+        return {}
+    options = me.config.evaluation
+    settings = SamplingSettings(num_generations=options.num_generations_per_prompt, temperature=options.temperature)
+    result = {}
+    for domain in domains:
+        graded = sample_graded(me, me.validation[domain], settings, step=0, purpose=f"validation/{domain}")
+        result[domain] = sum(r.reward or 0.0 for r in graded) / len(graded)
+    return result
+
+
+def shared_model(me: Branch, name: str) -> Accuracies:
+    """Accuracy of one model that every training branch holds: the work is split, domain by domain."""
+    trainers = [branch for branch in me.world.branches if not me.config.branches[branch].frozen]
+    mine = [d for i, d in enumerate(me.validation) if trainers[i % len(trainers)] == me.name]
+    merged: dict[str, float] = {}
+    for part in me.world.all_gather_objects(accuracy(me, mine), "evaluate.gather"):
+        merged.update(part)
+    return {name: merged}
+
+
+def each_branch(me: Branch) -> Accuracies:
+    """Accuracy of every training branch's own model on every domain."""
+    own = (me.name, accuracy(me, me.validation))
+    gathered = dict(me.world.all_gather_objects(own, "evaluate.gather"))
+    return {branch: gathered[branch] for branch in me.world.branches if gathered[branch]}
+
+
+def load_folder(me: Branch, folder: str | Path) -> None:
+    """Puts a Hugging Face folder's weights into the engine (version -1: not the actor's)."""
+    if me.engine is not None:
+        with me.world.watch.operation(f"rollout.load {Path(folder).name}"):
+            me.engine.load_weights(HFFolder(folder).iterate(), version=-1)
+
+
+def write_table(me: Branch, rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Saves the table in the run directory and returns it as text."""
+    counts = {domain: len(prompts) for domain, prompts in me.validation.items()}
+    if me.world.is_first:
+        save_table(me.run_dir, rows, list(me.validation), num_prompts=counts)
+    return render_table(rows, list(me.validation), num_prompts=counts)

@@ -1,0 +1,1 @@
+"""From branches to one model."""

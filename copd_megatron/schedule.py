@@ -1,0 +1,44 @@
+"""The phase schedule of Algorithm 1. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from copd_megatron.config.schema import ScheduleConfig
+
+
+class Phase(Enum):
+    """Phase I: every branch learns from its own verifier. Phase II: they also distil into each other."""
+
+    rlvr = "rlvr"
+    opd = "opd"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One update of every branch."""
+
+    index: int
+    """0, 1, ... over the whole run."""
+    cycle: int
+    phase: Phase
+    index_in_phase: int
+    """0 at the phase's first step; teacher snapshots are taken there."""
+
+
+def num_steps(config: ScheduleConfig) -> int:
+    """Updates in the whole run."""
+    return config.cycles * (config.rlvr_steps + config.opd_steps)
+
+
+def steps(config: ScheduleConfig, start: int = 0) -> Iterator[Step]:
+    """Steps ``start`` .. end: N cycles of S_RL Phase-I steps, then S_OPD Phase-II steps (Alg. 1)."""
+    cycle_length = config.rlvr_steps + config.opd_steps
+    for index in range(start, num_steps(config)):
+        cycle, place = divmod(index, cycle_length)
+        if place < config.rlvr_steps:
+            yield Step(index=index, cycle=cycle, phase=Phase.rlvr, index_in_phase=place)
+        else:
+            yield Step(index=index, cycle=cycle, phase=Phase.opd, index_in_phase=place - config.rlvr_steps)

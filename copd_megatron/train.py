@@ -1,0 +1,73 @@
+"""The training loop: Algorithm 1 of the CoPD paper, run by every process from its own branch's point of view."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+
+from copd_megatron.branch import Branch, start
+from copd_megatron.config import Config
+from copd_megatron.evaluate import Accuracies, each_branch, load_folder, shared_model, write_table
+from copd_megatron.merge.mean import merge_mean
+from copd_megatron.observe import Observer
+from copd_megatron.schedule import steps
+from copd_megatron.stages import cross_batch, native_batch, sync_weights, update
+from copd_megatron.topology.layout import Layout
+from copd_megatron.weight_sync.export import export_hf
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config) -> None:
+    """Runs the whole schedule and what follows it; called by every rank of the job."""
+    with start(config, Layout.from_config(config)) as me, Observer(me) as observer:
+        table: Accuracies = {}
+        sync_weights(me)
+        if config.evaluation.at_start and me.validation:
+            table |= shared_model(me, "base")
+        for step in steps(config.schedule):
+            begin = time.perf_counter()
+            batch = native_batch(me, step)  # sample, grade, GRPO advantages (Eq. 7, 11)
+            batch.rows += cross_batch(me, step, batch.native)  # sample, teachers score, OPD advantages (Eq. 8)
+            update(me, batch.rows, step)  # native and cross rows in one optimizer step
+            sync_weights(me)  # Megatron -> vLLM, live
+            if config.evaluation.every_steps and (step.index + 1) % config.evaluation.every_steps == 0:
+                observer.validation(each_branch(me))
+            observer.step(step, time.perf_counter() - begin)
+        finish(me, table)
+
+
+def finish(me: Branch, table: Accuracies) -> None:
+    """Exports every branch, merges them (theta = mean of the branches), evaluates, writes the table."""
+    config, folder = me.config, me.run_dir / "export"
+    if me.validation:
+        table |= each_branch(me)
+    trained = [name for name, branch in config.branches.items() if not branch.frozen]
+    if config.end.export or config.end.merge:
+        export_branch(me, folder / me.name)
+        me.world.barrier("export")
+    if config.end.merge and len(trained) > 1:
+        merge_mean(
+            [folder / name for name in trained],
+            folder / "merged",
+            rank=me.world.rank,
+            world_size=me.world.world_size,
+            barrier=lambda: me.world.barrier("merge"),
+        )
+        load_folder(me, folder / "merged")
+        if me.validation:
+            table |= shared_model(me, "merged")
+    if table:
+        text = write_table(me, table)
+        if me.world.is_first:
+            logger.info("validation accuracy\n%s", text)
+
+
+def export_branch(me: Branch, folder: Path) -> None:
+    """This branch's weights as a Hugging Face folder."""
+    if not me.trains:
+        return
+    with me.world.watch.operation("export", ranks=me.world.branch_ranks[me.name]):
+        export_hf(me.actor, folder, source=me.settings.model_path or me.config.model.path)

@@ -1,0 +1,513 @@
+"""Reading settings: precedence, names, types, and the checks that span fields."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from copd_megatron.config import (
+    Aggregation,
+    Config,
+    ConfigError,
+    Device,
+    EdgeConfig,
+    MismatchCorrection,
+    ModelShape,
+    TeacherMode,
+    Topology,
+    load_config,
+    read_model_shape,
+    read_model_shapes,
+    save_resolved,
+    to_yaml,
+    validate,
+)
+from copd_megatron.dry_run import dry_run
+
+YAML = """
+model:
+  path: base
+branch_defaults:
+  num_prompts_per_step: 16
+  parallel: {tensor_model_parallel_size: 2}
+branches:
+  text:
+    data: {train: [text.tar]}
+  image:
+    num_prompts_per_step: 8
+    data: {train: [image.tar]}
+    parallel: {data_parallel_size: 2}
+    rollout: {tensor_parallel_size: 2}
+"""
+
+SHAPE = ModelShape(
+    architecture="Qwen3ForCausalLM",
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=192,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=16,
+    vocab_size=260,
+    tie_word_embeddings=True,
+)
+
+HF_CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 260,
+    "tie_word_embeddings": True,
+}
+
+
+def write(folder: Path, text: str = YAML, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(folder: Path, *overrides: str) -> Config:
+    return load_config(write(folder), overrides)
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(HF_CONFIG | changes))
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def test_branch_defaults_fill_what_a_branch_leaves_out(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    assert list(config.branches) == ["text", "image"]
+    text, image = config.branches["text"], config.branches["image"]
+    assert (text.num_prompts_per_step, image.num_prompts_per_step) == (16, 8)
+    assert (text.parallel.world_size, image.parallel.world_size) == (2, 4)
+    assert text.num_generations_per_prompt == 8
+    assert text.data.train == ["text.tar"]
+
+
+def test_branches_share_no_mutable_parts(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    config.branches["text"].data.train.append("more.tar")
+    assert config.branches["image"].data.train == ["image.tar"]
+    assert config.branches["text"].parallel is not config.branches["image"].parallel
+
+
+def test_overrides_replace_scalars_lists_and_enums(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "branches.text.parallel.tensor_model_parallel_size=4",
+        "branches.text.data.train=[a.tar, b.tar]",
+        "opd.topology=all_to_all",
+        "run.dir=null",
+        "optimizer.lr=1e-4",
+        "run.device=cpu",
+        "model.path=/models/a=b",
+        "evaluation.at_start=false",
+    )
+    assert config.branches["text"].parallel.tensor_model_parallel_size == 4
+    assert config.branches["text"].data.train == ["a.tar", "b.tar"]
+    assert config.opd.topology is Topology.all_to_all
+    assert config.run.dir is None
+    assert config.optimizer.lr == pytest.approx(1e-4)
+    assert config.run.device is Device.cpu
+    assert config.model.path == "/models/a=b"
+    assert config.evaluation.at_start is False
+
+
+def test_an_override_of_branch_defaults_yields_to_the_branch_itself(tmp_path: Path) -> None:
+    config = load(tmp_path, "branch_defaults.num_prompts_per_step=4")
+    assert config.branches["text"].num_prompts_per_step == 4
+    assert config.branches["image"].num_prompts_per_step == 8
+
+
+@pytest.mark.parametrize("key", ["opd.edges.0.beta", "opd.edges[0].beta"])
+def test_overrides_reach_list_items(tmp_path: Path, key: str) -> None:
+    config = load(tmp_path, "opd.edges=[{student: text, teacher: image}]", f"{key}=0.25")
+    assert config.opd.edges == [EdgeConfig(student="text", teacher="image", beta=0.25)]
+
+
+def test_a_mapping_override_merges(tmp_path: Path) -> None:
+    config = load(tmp_path, "branches.text.parallel={data_parallel_size: 3}")
+    assert config.branches["text"].parallel.data_parallel_size == 3
+    assert config.branches["text"].parallel.tensor_model_parallel_size == 2
+
+
+def test_later_overrides_win_and_interpolation_is_resolved(tmp_path: Path) -> None:
+    config = load(tmp_path, "run.seed=3", "run.seed=4", "schedule.cycles=${run.seed}")
+    assert (config.run.seed, config.schedule.cycles) == (4, 4)
+
+
+def test_empty_sections_mean_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "model: {path: base}\nrun:\nbranches:\n  text:\n"), [])
+    assert config.run.seed == 1
+    assert config.branches["text"].num_generations_per_prompt == 8
+
+
+def test_defaults_from_is_overlaid_and_relative_to_its_file(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    write(tmp_path / "shared", YAML, "base.yaml")
+    child = write(
+        tmp_path, "defaults_from: shared/base.yaml\nschedule: {cycles: 9}\nbranches: {text: {frozen: true}}\n"
+    )
+    config = load_config(child, [])
+    assert config.schedule.cycles == 9
+    assert config.branches["text"].frozen
+    assert config.branches["text"].data.train == ["text.tar"]
+
+
+def test_defaults_from_in_a_circle_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "defaults_from: b.yaml\n", "a.yaml")
+    write(tmp_path, "defaults_from: a.yaml\n", "b.yaml")
+    with pytest.raises(ConfigError, match="goes in a circle"):
+        load_config(tmp_path / "a.yaml", [])
+
+
+def test_resolved_yaml_reads_back_to_an_equal_config(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "opd.edges=[{student: text, teacher: image, beta: 0.5}]",
+        "loss.dual_clip=3",
+        "opd.teacher_mode=phase_snapshot",
+    )
+    saved = save_resolved(config, tmp_path / "out" / "resolved.yaml")
+    assert load_config(saved, []) == config
+    assert "teacher_mode: phase_snapshot" in saved.read_text()
+    assert "branch_defaults" not in to_yaml(config)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lr=st.floats(min_value=1e-12, max_value=1.0),
+    seed=st.integers(min_value=0, max_value=2**53),
+    # What a shell passes as one argument; YAML's own quotes keep any text a text.
+    name=st.text(
+        st.characters(codec="ascii", categories=("L", "N", "P", "S"), exclude_characters="$"), min_size=1
+    ),
+)
+def test_values_survive_override_and_yaml(
+    tmp_path_factory: pytest.TempPathFactory, lr: float, seed: int, name: str
+) -> None:
+    folder = tmp_path_factory.mktemp("config")
+    quoted = "'" + name.replace("'", "''") + "'"
+    config = load(folder, f"optimizer.lr={lr!r}", f"run.seed={seed}", f"model.system_prompt={quoted}")
+    assert (config.optimizer.lr, config.run.seed, config.model.system_prompt) == (lr, seed, name)
+    assert load_config(save_resolved(config, folder / "again.yaml"), []) == config
+
+
+# --- names and types ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("opd.bta=1", ["unknown key 'opd.bta'", "did you mean 'opd.beta'"]),
+        ("branches.txt.frozen=true", ["unknown key 'branches.txt'", "did you mean 'branches.text'"]),
+        (
+            "branches.text.paralel.data_parallel_size=2",
+            ["unknown key 'branches.text.paralel'", "did you mean 'branches.text.parallel'"],
+        ),
+        ("branch_defaults.num_promts_per_step=2", ["did you mean 'branch_defaults.num_prompts_per_step'"]),
+        ("opd.edges=[{studnt: text}]", ["unknown key 'opd.edges[0].studnt'", "'opd.edges[0].student'"]),
+        ("zzz=1", ["unknown key 'zzz'", "keys here:", "schedule"]),
+        ("defaults_from=other.yaml", ["unknown key 'defaults_from'"]),
+        ("opd.topology=ring", ["opd.topology", "'ring'", "none, hub_and_spoke, all_to_all, custom"]),
+        ("schedule.cycles=many", ["schedule.cycles: 'many' is not a whole number"]),
+        ("schedule.cycles=1.5", ["schedule.cycles: 1.5 is not a whole number"]),
+        ("schedule.cycles=null", ["schedule.cycles: null is not a whole number"]),
+        ("optimizer.lr=fast", ["optimizer.lr: 'fast' is not a number"]),
+        ("loss.dual_clip=x", ["loss.dual_clip: 'x' is not a number or null"]),
+        ("run.overwrite=perhaps", ["run.overwrite: 'perhaps' is not true or false"]),
+        ("run.name=true", ["run.name: True is not a string", "quote it"]),
+        ("branches.text.data.train=a.tar", ["branches.text.data.train: 'a.tar' is not a list"]),
+        ("schedule=3", ["schedule: 3 is not a mapping"]),
+        ("schedule.cycles.x=3", ["schedule.cycles is a whole number, it has no key 'x'"]),
+        ("opd.edges[0].beta=1", ["opd.edges[0] does not exist", "0 item"]),
+        ("opd.edges.first.beta=1", ["opd.edges is a list", "'first'"]),
+        ("branches.text.data.train=[a", ["branches.text.data.train=[a", "not valid YAML"]),
+        ("schedule.cycles", ["expected key=value"]),
+        ("=1", ["expected key=value"]),
+        ("a..b=1", ["not a dotted key"]),
+        ("run.seed=${schedule.cycels}", ["schedule.cycels"]),
+    ],
+)
+def test_a_bad_override_says_what_and_what_instead(tmp_path: Path, override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, override)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("model: {path: base, pth: 2}", ["run.yaml", "unknown key 'model.pth'", "did you mean 'model.path'"]),
+        ("scedule: {cycles: 2}", ["unknown key 'scedule'", "did you mean 'schedule'"]),
+        ("model: {path: base}\nloss: {aggregation: mean}", ["loss.aggregation: 'mean' is not one of"]),
+        ("branch_defaults: {frozn: true}", ["'branch_defaults.frozn'", "'branch_defaults.frozen'"]),
+        ("run:\n  seed: 1\n   name: x\n", ["run.yaml, line 3", "not valid YAML"]),
+        ("run: {seed: 1}\nrun: {seed: 2}\n", ["line 2", "duplicate key run"]),
+        ("- a\n- b\n", ["expected a mapping"]),
+        ("branches: {1: {frozen: true}}", ["branches.1", "quote 1"]),
+        ("run: {seed: 1}", ["model.path", "not set"]),
+        ("defaults_from: gone.yaml", ["defaults_from: gone.yaml", "does not exist"]),
+    ],
+)
+def test_a_bad_file_says_where_and_what(tmp_path: Path, text: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, text), [])
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.yaml does not exist"):
+        load_config(tmp_path / "gone.yaml", [])
+
+
+def test_a_bad_key_in_a_parent_file_names_that_file(tmp_path: Path) -> None:
+    write(tmp_path, "schedule: {cycels: 2}\n", "parent.yaml")
+    with pytest.raises(ConfigError, match=r"parent\.yaml: unknown key 'schedule\.cycels'"):
+        load_config(write(tmp_path, "defaults_from: parent.yaml\n"), [])
+
+
+# --- checks that span fields -------------------------------------------------------------------------------
+
+
+def test_a_sound_config_passes(tmp_path: Path) -> None:
+    validate(load(tmp_path), 6, SHAPE)
+    validate(load(tmp_path), None, None)
+
+
+def test_a_world_that_does_not_fit_says_how_many_processes_to_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(load(tmp_path), 4, None)
+    message = str(error.value)
+    assert "2 (text) + 4 (image) = 6 ranks, the job has 4" in message
+    assert "--nproc-per-node=6" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["branches.text.rollout.tensor_parallel_size=3"],
+            ["branches.text.rollout.tensor_parallel_size: 3", "2 ranks", "tensor 2 x pipeline 1", "[1, 2]"],
+        ),
+        (["branches.text.parallel.tensor_model_parallel_size=8"], ["query groups", "4", "[1, 2, 4]"]),
+        (["branches.text.parallel.tensor_model_parallel_size=3"], ["attention heads, 8", "[1, 2, 4, 8]"]),
+        (["branches.text.parallel.pipeline_model_parallel_size=3"], ["3 does not divide", "4 layers"]),
+        (["branches.text.parallel.context_parallel_size=2"], ["context_parallel_size: 2", "Transformer"]),
+        (["branches.text.parallel.expert_model_parallel_size=2"], ["expert_model_parallel_size: 2", "dense"]),
+        (["branches.text.parallel.sequence_parallel=true"], ["sequence_parallel: true", "local layer spec"]),
+        (["branches.text.parallel.data_parallel_size=0"], ["data_parallel_size: 0 must be at least 1"]),
+        (["opd.hub=vidoe"], ["opd.hub", "vidoe"]),
+        (
+            ["opd.topology=custom", "opd.edges=[{student: text, teacher: imag}]"],
+            ["opd.edges[0].teacher", "imag", "image"],
+        ),
+        (["opd.topology=custom", "opd.edges=[{student: text, teacher: text}]"], ["opd.edges[0]", "'text'"]),
+        (
+            [
+                "branches.text.frozen=true",
+                "opd.topology=custom",
+                "opd.edges=[{student: text, teacher: image}]",
+            ],
+            ["opd.edges[0].student", "'text'", "frozen"],
+        ),
+        (["opd.topology=none"], ["opd.topology none", "schedule.opd_steps: 10", "schedule.opd_steps=0"]),
+        (["opd.topology=custom"], ["opd.topology custom", "no edge"]),
+        (["branch_defaults.frozen=true"], ["every branch is frozen"]),
+        (["schedule.rlvr_steps=0", "schedule.opd_steps=0"], ["nothing to train"]),
+        (["schedule.cycles=0"], ["schedule.cycles: 0 must be at least 1"]),
+        (["loss.ratio_clip_min=1.2"], ["loss.ratio_clip_min: 1.2", "1 - 1.2 = -0.2"]),
+        (["loss.ratio_clip_max=0"], ["loss.ratio_clip_max: 0", "above 0"]),
+        (["loss.dual_clip=1"], ["loss.dual_clip: 1", "above 1"]),
+        (["loss.constant_divisor=100"], ["loss.constant_divisor: 100", "loss.aggregation=constant"]),
+        (
+            ["loss.mismatch_correction=icepop", "loss.mismatch_bounds=[1.5, 2]"],
+            ["loss.mismatch_bounds: [1.5, 2", "above 1"],
+        ),
+        (
+            ["branches.text.rollout.max_new_tokens=1200"],
+            ["1024 + 1200 = 2224", "model.max_sequence_tokens 2048"],
+        ),
+        (["training.micro_batch_tokens=100"], ["training.micro_batch_tokens: 100", "at least 2048"]),
+        (["training.num_mini_batches=5"], ["training.num_mini_batches: 5", "16 x 8 = 128"]),
+        (["branches.text.num_generations_per_prompt=1"], ["num_generations_per_prompt: 1", "at least 2"]),
+        (["branches.text.data.train=[]"], ["branches.text.data.train: empty"]),
+        (["branches.text.reward.verifiers=[]"], ["branches.text.reward.verifiers: empty"]),
+        (["branches.text.rollout.top_p=1.5"], ["branches.text.rollout.top_p: 1.5", "between 0 and 1"]),
+        (["branches.text.rollout.top_k=0"], ["branches.text.rollout.top_k: 0", "-1"]),
+        (["optimizer.lr=0"], ["optimizer.lr: 0", "above 0"]),
+        (["optimizer.lr=.nan"], ["optimizer.lr: nan"]),
+        (["optimizer.lr_schedule=cosine", "optimizer.min_lr=1"], ["optimizer.min_lr: 1.0 is above"]),
+        (["optimizer.adam_beta2=1"], ["optimizer.adam_beta2: 1"]),
+        (["model.dtype=float16"], ["model.dtype: 'float16'", "bfloat16"]),
+        (["logging.level=loud"], ["logging.level: 'loud'", "INFO"]),
+        (["advantage.overlong_buffer_tokens=5000"], ["advantage.overlong_buffer_tokens: 5000", "1024"]),
+        (["branches={'a/b': {data: {train: [x]}}}"], ["branches.a/b", "letters, digits and underscores"]),
+    ],
+)
+def test_an_impossible_combination_says_field_value_and_remedy(
+    tmp_path: Path, overrides: list[str], parts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(load(tmp_path, *overrides), None, SHAPE)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss.aggregation=constant", "loss.constant_divisor=100"],
+        ["loss.mismatch_correction=icepop"],
+        ["opd.topology=none", "schedule.opd_steps=0"],
+        ["opd.topology=all_to_all", "opd.teacher_mode=every_n_steps", "opd.snapshot_every_steps=3"],
+        ["branches.image.frozen=true"],
+        [
+            "branch_defaults.parallel.tensor_model_parallel_size=4",
+            "branch_defaults.rollout.tensor_parallel_size=4",
+        ],
+        ["branches.text.num_generations_per_prompt=1", "advantage.normalize_std=false"],
+        ["training.num_mini_batches=4", "optimizer.clip_grad=0"],
+    ],
+)
+def test_what_can_run_is_not_refused(tmp_path: Path, overrides: list[str]) -> None:
+    validate(load(tmp_path, *overrides), None, SHAPE)
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(load(tmp_path, "optimizer.lr=0", "schedule.cycles=0"), 5, None)
+    message = str(error.value)
+    assert message.startswith("3 problems")
+    for part in ("optimizer.lr", "schedule.cycles", "--nproc-per-node=6"):
+        assert part in message
+
+
+def test_a_single_branch_needs_no_distillation(tmp_path: Path) -> None:
+    text = "model: {path: base}\nbranches: {text: {data: {train: [a]}}}\n"
+    with pytest.raises(ConfigError, match="distillation needs a teacher"):
+        validate(load_config(write(tmp_path, text), []), 1, None)
+    validate(load_config(write(tmp_path, text), ["schedule.opd_steps=0"]), 1, None)
+
+
+def test_no_branches_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="branches: empty"):
+        validate(load_config(write(tmp_path, "model: {path: base}"), []), 1, None)
+
+
+def test_a_frozen_branch_whose_prompts_nobody_uses_needs_no_data(tmp_path: Path) -> None:
+    edges = "opd.edges=[{student: image, teacher: text, prompts: image}]"
+    overrides = ["branches.text.frozen=true", "branches.text.data.train=[]", "opd.topology=custom"]
+    validate(load(tmp_path, *overrides, edges), None, None)
+    with pytest.raises(ConfigError, match=r"branches\.text\.data\.train: empty"):
+        validate(load(tmp_path, *overrides, "opd.edges=[{student: image, teacher: text}]"), None, None)
+
+
+def test_branches_with_other_vocabularies_are_refused(tmp_path: Path) -> None:
+    shapes = {"text": SHAPE, "image": replace(SHAPE, vocab_size=300)}
+    with pytest.raises(ConfigError, match=r"300 tokens.*260"):
+        validate(load(tmp_path), None, shapes)
+
+
+def test_enum_members_are_the_names_that_yaml_uses() -> None:
+    for enum in (Topology, TeacherMode, Aggregation, MismatchCorrection, Device):
+        assert all(member.name == member.value for member in enum)
+
+
+# --- the model's folder ------------------------------------------------------------------------------------
+
+
+def test_the_model_shape_is_read_from_config_json(tmp_path: Path) -> None:
+    assert read_model_shape(write_model(tmp_path / "base")) == SHAPE
+
+
+def test_sharded_weights_are_found_through_their_index(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "base")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"1 weight file\(s\).*model-00002-of-00002"):
+        read_model_shape(folder)
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"")
+    assert read_model_shape(folder) == SHAPE
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
+        (lambda folder: write_model(folder, architectures=["LlamaForCausalLM"]), "Llama.*Qwen3For"),
+        (lambda folder: write_model(folder, architectures=None), "none named"),
+        (lambda folder: write_model(folder, hidden_size="64"), "hidden_size is '64'"),
+    ],
+)
+def test_a_broken_model_folder_says_what_is_wrong(tmp_path: Path, damage: Any, message: str) -> None:
+    folder = write_model(tmp_path / "base")
+    damage(folder)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_model_shape(folder, "model.path")
+    assert str(error.value).startswith("model.path: ")
+
+
+def test_a_missing_model_folder_names_the_setting(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    gone = tmp_path / "gone"
+    with pytest.raises(ConfigError, match=r"^model\.path: .*gone: no such folder"):
+        read_model_shapes(load(tmp_path, f"model.path={gone}"))
+    with pytest.raises(ConfigError, match=r"^branches\.image\.model_path: .*gone: no such folder"):
+        read_model_shapes(load(tmp_path, f"model.path={base}", f"branches.image.model_path={gone}"))
+
+
+def test_the_parameter_count_is_that_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    for tied in (True, False):
+        hf_config = transformers.Qwen3Config(**(HF_CONFIG | {"tie_word_embeddings": tied}))
+        with torch.device("meta"):
+            model = transformers.Qwen3ForCausalLM(hf_config)
+        expected = sum(parameter.numel() for parameter in model.parameters())
+        assert replace(SHAPE, tie_word_embeddings=tied).num_parameters == expected
+
+
+# --- dry run -----------------------------------------------------------------------------------------------
+
+
+def test_the_dry_run_shows_config_layout_edges_and_memory(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    text = dry_run(load(tmp_path, f"model.path={base}", "run.device=cpu"), 6)
+    assert "num_prompts_per_step: 16" in text
+    assert "text: ranks 0..1 (2), tp 2" in text
+    assert "image: ranks 2..5 (4), tp 2" in text
+    assert "image<-text" in text
+    assert "text<-image" in text
+    assert "CPU, float32" in text
+    assert f"{SHAPE.num_parameters:,} parameters" in text
+
+
+def test_the_dry_run_refuses_what_a_start_would(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    with pytest.raises(ConfigError, match="--nproc-per-node=6"):
+        dry_run(load(tmp_path, f"model.path={base}"), 4)

@@ -1,0 +1,269 @@
+"""The tools that write shards: same bytes for the same seed, disjoint splits, errors that help."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from copd_megatron.data import DataError, Sample, check_shards
+from copd_megatron.data.convert import FieldMap, convert_jsonl
+from copd_megatron.data.make import Family, WrittenDomain, write_domain
+from copd_megatron.rewards import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+TWO_TERMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+
+
+def run_tool(name: str, *arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *arguments],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def samples_of(paths: list[Path]) -> list[Sample]:
+    shards = check_shards([str(path) for path in paths])
+    return [shards.read(ref) for ref in shards.refs]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def make(out: Path, *families: Family, **changes: Any) -> WrittenDomain:
+    settings: dict[str, Any] = {"num_train": 60, "num_validation": 20, "seed": 1, "shard_size": 25}
+    return write_domain(out, "toy", families, **{**settings, **changes})
+
+
+# ---------------------------------------------------------------- make_text_data
+
+
+def test_splits_are_disjoint_distinct_and_gradable(tmp_path: Path) -> None:
+    written = make(
+        tmp_path,
+        Family(name="chain_sum", settings=TWO_TERMS, weight=3),
+        Family(name="spell_backward", settings={"max_word_len": 6}),
+        Family(name="countdown"),
+    )
+    assert [path.name for path in written.train] == [f"toy-train-{i:06d}.tar" for i in range(3)]
+    train, validation = samples_of(written.train), samples_of(written.validation)
+    assert (len(train), len(validation)) == (60, 20) == (written.num_train, written.num_validation)
+    prompts = [sample.prompt for sample in train + validation]
+    assert len(set(prompts)) == 80
+    assert Counter(sample.metadata["dataset"] for sample in train) == {
+        "chain_sum": 36,
+        "spell_backward": 12,
+        "countdown": 12,
+    }
+    assert len({sample.metadata["dataset"] for sample in train[:15]}) > 1  # mixed, not one after the other
+    by_family = {sample.metadata["dataset"]: sample.verifier for sample in train}
+    assert by_family["chain_sum"] == "numeric" and by_family["countdown"] == "reasoning_gym"
+    for sample in train + validation:
+        verify = registry.get(sample.verifier).verify
+        assert verify(f"I think.\nAnswer: {sample.answer}", sample.answer, sample.metadata) == 1.0
+        assert verify("Answer: certainly not this", sample.answer, sample.metadata) == 0.0
+
+
+def test_seeds_decide_the_tasks(tmp_path: Path) -> None:
+    family = Family(name="chain_sum", settings={"min_terms": 4, "max_terms": 5, "min_digits": 4})
+    prompts = [
+        {sample.prompt for sample in samples_of(make(tmp_path / str(seed), family, seed=seed).train)}
+        for seed in (1, 2)
+    ]
+    assert not prompts[0] & prompts[1]
+
+
+def test_template_suffix_and_chosen_verifier(tmp_path: Path) -> None:
+    family = Family(name="chain_sum", settings=TWO_TERMS, verifier="exact")
+    written = make(tmp_path, family, template="Task: {question}", prompt_suffix=" Number only.")
+    for sample in samples_of(written.train):
+        assert isinstance(sample.prompt, str)
+        assert sample.prompt.startswith("Task: ") and sample.prompt.endswith(" Number only.")
+        assert sample.verifier == "exact"
+
+
+@pytest.mark.parametrize(
+    ("families", "changes", "message"),
+    [
+        ([Family(name="chain_summ")], {}, r"no family 'chain_summ'.*Did you mean chain_sum"),
+        ([Family(name="chain_sum", settings={"min_term": 2})], {}, r"no setting 'min_term'.*'min_terms'"),
+        ([Family(name="chain_sum", settings={"seed": 2})], {}, "no setting 'seed'"),
+        ([Family(name="chain_sum", settings={"min_terms": -1})], {}, "refuses the settings.*-1"),
+        (
+            [Family(name="chain_sum", settings={**TWO_TERMS, "max_digits": 1})],
+            {"num_train": 900},
+            "distinct tasks",
+        ),
+        (
+            [Family(name="spell_backward", verifier="numeric")],
+            {},
+            "'numeric' does not accept the gold answer",
+        ),
+        ([Family(name="chain_sum", verifier="nummeric")], {}, "Did you mean 'numeric'"),
+        ([Family(name="chain_sum", weight=0)], {}, "every weight must be positive"),
+        ([Family(name="chain_sum")], {"template": "no place"}, r"does not contain \{question\}"),
+        ([Family(name="chain_sum")], {"num_train": 0}, "At least one family and one training sample"),
+        ([], {}, "At least one family"),
+    ],
+)
+def test_bad_requests_are_refused(
+    tmp_path: Path, families: list[Family], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path / "out", *families, **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_domain_is_kept_unless_told(tmp_path: Path) -> None:
+    family = Family(name="chain_sum", settings=TWO_TERMS)
+    make(tmp_path, family)
+    before = hashes(tmp_path)
+    with pytest.raises(DataError, match="already holds"):
+        make(tmp_path, family, seed=2)
+    assert hashes(tmp_path) == before
+    make(tmp_path, family, num_train=20, overwrite=True)
+    assert sorted(hashes(tmp_path)) == ["toy-train-000000.tar", "toy-validation-000000.tar"]
+
+
+def test_tool_writes_the_same_bytes_in_any_process(tmp_path: Path) -> None:
+    arguments = ["--name", "mix", "--train", "50", "--validation", "10", "--seed", "7", "--shard-size", "20"]
+    arguments += ["--family", "chain_sum:2", "--family", "word_sorting", "--set", "chain_sum.max_terms=3"]
+    for folder, hash_seed in (("1", "1"), ("2", "2")):
+        done = run_tool("make_text_data.py", "--out", str(tmp_path / folder), *arguments, hash_seed=hash_seed)
+        assert done.returncode == 0, done.stderr
+        assert "50 training samples in 3 shard(s)" in done.stdout and done.stderr == ""
+    assert hashes(tmp_path / "1") == hashes(tmp_path / "2")
+    assert len(hashes(tmp_path / "1")) == 4
+
+
+def test_tool_errors_are_one_line(tmp_path: Path) -> None:
+    base = ["--out", str(tmp_path), "--name", "n", "--train", "5", "--family", "chain_sum"]
+    for extra, message in (
+        (["--set", "min_terms"], "write setting=value"),
+        (["--family", "gcd", "--set", "min_terms=2"], "family.setting=value"),
+        (["--family", "gcd:many"], "'many' is not a weight"),
+        (["--verifier", "nope"], "unknown verifier 'nope'"),
+    ):
+        done = run_tool("make_text_data.py", *base, *extra)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------- jsonl_to_shards
+
+
+def jsonl(path: Path, *rows: Any) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_fields_are_mapped(tmp_path: Path) -> None:
+    source = jsonl(
+        tmp_path / "a.jsonl",
+        {"q": "1+1?", "gold": {"value": 2}, "level": "easy", "uid": "x1"},
+        "",
+        {
+            "q": [{"role": "user", "content": "pi?"}],
+            "gold": {"value": "3.14"},
+            "level": "hard",
+            "uid": "x2",
+            "verifier": "numeric",
+            "metadata": {"abs_tol": 0.01},
+        },
+    )
+    fields = FieldMap(
+        prompt="q", answer="gold.value", default_verifier="exact", extra_metadata=("level",), key="uid"
+    )
+    written = convert_jsonl([source], tmp_path / "out", "mine", fields, prompt_suffix=" Brief.")
+    assert (written.num_train, written.validation) == (2, [])
+    first, second = samples_of(written.train)
+    assert (first.ref.key, first.prompt, first.answer, first.verifier) == ("x1", "1+1? Brief.", "2", "exact")
+    assert first.metadata == {"level": "easy"}
+    assert second.prompt == ({"role": "user", "content": "pi? Brief."},)
+    assert (second.verifier, second.metadata) == ("numeric", {"abs_tol": 0.01, "level": "hard"})
+
+
+def test_validation_split_is_disjoint_exact_and_reproducible(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i % 40}", "answer": str(i), "verifier": "exact"} for i in range(100)]
+    source = jsonl(tmp_path / "a.jsonl", *rows)
+    written = convert_jsonl([source], tmp_path / "1", "m", FieldMap(), num_validation=10, seed=3)
+    train, validation = samples_of(written.train), samples_of(written.validation)
+    held_out = {sample.prompt for sample in validation}
+    assert len(validation) == len(held_out) == written.num_validation == 10
+    kept = [row["answer"] for row in rows if row["prompt"] not in held_out]
+    assert [sample.answer for sample in train] == kept
+    convert_jsonl([source], tmp_path / "2", "m", FieldMap(), num_validation=10, seed=3)
+    assert hashes(tmp_path / "1") == hashes(tmp_path / "2")
+    other = convert_jsonl([source], tmp_path / "3", "m", FieldMap(), num_validation=10, seed=4)
+    assert {sample.prompt for sample in samples_of(other.validation)} != held_out
+
+
+GOOD = {"prompt": "p", "answer": "a", "verifier": "exact"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{not json", "line 2: not valid JSON"),
+        ([1], "line 2: is a list"),
+        ({"answer": "a", "verifier": "exact"}, r"line 2: no field 'prompt'.*--prompt-field"),
+        ({"prompt": "p", "answer": "a"}, r"line 2: no field 'verifier'.*--verifier-field"),
+        ({**GOOD, "answer": ["a"]}, "line 2: 'answer' must be a string, got list"),
+        ({**GOOD, "answer": True}, "line 2: 'answer' must be a string, got bool"),
+        ({**GOOD, "verifier": "exat"}, "line 2: unknown verifier 'exat'.*'exact'"),
+        ({**GOOD, "prompt": " "}, "line 2: 'prompt' is empty"),
+    ],
+)
+def test_bad_lines_are_named_or_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, row: Any, message: str
+) -> None:
+    source = jsonl(tmp_path / "a.jsonl", GOOD, row, {**GOOD, "prompt": "q"})
+    with pytest.raises(DataError, match=message):
+        convert_jsonl([source], tmp_path / "out", "m", FieldMap())
+    assert not (tmp_path / "out").exists()
+    written = convert_jsonl([source], tmp_path / "out", "m", FieldMap(), skip_bad=True)
+    assert [sample.prompt for sample in samples_of(written.train)] == ["p", "q"]
+    assert "line 2" in caplog.text and "skipped 1 bad line(s)" in caplog.text
+
+
+def test_source_problems_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent\.jsonl: cannot be read"):
+        convert_jsonl([tmp_path / "absent.jsonl"], tmp_path, "m", FieldMap())
+    with pytest.raises(DataError, match="leave none to train on"):
+        convert_jsonl([jsonl(tmp_path / "a.jsonl", GOOD)], tmp_path, "m", FieldMap(), num_validation=1)
+    with pytest.raises(DataError, match="no usable line"):
+        convert_jsonl([jsonl(tmp_path / "b.jsonl", "")], tmp_path, "m", FieldMap())
+
+
+def test_tool_converts_from_the_command_line(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "label": i} for i in range(30)]
+    source = jsonl(tmp_path / "a.jsonl", *rows)
+    arguments = [str(source), "--out", str(tmp_path / "out"), "--name", "mine", "--prompt-field", "question"]
+    done = run_tool("jsonl_to_shards.py", *arguments, "--answer-field", "label")
+    assert done.returncode == 1
+    assert "line 1: no field 'verifier'" in done.stderr and "Traceback" not in done.stderr
+    done = run_tool(
+        "jsonl_to_shards.py",
+        *arguments,
+        "--answer-field",
+        "label",
+        "--verifier",
+        "numeric",
+        "--validation",
+        "5",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "25 training samples in 1 shard(s), 5 validation" in done.stdout
+    assert len(samples_of(sorted((tmp_path / "out").glob("mine-train-*.tar")))) == 25
