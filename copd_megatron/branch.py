@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from copd_megatron.config import Config, Device
+from copd_megatron.config import Config
 from copd_megatron.config.schema import BranchConfig
 from copd_megatron.data import PromptStream, ShardSet, check_shards, load_validation
+from copd_megatron.device import model_dtype, uses_cuda
 from copd_megatron.metrics.reduction import Metrics
 from copd_megatron.opd.graph import Edge, Graph, build_graph
 from copd_megatron.opd.router import Router
 from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
 from copd_megatron.records import Prompt
 from copd_megatron.rewards.grader import Grader
-from copd_megatron.rollout.engine import RolloutEngine
+from copd_megatron.rollout.engine import RolloutEngine, sample_seed
 from copd_megatron.schedule import num_steps
 from copd_megatron.topology.layout import Layout
 from copd_megatron.topology.world import World, init_world
@@ -55,6 +55,8 @@ class Branch:
     run_dir: Path
     metrics: Metrics = field(default_factory=Metrics)
     """This step's metrics, named without the branch."""
+    num_sampled_tokens: int = 0
+    """Response tokens sampled since the last step was written."""
     reference: WeightSnapshot | None = None
     """The base weights, where the loss has a KL term."""
     teacher: WeightSnapshot | None = None
@@ -88,31 +90,9 @@ def start(config: Config, layout: Layout) -> Iterator[Branch]:
             branch.grader.close()
 
 
-def uses_cuda(config: Config) -> bool:
-    """Whether the actors run on GPUs.
-
-    Raises:
-        RuntimeError: CUDA is asked for where torch sees none.
-    """
-    if config.run.device is Device.cuda and not torch.cuda.is_available():
-        raise RuntimeError("run.device=cuda, but torch sees no CUDA device; `copd doctor` shows what is here")
-    if config.run.device is Device.cpu and torch.cuda.is_available():
-        raise RuntimeError("run.device=cpu on a machine with GPUs: hide them with CUDA_VISIBLE_DEVICES= (empty)")
-    return torch.cuda.is_available()
-
-
 def run_directory(config: Config) -> Path:
     """Where the run writes."""
     return Path(config.run.dir or f"runs/{config.run.name}")
-
-
-def model_dtype(config: Config) -> torch.dtype:
-    """The compute type that ``model.dtype`` names on this machine."""
-    if config.model.dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    dtype = getattr(torch, config.model.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def _build(config: Config, world: World, run_dir: Path) -> Branch:
@@ -198,8 +178,6 @@ def _stream(
 
 def stream_seed(run_seed: int, purpose: str) -> int:
     """Seed of one stream's order, from what it is for (``native`` or an edge's name)."""
-    from copd_megatron.rollout.engine import sample_seed
-
     return sample_seed(run_seed, purpose, 0, "stream", 0) % 2**31
 
 

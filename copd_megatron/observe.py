@@ -37,6 +37,8 @@ class Observer:
         """Writes everything collected since the last call; collective over all branches."""
         me = self.me
         me.metrics.maximum("timing/step_seconds", seconds)
+        me.metrics.minimum("perf/tokens_per_second", me.num_sampled_tokens / max(seconds, 1e-9))
+        me.num_sampled_tokens = 0
         for name, count in me.grader.counters().items():
             if me.engine is not None and me.engine.tp_rank == 0:
                 me.metrics.total(f"rewards/{name}", count)

@@ -111,6 +111,7 @@ def sample_graded(
         rollouts = me.engine.gather(mine, prompts, settings)
     me.metrics.maximum("timing/generation_seconds", generated - begin)
     me.metrics.maximum("timing/grading_seconds", graded - generated)
+    me.num_sampled_tokens += sum(r.response_length for r in rollouts)
     return rollouts
 
 
@@ -155,7 +156,6 @@ def cross_batch(me: Branch, step: Step, native: Sequence[Rollout]) -> list[Train
     a few of my native rollouts. Collective over all branches.
     """
     _refresh_teacher(me, step)
-    begin = time.perf_counter()
     rollouts: dict[Edge, list[Rollout]] = {}
     if step.phase is Phase.opd:
         for edge in me.graph.into(me.name):
@@ -170,7 +170,12 @@ def cross_batch(me: Branch, step: Step, native: Sequence[Rollout]) -> list[Train
     }
     mine = {edge: score(me, rollouts[edge]) for edge in rollouts}
     probed = score(me, [r for r, _ in probes], [states for _, states in probes]) if probes else []
+    begin = time.perf_counter()
     theirs = me.router.exchange(requests, lambda edge, wanted: teach(me, wanted, step))
+    me.metrics.maximum("timing/exchange_seconds", time.perf_counter() - begin)
+    for edge in requests:
+        traffic = me.router.traffic[edge]
+        me.metrics.total(f"copd/router_bytes/{edge.name}", traffic.sent_bytes + traffic.received_bytes)
     rows: list[TrainRow] = []
     for edge, sampled in rollouts.items():
         scores = theirs[edge][: len(sampled)]
@@ -186,10 +191,6 @@ def cross_batch(me: Branch, step: Step, native: Sequence[Rollout]) -> list[Train
         me.metrics.mean(f"copd/teacher_gap/{edge.name}", float(gap.sum()), len(gap))
     for edge in requests:
         _behaviour_metrics(me, edge, probed, theirs[edge][len(rollouts.get(edge, [])) :])
-    for edge, traffic in me.router.traffic.items():
-        me.metrics.total(f"copd/router_bytes/{edge.name}", traffic.sent_bytes)
-    if requests or me.graph.out_of(me.name):
-        me.metrics.maximum("timing/exchange_seconds", time.perf_counter() - begin)
     return rows
 
 

@@ -38,6 +38,7 @@ from copd_megatron.data import (
 )
 from copd_megatron.data.shards import shard_names
 from copd_megatron.data.stream import epoch_order
+from copd_megatron.data.tar_scan import scan_tar
 from copd_megatron.data.write import NewSample, write_shards
 
 CHATML = (
@@ -155,9 +156,12 @@ def truncated(path: Path, keep: Callable[[int], int]) -> str:
 BAD_SHARDS: dict[str, tuple[Callable[[Path], str], str]] = {
     "no bytes": (lambda path: str(path.write_bytes(b"") or path), "no bytes"),
     "no members": (lambda path: write_raw(path, []), "empty, it holds no samples"),
-    "not a tar": (lambda path: str(path.write_bytes(b"hello" * 1000) and path), "not a readable tar"),
-    "cut in data": (lambda path: truncated(path, lambda n: 1024 * 3 + 600), "unexpected end of data|cut off"),
-    "cut in header": (lambda path: truncated(path, lambda n: 1024 * 3 + 100), "cut off at byte 3072"),
+    "not a tar": (
+        lambda path: str(path.write_bytes(b"hello" * 1000) and path),
+        r"not a readable tar \(not a tar\)",
+    ),
+    "cut in data": (lambda path: truncated(path, lambda n: 1024 * 3 + 520), "cut off at byte 3592, within"),
+    "cut in header": (lambda path: truncated(path, lambda n: 1024 * 3 + 100), "cut off at byte 3172"),
     "cut between members": (lambda path: truncated(path, lambda n: 1024 * 3), "cut off at byte 3072"),
     "no json": (lambda path: write_raw(path, [("a.txt", b"x")]), r"no sample has a \.json.*\['txt'\]"),
     "twice": (lambda path: write_raw(path, [("a.json", record())] * 2), "'a.json' occurs twice"),
@@ -205,7 +209,42 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[5 * 1024 + 10] ^= 0xFF
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"toy-train-000000\.tar: damaged header at byte 5120"):
+    with pytest.raises(DataError, match=r"toy-train-000000\.tar.*damaged header at byte 5120"):
+        ShardSet.open([str(path)])
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_header_scan_agrees_with_tarfile(tmp_path: Path, format: int) -> None:
+    path = tmp_path / "s.tar"
+    names = ["a.json", "d/" + "n" * 90 + ".json", ("p" * 60 + "/") * 2 + "k.json", "\u00fc.json", "b.txt"]
+    if format != tarfile.USTAR_FORMAT:
+        names.append("l" * 300 + ".json")
+    with tarfile.open(path, "w", format=format) as tar:
+        for size, name in enumerate(names, start=510):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            info.mtime = 1e9 + 0.5 if format == tarfile.PAX_FORMAT else 10**9
+            tar.addfile(info, io.BytesIO(b"x" * size))
+            folder = tarfile.TarInfo(f"folder{size}")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+    with tarfile.open(path) as tar:
+        expected = [(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
+    assert list(map(tuple, scan_tar(path))) == expected
+    assert len(expected) == len(names)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_no_prefix_of_a_shard_passes_for_whole(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    folder = tmp_path_factory.mktemp("prefix")
+    write(folder, 4)
+    path = folder / "toy-train-000000.tar"
+    whole = path.read_bytes()
+    end = list(scan_tar(path))[-1]
+    needed = -(-(end.offset + end.size) // 512) * 512 + 512
+    path.write_bytes(whole[: data.draw(st.integers(0, needed - 1))])
+    with pytest.raises(DataError, match=r"cut off|no bytes"):
         ShardSet.open([str(path)])
 
 

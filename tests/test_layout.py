@@ -82,9 +82,7 @@ def test_unequal_branches_take_contiguous_ranges_in_order() -> None:
 def test_every_rank_has_one_place_and_the_inverse_finds_it(layout: Layout) -> None:
     places = list(layout.places())
     assert [place.rank for place in places] == list(range(layout.world_size))
-    seen = {
-        (p.branch, p.tp_rank, p.cp_rank, p.dp_rank, p.pp_rank): p for p in places
-    }
+    seen = {(p.branch, p.tp_rank, p.cp_rank, p.dp_rank, p.pp_rank): p for p in places}
     assert len(seen) == len(places)
     assert len({(p.branch, p.rollout_replica, p.rollout_tp_rank) for p in places}) == len(places)
     for place in places:

@@ -133,7 +133,7 @@ class RewardConfig:
     timeout_seconds: float = 10.0
     """A verifier that takes longer scores the sample 0, is counted and logged."""
     num_workers: int = 1
-    """Worker processes per rank for the verifiers that run isolated (``math``, ``reasoning_gym``, your own)."""
+    """Worker processes per rank for verifiers that run isolated (``math``, ``reasoning_gym``, your own)."""
 
 
 @dataclass(kw_only=True)

@@ -39,8 +39,8 @@ class Family:
     weight: float = 1.0
     """Share among the families, relative to the others' weights."""
     verifier: str = AUTO_VERIFIER
-    """``auto``: ``numeric`` where all gold answers are numbers; else ``reasoning_gym`` where the family scores
-    answers in a way of its own; else ``exact``."""
+    """``auto``: ``numeric`` where all gold answers are numbers; else ``reasoning_gym`` where the family
+    scores answers in a way of its own; else ``exact``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +142,11 @@ def _generate(
     dataset = _create(family, seed=seed, size=attempts)
     entries: list[tuple[str, dict[str, Any]]] = []
     for entry in _entries(dataset, attempts):
+        if not isinstance(entry["answer"], str):
+            raise DataError(
+                f"family {family.name!r} gives no gold answer (but {entry['answer']!r}), so nothing could "
+                "show that its tasks are graded rightly. Choose another family."
+            )
         prompt = template.replace("{question}", entry["question"]) + suffix
         if prompt not in seen:
             seen.add(prompt)
@@ -210,7 +215,7 @@ def _sample(prompt: str, entry: Mapping[str, Any], family: Family, verifier: str
             f"family {family.name!r}: its task metadata is not storable as JSON ({error}). Choose "
             "verifier 'exact' or 'numeric', or another family."
         ) from error
-    return NewSample(prompt=prompt, answer=str(entry["answer"]), verifier=verifier, metadata=plain)
+    return NewSample(prompt=prompt, answer=entry["answer"], verifier=verifier, metadata=plain)
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,6 @@ import hashlib
 import os
 import re
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import braceexpand
 
 from copd_megatron.data.errors import BadSampleError, DataError
 from copd_megatron.data.samples import Sample, SampleRef, parse_sample
+from copd_megatron.data.tar_scan import BLOCK_BYTES, TarDamageError, scan_tar
 
 _MEMBER = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -101,19 +101,17 @@ def index_shard(path: Path, name: str | None = None) -> ShardIndex:
     _refuse_unreadable(path)
     samples: dict[str, dict[str, Member]] = {}
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            for info in tar:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
-                if info.isreg() and (match := _MEMBER.match(info.name)):
-                    key, extension = match.group(1), sys.intern(match.group(2).lower())
-                    members = samples.setdefault(key, {})
-                    if extension in members:
-                        raise DataError(f"shard {path}: member {info.name!r} occurs twice. Give keys once.")
-                    members[extension] = Member(extension, info.offset_data, info.size)
-            end = tar.offset
-    except (tarfile.TarError, OSError, EOFError) as error:
+        for entry in scan_tar(path):
+            match = _MEMBER.match(entry.name)
+            if match is None:
+                continue
+            key, extension = match.group(1), sys.intern(match.group(2).lower())
+            members = samples.setdefault(key, {})
+            if extension in members:
+                raise DataError(f"shard {path}: member {entry.name!r} occurs twice. Give every key once.")
+            members[extension] = Member(extension, entry.offset, entry.size)
+    except (TarDamageError, OSError) as error:
         raise DataError(f"shard {path}: not a readable tar ({error}). {_REWRITE}") from error
-    _refuse_cut_off(path, end)
     if not samples:
         raise DataError(f"shard {path}: empty, it holds no samples. {_REWRITE}")
     if not any("json" in members for members in samples.values()):
@@ -132,7 +130,7 @@ def index_shard(path: Path, name: str | None = None) -> ShardIndex:
 def _refuse_unreadable(path: Path) -> None:
     try:
         with open(path, "rb") as file:
-            head = file.read(tarfile.BLOCKSIZE)
+            head = file.read(BLOCK_BYTES)
     except OSError as error:
         raise DataError(f"shard {path}: cannot be read ({error.strerror}). Check path and rights.") from error
     if not head:
@@ -144,17 +142,6 @@ def _refuse_unreadable(path: Path) -> None:
             raise DataError(
                 f"shard {path}: compressed with {program}, which allows no random access. Decompress it."
             )
-
-
-def _refuse_cut_off(path: Path, end: int) -> None:
-    # tarfile takes a damaged header, or a file cut between two members, for the end of the archive; the
-    # format wants blocks of zeros there.
-    with open(path, "rb") as file:
-        file.seek(end)
-        block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
-        problem = "cut off" if len(block) < tarfile.BLOCKSIZE else "damaged header"
-        raise DataError(f"shard {path}: {problem} at byte {end}. {_REWRITE}")
 
 
 def shard_names(paths: Sequence[Path]) -> list[str]:

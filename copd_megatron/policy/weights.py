@@ -37,6 +37,8 @@ class ShardView:
             "input_layernorm": "self_attention.linear_qkv.layer_norm_weight",
             "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm_weight",
         }
+        if slot.part == "parameter":
+            return self._model.get_parameter(slot.module)
         path = f"{slot.module}.weight"
         layer, _, leaf = slot.module.rpartition(".")
         if leaf in fused and not _has_weight(self._model, path):

@@ -1,0 +1,166 @@
+"""Qwen3-VL on Megatron: a vision tower before the decoder, its features inside the first decoder layers.
+
+The tower is transformers' own module, on the first pipeline stage, the same on every tensor-parallel rank.
+Its output takes the place of the placeholder tokens' embeddings; its deepstack feature maps are added to the
+hidden states at those places after decoder layers 0, 1, ... Positions are (time, height, width) triples, and
+the rotary frequencies interleave the three (Qwen3-VL; Megatron's own multimodal RoPE chunks them).
+
+Shape legend: ``b`` rows, ``s`` tokens, ``H`` hidden, ``M`` visual tokens of the micro-batch, ``P`` patches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+from copd_megatron.records import IntArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionBatch:
+    """The media of one micro-batch, on the actor's device."""
+
+    pixel_values: Tensor
+    """[P, channels x temporal patch x patch x patch], images first, then videos, each in row order."""
+    grid_thw: Tensor
+    """[media, 3] int64: patches along time, height and width."""
+    scatter_index: Tensor
+    """[M] int64: where the tower's outputs go in the flattened [s * b] hidden states."""
+
+
+class InterleavedMultimodalRotaryEmbedding(MultimodalRotaryEmbedding):
+    """Rotary angles for (time, height, width) positions, frequencies interleaved T H W T H W ... T T."""
+
+    def forward(
+        self, position_ids: Tensor, mrope_section: Sequence[int], cp_group: Any = None
+    ) -> Tensor:
+        """Angles [s, b, 1, head_dim] from positions [3, b, s]."""
+        position = position_ids.to(device=self.inv_freq.device, dtype=torch.float32)
+        freqs = position[..., None] * self.inv_freq  # [3, b, s, head_dim / 2]
+        mixed = freqs[0].clone()
+        for axis in (1, 2):
+            where = slice(axis, 3 * mrope_section[axis], 3)
+            mixed[..., where] = freqs[axis][..., where]
+        return torch.cat((mixed, mixed), dim=-1).transpose(0, 1)[:, :, None, :].contiguous()
+
+
+class VisionLanguageModel(GPTModel):
+    """Megatron's GPT decoder with Qwen3-VL's vision tower in front (first pipeline stage only)."""
+
+    def __init__(self, *, vision_config: dict[str, Any], freeze_vision: bool, **kwargs: Any) -> None:
+        super().__init__(position_embedding_type="mrope", **kwargs)
+        self.rotary_pos_emb = InterleavedMultimodalRotaryEmbedding(
+            kv_channels=self.config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=self.rotary_base,
+        )
+        self._deepstack: list[Tensor] = []
+        self._scatter_index: Tensor | None = None
+        if not self.pre_process:
+            return
+        settings = Qwen3VLVisionConfig(**vision_config)
+        settings._attn_implementation = "sdpa"
+        self.visual = Qwen3VLVisionModel(settings).to(self.config.params_dtype)
+        if freeze_vision:
+            self.visual.requires_grad_(False)
+        for number, layer in enumerate(self.decoder.layers[: len(settings.deepstack_visual_indexes)]):
+            layer.register_forward_hook(_DeepstackHook(self, number))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As ``GPTModel.forward``, with ``position_ids`` [3, b, s] and ``vision``: a VisionBatch or None.
+
+        Without media the tower is skipped, and its gradient is zero.
+        """
+        vision: VisionBatch | None = kwargs.pop("vision", None)
+        self._deepstack, self._scatter_index = [], None
+        if self.pre_process and vision is not None:
+            kwargs["decoder_input"] = self._embed(input_ids, vision)
+        output: Tensor = super().forward(input_ids, position_ids, *args, **kwargs)
+        self._deepstack, self._scatter_index = [], None
+        return output
+
+    def _embed(self, input_ids: Tensor, vision: VisionBatch) -> Tensor:
+        """Token embeddings [s, b, H] with the tower's outputs at the placeholders."""
+        text = self.embedding(input_ids=input_ids, position_ids=None)
+        seen = self.visual(vision.pixel_values.to(text.dtype), grid_thw=vision.grid_thw, return_dict=True)
+        self._deepstack = list(seen.deepstack_features)
+        self._scatter_index = vision.scatter_index
+        flat = text.reshape(-1, text.shape[-1])
+        return flat.index_copy(0, vision.scatter_index, seen.pooler_output.to(text.dtype)).view_as(text)
+
+    def add_deepstack(self, number: int, hidden_sbh: Tensor) -> Tensor:
+        """Adds feature map ``number`` to the hidden states at the visual tokens."""
+        if self._scatter_index is None:
+            return hidden_sbh
+        flat = hidden_sbh.reshape(-1, hidden_sbh.shape[-1])
+        feature = self._deepstack[number].to(flat.dtype)
+        return flat.index_add(0, self._scatter_index, feature).view_as(hidden_sbh)
+
+
+class _DeepstackHook:
+    """Runs after a decoder layer, whose output is (hidden states, context)."""
+
+    def __init__(self, model: VisionLanguageModel, number: int) -> None:
+        self.model, self.number = model, number
+
+    def __call__(self, layer: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        hidden, *rest = output
+        return (self.model.add_deepstack(self.number, hidden), *rest)
+
+
+def multimodal_positions(
+    token_ids: IntArray,
+    *,
+    image_token_id: int,
+    video_token_id: int,
+    image_grid_thw: IntArray,
+    video_grid_thw: IntArray,
+    spatial_merge_size: int,
+) -> IntArray:
+    """(time, height, width) positions of one sequence, [3, L] int32 (Qwen3-VL's rule).
+
+    Text advances all three together. The tokens of an image, or of one frame of a video (frames are parted
+    by timestamp text), form a grid: time stands still, height and width count merged patches; what follows
+    continues after the larger of the two. Grids are [n, 3] in patches, in order of appearance.
+
+    Raises:
+        ValueError: placeholders and grids do not match.
+    """
+    kind = np.zeros(len(token_ids), dtype=np.int32)
+    kind[token_ids == image_token_id] = 1
+    kind[token_ids == video_token_id] = 2
+    frames = [(1, h, w) for t, h, w in np.asarray(video_grid_thw).reshape(-1, 3) for _ in range(t)]
+    grids = {1: iter(np.asarray(image_grid_thw).reshape(-1, 3).tolist()), 2: iter(frames)}
+    positions: list[IntArray] = []
+    current = 0
+    for modality, group in itertools.groupby(kind.tolist()):
+        length = len(list(group))
+        if modality == 0:
+            positions.append(np.broadcast_to(np.arange(current, current + length), (3, length)))
+            current += length
+            continue
+        taken = 0
+        while taken < length:
+            grid = next(grids[modality], None)
+            if grid is None:
+                raise ValueError("more placeholder tokens than media grids: the prompt was expanded for other media")
+            t, height, width = grid[0], grid[1] // spatial_merge_size, grid[2] // spatial_merge_size
+            time, row, column = np.meshgrid(np.arange(t), np.arange(height), np.arange(width), indexing="ij")
+            positions.append(np.stack([time, row, column]).reshape(3, -1) + current)
+            current += max(height, width)
+            taken += t * height * width
+        if taken != length:
+            raise ValueError(f"{length} placeholder tokens in a row, the media grids make {taken}")
+    if any(next(rest, None) is not None for rest in grids.values()):
+        raise ValueError("more media grids than placeholder tokens: the prompt was expanded for other media")
+    return np.concatenate(positions, axis=1).astype(np.int32)

@@ -1,0 +1,28 @@
+"""A world of one process, for tools that need what a branch has but are no job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def single_process() -> Iterator[str]:
+    """torch.distributed with one rank, over a store in this process; yields a fresh run identifier.
+
+    A caller under torchrun is refused: it would make one world per rank.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) != 1:
+        raise RuntimeError("this command runs as one process: start it without torchrun or srun")
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield uuid.uuid4().hex[:12]
+    finally:
+        dist.destroy_process_group()

