@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -73,7 +74,7 @@ def start(config: Config, layout: Layout) -> Iterator[Branch]:
 
     Data is checked before models are loaded, models before engines start, so that a mistake shows early.
     """
-    device = "cuda" if uses_cuda(config) else "cpu"
+    device: Literal["cuda", "cpu"] = "cuda" if uses_cuda(config) else "cpu"
     run_dir = run_directory(config)
     with init_world(
         {name: list(layout.ranks_of(name)) for name in layout.branch_names},
@@ -106,7 +107,11 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         verifiers = [v for branch in config.branches.values() for v in branch.reward.verifiers]
         grader = Grader(settings.reward, also=verifiers)
-        shards = {domain: _shards(config, domain) for domain in {name, *domains} if config.branches[domain].data.train}
+        shards = {
+            domain: _shards(config, domain)
+            for domain in {name, *domains}
+            if config.branches[domain].data.train
+        }
         prompts = None if settings.frozen else _stream(config, tokenizer, name, shards[name], "native")
         edge_prompts = {e: _stream(config, tokenizer, e.prompts, shards[e.prompts], e.name) for e in edges}
         validation = _validation(config, tokenizer)
@@ -163,7 +168,7 @@ def _shards(config: Config, domain: str) -> ShardSet:
 def _stream(
     config: Config, tokenizer: PreTrainedTokenizerBase, domain: str, shards: ShardSet, purpose: str
 ) -> PromptStream:
-    """A stream over a domain's training prompts. Streams of different purpose visit them in different order."""
+    """A stream over a domain's training prompts; each purpose has an order of its own."""
     branch = config.branches[domain]
     return PromptStream.from_config(
         branch.data,

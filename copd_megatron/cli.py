@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="copd", description="Co-evolving policy distillation on Megatron-Core.")
+    parser = argparse.ArgumentParser(
+        prog="copd", description="Co-evolving policy distillation on Megatron-Core."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     train = commands.add_parser("train", help="train the branches of a configuration")
@@ -39,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="validation accuracy of a Hugging Face folder")
     evaluate.add_argument("config", help="YAML file whose validation sets and verifiers are used")
-    evaluate.add_argument("model", help="Hugging Face folder, an exported branch or merged model for instance")
+    evaluate.add_argument(
+        "model", help="Hugging Face folder, an exported branch or merged model for instance"
+    )
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.set_defaults(run=_eval)
 
@@ -88,7 +92,8 @@ def _check_inputs(config: Config) -> None:
     if int(os.environ.get("RANK", "0")) == 0 and (folder / "metrics.jsonl").exists():
         if not config.run.overwrite:
             raise ConfigError(
-                f"run.dir: {folder} already holds a run; choose another run.name or run.dir, or set run.overwrite=true"
+                f"run.dir: {folder} already holds a run; choose another run.name or run.dir, "
+                "or set run.overwrite=true"
             )
         (folder / "metrics.jsonl").unlink()
 
@@ -107,7 +112,9 @@ def _logging(config: Config) -> None:
     """Log lines carry the rank; ranks other than 0 speak up only when something is wrong."""
     rank = int(os.environ.get("RANK", "0"))
     level = logging.getLevelName(config.logging.level) if rank == 0 else logging.WARNING
-    logging.basicConfig(level=level, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=level, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", stream=sys.stderr
+    )
     # what the libraries say about kernels this machine lacks is `copd doctor`'s to tell, once
     for library in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(library).setLevel(logging.ERROR)

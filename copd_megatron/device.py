@@ -16,7 +16,9 @@ def uses_cuda(config: Config) -> bool:
     if config.run.device is Device.cuda and not torch.cuda.is_available():
         raise RuntimeError("run.device=cuda, but torch sees no CUDA device; `copd doctor` shows what is here")
     if config.run.device is Device.cpu and torch.cuda.is_available():
-        raise RuntimeError("run.device=cpu on a machine with GPUs: hide them with CUDA_VISIBLE_DEVICES= (empty)")
+        raise RuntimeError(
+            "run.device=cpu on a machine with GPUs: hide them with CUDA_VISIBLE_DEVICES= (empty)"
+        )
     return torch.cuda.is_available()
 
 

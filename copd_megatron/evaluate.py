@@ -20,7 +20,9 @@ def accuracy(me: Branch, domains: Iterable[str]) -> dict[str, float]:
     if me.engine is None:
         return {}
     options = me.config.evaluation
-    settings = SamplingSettings(num_generations=options.num_generations_per_prompt, temperature=options.temperature)
+    settings = SamplingSettings(
+        num_generations=options.num_generations_per_prompt, temperature=options.temperature
+    )
     result = {}
     for domain in domains:
         graded = sample_graded(me, me.validation[domain], settings, step=0, purpose=f"validation/{domain}")

@@ -20,7 +20,9 @@ def evaluate_folder(config: Config, folder: str | Path) -> str:
     """Samples every domain's validation prompts from the model in ``folder`` and returns the table."""
     first = next(iter(config.branches.values()))
     options = config.evaluation
-    settings = SamplingSettings(num_generations=options.num_generations_per_prompt, temperature=options.temperature)
+    settings = SamplingSettings(
+        num_generations=options.num_generations_per_prompt, temperature=options.temperature
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     row: dict[str, float] = {}
     counts: dict[str, int] = {}
@@ -47,9 +49,7 @@ def evaluate_folder(config: Config, folder: str | Path) -> str:
                 system_prompt=config.model.system_prompt,
             )
             with Grader(branch.reward) as grader:
-                graded = grader.grade(
-                    engine.sample(prompts, settings, step=0, branch=f"validation/{domain}")
-                )
+                graded = grader.grade(engine.sample(prompts, settings, step=0, branch=f"validation/{domain}"))
             row[domain] = sum(r.reward or 0.0 for r in graded) / len(graded)
             counts[domain] = len(prompts)
     return render_table({Path(folder).name: row}, list(row), num_prompts=counts)

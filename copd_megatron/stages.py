@@ -240,9 +240,7 @@ def _request(row_id: int, rollout: Rollout, states: Sequence[int]) -> ScoreReque
 _STATES_PER_PROBE = 8
 
 
-def _behaviour_probes(
-    me: Branch, step: Step, native: Sequence[Rollout]
-) -> list[tuple[Rollout, list[int]]]:
+def _behaviour_probes(me: Branch, step: Step, native: Sequence[Rollout]) -> list[tuple[Rollout, list[int]]]:
     """Some native rollouts and response positions in them, chosen by the run seed and the step."""
     options = me.config.opd.behaviour
     if not native or not options.num_states or step.index % options.every_steps:

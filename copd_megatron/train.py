@@ -1,11 +1,10 @@
-"""The training loop: Algorithm 1 of the CoPD paper, run by every process from its own branch's point of view."""
+"""The training loop: Algorithm 1 of the CoPD paper, run by every process for its own branch."""
 
 from __future__ import annotations
 
 import logging
 import time
 from pathlib import Path
-
 
 from copd_megatron.branch import Branch, start
 from copd_megatron.config import Config
@@ -30,7 +29,9 @@ def train(config: Config) -> None:
         for step in steps(config.schedule):
             begin = time.perf_counter()
             batch = native_batch(me, step)  # sample, grade, GRPO advantages (Eq. 7, 11)
-            batch.rows += cross_batch(me, step, batch.native)  # sample, teachers score, OPD advantages (Eq. 8)
+            batch.rows += cross_batch(
+                me, step, batch.native
+            )  # sample, teachers score, OPD advantages (Eq. 8)
             update(me, batch.rows, step)  # native and cross rows in one optimizer step
             sync_weights(me)  # Megatron -> vLLM, live
             if config.evaluation.every_steps and (step.index + 1) % config.evaluation.every_steps == 0:

@@ -32,9 +32,7 @@ DIVISORS = Family(name="gcd", settings={"min_value": 2, "max_value": 60})
 def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer, ids 0..255 for bytes, then end of turn and padding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        tokenizer_models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[])
-    )
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TURN, special=True), AddedToken(PADDING, special=True)])
@@ -68,7 +66,9 @@ def make_model(folder: Path, *, seed: int = 0, scale: float = 3.0, **sizes: Any)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if parameter.ndim == 1 else noise * config.initializer_range * scale)
+            parameter.copy_(
+                1 + 0.1 * noise if parameter.ndim == 1 else noise * config.initializer_range * scale
+            )
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
@@ -125,14 +125,14 @@ def reference_logprobs(
 def make_domains(out: Path, *, num_train: int = 48, num_validation: int = 8) -> dict[str, WrittenDomain]:
     """Shards of two small domains, ``alpha`` (sums) and ``beta`` (greatest common divisors)."""
     return {
-        name: write_domain(
-            out, name, [family], num_train=num_train, num_validation=num_validation, seed=seed
-        )
+        name: write_domain(out, name, [family], num_train=num_train, num_validation=num_validation, seed=seed)
         for name, family, seed in (("alpha", ARITHMETIC, 1), ("beta", DIVISORS, 2))
     }
 
 
-def warm_up(folder: Path, pairs: list[tuple[str, str]], *, steps: int, seed: int = 0, lr: float = 3e-3) -> None:
+def warm_up(
+    folder: Path, pairs: list[tuple[str, str]], *, steps: int, seed: int = 0, lr: float = 3e-3
+) -> None:
     """Supervised steps on (prompt, answer) pairs, so that some sampled answers are right."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -396,8 +396,7 @@ def test_a_teacher_that_dies_is_named_by_the_student_that_waits() -> None:
     for message in messages:
         assert (
             "image rank 1 (global rank 3, dead or frozen: no heartbeat, last seen in opd.exchange 1 > "
-            "opd.score"
-            in message
+            "opd.score" in message
         )
     assert any("operation 'opd.exchange 1 > opd.receive scores text<-image' failed" in m for m in messages)
 

@@ -360,8 +360,7 @@ def test_a_killed_rank_is_named_by_those_that_waited_for_it(agent_store: bool) -
         assert "'step 7 > opd.score image<-text' failed after" in result["message"]
         assert (
             "waiting for: image rank 1 (global rank 3, dead or frozen: no heartbeat, last seen in "
-            "rollout.generate)"
-            in result["message"]
+            "rollout.generate)" in result["message"]
         )
 
 

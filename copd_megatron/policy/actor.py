@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,10 +42,18 @@ from copd_megatron.config.schema import (
 )
 from copd_megatron.losses import TokenStreams, policy_loss
 from copd_megatron.policy import cpu
-from copd_megatron.policy.batch import MicroBatch, Sequenced, build_micro_batch, flatten
+from copd_megatron.policy.batch import (
+    Features,
+    MicroBatch,
+    Sequenced,
+    Vision,
+    build_micro_batch,
+    flatten,
+)
 from copd_megatron.policy.hf_layout import ModelDims
 from copd_megatron.policy.microbatch import plan_micro_batches
 from copd_megatron.policy.model import build_model, initialize_parallel, padded_vocab, transformer_config
+from copd_megatron.policy.statistics import BatchStatistics, Tally
 from copd_megatron.policy.vocab_parallel import VocabShard, linear_full_logprobs, linear_logprobs
 from copd_megatron.policy.weights import ShardView, load_hf
 from copd_megatron.records import FloatArray, TrainRow
@@ -61,25 +69,6 @@ class SequenceScore:
     """[R] nats"""
     state_logprobs: FloatArray
     """[S, V] full distributions at the asked-for response positions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchStatistics:
-    """Sums over a batch's unmasked tokens, and the loss; the same on every rank of the branch."""
-
-    loss: float
-    terms: dict[str, float]
-    sums: dict[str, float]
-    """As in ``losses.PolicyLossOutput.statistics``, the key ``num_tokens`` included; and ``gen_kl_error``, the k3
-    estimate of KL(rollout engine || trainer), which means something only while the weights are those that
-    sampled."""
-
-    max_gen_logprob_error: float
-    """Largest |log-probability under the trainer - under the rollout engine| of an unmasked token."""
-
-    def mean(self, name: str) -> float:
-        """Mean over unmasked tokens."""
-        return self.sums.get(name, math.nan) / max(self.sums.get("num_tokens", 0.0), 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,31 +94,48 @@ class MegatronActor:
         temperature: float,
         seed: int,
         total_steps: int,
+        freeze_vision: bool = False,
+        features: Callable[[Any], Features | None] = lambda row: None,
     ) -> None:
         """Builds the model on this rank and loads ``model_path``; collective over the branch.
 
         ``optimizer`` None makes a frozen actor. ``temperature`` is the sampling temperature, at which all
         log-probabilities are taken. ``total_steps`` is the length of the learning-rate schedule.
+        ``features`` gives the processed media of a row to a vision-language model.
         """
         self.on_cuda = torch.cuda.is_available()
         if not self.on_cuda:
             cpu.enable()
         initialize_parallel(parallel, seed)
         self.parallel, self.training, self.temperature = parallel, training, temperature
-        self.device = torch.device("cuda", torch.cuda.current_device()) if self.on_cuda else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if self.on_cuda else torch.device("cpu")
+        )
         self.dims = ModelDims.from_hf(model_path)
         self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.pp_rank = parallel_state.get_pipeline_model_parallel_rank()
         self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.vision: Vision | None = None
+        if self.dims.vision is not None:
+            assert self.dims.image_token_id is not None and self.dims.video_token_id is not None
+            self.vision = Vision(
+                image_token_id=self.dims.image_token_id,
+                video_token_id=self.dims.video_token_id,
+                spatial_merge_size=self.dims.vision.spatial_merge_size,
+                features=features,
+            )
         self.last_stage = parallel_state.is_pipeline_last_stage()
         self.version = 0
 
         self.config = transformer_config(self.dims, parallel, dtype)
         with cpu.cuda_to_cpu():
-            self.model: GPTModel = build_model(self.dims, self.config, max_tokens)
+            self.model: GPTModel = build_model(
+                self.dims, self.config, max_tokens, model_path=model_path, freeze_vision=freeze_vision
+            )
         self.shard = VocabShard(
             group=parallel_state.get_tensor_model_parallel_group(),
-            start=self.tp_rank * padded_vocab(self.dims, parallel.tensor_model_parallel_size)
+            start=self.tp_rank
+            * padded_vocab(self.dims, parallel.tensor_model_parallel_size)
             // parallel.tensor_model_parallel_size,
             vocab_size=self.dims.vocab_size,
         )
@@ -256,7 +262,7 @@ class MegatronActor:
 
     @contextlib.contextmanager
     def using(self, snapshot: WeightSnapshot | None) -> Iterator[int]:
-        """Scores with a snapshot's weights inside the block (None: the live ones) and yields their version."""
+        """Scores with a snapshot's weights (None: the live ones) inside the block; yields their version."""
         if snapshot is None:
             yield self.version
             return
@@ -274,7 +280,9 @@ class MegatronActor:
 
     # ---- training --------------------------------------------------------------------------------------
 
-    def forward_backward(self, rows: Sequence[TrainRow], loss: LossConfig, *, max_new_tokens: int) -> BatchStatistics:
+    def forward_backward(
+        self, rows: Sequence[TrainRow], loss: LossConfig, *, max_new_tokens: int
+    ) -> BatchStatistics:
         """Accumulates the gradient of one (mini-)batch; collective over the branch.
 
         Every component (native, each cross edge) is normalised by its own counts over all of ``rows``.
@@ -291,7 +299,7 @@ class MegatronActor:
                 )
         weights = row_weights(rows, component_counts(rows), loss, max_new_tokens)
         correction = _corrections(rows, loss)
-        totals: dict[str, float] = {}
+        tally = Tally()
 
         def loss_of(batch: MicroBatch, output: dict[str, Tensor]) -> Tensor:
             logprobs, entropy = output["tokens"]
@@ -299,22 +307,21 @@ class MegatronActor:
             result = policy_loss(logprobs, entropy, streams, loss)
             for prefix, values in (("term/", result.terms), ("sum/", result.statistics)):
                 for name, value in values.items():
-                    totals[prefix + name] = totals.get(prefix + name, 0.0) + float(value)
-            totals["loss"] = totals.get("loss", 0.0) + float(result.loss.detach())
-            for name, value in self._mismatch(batch, rows, logprobs.detach()).items():
-                totals[name] = max(totals.get(name, 0.0), value) if name.startswith("max/") else totals.get(name, 0.0) + value
+                    tally.add(prefix + name, value)
+            tally.add("loss", result.loss)
+            self._tally_mismatch(tally, batch, rows, logprobs.detach())
             return result.loss
 
         self.module.zero_grad_buffer()
         assert self.optimizer is not None, "a frozen actor cannot train"
         self.optimizer.zero_grad()
         self._run(self._micro_batches(rows, None), forward_only=False, loss_of=loss_of)
-        merged = self._sum_over_owners(totals)
+        sums, maxima = tally.reduce(counts=self.last_stage and self.tp_rank == 0)
         return BatchStatistics(
-            loss=merged.get("loss", 0.0),
-            terms={k.removeprefix("term/"): v for k, v in merged.items() if k.startswith("term/")},
-            sums={k.removeprefix("sum/"): v for k, v in merged.items() if k.startswith("sum/")},
-            max_gen_logprob_error=merged.get("max/gen_logprob_error", 0.0),
+            loss=sums.get("loss", 0.0),
+            terms={k.removeprefix("term/"): v for k, v in sums.items() if k.startswith("term/")},
+            sums={k.removeprefix("sum/"): v for k, v in sums.items() if k.startswith("sum/")},
+            max_gen_logprob_error=maxima.get("gen_logprob_error", 0.0),
         )
 
     def optimizer_step(self) -> dict[str, float]:
@@ -343,7 +350,8 @@ class MegatronActor:
             budget_tokens=self.training.micro_batch_tokens,
         )
         return [
-            build_micro_batch(rows, sequences, device=self.device, states=states) for rows in plan[self.dp_rank]
+            build_micro_batch(rows, sequences, device=self.device, states=states, vision=self.vision)
+            for rows in plan[self.dp_rank]
         ]
 
     def _run(
@@ -364,11 +372,13 @@ class MegatronActor:
         def step(iterator: Iterator[MicroBatch], module: Any) -> tuple[Tensor, Any]:
             batch = next(iterator)
             output: dict[str, Tensor] = {}
+            media = {} if self.vision is None else {"vision": batch.vision}
             hidden = module(
                 input_ids=batch.input_ids_bs,
-                position_ids=batch.position_ids_bs,
+                position_ids=batch.position_ids,
                 attention_mask=None,
                 output_processor=partial(self._head, batch, output),
+                **media,
             )
 
             def loss_func(_: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -434,7 +444,9 @@ class MegatronActor:
         known = [row.old_logprobs is not None for row in rows]
         old = logprobs.detach()
         if any(known):
-            given = flat([r.old_logprobs if r.old_logprobs is not None else np.zeros(r.response_length) for r in rows])
+            given = flat(
+                [r.old_logprobs if r.old_logprobs is not None else np.zeros(r.response_length) for r in rows]
+            )
             use = torch.tensor([known[row] for row in batch.rows], dtype=torch.bool, device=self.device)
             old = torch.where(use[batch.row_index_n], given, old) if len(batch.rows) else old
         reference = [row.reference_logprobs for row in rows]
@@ -451,30 +463,18 @@ class MegatronActor:
             correction=None if correction is None else flat(correction),
         )
 
-    def _mismatch(self, batch: MicroBatch, rows: Sequence[TrainRow], logprobs: Tensor) -> dict[str, float]:
+    def _tally_mismatch(
+        self, tally: Tally, batch: MicroBatch, rows: Sequence[TrainRow], logprobs: Tensor
+    ) -> None:
         """How far the trainer's log-probabilities are from the rollout engine's, on one micro-batch."""
         known = [row.rollout_logprobs for row in rows]
         if not batch.rows or any(value is None for value in known):
-            return {}
+            return
         mask = flatten(batch.rows, [row.loss_mask for row in rows], self.device) > 0
         rollout = flatten(batch.rows, [value for value in known if value is not None], self.device)
         difference = torch.where(mask, logprobs - rollout, 0.0)
-        return {
-            "sum/gen_kl_error": float((torch.expm1(difference) - difference).sum()),
-            "max/gen_logprob_error": float(difference.abs().max()),
-        }
-
-    def _sum_over_owners(self, totals: dict[str, float]) -> dict[str, float]:
-        """Adds up statistics over the branch; only one rank per data-parallel replica holds them."""
-        owner = self.last_stage and self.tp_rank == 0
-        gathered: list[dict[str, float] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, totals if owner else {})
-        merged: dict[str, float] = {}
-        for part in gathered:
-            for name, value in (part or {}).items():
-                old = merged.get(name, 0.0)
-                merged[name] = max(old, value) if name.startswith("max/") else old + value
-        return merged
+        tally.add("sum/gen_kl_error", (torch.expm1(difference) - difference).sum())
+        tally.maximum("gen_logprob_error", difference.abs().max())
 
 
 def _corrections(rows: Sequence[TrainRow], loss: LossConfig) -> list[FloatArray] | None:
@@ -485,8 +485,8 @@ def _corrections(rows: Sequence[TrainRow], loss: LossConfig) -> list[FloatArray]
     for row in rows:
         if row.old_logprobs is None or row.rollout_logprobs is None:
             raise ValueError(
-                f"loss.mismatch_correction={loss.mismatch_correction.value} needs old and rollout log-probabilities "
-                f"on every row, a {row.component} row lacks them"
+                f"loss.mismatch_correction={loss.mismatch_correction.value} needs old and rollout "
+                f"log-probabilities on every row, a {row.component} row lacks them"
             )
         factors.append(mismatch_correction(row.old_logprobs, row.rollout_logprobs, row.loss_mask, loss))
     return factors

@@ -6,15 +6,16 @@ Shape legend: ``b`` rows, ``s`` padded length, ``N`` response tokens of all rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from copd_megatron.records import IntArray
+from copd_megatron.policy.positions import VisionBatch, multimodal_positions
+from copd_megatron.records import FloatArray, IntArray
 
 
 class Sequenced(Protocol):
@@ -26,6 +27,30 @@ class Sequenced(Protocol):
     def prompt_length(self) -> int: ...
 
 
+class Features(Protocol):
+    """The processed media of one row, as the processor made them (``data.processing``)."""
+
+    @property
+    def pixel_values(self) -> FloatArray | None: ...
+    @property
+    def image_grid_thw(self) -> IntArray | None: ...
+    @property
+    def pixel_values_videos(self) -> FloatArray | None: ...
+    @property
+    def video_grid_thw(self) -> IntArray | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vision:
+    """How a vision-language model wants its micro-batches."""
+
+    image_token_id: int
+    video_token_id: int
+    spatial_merge_size: int
+    features: Callable[[Any], Features | None]
+    """The media of a row; None where it has none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """One padded micro-batch on the actor's device."""
@@ -34,8 +59,10 @@ class MicroBatch:
     """Row numbers in the caller's list, in batch order."""
     input_ids_bs: Tensor
     """[b, s] int64"""
-    position_ids_bs: Tensor
-    """[b, s] int64"""
+    position_ids: Tensor
+    """[b, s] int64, or [3, b, s] (time, height, width) for a vision-language model"""
+    vision: VisionBatch | None
+    """The media of all rows; None where there are none."""
     hidden_index_n: Tensor
     """[N] int64: which row of the [s * b, H] hidden states predicts each response token."""
     targets_n: Tensor
@@ -52,6 +79,7 @@ def build_micro_batch(
     *,
     device: torch.device,
     states: Sequence[Sequence[int]] | None = None,
+    vision: Vision | None = None,
 ) -> MicroBatch:
     """Pads the named rows of ``sequences``.
 
@@ -73,6 +101,10 @@ def build_micro_batch(
         if states is not None:
             state_hidden.append((np.asarray(states[row], dtype=np.int64) + prompt - 1) * b + place)
 
+    positions, media = torch.arange(s).expand(b, s), None
+    if vision is not None:
+        positions, media = _with_vision(rows, sequences, vision, b, s, device)
+
     def tensor(parts: list[np.ndarray]) -> Tensor:
         flat = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
         return torch.from_numpy(flat).to(device)
@@ -80,11 +112,54 @@ def build_micro_batch(
     return MicroBatch(
         rows=tuple(rows),
         input_ids_bs=torch.from_numpy(ids).to(device),
-        position_ids_bs=torch.arange(s, device=device).expand(b, s),
+        position_ids=positions.to(device),
+        vision=media,
         hidden_index_n=tensor(hidden),
         targets_n=tensor(targets),
         row_index_n=tensor(index),
         state_index=tensor(state_hidden),
+    )
+
+
+def _with_vision(
+    rows: Sequence[int], sequences: Sequence[Sequenced], vision: Vision, b: int, s: int, device: torch.device
+) -> tuple[Tensor, VisionBatch | None]:
+    """Multimodal positions [3, b, s] and the media of a micro-batch."""
+    positions = np.broadcast_to(np.arange(s), (3, b, s)).copy()
+    pixels: list[FloatArray] = []
+    grids: list[IntArray] = []
+    scatter: list[np.ndarray] = []
+    for place, row in enumerate(rows):
+        tokens = np.asarray(sequences[row].token_ids)
+        features = vision.features(sequences[row])
+        if features is None:
+            continue
+        empty = np.zeros((0, 3), dtype=np.int32)
+        image_grid = empty if features.image_grid_thw is None else features.image_grid_thw
+        video_grid = empty if features.video_grid_thw is None else features.video_grid_thw
+        positions[:, place, : len(tokens)] = multimodal_positions(
+            tokens,
+            image_token_id=vision.image_token_id,
+            video_token_id=vision.video_token_id,
+            image_grid_thw=image_grid,
+            video_grid_thw=video_grid,
+            spatial_merge_size=vision.spatial_merge_size,
+        )
+        for values, grid, token_id in (
+            (features.pixel_values, image_grid, vision.image_token_id),
+            (features.pixel_values_videos, video_grid, vision.video_token_id),
+        ):
+            if values is not None and len(grid):
+                pixels.append(values)
+                grids.append(grid)
+                scatter.append(np.flatnonzero(tokens == token_id) * b + place)
+    ids = torch.from_numpy(positions)
+    if not pixels:
+        return ids, None
+    return ids, VisionBatch(
+        pixel_values=torch.from_numpy(np.concatenate(pixels)).to(device),
+        grid_thw=torch.from_numpy(np.concatenate(grids).astype(np.int64)).to(device),
+        scatter_index=torch.from_numpy(np.concatenate(scatter).astype(np.int64)).to(device),
     )
 
 

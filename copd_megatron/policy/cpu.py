@@ -45,7 +45,7 @@ def enable() -> None:
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = _nothing
-    torch.cuda.current_stream = lambda *args: None  # type: ignore[assignment,return-value]
+    torch.cuda.current_stream = lambda *args: None  # type: ignore[assignment]
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = _get_rng_state
     torch.cuda.set_rng_state = _set_rng_state

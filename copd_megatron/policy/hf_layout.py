@@ -173,7 +173,13 @@ def slots(dims: ModelDims, pp_size: int) -> list[Slot]:
     table: list[Slot] = []
 
     def add(
-        name: str, shape: tuple[int, ...], dim: int | None, stage: int, module: str, part: str = "whole", **kw: Any
+        name: str,
+        shape: tuple[int, ...],
+        dim: int | None,
+        stage: int,
+        module: str,
+        part: str = "whole",
+        **kw: Any,
     ) -> None:
         kw.setdefault("group", name)
         table.append(Slot(name=name, shape=shape, dim=dim, stage=stage, module=module, part=part, **kw))
@@ -199,7 +205,13 @@ def slots(dims: ModelDims, pp_size: int) -> list[Slot]:
                     group=f"{hf}.self_attn.qkv",
                 )
             for part in ("q", "k"):
-                add(f"{hf}.self_attn.{part}_norm.weight", (head,), None, stage, f"{attention}.{part}_layernorm")
+                add(
+                    f"{hf}.self_attn.{part}_norm.weight",
+                    (head,),
+                    None,
+                    stage,
+                    f"{attention}.{part}_layernorm",
+                )
             add(f"{hf}.self_attn.o_proj.weight", (hidden, queries), 1, stage, f"{attention}.linear_proj")
             add(f"{hf}.post_attention_layernorm.weight", (hidden,), None, stage, f"{core}.pre_mlp_layernorm")
             for part in ("gate", "up"):

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def plan_micro_batches(lengths: Sequence[int], *, num_ranks: int, budget_tokens: int) -> list[list[list[int]]]:
+def plan_micro_batches(
+    lengths: Sequence[int], *, num_ranks: int, budget_tokens: int
+) -> list[list[list[int]]]:
     """Assigns rows to ``plan[rank][micro_batch] = [row, ...]``; each row appears exactly once.
 
     ``lengths`` are row lengths in tokens. A row longer than the budget gets a micro-batch of its own. A

@@ -6,7 +6,9 @@ spec, bfloat16, NCCL).
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from copd_megatron.config.schema import ParallelConfig
 from copd_megatron.policy.hf_layout import ModelDims
+from copd_megatron.policy.vision import VisionLanguageModel
 
 
 def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
@@ -63,6 +66,7 @@ def transformer_config(dims: ModelDims, parallel: ParallelConfig, dtype: torch.d
         "normalization": "RMSNorm",
         "layernorm_epsilon": dims.norm_eps,
         "qk_layernorm": True,
+        "mrope_section": None if dims.mrope_section is None else list(dims.mrope_section),
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
@@ -105,20 +109,34 @@ def layer_spec() -> ModuleSpec:
     return get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
 
 
-def build_model(dims: ModelDims, config: TransformerConfig, max_tokens: int) -> GPTModel:
-    """This rank's pipeline stage, uninitialised weights on the right device."""
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=layer_spec(),
-        vocab_size=padded_vocab(dims, config.tensor_model_parallel_size),
-        max_sequence_length=max_tokens,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        parallel_output=True,
-        share_embeddings_and_output_weights=dims.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=int(dims.rope_theta),
-    )
+def build_model(
+    dims: ModelDims,
+    config: TransformerConfig,
+    max_tokens: int,
+    *,
+    model_path: str | Path,
+    freeze_vision: bool = False,
+) -> GPTModel:
+    """This rank's pipeline stage, uninitialised weights on the right device.
+
+    ``model_path`` gives the vision tower's configuration, where the model has one.
+    """
+    settings: dict[str, Any] = {
+        "config": config,
+        "transformer_layer_spec": layer_spec(),
+        "vocab_size": padded_vocab(dims, config.tensor_model_parallel_size),
+        "max_sequence_length": max_tokens,
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+        "parallel_output": True,
+        "share_embeddings_and_output_weights": dims.tie_word_embeddings,
+        "rotary_base": int(dims.rope_theta),
+    }
+    if dims.vision is None:
+        model = GPTModel(position_embedding_type="rope", **settings)
+    else:
+        vision_config = json.loads((Path(model_path) / "config.json").read_text())["vision_config"]
+        model = VisionLanguageModel(vision_config=vision_config, freeze_vision=freeze_vision, **settings)
     if torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
     return model

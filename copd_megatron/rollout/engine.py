@@ -144,7 +144,9 @@ class RolloutEngine:
     ) -> list[Rollout]:
         """Samples this replica's share of the prompts (all ranks of the engine call it together)."""
         if self.version is None:
-            raise RuntimeError(f"branch {self.branch}: vLLM holds no valid weights; sync them before sampling")
+            raise RuntimeError(
+                f"branch {self.branch}: vLLM holds no valid weights; sync them before sampling"
+            )
         from vllm import SamplingParams
 
         mine = [

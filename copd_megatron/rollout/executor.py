@@ -1,4 +1,4 @@
-"""vLLM's external-launcher executor, with shared memory that several branches on one host do not fight over."""
+"""vLLM's external-launcher executor, with shared memory that branches on one host do not fight over."""
 
 from __future__ import annotations
 

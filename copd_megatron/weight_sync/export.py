@@ -16,7 +16,9 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 2**30
 
 
-def export_hf(actor: MegatronActor, folder: str | Path, *, source: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+def export_hf(
+    actor: MegatronActor, folder: str | Path, *, source: str | Path, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Writes the actor's weights with the configuration, tokenizer and processor files of ``source``.
 
     Collective over the branch; branch rank 0 writes, holding one shard of ``shard_bytes`` at a time. The
@@ -39,7 +41,9 @@ def export_hf(actor: MegatronActor, folder: str | Path, *, source: str | Path, s
         if not first:
             continue
         file = shard_name(number, len(stream.buckets))
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial / file, {"format": "pt"})
+        save_file(
+            {name: t.cpu().contiguous() for name, t in tensors.items()}, partial / file, {"format": "pt"}
+        )
         where |= dict.fromkeys(tensors, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     if first:

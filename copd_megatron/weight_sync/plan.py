@@ -153,12 +153,13 @@ def _source(slot: Slot, tp: int | None, dst: int, layout: BranchLayout) -> int:
 def _check(dims: ModelDims, layout: BranchLayout) -> None:
     if layout.rollout_tp < 1 or layout.world_size % layout.rollout_tp:
         raise ValueError(
-            f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the branch's {layout.world_size} ranks"
+            f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the branch's "
+            f"{layout.world_size} ranks"
         )
     if dims.num_heads % layout.rollout_tp or dims.ffn_size % layout.rollout_tp:
         raise ValueError(
-            f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the model's {dims.num_heads} attention "
-            f"heads and {dims.ffn_size} feed-forward rows"
+            f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the model's {dims.num_heads} "
+            f"attention heads and {dims.ffn_size} feed-forward rows"
         )
     fewer, more = sorted((dims.num_kv_heads, layout.rollout_tp))
     if more % fewer:

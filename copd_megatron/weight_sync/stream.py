@@ -71,7 +71,9 @@ class ShardStream:
         device = self.actor.device
         filled: dict[str, Tensor] = {}
         if self.receives:
-            filled = {slot.name: torch.empty(slot.shape, dtype=self.dtype, device=device) for slot in bucket.slots}
+            filled = {
+                slot.name: torch.empty(slot.shape, dtype=self.dtype, device=device) for slot in bucket.slots
+            }
         shares: dict[str, Tensor] = {}
         operations: list[dist.P2POp] = []
         arriving: list[tuple[Tensor, Tensor]] = []
@@ -88,7 +90,11 @@ class ShardStream:
                     place.copy_(piece)
                     continue
                 self.received_bytes += num_bytes
-                landing = place if place.is_contiguous() else torch.empty(place.shape, dtype=self.dtype, device=device)
+                landing = (
+                    place
+                    if place.is_contiguous()
+                    else torch.empty(place.shape, dtype=self.dtype, device=device)
+                )
                 if landing is not place:
                     arriving.append((place, landing))
                 operations.append(dist.P2POp(dist.irecv, landing, transfer.src))

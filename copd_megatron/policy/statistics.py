@@ -1,0 +1,68 @@
+"""Sums and maxima over a batch's tokens, collected on the device, reduced over the branch once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchStatistics:
+    """Sums over a batch's unmasked tokens, and the loss; the same on every rank of the branch."""
+
+    loss: float
+    terms: dict[str, float]
+    sums: dict[str, float]
+    """As in ``losses.PolicyLossOutput.statistics``, with the key ``num_tokens``; and ``gen_kl_error``, the
+    k3 estimate of KL(rollout engine || trainer), which means something only while the weights are those
+    that sampled."""
+    max_gen_logprob_error: float
+    """Largest |log-probability under the trainer - under the rollout engine| of an unmasked token."""
+
+    def mean(self, name: str) -> float:
+        """Mean over unmasked tokens."""
+        return self.sums.get(name, math.nan) / max(self.sums.get("num_tokens", 0.0), 1.0)
+
+
+class Tally:
+    """Collects scalars without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Adds to a sum."""
+        value = value.detach().double()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def maximum(self, name: str, value: Tensor) -> None:
+        """Raises a maximum."""
+        value = value.detach().double()
+        self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
+
+    def reduce(self, *, counts: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """(sums, maxima) over the branch's ranks; collective. Only ranks with ``counts`` contribute: one
+        per data-parallel replica, as its other ranks hold the same values or none."""
+        mine = (_read(self._sums), _read(self._maxima)) if counts else ({}, {})
+        parts: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        sums: dict[str, float] = {}
+        maxima: dict[str, float] = {}
+        for part_sums, part_maxima in parts:
+            for name, value in part_sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+            for name, value in part_maxima.items():
+                maxima[name] = max(maxima.get(name, -math.inf), value)
+        return sums, maxima
+
+
+def _read(values: dict[str, Tensor]) -> dict[str, float]:
+    """One transfer from the device for all of them."""
+    if not values:
+        return {}
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))

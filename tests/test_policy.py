@@ -1,0 +1,347 @@
+"""The Megatron actor against transformers and against itself under other layouts, on real Gloo ranks.
+
+All layouts of a model run in one launch (see ``tests.layouts``); the tests here read its results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from copd_megatron.records import TrainRow
+from tests.layouts import Job, run_layouts
+from tests.models import (
+    Text,
+    make_model,
+    random_texts,
+    reference_distributions,
+    reference_logprobs,
+    reference_model,
+)
+
+VOCAB = 321
+TEMPERATURE = 0.8
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (2, 1, 2)]
+KINDS = ("tied", "untied")
+LOSS = LossConfig(entropy_coefficient=0.1, kl_coefficient=0.2)
+OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, adam_eps=1e-3, clip_grad=0.5)
+NUM_STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one rank says."""
+
+    scores: list[Any]
+    snapshot_scores: list[Any]
+    """With the initial weights, after training."""
+    snapshot_version: int
+    steps: list[tuple[Any, dict[str, float]]]
+    weights: dict[str, tuple[int | None, int, int, np.ndarray]]
+    """After training, this rank's share: name to (dim, start, stop, values)."""
+    stale_error: str
+    largest_micro_batch: int
+    """Padded tokens."""
+
+
+def _exercise(
+    parallel: ParallelConfig, folder: Path, texts: list[Text], states: list[list[int]], rows: list[TrainRow]
+) -> Outcome:
+    from copd_megatron.policy.actor import MegatronActor
+
+    actor = MegatronActor(
+        model_path=folder,
+        parallel=parallel,
+        training=TrainingConfig(micro_batch_tokens=100, logprob_chunk_tokens=7),
+        optimizer=OPTIMIZER,
+        dtype=torch.float32,
+        max_tokens=128,
+        temperature=TEMPERATURE,
+        seed=3,
+        total_steps=10,
+    )
+    scores = actor.log_probs(texts, states)
+    initial = actor.snapshot()
+    steps = []
+    for _ in range(NUM_STEPS):
+        statistics = actor.forward_backward(rows, LOSS, max_new_tokens=64)
+        steps.append((statistics, actor.optimizer_step()))
+    actor.version = 1
+    try:
+        actor.forward_backward(rows, LOSS, max_new_tokens=64)
+        stale = ""
+    except ValueError as error:
+        stale = str(error)
+    weights = {}
+    for slot in actor.view.local:
+        start, stop = slot.range_of(actor.tp_rank, actor.view.tp_size) if slot.dim is not None else (0, 0)
+        place = "copy of " + slot.name if slot.copy_of_embedding else slot.name
+        weights[place] = (slot.dim, start, stop, actor.view.read(slot).clone().numpy())
+    with actor.using(initial) as version:
+        back = actor.log_probs(texts[:3])
+    again = actor.log_probs(texts[:1])[0]
+    assert not np.allclose(again.logprobs, back[0].logprobs, atol=1e-3), "the live weights came back"
+    sizes = [b.input_ids_bs.numel() for b in actor._micro_batches(texts, None)]
+    return Outcome(
+        scores=scores,
+        snapshot_scores=back,
+        snapshot_version=version,
+        steps=steps,
+        weights=weights,
+        stale_error=stale,
+        largest_micro_batch=max(sizes),
+    )
+
+
+def _rows(folder: Path, texts: Sequence[Text]) -> list[TrainRow]:
+    """Native and cross rows with masks, some with old log-probabilities off the policy's."""
+    rng = np.random.default_rng(5)
+    rows = []
+    for i, text in enumerate(texts):
+        length = text.response_length
+        exact = reference_logprobs(folder, text.token_ids, text.prompt_length, TEMPERATURE)
+
+        def near(exact: np.ndarray = exact, length: int = length) -> np.ndarray:
+            return (exact + rng.normal(scale=0.3, size=length)).astype(np.float32)
+
+        mask = (rng.random(length) > 0.2).astype(np.float32)
+        if i == 2:
+            mask[:] = 0
+        rows.append(
+            TrainRow(
+                token_ids=text.token_ids,
+                prompt_length=text.prompt_length,
+                advantages=rng.normal(size=length).astype(np.float32),
+                loss_mask=mask,
+                component="native" if i % 3 else "cross:other",
+                component_weight=1.0 if i % 3 else 0.5,
+                old_logprobs=near() if i % 2 else None,
+                rollout_logprobs=near(),
+                reference_logprobs=near(),
+            )
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("policy")
+    folders = {
+        kind: make_model(root / kind, seed=i, tie_word_embeddings=kind == "tied", vocab_size=VOCAB)
+        for i, kind in enumerate(KINDS)
+    }
+    texts = random_texts(11, VOCAB, seed=1)
+    states = [[0, text.response_length - 1] if i % 2 else [] for i, text in enumerate(texts)]
+    return {
+        "folders": folders,
+        "texts": texts,
+        "states": states,
+        "rows": {kind: _rows(folder, texts) for kind, folder in folders.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def outcomes(material: dict[str, Any]) -> dict[tuple[str, tuple[int, int, int]], list[Outcome]]:
+    jobs = [
+        Job(
+            tp=tp, pp=pp, dp=dp,
+            args=(material["folders"][kind], material["texts"], material["states"], material["rows"][kind]),
+        )
+        for kind in KINDS
+        for tp, pp, dp in LAYOUTS
+    ]  # fmt: skip
+    keys = [(kind, layout) for kind in KINDS for layout in LAYOUTS]
+    return dict(zip(keys, run_layouts(_exercise, jobs), strict=True))
+
+
+each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda sizes: "tp{}-pp{}-dp{}".format(*sizes))
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@each_kind
+@each_layout
+def test_scores_equal_transformers(
+    outcomes: dict[Any, list[Outcome]], material: dict[str, Any], kind: str, layout: tuple[int, int, int]
+) -> None:
+    folder = material["folders"][kind]
+    for rank in outcomes[kind, layout]:
+        for text, states, score in zip(material["texts"], material["states"], rank.scores, strict=True):
+            full = reference_distributions(folder, text.token_ids, text.prompt_length, TEMPERATURE)
+            picked = full[np.arange(len(full)), text.token_ids[text.prompt_length :]]
+            np.testing.assert_allclose(score.logprobs, picked, atol=1e-4)
+            np.testing.assert_allclose(score.entropy, -(np.exp(full) * full).sum(-1), atol=1e-4)
+            assert score.state_logprobs.shape == (len(states), VOCAB)
+            np.testing.assert_allclose(score.state_logprobs, full[states], atol=1e-4)
+
+
+def test_distributions_are_far_from_uniform(material: dict[str, Any]) -> None:
+    """Otherwise agreement with transformers would say little."""
+    for folder in material["folders"].values():
+        text = material["texts"][1]
+        full = reference_distributions(folder, text.token_ids, text.prompt_length)
+        assert (full.max(-1) - full.min(-1)).min() > 3
+
+
+@each_layout
+def test_small_budget_makes_many_micro_batches(
+    outcomes: dict[Any, list[Outcome]], material: dict[str, Any], layout: tuple[int, int, int]
+) -> None:
+    assert sum(len(t.token_ids) for t in material["texts"]) > 200
+    assert max(rank.largest_micro_batch for rank in outcomes["tied", layout]) <= 100
+
+
+@each_kind
+@each_layout
+def test_loss_and_grad_norm_do_not_depend_on_the_layout(
+    outcomes: dict[Any, list[Outcome]], kind: str, layout: tuple[int, int, int]
+) -> None:
+    alone = outcomes[kind, (1, 1, 1)][0]
+    for rank in outcomes[kind, layout]:
+        for (mine, stepped), (other, other_stepped) in zip(rank.steps, alone.steps, strict=True):
+            assert mine.loss == pytest.approx(other.loss, rel=1e-5)
+            assert stepped["grad_norm"] == pytest.approx(other_stepped["grad_norm"], rel=1e-5)
+            assert mine.terms == pytest.approx(other.terms, rel=1e-5)
+            assert mine.sums == pytest.approx(other.sums, rel=1e-5, abs=1e-5)
+            assert mine.max_gen_logprob_error == pytest.approx(other.max_gen_logprob_error, abs=1e-5)
+
+
+# ---- a slow reference: transformers in float64, the loss written from the equations ---------------------
+
+
+def _reference_loss(model: Any, rows: Sequence[TrainRow]) -> tuple[torch.Tensor, dict[str, float]]:
+    """Eq. 7 per component, mean over tokens of a row, then over its component's rows that count; plus
+    0.2 * k3 to the reference minus 0.1 * entropy."""
+    total = torch.zeros((), dtype=torch.float64)
+    extra = {"entropy": 0.0, "gen_kl_error": 0.0, "max_gen": 0.0}
+    for component in {row.component for row in rows}:
+        members = [row for row in rows if row.component == component and row.loss_mask.any()]
+        for row in members:
+            ids = torch.from_numpy(row.token_ids.astype(np.int64))
+            logits = model(input_ids=ids[None]).logits[0, row.prompt_length - 1 : -1]
+            full = (logits / TEMPERATURE).log_softmax(-1)
+            logprobs = full.gather(1, ids[row.prompt_length :, None]).squeeze(1)
+            entropy = -(full.exp() * full).sum(-1)
+            stream = {
+                name: torch.from_numpy(getattr(row, name).astype(np.float64))
+                for name in ("advantages", "loss_mask", "reference_logprobs", "rollout_logprobs")
+            }
+            old = logprobs.detach()
+            if row.old_logprobs is not None:
+                old = torch.from_numpy(row.old_logprobs.astype(np.float64))
+            ratio, advantage = (logprobs - old).exp(), stream["advantages"]
+            surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+            gap = stream["reference_logprobs"] - logprobs
+            token_loss = -surrogate + 0.2 * (gap.exp() - gap - 1) - 0.1 * entropy
+            mask = stream["loss_mask"]
+            mean = (mask * token_loss).sum() / mask.sum()
+            total = total + row.component_weight * mean / len(members)
+            error = (logprobs - stream["rollout_logprobs"]).detach()
+            extra["entropy"] += float((mask * entropy).sum())
+            extra["gen_kl_error"] += float((mask * (error.exp() - 1 - error)).sum())
+            extra["max_gen"] = max(extra["max_gen"], float((mask * error).abs().max()))
+    return total, extra
+
+
+@pytest.fixture(scope="module")
+def reference(material: dict[str, Any]) -> dict[str, Any]:
+    """Per kind: losses and norms of each step, initial and final weights."""
+    results = {}
+    for kind, folder in material["folders"].items():
+        model = reference_model(folder, torch.float64)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        # Megatron leaves vectors (norms) out of weight decay
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in model.parameters() if p.ndim > 1]},
+                {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+            ],
+            lr=OPTIMIZER.lr,
+            weight_decay=OPTIMIZER.weight_decay,
+            eps=OPTIMIZER.adam_eps,
+        )
+        steps = []
+        for _ in range(NUM_STEPS):
+            optimizer.zero_grad()
+            loss, extra = _reference_loss(model, material["rows"][kind])
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
+            optimizer.step()
+            steps.append((float(loss), float(norm), extra))
+        after = {name: p.detach().clone() for name, p in model.named_parameters()}
+        results[kind] = {"steps": steps, "before": before, "after": after}
+    return results
+
+
+@each_kind
+def test_loss_and_gradient_equal_a_float64_reference(
+    outcomes: dict[Any, list[Outcome]], reference: dict[str, Any], kind: str
+) -> None:
+    outcome = outcomes[kind, (1, 1, 1)][0]
+    for (statistics, stepped), (loss, norm, extra) in zip(
+        outcome.steps, reference[kind]["steps"], strict=True
+    ):
+        assert statistics.loss == pytest.approx(loss, rel=1e-5)
+        assert stepped["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert norm > OPTIMIZER.clip_grad, "the gradient has to be clipped for this to be tested"
+        assert statistics.sums["entropy"] == pytest.approx(extra["entropy"], rel=1e-5)
+        assert statistics.sums["gen_kl_error"] == pytest.approx(extra["gen_kl_error"], rel=1e-4)
+        assert statistics.max_gen_logprob_error == pytest.approx(extra["max_gen"], abs=1e-5)
+        assert stepped["lr"] == OPTIMIZER.lr
+
+
+@each_kind
+@each_layout
+def test_weights_after_two_updates_equal_adamw(
+    outcomes: dict[Any, list[Outcome]], reference: dict[str, Any], kind: str, layout: tuple[int, int, int]
+) -> None:
+    """Every weight, so every gradient: AdamW with a large epsilon moves weights by what the gradient is."""
+    before, after = reference[kind]["before"], reference[kind]["after"]
+    covered: dict[str, int] = {}
+    for rank in outcomes[kind, layout]:
+        for place, (dim, start, stop, values) in rank.weights.items():
+            name = place.removeprefix("copy of ")
+            old, new = before[name], after[name]
+            if dim is not None:
+                old, new = old.narrow(dim, start, stop - start), new.narrow(dim, start, stop - start)
+            step = (new - old).numpy()
+            scale = np.abs(step).max()
+            assert scale > 1e-4, f"{name} does not move: nothing would be tested"
+            np.testing.assert_allclose(values - old.numpy(), step, atol=2e-3 * scale, err_msg=place)
+            covered[place] = covered.get(place, 0) + values.size
+    dp = layout[2]
+    for name, tensor in before.items():
+        copies = dp if _is_split(name) else dp * layout[0]
+        assert covered.pop(name) == tensor.numel() * copies, name
+    if kind == "tied" and layout[1] > 1:
+        copy = covered.pop("copy of model.embed_tokens.weight")
+        assert copy == before["model.embed_tokens.weight"].numel() * dp
+    assert not covered
+
+
+def _is_split(name: str) -> bool:
+    return "norm" not in name
+
+
+@each_kind
+@each_layout
+def test_snapshot_scores_with_the_weights_it_was_taken_at(
+    outcomes: dict[Any, list[Outcome]], kind: str, layout: tuple[int, int, int]
+) -> None:
+    for rank in outcomes[kind, layout]:
+        assert rank.snapshot_version == 0
+        for now, then in zip(rank.snapshot_scores, rank.scores, strict=False):
+            np.testing.assert_allclose(now.logprobs, then.logprobs, atol=2e-6)
+
+
+@each_layout
+def test_stale_rows_are_refused(outcomes: dict[Any, list[Outcome]], layout: tuple[int, int, int]) -> None:
+    for rank in outcomes["tied", layout]:
+        assert "weights 0, the actor is at 1" in rank.stale_error
+        assert "max_weight_lag" in rank.stale_error
