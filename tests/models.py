@@ -41,7 +41,7 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(folder: Path, *, seed: int = 0, scale: float = 3.0, **sizes: Any) -> Path:
+def make_model(folder: Path, *, seed: int = 0, scale: float = 5.0, **sizes: Any) -> Path:
     """Writes a random Qwen3 of about 0.2 M parameters with its tokenizer; ``sizes`` are Qwen3Config fields.
 
     The default vocabulary, 321, is odd: tensor parallelism pads it.

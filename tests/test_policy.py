@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def _exercise(
     steps = []
     for _ in range(NUM_STEPS):
         statistics = actor.forward_backward(rows, LOSS, max_new_tokens=64)
-        steps.append((statistics, actor.optimizer_step()))
+        steps.append((_plain(statistics), actor.optimizer_step()))
     actor.version = 1
     try:
         actor.forward_backward(rows, LOSS, max_new_tokens=64)
@@ -90,14 +91,19 @@ def _exercise(
     assert not np.allclose(again.logprobs, back[0].logprobs, atol=1e-3), "the live weights came back"
     sizes = [b.input_ids_bs.numel() for b in actor._micro_batches(texts, None)]
     return Outcome(
-        scores=scores,
-        snapshot_scores=back,
+        scores=[_plain(score) for score in scores],
+        snapshot_scores=[_plain(score) for score in back],
         snapshot_version=version,
         steps=steps,
         weights=weights,
         stale_error=stale,
         largest_micro_batch=max(sizes),
     )
+
+
+def _plain(record: Any) -> SimpleNamespace:
+    """The same fields without the class, whose module would have this process import Megatron."""
+    return SimpleNamespace(**vars(record))
 
 
 def _rows(folder: Path, texts: Sequence[Text]) -> list[TrainRow]:
@@ -181,7 +187,7 @@ def test_scores_equal_transformers(
             np.testing.assert_allclose(score.state_logprobs, full[states], atol=1e-4)
 
 
-def test_distributions_are_far_from_uniform(material: dict[str, Any]) -> None:
+def test_distributions_are_not_uniform(material: dict[str, Any]) -> None:
     """Otherwise agreement with transformers would say little."""
     for folder in material["folders"].values():
         text = material["texts"][1]
