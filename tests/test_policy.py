@@ -249,7 +249,7 @@ def _reference_loss(model: Any, rows: Sequence[TrainRow]) -> tuple[torch.Tensor,
             mean = (mask * token_loss).sum() / mask.sum()
             total = total + row.component_weight * mean / len(members)
             error = (logprobs - stream["rollout_logprobs"]).detach()
-            extra["entropy"] += float((mask * entropy).sum())
+            extra["entropy"] += float((mask * entropy).detach().sum())
             extra["gen_kl_error"] += float((mask * (error.exp() - 1 - error)).sum())
             extra["max_gen"] = max(extra["max_gen"], float((mask * error).abs().max()))
     return total, extra
@@ -319,7 +319,7 @@ def test_weights_after_two_updates_equal_adamw(
             step = (new - old).numpy()
             scale = np.abs(step).max()
             assert scale > 1e-4, f"{name} does not move: nothing would be tested"
-            np.testing.assert_allclose(values - old.numpy(), step, atol=2e-3 * scale, err_msg=place)
+            np.testing.assert_allclose(values - old.numpy(), step, atol=2e-4 * scale, err_msg=place)
             covered[place] = covered.get(place, 0) + values.size
     dp = layout[2]
     for name, tensor in before.items():
