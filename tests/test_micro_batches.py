@@ -101,7 +101,7 @@ def test_micro_batch_points_each_response_token_at_the_state_before_it() -> None
     assert [hidden[i] for i in batch.state_index] == wanted_states
     assert batch.targets_n.tolist() == targets
     assert batch.row_index_n.tolist() == [place for _, place in expected]
-    assert batch.position_ids_bs[0].tolist() == list(range(s))
+    assert batch.position_ids.reshape(-1, s)[0].tolist() == list(range(s))
 
 
 def test_rank_without_rows_gets_a_dummy_without_targets() -> None:
