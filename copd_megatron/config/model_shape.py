@@ -11,11 +11,28 @@ from typing import Any
 from copd_megatron.config.errors import ConfigError
 from copd_megatron.config.schema import Config
 
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM",)
+SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration")
 
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionShape:
+    """Sizes of a Qwen3-VL vision tower."""
+
+    depth: int
+    hidden_size: int
+    ffn_hidden_size: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    out_hidden_size: int
+    num_positions: int
+    num_deepstack: int
+    """Feature maps that are added to the hidden states after the first decoder layers, one each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +49,19 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    vision: VisionShape | None = None
+    """The vision tower; None for a text model."""
+    mrope_section: tuple[int, int, int] | None = None
+    """Rotary frequencies that turn with time, height and width; None for a text model."""
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+
+    @property
+    def decoder_prefix(self) -> str:
+        """Of the decoder's tensors in a Hugging Face folder."""
+        return "model" if self.vision is None else "model.language_model"
 
     @property
     def layer_parameters(self) -> int:
@@ -138,13 +168,17 @@ def _check_weights(path: Path, where: str) -> None:
 
 
 def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelShape:
-    def size(key: str, default: int | None = None) -> int:
-        value = config.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{where}: config.json: {key} is {value!r}, expected a positive whole number")
-        return value
-
+    text = config.get("text_config", config)
+    size = _Sizes(text, where)
     heads = size("num_attention_heads")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError(
+            f"{where}: config.json: rope_type is {rope['rope_type']}; scaled rotary embeddings are not "
+            "supported, use the model without them"
+        )
+    vision = config.get("vision_config")
+    section = rope.get("mrope_section") or (24, 20, 20)
     return ModelShape(
         architecture=architecture,
         num_layers=size("num_hidden_layers"),
@@ -155,5 +189,45 @@ def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelSha
         # Qwen3's head size is a field of its own; transformers takes 128 where config.json lacks it.
         head_dim=size("head_dim", default=128),
         vocab_size=size("vocab_size"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        rope_theta=float(rope.get("rope_theta") or text.get("rope_theta", 1e6)),
+        norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+        vision=None if vision is None else _vision_shape(vision, where),
+        mrope_section=None if vision is None else (section[0], section[1], section[2]),
+        image_token_id=config.get("image_token_id"),
+        video_token_id=config.get("video_token_id"),
     )
+
+
+def _vision_shape(config: Mapping[str, Any], where: str) -> VisionShape:
+    size = _Sizes(config, where, prefix="vision_config.")
+    return VisionShape(
+        depth=size("depth"),
+        hidden_size=size("hidden_size"),
+        ffn_hidden_size=size("intermediate_size"),
+        in_channels=size("in_channels", default=3),
+        patch_size=size("patch_size"),
+        temporal_patch_size=size("temporal_patch_size", default=2),
+        spatial_merge_size=size("spatial_merge_size", default=2),
+        out_hidden_size=size("out_hidden_size"),
+        num_positions=size("num_position_embeddings"),
+        num_deepstack=len(config.get("deepstack_visual_indexes") or ()),
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Reads positive whole numbers of a config.json, with errors that name them."""
+
+    config: Mapping[str, Any]
+    where: str
+    prefix: str = ""
+
+    def __call__(self, key: str, default: int | None = None) -> int:
+        value = self.config.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(
+                f"{self.where}: config.json: {self.prefix}{key} is {value!r}, "
+                "expected a positive whole number"
+            )
+        return value

@@ -33,6 +33,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from copd_megatron.advantages import component_counts, mismatch_correction, row_weights
+from copd_megatron.config.model_shape import read_model_shape
 from copd_megatron.config.schema import (
     LossConfig,
     MismatchCorrection,
@@ -50,7 +51,6 @@ from copd_megatron.policy.batch import (
     build_micro_batch,
     flatten,
 )
-from copd_megatron.policy.hf_layout import ModelDims
 from copd_megatron.policy.microbatch import plan_micro_batches
 from copd_megatron.policy.model import build_model, initialize_parallel, padded_vocab, transformer_config
 from copd_megatron.policy.statistics import BatchStatistics, Tally
@@ -111,7 +111,7 @@ class MegatronActor:
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if self.on_cuda else torch.device("cpu")
         )
-        self.dims = ModelDims.from_hf(model_path)
+        self.dims = read_model_shape(model_path)
         self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.pp_rank = parallel_state.get_pipeline_model_parallel_rank()
         self.dp_rank = parallel_state.get_data_parallel_rank()

@@ -9,122 +9,10 @@ export need to know. ``Slot`` names the place inside the fused parameter.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True, kw_only=True)
-class VisionDims:
-    """The sizes of a Qwen3-VL vision tower."""
-
-    depth: int
-    hidden_size: int
-    ffn_size: int
-    in_channels: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    out_hidden_size: int
-    num_positions: int
-    num_deepstack: int
-    """Feature maps that are added to the hidden states after the first decoder layers, one each."""
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> VisionDims:
-        return cls(
-            depth=raw["depth"],
-            hidden_size=raw["hidden_size"],
-            ffn_size=raw["intermediate_size"],
-            in_channels=raw.get("in_channels", 3),
-            patch_size=raw["patch_size"],
-            temporal_patch_size=raw["temporal_patch_size"],
-            spatial_merge_size=raw["spatial_merge_size"],
-            out_hidden_size=raw["out_hidden_size"],
-            num_positions=raw["num_position_embeddings"],
-            num_deepstack=len(raw["deepstack_visual_indexes"]),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelDims:
-    """The sizes of a Qwen3-style decoder, and of its vision tower where it has one."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    tie_word_embeddings: bool
-    rope_theta: float
-    norm_eps: float
-    max_positions: int
-    architecture: str
-    vision: VisionDims | None = None
-    mrope_section: tuple[int, int, int] | None = None
-    """Rotary frequencies that turn with time, height and width; None: text only."""
-    image_token_id: int | None = None
-    video_token_id: int | None = None
-
-    @property
-    def decoder_prefix(self) -> str:
-        """Of the decoder's tensors in a Hugging Face folder."""
-        return "model" if self.vision is None else "model.language_model"
-
-    @classmethod
-    def from_hf(cls, folder: str | Path) -> ModelDims:
-        """Reads ``config.json`` of a Hugging Face folder.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the architecture is not one this trainer knows.
-        """
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"model.path: {folder} has no config.json; give a Hugging Face folder")
-        return cls.from_dict(json.loads(path.read_text()), source=str(path))
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], *, source: str = "config") -> ModelDims:
-        """Takes the sizes from a parsed ``config.json``; ``source`` is named in errors."""
-        architecture = (raw.get("architectures") or ["?"])[0]
-        if architecture not in SUPPORTED_ARCHITECTURES:
-            raise ValueError(
-                f"{source}: architecture {architecture} is not supported; "
-                f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-            )
-        whole = raw
-        raw = raw.get("text_config", raw)
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"{source}: scaled rotary embeddings are not supported; use the base model")
-        section = rope.get("mrope_section")
-        vision = whole.get("vision_config")
-        return cls(
-            vision=None if vision is None else VisionDims.from_dict(vision),
-            mrope_section=None if vision is None else tuple(section or (24, 20, 20)),
-            image_token_id=whole.get("image_token_id"),
-            video_token_id=whole.get("video_token_id"),
-            num_layers=raw["num_hidden_layers"],
-            hidden_size=raw["hidden_size"],
-            ffn_size=raw["intermediate_size"],
-            num_heads=raw["num_attention_heads"],
-            num_kv_heads=raw["num_key_value_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            vocab_size=raw["vocab_size"],
-            tie_word_embeddings=whole.get("tie_word_embeddings", raw.get("tie_word_embeddings", False)),
-            rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 1e6),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            max_positions=raw.get("max_position_embeddings", 32768),
-            architecture=architecture,
-        )
-
-
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration")
+from copd_megatron.config.model_shape import ModelShape, VisionShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,10 +53,10 @@ def layers_of_stage(num_layers: int, stage: int, pp_size: int) -> range:
     return range(stage * share, (stage + 1) * share)
 
 
-def slots(dims: ModelDims, pp_size: int) -> list[Slot]:
+def slots(dims: ModelShape, pp_size: int) -> list[Slot]:
     """Every Hugging Face tensor of the model with its owner, in forward order."""
-    hidden, ffn, head = dims.hidden_size, dims.ffn_size, dims.head_dim
-    queries, keys = dims.num_heads * head, dims.num_kv_heads * head
+    hidden, ffn, head = dims.hidden_size, dims.ffn_hidden_size, dims.head_dim
+    queries, keys = dims.num_attention_heads * head, dims.num_query_groups * head
     last = pp_size - 1
     table: list[Slot] = []
 
@@ -234,9 +122,9 @@ def slots(dims: ModelDims, pp_size: int) -> list[Slot]:
     return table
 
 
-def vision_tensors(vision: VisionDims) -> dict[str, tuple[int, ...]]:
+def vision_tensors(vision: VisionShape) -> dict[str, tuple[int, ...]]:
     """Names (below ``model.visual.``) and shapes of the vision tower's tensors, in forward order."""
-    hidden, ffn = vision.hidden_size, vision.ffn_size
+    hidden, ffn = vision.hidden_size, vision.ffn_hidden_size
     merged = hidden * vision.spatial_merge_size**2
     patch = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     table: dict[str, tuple[int, ...]] = {

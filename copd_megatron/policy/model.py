@@ -23,8 +23,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from copd_megatron.config.model_shape import ModelShape
 from copd_megatron.config.schema import ParallelConfig
-from copd_megatron.policy.hf_layout import ModelDims
 from copd_megatron.policy.vision import VisionLanguageModel
 
 
@@ -48,20 +48,20 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def padded_vocab(dims: ModelDims, tp_size: int) -> int:
+def padded_vocab(dims: ModelShape, tp_size: int) -> int:
     """Rows of the embedding over all tensor-parallel ranks: the vocabulary, filled up to a multiple."""
     return math.ceil(dims.vocab_size / tp_size) * tp_size
 
 
-def transformer_config(dims: ModelDims, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(dims: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of a Qwen3 decoder, for CPU or CUDA by what torch sees."""
     on_cuda = torch.cuda.is_available()
     settings: dict[str, Any] = {
         "num_layers": dims.num_layers,
         "hidden_size": dims.hidden_size,
-        "ffn_hidden_size": dims.ffn_size,
-        "num_attention_heads": dims.num_heads,
-        "num_query_groups": dims.num_kv_heads,
+        "ffn_hidden_size": dims.ffn_hidden_size,
+        "num_attention_heads": dims.num_attention_heads,
+        "num_query_groups": dims.num_query_groups,
         "kv_channels": dims.head_dim,
         "normalization": "RMSNorm",
         "layernorm_epsilon": dims.norm_eps,
@@ -110,7 +110,7 @@ def layer_spec() -> ModuleSpec:
 
 
 def build_model(
-    dims: ModelDims,
+    dims: ModelShape,
     config: TransformerConfig,
     max_tokens: int,
     *,

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from copd_megatron.policy.hf_layout import ModelDims, Slot, slots
+from copd_megatron.config.model_shape import ModelShape
+from copd_megatron.policy.hf_layout import Slot, slots
 
 _DTYPE_BYTES = {
     "F64": 8,
@@ -32,7 +33,7 @@ class ShardView:
     """
 
     def __init__(
-        self, model: nn.Module, dims: ModelDims, *, tp_rank: int, tp_size: int, pp_rank: int, pp_size: int
+        self, model: nn.Module, dims: ModelShape, *, tp_rank: int, tp_size: int, pp_rank: int, pp_size: int
     ) -> None:
         self.dims, self.tp_rank, self.tp_size = dims, tp_rank, tp_size
         self.pp_rank, self.pp_size = pp_rank, pp_size
@@ -60,8 +61,8 @@ class ShardView:
         weight = self._parameter(slot).data
         dims = self.dims
         if slot.part in ("q", "k", "v"):
-            groups = dims.num_kv_heads // self.tp_size
-            per_group = dims.num_heads // dims.num_kv_heads
+            groups = dims.num_query_groups // self.tp_size
+            per_group = dims.num_attention_heads // dims.num_query_groups
             fused = weight.view(groups, per_group + 2, dims.head_dim, dims.hidden_size)
             if slot.part == "q":
                 return fused[:, :per_group]

@@ -14,7 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from copd_megatron.policy.hf_layout import ModelDims, Slot, slots
+from copd_megatron.config.model_shape import ModelShape
+from copd_megatron.policy.hf_layout import Slot, slots
 
 VLLM_VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this before it splits it."""
@@ -65,16 +66,16 @@ class Bucket:
     """In an order that every rank follows."""
 
 
-def wanted_range(slot: Slot, dims: ModelDims, rollout_rank: int, rollout_tp: int) -> tuple[int, int] | None:
+def wanted_range(slot: Slot, dims: ModelShape, rollout_rank: int, rollout_tp: int) -> tuple[int, int] | None:
     """Rows along ``slot.dim`` that vLLM's tensor-parallel rank keeps; None: the whole tensor."""
     if slot.dim is None:
         return None
     size = slot.shape[slot.dim]
     if size == dims.vocab_size and slot.dim == 0 and slot.part == "whole":
         share = math.ceil(size / VLLM_VOCAB_PADDING) * VLLM_VOCAB_PADDING // rollout_tp
-    elif slot.part in ("k", "v") and rollout_tp > dims.num_kv_heads:
+    elif slot.part in ("k", "v") and rollout_tp > dims.num_query_groups:
         # vLLM replicates key/value heads over ranks when there are fewer heads than ranks
-        head = rollout_rank * dims.num_kv_heads // rollout_tp
+        head = rollout_rank * dims.num_query_groups // rollout_tp
         return head * dims.head_dim, (head + 1) * dims.head_dim
     else:
         share = size // rollout_tp
@@ -82,7 +83,7 @@ def wanted_range(slot: Slot, dims: ModelDims, rollout_rank: int, rollout_tp: int
 
 
 def plan_sync(
-    dims: ModelDims,
+    dims: ModelShape,
     layout: BranchLayout,
     *,
     bucket_bytes: int,
@@ -122,7 +123,7 @@ def plan_sync(
 
 
 def _bucket(
-    members: Sequence[Slot], dims: ModelDims, layout: BranchLayout, receivers: Sequence[int]
+    members: Sequence[Slot], dims: ModelShape, layout: BranchLayout, receivers: Sequence[int]
 ) -> Bucket:
     transfers = []
     for slot in members:
@@ -150,20 +151,20 @@ def _source(slot: Slot, tp: int | None, dst: int, layout: BranchLayout) -> int:
     return layout.rank_at(own_tp if tp is None else tp, dp, slot.stage)
 
 
-def _check(dims: ModelDims, layout: BranchLayout) -> None:
+def _check(dims: ModelShape, layout: BranchLayout) -> None:
     if layout.rollout_tp < 1 or layout.world_size % layout.rollout_tp:
         raise ValueError(
             f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the branch's "
             f"{layout.world_size} ranks"
         )
-    if dims.num_heads % layout.rollout_tp or dims.ffn_size % layout.rollout_tp:
+    if dims.num_attention_heads % layout.rollout_tp or dims.ffn_hidden_size % layout.rollout_tp:
         raise ValueError(
-            f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the model's {dims.num_heads} "
-            f"attention heads and {dims.ffn_size} feed-forward rows"
+            f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the model's {dims.num_attention_heads} "
+            f"attention heads and {dims.ffn_hidden_size} feed-forward rows"
         )
-    fewer, more = sorted((dims.num_kv_heads, layout.rollout_tp))
+    fewer, more = sorted((dims.num_query_groups, layout.rollout_tp))
     if more % fewer:
         raise ValueError(
             f"rollout.tensor_parallel_size={layout.rollout_tp} must divide, or be a multiple of, the model's "
-            f"{dims.num_kv_heads} key/value heads"
+            f"{dims.num_query_groups} key/value heads"
         )
