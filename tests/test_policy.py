@@ -279,7 +279,7 @@ def reference(material: dict[str, Any]) -> dict[str, Any]:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
             optimizer.step()
-            steps.append((float(loss), float(norm), extra))
+            steps.append((float(loss.detach()), float(norm), extra))
         after = {name: p.detach().clone() for name, p in model.named_parameters()}
         results[kind] = {"steps": steps, "before": before, "after": after}
     return results

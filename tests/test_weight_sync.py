@@ -18,8 +18,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from copd_megatron.config.model_shape import ModelShape, read_model_shape
 from copd_megatron.config.schema import ParallelConfig, TrainingConfig
-from copd_megatron.policy.hf_layout import ModelDims, slots
+from copd_megatron.policy.hf_layout import slots
 from copd_megatron.policy.weights import HFFolder
 from copd_megatron.weight_sync.plan import BranchLayout, plan_sync, wanted_range
 from tests.layouts import Job, run_layouts
@@ -28,26 +29,24 @@ from tests.models import make_model, random_texts, reference_model
 ELEMENT_BYTES = 4
 
 
-def _dims(*, vocab: int = 321, kv_heads: int = 2, heads: int = 8, layers: int = 4, tied: bool = False) -> ModelDims:
-    return ModelDims.from_dict(
-        {
-            "architectures": ["Qwen3ForCausalLM"],
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": 16,
-            "vocab_size": vocab,
-            "tie_word_embeddings": tied,
-        }
+def _dims(*, vocab: int = 321, kv_heads: int = 2, heads: int = 8, layers: int = 4, tied: bool = False) -> ModelShape:
+    return ModelShape(
+        architecture="Qwen3ForCausalLM",
+        num_layers=layers,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=heads,
+        num_query_groups=kv_heads,
+        head_dim=16,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
     )
 
 
 # ---- the plan ---------------------------------------------------------------------------------------------
 
 
-def _vllm_rows(name: str, shape: tuple[int, ...], dims: ModelDims, rank: int, tp: int) -> tuple[int, int, int] | None:
+def _vllm_rows(name: str, shape: tuple[int, ...], dims: ModelShape, rank: int, tp: int) -> tuple[int, int, int] | None:
     """(dim, start, stop) that vLLM's tensor-parallel rank keeps, in vLLM's own words: column-parallel by
     rows, row-parallel by columns, key/value heads replicated when fewer than ranks, vocabulary padded to 64;
     None: the whole tensor."""
@@ -61,8 +60,8 @@ def _vllm_rows(name: str, shape: tuple[int, ...], dims: ModelDims, rank: int, tp
         per_rank = shape[1] // tp
         return 1, rank * per_rank, (rank + 1) * per_rank
     if "k_proj" in name or "v_proj" in name:
-        heads = max(1, dims.num_kv_heads // tp)
-        first = rank // max(1, tp // dims.num_kv_heads) * heads
+        heads = max(1, dims.num_query_groups // tp)
+        first = rank // max(1, tp // dims.num_query_groups) * heads
         return 0, first * dims.head_dim, (first + heads) * dims.head_dim
     per_rank = shape[0] // tp
     return 0, rank * per_rank, (rank + 1) * per_rank
@@ -77,13 +76,13 @@ def _megatron_rows(name: str, shape: tuple[int, ...], tp_rank: int, tp: int) -> 
     return dim, min(tp_rank * share, shape[dim]), min((tp_rank + 1) * share, shape[dim])
 
 
-def _stage_of(name: str, dims: ModelDims, pp: int) -> int:
+def _stage_of(name: str, dims: ModelShape, pp: int) -> int:
     if name.startswith("model.layers."):
         return int(name.split(".")[2]) // (dims.num_layers // pp)
     return 0 if "embed_tokens" in name else pp - 1
 
 
-def _check_plan(dims: ModelDims, layout: BranchLayout, bucket_bytes: int, destinations: list[int] | None) -> None:
+def _check_plan(dims: ModelShape, layout: BranchLayout, bucket_bytes: int, destinations: list[int] | None) -> None:
     buckets = plan_sync(
         dims, layout, bucket_bytes=bucket_bytes, element_bytes=ELEMENT_BYTES, destinations=destinations
     )
@@ -222,7 +221,7 @@ def test_data_parallel_copies_share_the_sending() -> None:
     ],
     ids=["ranks", "heads", "key-value heads"],
 )
-def test_impossible_rollout_layouts_are_refused(layout: BranchLayout, dims: ModelDims, message: str) -> None:
+def test_impossible_rollout_layouts_are_refused(layout: BranchLayout, dims: ModelShape, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_sync(dims, layout, bucket_bytes=10**6, element_bytes=ELEMENT_BYTES)
 
@@ -354,13 +353,13 @@ def test_buckets_on_the_wire_are_bounded(
     source = HFFolder(folders[kind])
     largest_group = max(
         sum(source.num_bytes(s.name) for s in members)
-        for members in _groups(ModelDims.from_hf(folders[kind])).values()
+        for members in _groups(read_model_shape(folders[kind])).values()
     )
     for rank in streamed[kind, number]:
         assert rank["largest"] <= max(BUCKET_BYTES, largest_group)
 
 
-def _groups(dims: ModelDims) -> dict[str, list[Any]]:
+def _groups(dims: ModelShape) -> dict[str, list[Any]]:
     groups = defaultdict(list)
     for slot in slots(dims, 1):
         groups[slot.group].append(slot)

@@ -233,11 +233,11 @@ def _branch_against_model(name: str, branch: BranchConfig, shape: ModelShape) ->
             f"use one of {_divisors(shape.num_layers)}"
         )
     if shape.vision is not None and shape.num_layers // pipeline < shape.vision.num_deepstack:
+        wanted, layers = shape.vision.num_deepstack, shape.num_layers
         yield (
-            f"{key}.parallel.pipeline_model_parallel_size: {pipeline} leaves {shape.num_layers} / {pipeline} = "
-            f"{shape.num_layers // pipeline} layers on the first stage, but the vision tower feeds its deepstack "
-            f"features into the first {shape.vision.num_deepstack}; use at most "
-            f"{shape.num_layers // max(shape.vision.num_deepstack, 1)}"
+            f"{key}.parallel.pipeline_model_parallel_size: {pipeline} leaves {layers} / {pipeline} = "
+            f"{layers // pipeline} layers on the first stage, but the vision tower feeds its deepstack "
+            f"features into the first {wanted}; use at most {layers // wanted}"
         )
     rollout_tp = branch.rollout.tensor_parallel_size
     heads, groups = shape.num_attention_heads, shape.num_query_groups

@@ -159,8 +159,8 @@ def _check(dims: ModelShape, layout: BranchLayout) -> None:
         )
     if dims.num_attention_heads % layout.rollout_tp or dims.ffn_hidden_size % layout.rollout_tp:
         raise ValueError(
-            f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the model's {dims.num_attention_heads} "
-            f"attention heads and {dims.ffn_hidden_size} feed-forward rows"
+            f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the model's "
+            f"{dims.num_attention_heads} attention heads and {dims.ffn_hidden_size} feed-forward rows"
         )
     fewer, more = sorted((dims.num_query_groups, layout.rollout_tp))
     if more % fewer:

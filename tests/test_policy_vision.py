@@ -1,0 +1,295 @@
+"""The Qwen3-VL actor against transformers: log-probabilities and gradients, decoder and vision tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from copd_megatron.policy.positions import multimodal_positions
+from copd_megatron.records import FloatArray, IntArray, TrainRow
+from tests.layouts import Job, run_layouts
+from tests.models import save_tokenizer
+
+IMAGE, VIDEO, START, END = 300, 301, 302, 303
+PATCH_VALUES = 3 * 2 * 8 * 8
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]
+STEP = 1e4
+"""Adam's first update is lr * g / (|g| + eps): with both at 1e4 it is the gradient, to 1e-4 relative."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Media:
+    """Processed media of one row, made up."""
+
+    pixel_values: FloatArray | None = None
+    image_grid_thw: IntArray | None = None
+    pixel_values_videos: FloatArray | None = None
+    video_grid_thw: IntArray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    token_ids: IntArray
+    prompt_length: int
+    media: Media | None
+
+
+def make_vl_model(folder: Path, *, tied: bool) -> Path:
+    """A random Qwen3-VL of 4 decoder layers and 3 vision layers, two of them deepstack."""
+    torch.manual_seed(0)
+    config = Qwen3VLConfig(
+        text_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "vocab_size": 323,
+            "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [8, 4, 4]},
+            "tie_word_embeddings": tied,
+            "pad_token_id": 322,
+        },
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=tied,
+    )
+    model = Qwen3VLForConditionalGeneration(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(3.0)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def make_samples() -> list[Sample]:
+    """Text only, one image, several images, a video, a video with an image, and text again."""
+    rng = np.random.default_rng(0)
+
+    def text(count: int) -> list[int]:
+        return rng.integers(0, 290, size=count).tolist()
+
+    def patches(count: int) -> FloatArray:
+        return rng.normal(size=(count, PATCH_VALUES)).astype(np.float32)
+
+    def sample(images: list[tuple[int, int]], videos: list[tuple[int, int, int]]) -> Sample:
+        ids = text(4)
+        for height, width in images:
+            ids += [START] + [IMAGE] * (height * width // 4) + [END] + text(2)
+        for frames, height, width in videos:
+            for _ in range(frames):
+                ids += [*text(3), START, *[VIDEO] * (height * width // 4), END]
+        ids += text(3)
+        prompt = len(ids)
+        ids += text(int(rng.integers(3, 9)))
+        media = Media(
+            pixel_values=patches(sum(h * w for h, w in images)) if images else None,
+            image_grid_thw=np.array([(1, h, w) for h, w in images], np.int32) if images else None,
+            pixel_values_videos=patches(sum(t * h * w for t, h, w in videos)) if videos else None,
+            video_grid_thw=np.array(videos, np.int32) if videos else None,
+        )
+        has_media = bool(images or videos)
+        tokens = np.array(ids, np.int32)
+        return Sample(token_ids=tokens, prompt_length=prompt, media=media if has_media else None)
+
+    return [
+        sample([], []),
+        sample([(4, 4)], []),
+        sample([(4, 6), (2, 4)], []),
+        sample([], [(3, 4, 4)]),
+        sample([(4, 4)], [(2, 2, 4)]),
+        sample([], []),
+    ]
+
+
+def _advantages(index: int, sample: Sample) -> FloatArray:
+    length = len(sample.token_ids) - sample.prompt_length
+    return np.random.default_rng(index).normal(size=length).astype(np.float32)
+
+
+def _reference_inputs(sample: Sample) -> dict[str, torch.Tensor]:
+    ids = torch.from_numpy(sample.token_ids.astype(np.int64))[None]
+    inputs = {"input_ids": ids}
+    if sample.media is None:
+        return inputs
+    kinds = torch.zeros_like(ids, dtype=torch.int32)
+    kinds[ids == IMAGE], kinds[ids == VIDEO] = 1, 2
+    inputs["mm_token_type_ids"] = kinds
+    for name, value in vars(sample.media).items():
+        if value is not None:
+            tensor = torch.from_numpy(value)
+            inputs[name] = tensor.long() if name.endswith("thw") else tensor
+    return inputs
+
+
+def _reference(folder: Path, samples: list[Sample]) -> tuple[list[FloatArray], dict[str, FloatArray]]:
+    """transformers' log-probabilities, and the gradient of the seq-mean-token-mean policy gradient loss."""
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    logprobs, loss = [], torch.zeros(())
+    for index, sample in enumerate(samples):
+        inputs = _reference_inputs(sample)
+        full = model(**inputs).logits[0].log_softmax(-1)
+        where = torch.arange(sample.prompt_length, len(sample.token_ids))
+        picked = full[where - 1, inputs["input_ids"][0, where]]
+        logprobs.append(picked.detach().numpy())
+        loss = loss - (picked * torch.from_numpy(_advantages(index, sample))).mean() / len(samples)
+    loss.backward()
+    gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    return logprobs, gradients
+
+
+def _exercise(parallel: ParallelConfig, folder: Path, samples: list[Sample], freeze: bool) -> Any:
+    """Log-probabilities and this rank's shares of the gradient (weights before minus after one step)."""
+    from copd_megatron.policy.actor import MegatronActor
+
+    media = {sample.token_ids.tobytes(): sample.media for sample in samples}
+    actor = MegatronActor(
+        model_path=folder,
+        parallel=parallel,
+        training=TrainingConfig(micro_batch_tokens=150, logprob_chunk_tokens=16),
+        optimizer=OptimizerConfig(lr=STEP, adam_eps=STEP, clip_grad=0.0),
+        dtype=torch.float32,
+        max_tokens=256,
+        temperature=1.0,
+        seed=1,
+        total_steps=1,
+        freeze_vision=freeze,
+        features=lambda row: media[row.token_ids.tobytes()],
+    )
+    scores = actor.log_probs(samples)
+    rows = [
+        TrainRow(
+            token_ids=sample.token_ids,
+            prompt_length=sample.prompt_length,
+            advantages=_advantages(index, sample),
+            loss_mask=np.ones(len(sample.token_ids) - sample.prompt_length, np.float32),
+            component="native",
+        )
+        for index, sample in enumerate(samples)
+    ]
+    before = {slot: actor.view.read(slot).clone() for slot in actor.view.local}
+    actor.forward_backward(rows, LossConfig(), max_new_tokens=64)
+    actor.optimizer_step()
+    gradients = {}
+    for slot, old in before.items():
+        if slot.copy_of_embedding:
+            continue
+        start, stop = slot.range_of(actor.tp_rank, actor.view.tp_size) if slot.dim is not None else (0, 0)
+        gradients[slot.name] = (slot.dim, start, stop, (old - actor.view.read(slot)).numpy())
+    text_only = actor.log_probs([sample for sample in samples if sample.media is None])
+    return [s.logprobs for s in scores], gradients, len(text_only)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folders = {
+        kind: make_vl_model(tmp_path_factory.mktemp(kind), tied=kind == "tied") for kind in ("tied", "untied")
+    }
+    samples = make_samples()
+    jobs, names = [], []
+    for tp, pp, dp in LAYOUTS:
+        kind = "tied" if tp == pp else "untied"
+        jobs.append(Job(tp=tp, pp=pp, dp=dp, args=(folders[kind], samples, False)))
+        names.append((kind, tp, pp, dp))
+    jobs.append(Job(args=(folders["tied"], samples, True)))
+    results = run_layouts(_exercise, jobs)
+    references = {kind: _reference(folder, samples) for kind, folder in folders.items()}
+    return {
+        "layouts": dict(zip(names, results[:-1], strict=True)),
+        "frozen": results[-1],
+        "references": references,
+    }
+
+
+def test_logprobs_equal_transformers_at_every_layout(outcomes: dict[str, Any]) -> None:
+    for (kind, *layout), ranks in outcomes["layouts"].items():
+        expected, _ = outcomes["references"][kind]
+        for logprobs, _, _ in ranks:
+            for number, (ours, theirs) in enumerate(zip(logprobs, expected, strict=True)):
+                np.testing.assert_allclose(
+                    ours, theirs, atol=1e-4, err_msg=f"{kind} {layout} sample {number}"
+                )
+
+
+def test_gradients_of_decoder_and_vision_equal_transformers(outcomes: dict[str, Any]) -> None:
+    for (kind, *layout), ranks in outcomes["layouts"].items():
+        _, expected = outcomes["references"][kind]
+        seen = set()
+        for _, gradients, _ in ranks:
+            for name, (dim, start, stop, ours) in gradients.items():
+                theirs = expected[name]
+                if dim is not None:
+                    theirs = np.take(theirs, range(start, stop), axis=dim)
+                np.testing.assert_allclose(
+                    ours, theirs, atol=1e-4, rtol=1e-3, err_msg=f"{kind} {layout} {name}"
+                )
+                seen.add(name)
+        assert seen == set(expected), f"{kind} {layout}: every tensor has its gradient"
+        assert any("visual" in name and np.abs(expected[name]).max() > 1e-2 for name in seen)
+
+
+def test_frozen_vision_does_not_move_and_the_decoder_does(outcomes: dict[str, Any]) -> None:
+    ((_, gradients, _),) = outcomes["frozen"]
+    moved = {name for name, (*_, change) in gradients.items() if np.abs(change).max() > 0}
+    assert moved and not any("visual" in name for name in moved)
+
+
+def test_text_only_batches_skip_the_tower(outcomes: dict[str, Any]) -> None:
+    assert all(count == 2 for ranks in outcomes["layouts"].values() for _, _, count in ranks)
+
+
+def test_positions_follow_the_grids() -> None:
+    ids = np.array([5, START, IMAGE, IMAGE, IMAGE, IMAGE, END, 6], np.int32)
+    positions = multimodal_positions(
+        ids,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_grid_thw=np.array([[1, 4, 4]], np.int32),
+        video_grid_thw=np.zeros((0, 3), np.int32),
+        spatial_merge_size=2,
+    )
+    assert positions.tolist() == [
+        [0, 1, 2, 2, 2, 2, 4, 5],
+        [0, 1, 2, 2, 3, 3, 4, 5],
+        [0, 1, 2, 3, 2, 3, 4, 5],
+    ]
+
+
+@pytest.mark.parametrize("grid", [[[1, 4, 6]], [[1, 4, 4], [1, 2, 2]], []])
+def test_grids_that_do_not_match_the_placeholders_are_refused(grid: list[list[int]]) -> None:
+    ids = np.array([5, START, IMAGE, IMAGE, IMAGE, IMAGE, END, 6], np.int32)
+    with pytest.raises(ValueError, match="placeholder"):
+        multimodal_positions(
+            ids,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            image_grid_thw=np.array(grid, np.int32).reshape(-1, 3),
+            video_grid_thw=np.zeros((0, 3), np.int32),
+            spatial_merge_size=2,
+        )
