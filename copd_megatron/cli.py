@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
     except (ConfigError, FileNotFoundError, ValueError) as error:
-        if os.environ.get("COPD_TRACEBACK"):
+        # a rank of a running job gives its whole traceback; a person at a prompt wants the message
+        if "RANK" in os.environ or os.environ.get("COPD_TRACEBACK"):
             raise
         print(f"copd: {error}", file=sys.stderr)
         return 2
@@ -120,6 +121,7 @@ def _logging(config: Config) -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -303,7 +303,7 @@ class MegatronActor:
 
         def loss_of(batch: MicroBatch, output: dict[str, Tensor]) -> Tensor:
             logprobs, entropy = output["tokens"]
-            streams = self._token_streams(batch, rows, weights, correction, logprobs)
+            streams = self._token_streams(batch, rows, weights, correction, logprobs, loss)
             result = policy_loss(logprobs, entropy, streams, loss)
             for prefix, values in (("term/", result.terms), ("sum/", result.statistics)):
                 for name, value in values.items():
@@ -435,21 +435,18 @@ class MegatronActor:
         weights: Sequence[FloatArray],
         correction: Sequence[FloatArray] | None,
         logprobs: Tensor,
+        loss: LossConfig,
     ) -> TokenStreams:
         """The rows' streams of one micro-batch, flattened on the device."""
 
         def flat(values: Sequence[np.ndarray]) -> Tensor:
             return flatten(batch.rows, values, self.device)
 
-        known = [row.old_logprobs is not None for row in rows]
-        old = logprobs.detach()
-        if any(known):
-            given = flat(
-                [r.old_logprobs if r.old_logprobs is not None else np.zeros(r.response_length) for r in rows]
-            )
-            use = torch.tensor([known[row] for row in batch.rows], dtype=torch.bool, device=self.device)
-            old = torch.where(use[batch.row_index_n], given, old) if len(batch.rows) else old
-        reference = [row.reference_logprobs for row in rows]
+        now = logprobs.detach()
+        old = self._known_or(batch, [row.old_logprobs for row in rows], now)
+        # without a reference a row has no KL term: against itself it is zero, and so is its gradient
+        references = [row.reference_logprobs for row in rows]
+        has_reference = bool(loss.kl_coefficient) or any(value is not None for value in references)
         return TokenStreams(
             old_logprobs=old,
             advantages=flat([row.advantages for row in rows]),
@@ -457,11 +454,22 @@ class MegatronActor:
             loss_mask=flat([row.loss_mask for row in rows]),
             row_index=batch.row_index_n,
             num_rows=max(len(batch.rows), 1),
-            reference_logprobs=None
-            if any(value is None for value in reference)
-            else flat([value for value in reference if value is not None]),
+            reference_logprobs=self._known_or(batch, references, now) if has_reference else None,
             correction=None if correction is None else flat(correction),
         )
+
+    def _known_or(self, batch: MicroBatch, values: Sequence[FloatArray | None], default: Tensor) -> Tensor:
+        """[N] the rows' given values, and ``default`` on the tokens of rows that have none."""
+        known = torch.tensor([values[row] is not None for row in batch.rows], dtype=torch.bool)
+        if not known.any():
+            return default
+        lengths = torch.bincount(batch.row_index_n.cpu(), minlength=len(batch.rows)).tolist()
+        arrays = [
+            value if (value := values[row]) is not None else np.zeros(length, dtype=np.float32)
+            for row, length in zip(batch.rows, lengths, strict=True)
+        ]
+        given = flatten(range(len(arrays)), arrays, self.device)
+        return torch.where(known.to(self.device)[batch.row_index_n], given, default)
 
     def _tally_mismatch(
         self, tally: Tally, batch: MicroBatch, rows: Sequence[TrainRow], logprobs: Tensor
