@@ -478,6 +478,7 @@ def _row(rollout: Rollout, component: str, advantages: FloatArray) -> TrainRow:
         component=component,
         rollout_logprobs=rollout.rollout_logprobs,
         weight_version=rollout.weight_version,
+        media=rollout.media,
     )
 
 

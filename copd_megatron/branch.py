@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from copd_megatron.config import Config
+from copd_megatron.config.model_shape import read_model_shape
 from copd_megatron.config.schema import BranchConfig
-from copd_megatron.data import PromptStream, ShardSet, check_shards, load_validation
+from copd_megatron.data import PromptStream
+from copd_megatron.data.loader import MediaLoader
 from copd_megatron.device import model_dtype, uses_cuda
 from copd_megatron.metrics.reduction import Metrics
 from copd_megatron.opd.graph import Edge, Graph, build_graph
@@ -22,8 +22,9 @@ from copd_megatron.opd.router import Router
 from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
 from copd_megatron.records import Prompt
 from copd_megatron.rewards.grader import Grader
-from copd_megatron.rollout.engine import RolloutEngine, sample_seed
+from copd_megatron.rollout.engine import RolloutEngine
 from copd_megatron.schedule import num_steps
+from copd_megatron.sources import PromptSources
 from copd_megatron.topology.layout import Layout
 from copd_megatron.topology.world import World, init_world
 from copd_megatron.weight_sync.sync import WeightSync
@@ -51,6 +52,8 @@ class Branch:
     """The branch's own data; None on a frozen branch."""
     edge_prompts: dict[Edge, PromptStream]
     """Per edge into this branch, a stream of its own over the edge's prompts."""
+    media: MediaLoader | None
+    """Images and videos by reference, decoded off this thread; None for a text model."""
     validation: dict[str, list[Prompt]]
     """Validation prompts of every domain."""
     run_dir: Path
@@ -89,6 +92,8 @@ def start(config: Config, layout: Layout) -> Iterator[Branch]:
             yield branch
         finally:
             branch.grader.close()
+            if branch.media is not None:
+                branch.media.close()
 
 
 def run_directory(config: Config) -> Path:
@@ -101,20 +106,16 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
     settings = config.branches[name]
     graph = build_graph(config)
     edges = graph.into(name)
-    domains = [edge.prompts for edge in edges]
     model_path = settings.model_path or config.model.path
     with world.watch.operation("startup.data"):
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        sources = PromptSources(config, model_path, read_model_shape(model_path))
         verifiers = [v for branch in config.branches.values() for v in branch.reward.verifiers]
         grader = Grader(settings.reward, also=verifiers)
-        shards = {
-            domain: _shards(config, domain)
-            for domain in {name, *domains}
-            if config.branches[domain].data.train
-        }
-        prompts = None if settings.frozen else _stream(config, tokenizer, name, shards[name], "native")
-        edge_prompts = {e: _stream(config, tokenizer, e.prompts, shards[e.prompts], e.name) for e in edges}
-        validation = _validation(config, tokenizer)
+        prompts = None if settings.frozen else sources.stream(name, "native")
+        edge_prompts = {edge: sources.stream(edge.prompts, edge.name) for edge in edges}
+        validation = sources.validation()
+        sources.know_all_media()
+        media = sources.media
     dtype = model_dtype(config)
     with world.watch.operation("startup.actor"):
         actor = MegatronActor(
@@ -127,6 +128,8 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
             temperature=settings.rollout.temperature,
             seed=config.run.seed,
             total_steps=num_steps(config.schedule) * config.training.num_mini_batches,
+            freeze_vision=config.model.freeze_vision,
+            features=lambda row: None if media is None else media.features(row.media),
         )
     engine = sync = None
     if not settings.frozen:
@@ -139,6 +142,7 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
                 dtype=dtype,
                 max_tokens=config.model.max_sequence_tokens,
                 seed=config.run.seed,
+                media=media,
             )
         sync = WeightSync(actor, engine, config.weight_sync)
     return Branch(
@@ -147,55 +151,20 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
         settings=settings,
         world=world,
         graph=graph,
-        router=Router(world, graph),
+        router=Router(
+            world,
+            graph,
+            encoded=media.encoded if media is not None and config.opd.ship_media else None,
+            take_file=media.put_encoded if media is not None else None,
+        ),
         actor=actor,
         engine=engine,
         sync=sync,
         grader=grader,
         prompts=prompts,
         edge_prompts=edge_prompts,
+        media=media,
         validation=validation,
         run_dir=run_dir,
         reference=actor.snapshot() if config.loss.kl_coefficient else None,
     )
-
-
-def _shards(config: Config, domain: str) -> ShardSet:
-    branch = config.branches[domain]
-    return check_shards(branch.data.train, branch.reward.verifiers)
-
-
-def _stream(
-    config: Config, tokenizer: PreTrainedTokenizerBase, domain: str, shards: ShardSet, purpose: str
-) -> PromptStream:
-    """A stream over a domain's training prompts; each purpose has an order of its own."""
-    branch = config.branches[domain]
-    return PromptStream.from_config(
-        branch.data,
-        tokenizer,
-        domain=domain,
-        seed=stream_seed(config.run.seed, purpose),
-        verifiers=branch.reward.verifiers,
-        system_prompt=config.model.system_prompt,
-        shards=shards,
-    )
-
-
-def stream_seed(run_seed: int, purpose: str) -> int:
-    """Seed of one stream's order, from what it is for (``native`` or an edge's name)."""
-    return sample_seed(run_seed, purpose, 0, "stream", 0) % 2**31
-
-
-def _validation(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Prompt]]:
-    return {
-        domain: load_validation(
-            branch.data,
-            tokenizer,
-            domain=domain,
-            max_prompts=config.evaluation.max_prompts,
-            verifiers=branch.reward.verifiers,
-            system_prompt=config.model.system_prompt,
-        )
-        for domain, branch in config.branches.items()
-        if branch.data.validation
-    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import sys
 import uuid
 import warnings
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from copd_megatron.config import Config, ConfigError, load_config, read_model_shapes, validate
+from copd_megatron.merge import command as merge_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,11 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.set_defaults(run=_eval)
 
-    merge = commands.add_parser("merge", help="merge Hugging Face folders by (weighted) mean")
-    merge.add_argument("models", nargs="+", help="folders of one architecture")
-    merge.add_argument("--out", required=True, help="folder to write")
-    merge.add_argument("--weights", help="comma-separated, one per folder; default: equal")
-    merge.set_defaults(run=_merge)
+    merge = commands.add_parser("merge", help="merge branches: mean, task arithmetic, TIES, DARE, slerp")
+    merge_command.add_arguments(merge)
+    merge.set_defaults(run=merge_command.run)
 
     doctor = commands.add_parser("doctor", help="what this machine has and what that enables")
     doctor.add_argument("--json", action="store_true")
@@ -75,8 +75,7 @@ def _train(arguments: argparse.Namespace) -> int:
     _logging(config)
     from copd_megatron.train import train
 
-    train(config)
-    return 0
+    return train(config)
 
 
 def _check_inputs(config: Config) -> None:
@@ -89,24 +88,50 @@ def _check_inputs(config: Config) -> None:
         for patterns in (branch.data.train, branch.data.validation):
             if patterns:
                 check_shards(patterns, branch.reward.verifiers)
-    folder = Path(config.run.dir or f"runs/{config.run.name}")
-    if int(os.environ.get("RANK", "0")) == 0 and (folder / "metrics.jsonl").exists():
-        if not config.run.overwrite:
-            raise ConfigError(
-                f"run.dir: {folder} already holds a run; choose another run.name or run.dir, "
-                "or set run.overwrite=true"
-            )
-        (folder / "metrics.jsonl").unlink()
+    if int(os.environ.get("RANK", "0")) == 0:
+        _check_run_dir(config, Path(config.run.dir or f"runs/{config.run.name}"))
+
+
+def _check_run_dir(config: Config, folder: Path) -> None:
+    """Whether the run directory is free, or holds a run that this configuration can continue."""
+    from copd_megatron.checkpoint.compatible import check_compatible
+    from copd_megatron.checkpoint.manifest import checkpoints_dir, complete_checkpoints, step_folder
+
+    metrics = folder / "metrics.jsonl"
+    restarted = any(os.environ.get(f"{by}_RESTART_COUNT", "0") != "0" for by in ("TORCHELASTIC", "SLURM"))
+    if config.run.overwrite and not restarted:
+        metrics.unlink(missing_ok=True)
+        shutil.rmtree(checkpoints_dir(folder), ignore_errors=True)
+        return
+    if found := complete_checkpoints(folder):
+        step, manifest = next(iter(found.items()))
+        check_compatible(manifest.config, config, where=str(step_folder(folder, step)))
+        return
+    steps_done = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+    if steps_done > config.checkpoint.save_period or (steps_done and not config.checkpoint.save_period):
+        raise ConfigError(
+            f"run.dir: {folder} already holds a run of {steps_done} steps, without a checkpoint to continue "
+            "from; choose another run.name or run.dir, or set run.overwrite=true"
+        )
 
 
 def _torchrun(config: Config, arguments: Sequence[str]) -> int:
     """Replaces this process by a local torchrun of as many ranks as the branches need."""
     ranks = sum(branch.parallel.world_size for branch in config.branches.values())
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        # a signal reaches the ranks, and they get the time to save
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(30, int(config.checkpoint.save_before_seconds))),
+    }
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
     os.environ["COPD_RUN_ID"] = uuid.uuid4().hex[:12]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    run_dir = config.run.dir or f"runs/{config.run.name}"
+    command = [sys.executable, "-m", "copd_megatron.local_launch", run_dir]
+    command += ["--standalone", f"--nproc-per-node={ranks}", "-m", "copd_megatron.cli", *arguments]
     sys.stdout.flush()
-    os.execv(sys.executable, [*command, "-m", "copd_megatron.cli", *arguments])
+    os.execv(sys.executable, command)
 
 
 def _logging(config: Config) -> None:
@@ -128,15 +153,6 @@ def _eval(arguments: argparse.Namespace) -> int:
     from copd_megatron.evaluate_folder import evaluate_folder
 
     print(evaluate_folder(load_config(arguments.config, arguments.overrides), arguments.model))
-    return 0
-
-
-def _merge(arguments: argparse.Namespace) -> int:
-    from copd_megatron.merge.mean import merge_mean
-
-    weights = [float(w) for w in arguments.weights.split(",")] if arguments.weights else None
-    merge_mean(arguments.models, arguments.out, weights=weights)
-    print(f"wrote {arguments.out}")
     return 0
 
 

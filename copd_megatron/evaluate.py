@@ -27,6 +27,8 @@ def accuracy(me: Branch, domains: Iterable[str]) -> dict[str, float]:
     for domain in domains:
         graded = sample_graded(me, me.validation[domain], settings, step=0, purpose=f"validation/{domain}")
         result[domain] = sum(r.reward or 0.0 for r in graded) / len(graded)
+    # a resumed run has not evaluated: the next step must not find these prompts in the cache
+    me.engine.llm.reset_prefix_cache()
     return result
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from copd_megatron.config import Config
+from copd_megatron.config.model_shape import read_model_shape
 from copd_megatron.data import load_validation
 from copd_megatron.device import model_dtype
 from copd_megatron.metrics.table import render_table
@@ -17,7 +18,12 @@ from copd_megatron.topology.single import single_process
 
 
 def evaluate_folder(config: Config, folder: str | Path) -> str:
-    """Samples every domain's validation prompts from the model in ``folder`` and returns the table."""
+    """Samples every domain's validation prompts from the model in ``folder`` and returns the table.
+
+    Raises:
+        ConfigError: ``folder`` is not a model that vLLM could load.
+    """
+    read_model_shape(folder, "model")
     first = next(iter(config.branches.values()))
     options = config.evaluation
     settings = SamplingSettings(

@@ -42,6 +42,9 @@ class Observer:
         for name, count in me.grader.counters().items():
             if me.engine is not None and me.engine.tp_rank == 0:
                 me.metrics.total(f"rewards/{name}", count)
+        if me.media is not None:
+            for name, total in me.media.counters().items():
+                me.metrics.maximum(f"media/{name}", total)
         if me.prompts is not None:
             me.metrics.value("data/epoch", float(me.prompts.epoch))
             me.metrics.value("data/skipped", float(sum(me.prompts.skipped.values())))

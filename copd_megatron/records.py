@@ -24,6 +24,31 @@ FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
+class MediaRef:
+    """One image or video of a prompt, by reference: what crosses branches in place of pixels.
+
+    Worked example: ``MediaRef(source="image/train", shard="count-train-000000", key="000000017",
+    extension="0.png", kind="image", content_hash="9f2c...")`` is member ``000000017.0.png`` of that shard.
+    """
+
+    source: str
+    """Shard set that holds it, under the name that every branch opened it: ``<domain>/train``."""
+    shard: str
+    """Name of the shard within its set."""
+    key: str
+    """Key of the sample in the shard."""
+    extension: str
+    """Which member of the sample: ``0.png``, ``mp4``."""
+    kind: str
+    """``image`` or ``video``."""
+    content_hash: str
+    """BLAKE2b (16 bytes, hexadecimal) of the encoded file; whoever reads it again compares."""
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.shard}/{self.key}.{self.extension}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One task from a shard, tokenised with the chat template."""
 
@@ -32,11 +57,13 @@ class Prompt:
     domain: str
     """Branch whose data it comes from."""
     token_ids: IntArray
-    """[P]"""
+    """[P]; placeholders of media are expanded, one token per merged patch."""
     answer: str
     """Gold answer, as the verifier expects it."""
     verifier: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    media: tuple[MediaRef, ...] = ()
+    """Images and videos, in the order of their placeholders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +86,10 @@ class Rollout:
     seed: int
     reward: float | None = None
     """Verifier's grade; None: not graded."""
+
+    @property
+    def media(self) -> tuple[MediaRef, ...]:
+        return self.prompt.media
 
     @property
     def prompt_length(self) -> int:
@@ -91,6 +122,8 @@ class TrainRow:
     reference_logprobs: FloatArray | None = None
     """[R] under the reference policy, for the KL term."""
     weight_version: int = 0
+    media: tuple[MediaRef, ...] = ()
+    """Images and videos of the prompt, in the order of their placeholders."""
 
     @property
     def response_length(self) -> int:

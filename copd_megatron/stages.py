@@ -173,6 +173,8 @@ def cross_batch(me: Branch, step: Step, native: Sequence[Rollout]) -> list[Train
     begin = time.perf_counter()
     theirs = me.router.exchange(requests, lambda edge, wanted: teach(me, wanted, step))
     me.metrics.maximum("timing/exchange_seconds", time.perf_counter() - begin)
+    if me.media is not None:
+        me.media.drop_encoded()
     for edge in requests:
         traffic = me.router.traffic[edge]
         me.metrics.total(f"copd/router_bytes/{edge.name}", traffic.sent_bytes + traffic.received_bytes)
@@ -232,6 +234,7 @@ def _request(row_id: int, rollout: Rollout, states: Sequence[int]) -> ScoreReque
         prompt_length=rollout.prompt_length,
         weight_version=rollout.weight_version,
         state_positions=np.asarray(states, dtype=np.int32),
+        media=rollout.media,
     )
 
 

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 
 from copd_megatron.branch import Branch, start
+from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
 from copd_megatron.config import Config
 from copd_megatron.evaluate import Accuracies, each_branch, load_folder, shared_model, write_table
 from copd_megatron.merge.mean import merge_mean
 from copd_megatron.observe import Observer
-from copd_megatron.schedule import steps
+from copd_megatron.resume import Checkpoints
+from copd_megatron.schedule import Step, steps
 from copd_megatron.stages import cross_batch, native_batch, sync_weights, update
 from copd_megatron.topology.layout import Layout
 from copd_megatron.weight_sync.export import export_hf
@@ -19,14 +21,22 @@ from copd_megatron.weight_sync.export import export_hf
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config) -> None:
-    """Runs the whole schedule and what follows it; called by every rank of the job."""
-    with start(config, Layout.from_config(config)) as me, Observer(me) as observer:
-        table: Accuracies = {}
+def train(config: Config) -> int:
+    """Runs what is left of the schedule and what follows it; called by every rank of the job.
+
+    Returns:
+        The process's exit status: 0, or ``EXIT_PREEMPTED`` if the run was saved and stopped before its end.
+    """
+    with (
+        start(config, Layout.from_config(config)) as me,
+        Observer(me) as observer,
+        Checkpoints(me, observer) as checkpoints,
+    ):
+        progress = checkpoints.resume()
         sync_weights(me)
-        if config.evaluation.at_start and me.validation:
-            table |= shared_model(me, "base")
-        for step in steps(config.schedule):
+        if config.evaluation.at_start and me.validation and not progress.steps_done:
+            progress.table |= shared_model(me, "base")
+        for step in steps(config.schedule, progress.steps_done):
             begin = time.perf_counter()
             batch = native_batch(me, step)  # sample, grade, GRPO advantages (Eq. 7, 11)
             batch.rows += cross_batch(
@@ -34,10 +44,21 @@ def train(config: Config) -> None:
             )  # sample, teachers score, OPD advantages (Eq. 8)
             update(me, batch.rows, step)  # native and cross rows in one optimizer step
             sync_weights(me)  # Megatron -> vLLM, live
-            if config.evaluation.every_steps and (step.index + 1) % config.evaluation.every_steps == 0:
-                observer.validation(each_branch(me))
+            accuracies = each_branch(me) if evaluation_due(config, step) else None
+            if accuracies:
+                observer.validation(accuracies)
             observer.step(step, time.perf_counter() - begin)
-        finish(me, table)
+            if checkpoints.after(step, accuracies):
+                return EXIT_PREEMPTED
+        checkpoints.wait()
+        finish(me, progress.table)
+    return 0
+
+
+def evaluation_due(config: Config, step: Step) -> bool:
+    """Whether the branches are evaluated after this step."""
+    every = config.evaluation.every_steps
+    return bool(every) and (step.index + 1) % every == 0
 
 
 def finish(me: Branch, table: Accuracies) -> None:

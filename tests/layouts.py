@@ -44,9 +44,7 @@ class Job:
         )
 
 
-def run_layouts(
-    fn: Callable[..., Any], jobs: Sequence[Job], *, timeout: float = 400
-) -> list[list[Any]]:
+def run_layouts(fn: Callable[..., Any], jobs: Sequence[Job], *, timeout: float = 400) -> list[list[Any]]:
     """Results of every job, by job and then by rank within it."""
     starts = _place(jobs)
     per_rank = run_distributed(_run_jobs, NUM_RANKS, args=(fn, list(jobs), starts), timeout=timeout)

@@ -138,7 +138,7 @@ def warm_up(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    texts = [(tokenizer.encode(p), tokenizer.encode(a) + [tokenizer.eos_token_id]) for p, a in pairs]
+    texts = [(tokenizer.encode(p), [*tokenizer.encode(a), tokenizer.eos_token_id]) for p, a in pairs]
     longest = max(len(p) + len(a) for p, a in texts)
     ids = torch.full((len(texts), longest), tokenizer.pad_token_id)
     labels = torch.full_like(ids, -100)

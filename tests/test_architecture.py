@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"config", "records", "rewards"},
     "opd": {"config", "records", "topology"},
     "policy": {"config", "records", "advantages", "losses", "topology"},
-    "rollout": {"config", "records", "topology"},
+    "rollout": {"config", "records", "topology", "data"},
     "weight_sync": {"config", "records", "topology", "policy", "rollout"},
     "checkpoint": {"config", "records", "topology", "policy"},
     "merge": {"config", "records", "topology", "policy", "weight_sync", "checkpoint"},

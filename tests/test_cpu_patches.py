@@ -12,7 +12,9 @@ import torch
 from copd_megatron.policy import cpu
 from tests.distributed import run_distributed
 
-needs_cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the module refuses a machine with CUDA")
+needs_cpu_only = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the module refuses a machine with CUDA"
+)
 
 PATCHED = ("current_device", "synchronize", "current_stream", "manual_seed", "get_rng_state", "set_rng_state")
 

@@ -70,7 +70,9 @@ def test_ample_budget_gives_one_micro_batch_a_rank() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "num_ranks", "budget"), [([], 1, 10), ([3], 0, 10), ([3], 1, 0)], ids=["rows", "ranks", "budget"]
+    ("lengths", "num_ranks", "budget"),
+    [([], 1, 10), ([3], 0, 10), ([3], 1, 0)],
+    ids=["rows", "ranks", "budget"],
 )
 def test_impossible_plans_are_refused(lengths: list[int], num_ranks: int, budget: int) -> None:
     with pytest.raises(ValueError, match="cannot plan"):

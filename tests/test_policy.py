@@ -130,7 +130,7 @@ def _rows(folder: Path, texts: Sequence[Text]) -> list[TrainRow]:
                 component_weight=1.0 if i % 3 else 0.5,
                 old_logprobs=near() if i % 2 else None,
                 rollout_logprobs=near(),
-                reference_logprobs=near(),
+                reference_logprobs=near() if i % 3 else None,  # cross rows have no KL term
             )
         )
     return rows
@@ -236,15 +236,17 @@ def _reference_loss(model: Any, rows: Sequence[TrainRow]) -> tuple[torch.Tensor,
             entropy = -(full.exp() * full).sum(-1)
             stream = {
                 name: torch.from_numpy(getattr(row, name).astype(np.float64))
-                for name in ("advantages", "loss_mask", "reference_logprobs", "rollout_logprobs")
+                for name in ("advantages", "loss_mask", "rollout_logprobs")
             }
             old = logprobs.detach()
             if row.old_logprobs is not None:
                 old = torch.from_numpy(row.old_logprobs.astype(np.float64))
             ratio, advantage = (logprobs - old).exp(), stream["advantages"]
             surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
-            gap = stream["reference_logprobs"] - logprobs
-            token_loss = -surrogate + 0.2 * (gap.exp() - gap - 1) - 0.1 * entropy
+            token_loss = -surrogate - 0.1 * entropy
+            if row.reference_logprobs is not None:
+                gap = torch.from_numpy(row.reference_logprobs.astype(np.float64)) - logprobs
+                token_loss = token_loss + 0.2 * (gap.exp() - gap - 1)
             mask = stream["loss_mask"]
             mean = (mask * token_loss).sum() / mask.sum()
             total = total + row.component_weight * mean / len(members)

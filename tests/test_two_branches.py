@@ -8,6 +8,7 @@ with transformers' log-probabilities of those folders.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,7 +80,9 @@ def _drive(config_path: Path, exports: Path) -> dict[str, Any]:
     with start(config, Layout.from_config(config)) as me:
         refused = ""
         try:
-            sample_and_grade(me, me.prompts.next(1), 1, Step(index=9, cycle=0, phase=Phase.rlvr, index_in_phase=9))
+            sample_and_grade(
+                me, me.prompts.next(1), 1, Step(index=9, cycle=0, phase=Phase.rlvr, index_in_phase=9)
+            )
         except RuntimeError as error:
             refused = str(error)
         sync_weights(me)
@@ -174,7 +177,7 @@ def test_updates_move_the_log_probabilities(run: dict[str, Any], name: str) -> N
     """Otherwise a sync that does nothing would pass."""
     rollout = run["ranks"][name][0]["agreement"][0].rollouts[0]
     values = [_exact(folder, rollout) for folder in run["folders"][name]]
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in itertools.pairwise(values):
         assert np.abs(before - after).max() > 5e-3
 
 
@@ -230,9 +233,7 @@ def test_cross_prompts_are_the_teachers(run: dict[str, Any], name: str, index: i
     own = {tuple(r.prompt.token_ids[:12]) for r in run["ranks"][name][0]["steps"][index].native}
     rows = run["ranks"][name][0]["steps"][index].cross
     others = {
-        tuple(r.prompt.token_ids[:12])
-        for step in run["ranks"][OTHER[name]][0]["steps"]
-        for r in step.native
+        tuple(r.prompt.token_ids[:12]) for step in run["ranks"][OTHER[name]][0]["steps"] for r in step.native
     }
     openings = {tuple(row.token_ids[:12]) for row in rows}
     assert openings <= others

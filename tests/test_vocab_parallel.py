@@ -56,7 +56,9 @@ def _reference(inputs: dict[str, Tensor], temperature: float) -> dict[str, Tenso
     }
 
 
-def _run(inputs: dict[str, Tensor], shard: VocabShard, width: int, temperature: float, chunk: int) -> dict[str, Tensor]:
+def _run(
+    inputs: dict[str, Tensor], shard: VocabShard, width: int, temperature: float, chunk: int
+) -> dict[str, Tensor]:
     """Ours, on a slice [start, start + width) of a weight padded with rubbish beyond the vocabulary."""
     vocab, hidden_size = inputs["weight"].shape
     padded = torch.full((shard.start + width, hidden_size), 1e3)
@@ -68,9 +70,7 @@ def _run(inputs: dict[str, Tensor], shard: VocabShard, width: int, temperature: 
         hidden, weight, inputs["targets"], shard=shard, temperature=temperature, chunk_tokens=chunk
     )
     ((logprobs * inputs["grad_logprobs"]).sum() + (entropy * inputs["grad_entropy"]).sum()).backward()
-    values, ids = linear_topk(
-        hidden, weight, 5, shard=shard, temperature=temperature, chunk_tokens=chunk
-    )
+    values, ids = linear_topk(hidden, weight, 5, shard=shard, temperature=temperature, chunk_tokens=chunk)
     assert hidden.grad is not None
     assert weight.grad is not None
     return {
@@ -165,7 +165,9 @@ def test_extreme_logits_stay_finite() -> None:
     inputs["weight"] *= 200
     shard = VocabShard(group=None, start=0, vocab_size=VOCAB)
     result = _run(inputs, shard, VOCAB + 3, 1.0, 8)
-    assert all(result[name].isfinite().all() for name in ("logprobs", "entropy", "grad_hidden", "grad_weight"))
+    assert all(
+        result[name].isfinite().all() for name in ("logprobs", "entropy", "grad_hidden", "grad_weight")
+    )
     assert result["entropy"].min() >= -1e-6
 
 

@@ -29,7 +29,9 @@ from tests.models import make_model, random_texts, reference_model
 ELEMENT_BYTES = 4
 
 
-def _dims(*, vocab: int = 321, kv_heads: int = 2, heads: int = 8, layers: int = 4, tied: bool = False) -> ModelShape:
+def _dims(
+    *, vocab: int = 321, kv_heads: int = 2, heads: int = 8, layers: int = 4, tied: bool = False
+) -> ModelShape:
     return ModelShape(
         architecture="Qwen3ForCausalLM",
         num_layers=layers,
@@ -46,7 +48,9 @@ def _dims(*, vocab: int = 321, kv_heads: int = 2, heads: int = 8, layers: int = 
 # ---- the plan ---------------------------------------------------------------------------------------------
 
 
-def _vllm_rows(name: str, shape: tuple[int, ...], dims: ModelShape, rank: int, tp: int) -> tuple[int, int, int] | None:
+def _vllm_rows(
+    name: str, shape: tuple[int, ...], dims: ModelShape, rank: int, tp: int
+) -> tuple[int, int, int] | None:
     """(dim, start, stop) that vLLM's tensor-parallel rank keeps, in vLLM's own words: column-parallel by
     rows, row-parallel by columns, key/value heads replicated when fewer than ranks, vocabulary padded to 64;
     None: the whole tensor."""
@@ -82,7 +86,9 @@ def _stage_of(name: str, dims: ModelShape, pp: int) -> int:
     return 0 if "embed_tokens" in name else pp - 1
 
 
-def _check_plan(dims: ModelShape, layout: BranchLayout, bucket_bytes: int, destinations: list[int] | None) -> None:
+def _check_plan(
+    dims: ModelShape, layout: BranchLayout, bucket_bytes: int, destinations: list[int] | None
+) -> None:
     buckets = plan_sync(
         dims, layout, bucket_bytes=bucket_bytes, element_bytes=ELEMENT_BYTES, destinations=destinations
     )
@@ -95,9 +101,7 @@ def _check_plan(dims: ModelShape, layout: BranchLayout, bucket_bytes: int, desti
     receivers = list(range(layout.world_size)) if destinations is None else destinations
 
     # the executor's effect: NaN where nothing arrives, else the value of the element itself
-    arrays = {
-        (name, dst): np.full(shape, np.nan) for name, shape in shapes.items() for dst in receivers
-    }
+    arrays = {(name, dst): np.full(shape, np.nan) for name, shape in shapes.items() for dst in receivers}
     for bucket in buckets:
         for transfer in bucket.transfers:
             name = transfer.slot.name
@@ -140,7 +144,9 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda l: f"tp{l.tp}-pp{l.pp}-dp{l.dp}-rollout{l.rollout_tp}")
+@pytest.mark.parametrize(
+    "layout", LAYOUTS, ids=lambda it: f"tp{it.tp}-pp{it.pp}-dp{it.dp}-rollout{it.rollout_tp}"
+)
 def test_plan_fills_exactly_what_each_vllm_rank_keeps(layout: BranchLayout) -> None:
     for tied in (True, False):
         _check_plan(_dims(tied=tied), layout, 50_000, None)
@@ -173,7 +179,9 @@ def test_plan_properties(
 
 @settings(max_examples=100, deadline=None)
 @given(bucket_bytes=st.integers(1, 600_000), vocab=st.integers(60, 2000), pp=st.sampled_from([1, 2]))
-def test_buckets_are_bounded_and_keep_fused_parameters_together(bucket_bytes: int, vocab: int, pp: int) -> None:
+def test_buckets_are_bounded_and_keep_fused_parameters_together(
+    bucket_bytes: int, vocab: int, pp: int
+) -> None:
     dims = _dims(vocab=vocab)
     buckets = plan_sync(
         dims,
@@ -195,7 +203,9 @@ def test_buckets_are_bounded_and_keep_fused_parameters_together(bucket_bytes: in
         sum(math.prod(s.shape) for s in b.slots if s.group == b.slots[0].group) * ELEMENT_BYTES
         for b in buckets
     ]
-    assert all(size + following > bucket_bytes for size, following in zip(sizes, first_groups[1:], strict=False))
+    assert all(
+        size + following > bucket_bytes for size, following in zip(sizes, first_groups[1:], strict=False)
+    )
 
 
 def test_data_parallel_copies_share_the_sending() -> None:
@@ -226,7 +236,7 @@ def test_impossible_rollout_layouts_are_refused(layout: BranchLayout, dims: Mode
         plan_sync(dims, layout, bucket_bytes=10**6, element_bytes=ELEMENT_BYTES)
 
 
-# ---- the executor -------------------------------------------------------------------------------------------
+# ---- the executor ---------------------------------------------------------------------------------------
 
 EXECUTED = [
     # (tp, pp, dp), rollout tp
@@ -328,7 +338,9 @@ def streamed(folders: dict[str, Path]) -> dict[tuple[str, int], list[dict[str, A
 
 
 each_case = pytest.mark.parametrize(
-    "number", range(len(EXECUTED)), ids=["tp{}-pp{}-dp{}-rollout{}".format(*sizes, r) for sizes, r in EXECUTED]
+    "number",
+    range(len(EXECUTED)),
+    ids=["tp{}-pp{}-dp{}-rollout{}".format(*sizes, r) for sizes, r in EXECUTED],
 )
 each_kind = pytest.mark.parametrize("kind", KINDS)
 

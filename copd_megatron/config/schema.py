@@ -110,6 +110,8 @@ class ModelConfig:
     """Compute type: ``float32``, ``bfloat16``, or ``auto`` (float32 on CPU, bfloat16 on CUDA)."""
     max_sequence_tokens: int = 2048
     """Longest prompt plus response, in tokens; also vLLM's context length."""
+    freeze_vision: bool = False
+    """Leave a vision tower as it is and train the decoder only."""
     system_prompt: str | None = None
     """Put in front of every prompt through the chat template."""
 
@@ -124,6 +126,35 @@ class DataConfig:
     """Shuffle shard and sample order, as (seed, epoch) determines."""
     max_prompt_tokens: int = 1024
     """Longer prompts are skipped, counted and logged."""
+
+
+@dataclass(kw_only=True)
+class MediaConfig:
+    """Decoding of images and videos and how finely the model sees them; one setting for all branches, since
+    a teacher must see what its student saw."""
+
+    frame_rate: float = 2.0
+    """Frames per second taken from a video, evenly spaced."""
+    min_frames: int = 4
+    """Frames taken from a short video, where it has so many."""
+    max_frames: int = 768
+    """Longer videos are sampled more sparsely."""
+    image_min_pixels: int | None = None
+    """Smaller images are enlarged to it. Null: the processor's own setting, here and below."""
+    image_max_pixels: int | None = None
+    """Larger images are shrunk to it."""
+    video_min_pixels: int | None = None
+    """Like ``image_min_pixels``, over all frames that are taken: frames x height x width."""
+    video_max_pixels: int | None = None
+    """Like ``image_max_pixels``, over all frames that are taken."""
+    max_pixels_hard_limit: int = 256 * 1024 * 1024
+    """An image, or the taken frames of a video, with more pixels than this as stored is not decoded: the
+    sample is skipped, counted and logged."""
+    num_workers: int = 2
+    """Threads per rank that decode and process media ahead of time. 0: decode when needed."""
+    cache_bytes: int = 1024 * 1024 * 1024
+    """Processed media kept per rank. A step reads each item several times (sampling, scoring, training):
+    what does not fit is decoded again."""
 
 
 @dataclass(kw_only=True)
@@ -247,6 +278,9 @@ class OPDConfig:
     """Samples per cross prompt; null: the student's ``num_generations_per_prompt``."""
     delta_clip: float | None = None
     """Clip |delta| to this bound; null: no clipping."""
+    ship_media: bool = False
+    """Send images and videos with the rows to be scored, for branches that do not share storage; false: the
+    teacher reads them itself, by reference."""
     teacher_mode: TeacherMode = TeacherMode.live
     snapshot_every_steps: int = 1
     """For ``every_n_steps``."""
@@ -356,8 +390,21 @@ class EndConfig:
 @dataclass(kw_only=True)
 class CheckpointConfig:
     save_period: int = 0
-    """Steps between joint checkpoints; 0: none."""
+    """Steps between joint checkpoints, and one after the last step; 0: only on SIGTERM, SIGUSR1 or before the
+    wall-clock limit."""
     keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 0
+    """Checkpoints with the highest mean validation accuracy that are kept besides (those saved at a step at
+    which ``evaluation.every_steps`` evaluated)."""
+    async_save: bool = False
+    """Write while training goes on; costs a copy of the branch's weights and optimizer in host memory."""
+    verify_hashes: bool = True
+    """Read all of a checkpoint and compare hashes before it is loaded; false: sizes only."""
+    wall_clock_limit_seconds: float | None = None
+    """The job is ended this long after its start; null: at ``SLURM_JOB_END_TIME``, where that is set."""
+    save_before_seconds: float = 120.0
+    """Save and stop when less than this would be left after another step."""
 
 
 @dataclass(kw_only=True)
@@ -374,6 +421,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    media: MediaConfig = field(default_factory=MediaConfig)
     branches: dict[str, BranchConfig] = field(default_factory=dict)
     """By name, in rank order; ``branch_defaults`` (YAML only) fills what a branch leaves out."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

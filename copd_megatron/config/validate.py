@@ -71,6 +71,7 @@ def _problems(
     yield from _loss(config)
     yield from _optimizer(config)
     yield from _training(config)
+    yield from _media(config)
     yield from _rest(config)
 
 
@@ -423,6 +424,37 @@ def _training(config: Config) -> Iterator[str]:
     yield from _under("weight_sync", _at_least(1, bucket_bytes=config.weight_sync.bucket_bytes))
 
 
+def _media(config: Config) -> Iterator[str]:
+    media = config.media
+    bounds = {
+        "image_min_pixels": media.image_min_pixels,
+        "image_max_pixels": media.image_max_pixels,
+        "video_min_pixels": media.video_min_pixels,
+        "video_max_pixels": media.video_max_pixels,
+    }
+    yield from _under(
+        "media",
+        [
+            *_above(0, frame_rate=media.frame_rate),
+            *_at_least(1, min_frames=media.min_frames, max_pixels_hard_limit=media.max_pixels_hard_limit),
+            *_at_least(0, num_workers=media.num_workers, cache_bytes=media.cache_bytes),
+            *_at_least(1, **bounds),
+        ],
+    )
+    if media.max_frames < media.min_frames:
+        yield (
+            f"media.max_frames: {media.max_frames} is below media.min_frames {media.min_frames}; "
+            "raise the one or lower the other"
+        )
+    for kind in ("image", "video"):
+        low, high = bounds[f"{kind}_min_pixels"], bounds[f"{kind}_max_pixels"]
+        if low is not None and high is not None and low > high:
+            yield (
+                f"media.{kind}_min_pixels: {low} exceeds media.{kind}_max_pixels {high}; "
+                "lower the one or raise the other"
+            )
+
+
 def _rest(config: Config) -> Iterator[str]:
     if config.model.dtype not in DTYPES:
         yield f"model.dtype: {config.model.dtype!r} must be one of {', '.join(DTYPES)}"
@@ -451,8 +483,25 @@ def _rest(config: Config) -> Iterator[str]:
             ),
         ],
     )
-    yield from _under("checkpoint", _at_least(0, save_period=config.checkpoint.save_period))
-    yield from _under("checkpoint", _at_least(1, keep_last=config.checkpoint.keep_last))
+    checkpoint = config.checkpoint
+    yield from _under(
+        "checkpoint",
+        [
+            *_at_least(
+                0,
+                save_period=checkpoint.save_period,
+                keep_best=checkpoint.keep_best,
+                save_before_seconds=checkpoint.save_before_seconds,
+            ),
+            *_at_least(1, keep_last=checkpoint.keep_last),
+            *_above(0, wall_clock_limit_seconds=checkpoint.wall_clock_limit_seconds),
+        ],
+    )
+    if checkpoint.keep_best and not config.evaluation.every_steps:
+        yield (
+            f"checkpoint.keep_best: {checkpoint.keep_best} needs validation accuracies, but "
+            "evaluation.every_steps is 0; set it (to checkpoint.save_period, say), or keep_best=0"
+        )
 
 
 def _rank_product(branch: BranchConfig) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from copd_megatron.config.schema import DataConfig
 from copd_megatron.data.errors import BadSampleError, DataError
 from copd_megatron.data.samples import Message, Sample, SampleRef
 from copd_megatron.data.shards import ShardSet, check_shards
-from copd_megatron.records import IntArray, Prompt
+from copd_megatron.records import IntArray, MediaRef, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,16 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> Mapping[str, Any]: ...
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+
+class MediaEncoder(Protocol):
+    """What reads samples with images or videos: ``media_prompts.MediaPrompts``."""
+
+    def encode(
+        self, sample: Sample, where: str, system_prompt: str | None = None
+    ) -> tuple[IntArray, tuple[MediaRef, ...]]: ...
+
+    def prefetch(self, samples: Iterable[SampleRef]) -> None: ...
 
 
 def split_evenly[T](items: Sequence[T], rank: int, world: int) -> list[T]:
@@ -86,7 +96,10 @@ def encode_prompt(
 
 
 class PromptReader:
-    """Samples to prompts: reads, checks, tokenises; counts and logs what it has to skip."""
+    """Samples to prompts: reads, checks, tokenises; counts and logs what it has to skip.
+
+    ``media`` reads samples with images or videos; without it they are skipped.
+    """
 
     def __init__(
         self,
@@ -97,6 +110,7 @@ class PromptReader:
         max_prompt_tokens: int,
         system_prompt: str | None = None,
         verifiers: Collection[str] | None = None,
+        media: MediaEncoder | None = None,
     ) -> None:
         self.shards = shards
         self.domain = domain
@@ -106,13 +120,19 @@ class PromptReader:
         self._max_prompt_tokens = max_prompt_tokens
         self._system_prompt = system_prompt
         self._verifiers = verifiers
+        self._media = media
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Announce samples that will be read, in that order: their media are decoded meanwhile."""
+        if self._media is not None:
+            self._media.prefetch(self.shards.refs[index] for index in indices)
 
     def read(self, index: int) -> Prompt | None:
         """Prompt of sample ``index``, None if it cannot be used."""
         ref = self.shards.refs[index]
         try:
             sample = self.shards.read(ref, self._verifiers)
-            token_ids = self._encode(sample)
+            token_ids, media = self._encode(sample)
         except BadSampleError as error:
             self._skip(ref, error)
             return None
@@ -123,19 +143,24 @@ class PromptReader:
             answer=sample.answer,
             verifier=sample.verifier,
             metadata=sample.metadata,
+            media=media,
         )
 
-    def _encode(self, sample: Sample) -> IntArray:
+    def _encode(self, sample: Sample) -> tuple[IntArray, tuple[MediaRef, ...]]:
         where = self.shards.where(sample.ref)
-        if sample.media:
+        if sample.media and self._media is None:
             raise BadSampleError(
                 where,
                 "media_unsupported",
                 f"has media members {sorted(sample.media)}, which a text branch cannot show to its model",
                 "Give these shards to a branch whose model reads them.",
             )
+        media: tuple[MediaRef, ...] = ()
         try:
-            token_ids = encode_prompt(self._tokenizer, sample.prompt, self._system_prompt)
+            if sample.media and self._media is not None:
+                token_ids, media = self._media.encode(sample, where, self._system_prompt)
+            else:
+                token_ids = encode_prompt(self._tokenizer, sample.prompt, self._system_prompt)
         except TemplateError as error:
             raise BadSampleError(
                 where,
@@ -152,7 +177,7 @@ class PromptReader:
                 f"{len(token_ids)} prompt tokens exceed data.max_prompt_tokens = {self._max_prompt_tokens}",
                 "Raise the limit or shorten the prompt.",
             )
-        return token_ids
+        return token_ids, media
 
     def _skip(self, ref: SampleRef, error: BadSampleError) -> None:
         self.skipped[error.reason] += 1
@@ -190,8 +215,10 @@ class PromptStream:
         verifiers: Collection[str] | None = None,
         system_prompt: str | None = None,
         shards: ShardSet | None = None,
+        media: MediaEncoder | None = None,
     ) -> PromptStream:
-        """The stream over ``data.train``. ``shards``: opened before (``check_shards``), to save the scan.
+        """The stream over ``data.train``. ``shards``: opened before (``check_shards``), to save the scan;
+        ``media``: for samples with images or videos, over the same shards.
 
         ``verifiers``: names that samples may use, None: any. Raises DataError as ``check_shards`` does.
         """
@@ -202,6 +229,7 @@ class PromptStream:
             max_prompt_tokens=data.max_prompt_tokens,
             system_prompt=system_prompt,
             verifiers=verifiers,
+            media=media,
         )
         return cls(reader, seed=seed, shuffle=data.shuffle)
 
@@ -239,6 +267,10 @@ class PromptStream:
                     f"{self.reader.domain}: none of the {len(self._order)} samples can be used; skipped: "
                     f"{self.skipped}. The first of each kind are in the log with their remedies."
                 )
+        following = self._order[self._position : self._position + num_prompts].tolist()
+        if len(following) < num_prompts:
+            following += self._order_of(self._epoch + 1)[: num_prompts - len(following)].tolist()
+        self.reader.prefetch(following)
         return prompts
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,6 +320,7 @@ def load_validation(
     verifiers: Collection[str] | None = None,
     system_prompt: str | None = None,
     shards: ShardSet | None = None,
+    media: MediaEncoder | None = None,
 ) -> list[Prompt]:
     """Prompts of ``data.validation`` in file order, the same every time.
 
@@ -303,9 +336,11 @@ def load_validation(
         max_prompt_tokens=data.max_prompt_tokens,
         system_prompt=system_prompt,
         verifiers=verifiers,
+        media=media,
     )
     total = len(reader.shards)
     wanted = total if max_prompts is None else min(max_prompts, total)
+    reader.prefetch(i * total // wanted for i in range(wanted))
     prompts = [prompt for i in range(wanted) if (prompt := reader.read(i * total // wanted)) is not None]
     if reader.skipped:
         logger.warning("%s: skipped %s of %d validation samples", domain, dict(reader.skipped), wanted)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from copd_megatron.records import FloatArray, IntArray
+from copd_megatron.records import FloatArray, IntArray, MediaRef
 
 
 def _no_ids() -> IntArray:
@@ -32,6 +32,9 @@ class ScoreRequest:
     """Version of the student's weights that sampled it."""
     state_positions: IntArray = field(default_factory=_no_ids)
     """[s] response positions (0 .. R - 1) whose full distribution is asked."""
+
+    media: tuple[MediaRef, ...] = ()
+    """Images and videos of the prompt, by reference: the teacher reads them itself."""
 
     @property
     def response_length(self) -> int:

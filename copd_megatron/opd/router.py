@@ -36,11 +36,13 @@ from copd_megatron.opd.wire import (
     RouterError,
     check_scores,
     ids_crc,
+    media_files,
     pack_requests,
     pack_scores,
     unpack_requests,
     unpack_scores,
 )
+from copd_megatron.records import MediaRef
 from copd_megatron.topology.watch import Operation, Watch
 from copd_megatron.topology.world import World
 
@@ -74,15 +76,28 @@ class Router:
         world: the carved-up world.
         graph: the same on every rank.
         watch: names the operations; None: the world's.
+        encoded: gives the media files to send with rows, for branches that do not share storage; None: only
+            references travel.
+        take_file: is given each media file that arrives, before its rows are scored.
     """
 
-    def __init__(self, world: World, graph: Graph, watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        graph: Graph,
+        watch: Watch | None = None,
+        *,
+        encoded: Callable[[MediaRef], bytes] | None = None,
+        take_file: Callable[[MediaRef, bytes], None] | None = None,
+    ) -> None:
         self.world = world
         self.graph = graph
         self.plan = plan_exchange(graph.edges, world.branch_ranks)
         self.traffic: dict[Edge, EdgeTraffic] = {}
         """Per edge of this branch (as student or teacher), of the last exchange."""
         self._watch = watch or world.watch
+        self._encoded = encoded
+        self._take_file = take_file
         self._index = {edge: i for i, edge in enumerate(graph.edges)}
         self._max_lanes = max((len(lanes) for lanes in self.plan.lanes.values()), default=1)
         self._exchange = 0
@@ -137,7 +152,12 @@ class Router:
         for lane, positions in zip(lanes, rows_of, strict=True):
             if lane.source == self.world.rank:
                 message = pack_requests(
-                    requests, positions, exchange=self._exchange, edge=self._index[edge], lane=lane.index
+                    requests,
+                    positions,
+                    exchange=self._exchange,
+                    edge=self._index[edge],
+                    lane=lane.index,
+                    encoded=self._encoded,
                 )
                 self._send(lane, message, lane.destination)
         return rows_of
@@ -174,6 +194,9 @@ class Router:
         rows_of = []
         for lane, message in zip(lanes, messages, strict=True):
             rows = unpack_requests(message, self._origin("rows", lane, lane.source))
+            if self._take_file is not None:
+                for ref, data in media_files(message, self._origin("media", lane, lane.source)).items():
+                    self._take_file(ref, data)
             rows_of.append(tuple(rows))
             by_position |= rows
         num_rows = messages[0].header.edge_rows

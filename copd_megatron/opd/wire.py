@@ -3,7 +3,8 @@
 A message is an int64 header of ``HEADER_FIELDS`` and a payload of ``payload_bytes``:
 
 requests  table int64 [n, 6] (position, row id, L, P, weight version, s), token ids int32, state positions
-int32 scores    table int64 [n, 7] (position, row id, R, weight version, s, k, V), top-k ids int32,
+          int32, media section (``media_section``)
+scores    table int64 [n, 7] (position, row id, R, weight version, s, k, V), top-k ids int32,
           log-probabilities float32, state log-probabilities float32
 
 ``position`` is the row's index in the edge's list, so that the receiver restores the order. ``ids_crc`` is
@@ -13,14 +14,16 @@ the CRC-32 of the lane's token ids; scores carry that of the ids they were compu
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from copd_megatron.opd.media_section import pack_media, unpack_media
 from copd_megatron.opd.records import ScoreRequest, TeacherScore
+from copd_megatron.records import MediaRef
 
 FORMAT_VERSION: Final = 1
 REQUESTS: Final = 0
@@ -54,6 +57,8 @@ class Header:
     """In all lanes of the edge."""
     payload_bytes: int
     ids_crc: int
+    media_bytes: int = 0
+    """Length of the media section at the payload's end (requests only)."""
 
     def pack(self) -> npt.NDArray[np.int64]:
         """[HEADER_FIELDS]"""
@@ -103,13 +108,20 @@ def ids_crc(requests: Sequence[ScoreRequest]) -> int:
 
 
 def pack_requests(
-    requests: Sequence[ScoreRequest], positions: Sequence[int], *, exchange: int, edge: int, lane: int
+    requests: Sequence[ScoreRequest],
+    positions: Sequence[int],
+    *,
+    exchange: int,
+    edge: int,
+    lane: int,
+    encoded: Callable[[MediaRef], bytes] | None = None,
 ) -> Message:
     """One lane's requests.
 
     Args:
         requests: all of the edge's.
         positions: which of them go over this lane.
+        encoded: gives the media files that travel with the rows; None: only references do.
 
     Raises:
         RouterError: a request whose lengths or state positions are impossible.
@@ -124,12 +136,18 @@ def pack_requests(
         ],
         dtype="<i8",
     ).reshape(len(rows), _REQUEST_COLUMNS)
+    media = np.frombuffer(pack_media(rows, encoded), dtype=np.uint8)
     payload = _flat(
-        [table, *(_as(r.token_ids, "<i4") for r in rows), *(_as(r.state_positions, "<i4") for r in rows)]
+        [
+            table,
+            *(_as(r.token_ids, "<i4") for r in rows),
+            *(_as(r.state_positions, "<i4") for r in rows),
+            media,
+        ]
     )
     header = Header(
         kind=REQUESTS, exchange=exchange, edge=edge, lane=lane, num_rows=len(rows), edge_rows=len(requests),
-        payload_bytes=payload.nbytes, ids_crc=ids_crc(rows),
+        payload_bytes=payload.nbytes, ids_crc=ids_crc(rows), media_bytes=media.nbytes,
     )  # fmt: skip
     return Message(header=header, payload=payload)
 
@@ -145,11 +163,13 @@ def unpack_requests(message: Message, origin: str) -> dict[int, ScoreRequest]:
     table = reader.take("<i8", header.num_rows * _REQUEST_COLUMNS).reshape(-1, _REQUEST_COLUMNS)
     ids = reader.rows("<i4", table[:, 2])
     states = reader.rows("<i4", table[:, 5])
+    section = reader.take("<u1", header.media_bytes)
     reader.finish()
+    media, _ = _media_of(section, header, origin)
     rows = {
         int(position): ScoreRequest(
             row_id=int(row_id), token_ids=ids[i], prompt_length=int(prompt), weight_version=int(version),
-            state_positions=states[i],
+            state_positions=states[i], media=media[i],
         )
         for i, (position, row_id, _, prompt, version, _) in enumerate(table)
     }  # fmt: skip
@@ -160,6 +180,21 @@ def unpack_requests(message: Message, origin: str) -> dict[int, ScoreRequest]:
             "message was damaged on its way; look at the network of both nodes"
         )
     return rows
+
+
+def media_files(message: Message, origin: str) -> dict[MediaRef, bytes]:
+    """Media files that came with a lane's requests. Raises ``RouterError`` as ``unpack_requests``."""
+    begin = message.payload.nbytes - message.header.media_bytes
+    return _media_of(message.payload[begin:], message.header, origin)[1]
+
+
+def _media_of(
+    section: npt.NDArray[np.uint8], header: Header, origin: str
+) -> tuple[list[tuple[MediaRef, ...]], dict[MediaRef, bytes]]:
+    try:
+        return unpack_media(section.tobytes(), header.num_rows)
+    except ValueError as error:
+        raise RouterError(f"{origin}: {error}") from error
 
 
 def pack_scores(

@@ -144,7 +144,9 @@ def _with_vision(
             image_grid_thw=image_grid,
             video_grid_thw=video_grid,
             spatial_merge_size=vision.spatial_merge_size,
+            prompt_length=sequences[row].prompt_length,
         )
+        prompt = tokens[: sequences[row].prompt_length]
         for values, grid, token_id in (
             (features.pixel_values, image_grid, vision.image_token_id),
             (features.pixel_values_videos, video_grid, vision.video_token_id),
@@ -152,7 +154,7 @@ def _with_vision(
             if values is not None and len(grid):
                 pixels.append(values)
                 grids.append(grid)
-                scatter.append(np.flatnonzero(tokens == token_id) * b + place)
+                scatter.append(np.flatnonzero(prompt == token_id) * b + place)
     ids = torch.from_numpy(positions)
     if not pixels:
         return ids, None

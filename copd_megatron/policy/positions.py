@@ -34,19 +34,22 @@ def multimodal_positions(
     image_grid_thw: IntArray,
     video_grid_thw: IntArray,
     spatial_merge_size: int,
+    prompt_length: int | None = None,
 ) -> IntArray:
     """(time, height, width) positions of one sequence, [3, L] int32 (Qwen3-VL's rule).
 
     Text advances all three together. The tokens of an image, or of one frame of a video (frames are parted
     by timestamp text), form a grid: time stands still, height and width count merged patches; what follows
-    continues after the larger of the two. Grids are [n, 3] in patches, in order of appearance.
+    continues after the larger of the two. Grids are [n, 3] in patches, in order of appearance. From
+    ``prompt_length`` on everything is text: a placeholder token that the model sampled stands for no media.
 
     Raises:
         ValueError: placeholders and grids do not match.
     """
+    prompt = token_ids[:prompt_length]
     kind = np.zeros(len(token_ids), dtype=np.int32)
-    kind[token_ids == image_token_id] = 1
-    kind[token_ids == video_token_id] = 2
+    kind[: len(prompt)][prompt == image_token_id] = 1
+    kind[: len(prompt)][prompt == video_token_id] = 2
     frames = [(1, h, w) for t, h, w in np.asarray(video_grid_thw).reshape(-1, 3) for _ in range(t)]
     grids = {1: iter(np.asarray(image_grid_thw).reshape(-1, 3).tolist()), 2: iter(frames)}
     positions: list[IntArray] = []

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
 from copd_megatron.config.schema import RewardConfig
@@ -64,6 +64,10 @@ class Grader:
     def counters(self) -> dict[str, int]:
         """Totals since the start: ``graded``, ``failed``, and ``failed_<verifier>_<reason>``."""
         return {"graded": 0, "failed": 0, **self._counts}
+
+    def restore_counters(self, counts: Mapping[str, int]) -> None:
+        """Goes on counting from totals that ``counters`` gave before."""
+        self._counts = Counter(counts)
 
     def close(self) -> None:
         """End the worker processes."""

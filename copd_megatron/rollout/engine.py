@@ -7,8 +7,10 @@ same scheduler on the same requests and so return the same samples.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from copd_megatron.config.schema import RolloutConfig
+from copd_megatron.data.loader import MediaLoader
 from copd_megatron.records import Prompt, Rollout
+from copd_megatron.rollout.media import engine_input, engine_settings
 
 
 def sample_seed(run_seed: int, branch: str, step: int, prompt_id: str, sample_index: int) -> int:
@@ -57,19 +61,28 @@ class RolloutEngine:
         dtype: torch.dtype,
         max_tokens: int,
         seed: int,
+        media: MediaLoader | None = None,
     ) -> None:
         """Starts this rank's worker with dummy weights; collective over the branch.
 
-        The engine refuses to sample until ``load_weights`` has run. ``run_id`` must be fresh for every
-        launch: it names shared memory.
+        The engine refuses to sample until ``load_weights`` has run. ``run_id`` is part of the name of its
+        shared memory, for people who look there. ``media`` gives a vision-language model its pixels.
         """
         self.config, self.branch, self.run_seed = config, branch, seed
+        self.media = media
+        self._num_requests = 0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.tp_size = config.tensor_parallel_size
         self.replica, self.tp_rank = divmod(self.rank, self.tp_size)
         self.num_replicas = self.world_size // self.tp_size
         self.version: int | None = None
-        self.llm = self._start(str(model_path), dtype, max_tokens, f"{run_id}-{branch}")
+        # a killed run leaves its shared memory behind, so the name must be new even where run_id is not
+        nonce = [uuid.uuid4().hex[:12]]
+        dist.broadcast_object_list(nonce, src=0)
+        identity = f"copd-{run_id}-{branch}-{nonce[0]}"
+        self.llm = self._start(str(model_path), dtype, max_tokens, identity)
+        dist.barrier()
+        _unlink_shared_memory(identity)
 
     def _start(self, model_path: str, dtype: torch.dtype, max_tokens: int, identity: str) -> Any:
         on_cuda = torch.cuda.is_available()
@@ -86,6 +99,8 @@ class RolloutEngine:
         settings: dict[str, Any] = {"gpu_memory_utilization": self.config.gpu_memory_utilization}
         if not on_cuda:
             settings = {"kv_cache_memory_bytes": int(self.config.cpu_kv_cache_gib * 2**30)}
+        if self.media is not None:
+            settings |= engine_settings(self.media.processor)
         return vllm.LLM(
             model=model_path,
             tensor_parallel_size=self.tp_size,
@@ -116,6 +131,7 @@ class RolloutEngine:
         if not torch.cuda.is_available():
             self.llm.collective_rpc(_repack_output_head)
         self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_encoder_cache()
         self.version = version
 
     # ---- sampling --------------------------------------------------------------------------------------
@@ -148,13 +164,13 @@ class RolloutEngine:
                 f"branch {self.branch}: vLLM holds no valid weights; sync them before sampling"
             )
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         mine = [
             (prompts[i], sample)
             for i in split_replicas(len(prompts), self.num_replicas)[self.replica]
             for sample in range(settings.num_generations)
         ]
-        requests = [{"prompt_token_ids": prompt.token_ids.tolist()} for prompt, _ in mine]
         seeds = [
             sample_seed(self.run_seed, branch or self.branch, step, prompt.prompt_id, sample)
             for prompt, sample in mine
@@ -169,14 +185,45 @@ class RolloutEngine:
                 stop=self.config.stop or None,
                 seed=seed,
                 logprobs=0,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
             for seed in seeds
         ]
-        outputs = self.llm.generate(requests, parameters, use_tqdm=False) if requests else []
+        outputs = self._generate([prompt for prompt, _ in mine], parameters)
         return [
             self._rollout(prompt, sample, seed, output.outputs[0])
             for (prompt, sample), seed, output in zip(mine, seeds, outputs, strict=True)
         ]
+
+    def _generate(self, prompts: Sequence[Prompt], parameters: Sequence[Any]) -> list[Any]:
+        """Runs the engine until all requests are done; outputs in the order of the requests.
+
+        The prompts go in as they are, tokens and pixels: vLLM's own processor never runs.
+        """
+        engine = self.llm.llm_engine
+        place = {}
+        for number, (prompt, sampling) in enumerate(zip(prompts, parameters, strict=True)):
+            name = str(self._num_requests)
+            self._num_requests += 1
+            place[name] = number
+            engine.add_request(name, self._engine_input(prompt), sampling)
+        outputs: list[Any] = [None] * len(prompts)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                number = place[output.request_id]
+                if list(output.prompt_token_ids) != prompts[number].token_ids.tolist():
+                    raise RuntimeError(
+                        f"{prompts[number].prompt_id}: vLLM saw other prompt tokens than the trainer"
+                    )
+                outputs[number] = output
+        return outputs
+
+    def _engine_input(self, prompt: Prompt) -> Any:
+        if self.media is None:
+            return {"prompt_token_ids": prompt.token_ids.tolist()}
+        assert self.version is not None
+        features = self.media.features(prompt.media)
+        return engine_input(prompt.token_ids, features, self.media.processor, version=self.version)
 
     def _rollout(self, prompt: Prompt, sample: int, seed: int, completion: Any) -> Rollout:
         tokens = list(completion.token_ids)
@@ -210,6 +257,13 @@ class RolloutEngine:
                 for sample in range(settings.num_generations):
                     rollouts[i * settings.num_generations + sample] = _unpack(next(arrived), prompts[i])
         return [rollout for rollout in rollouts if rollout is not None]
+
+
+def _unlink_shared_memory(identity: str) -> None:
+    """Takes away the names of vLLM's CPU segments, which every rank has mapped by now: however the process
+    ends, nothing stays behind."""
+    for file in Path("/dev/shm").glob(f"{glob.escape(identity)}-*cpushm*"):
+        file.unlink(missing_ok=True)
 
 
 def _repack_output_head(worker: Any) -> None:

@@ -1,0 +1,376 @@
+"""Saving and loading over all branches of a running job.
+
+A save: every branch writes its part in Megatron's format, every rank its own file; the first rank of each
+branch adds Megatron's metadata and the loop state; when all branches have reported, global rank 0 writes the
+manifest. If any part fails, all ranks learn of it, the folder is removed and the run goes on with the
+checkpoint before.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+from copd_megatron import __version__
+from copd_megatron.checkpoint.actor_state import actor_layout, load_state, sharded_state
+from copd_megatron.checkpoint.files import SaveStrategy, ShardWriter, Written, write_metadata
+from copd_megatron.checkpoint.manifest import (
+    BranchEntry,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    complete_checkpoints,
+    hash_problems,
+    read_manifest,
+    remove_checkpoint,
+    remove_unfinished,
+    set_aside,
+    size_problems,
+    step_folder,
+    step_folders,
+    sync_folder,
+    to_delete,
+    write_durably,
+    write_manifest,
+)
+from copd_megatron.policy import cpu
+from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
+from copd_megatron.topology.world import World
+
+logger = logging.getLogger(__name__)
+
+LOOP_STATE = "loop.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What goes into a checkpoint besides the actor's own state."""
+
+    step: int
+    """Steps done."""
+    loop_state: Mapping[str, Any]
+    """The branch's, JSON types; the same on all its ranks."""
+    teacher: WeightSnapshot | None
+    config: str
+    """YAML"""
+    model_path: str
+    validation_accuracy: float | None
+
+
+@dataclass(kw_only=True)
+class _Pending:
+    """A save whose files are being written."""
+
+    saved: Saved
+    folder: Path
+    writer: ShardWriter | None
+    weight_version: int
+    begun: float
+
+
+def plan_save(
+    actor: MegatronActor, folder: Path, *, teacher: WeightSnapshot | None, copy: bool, validate: bool = True
+) -> ShardWriter:
+    """Decides with the branch's other ranks who writes what of an actor; collective over the branch.
+
+    Args:
+        folder: there already, and empty.
+        copy: take copies of the live tensors, so that training may go on before they are written.
+        validate: check that the ranks' shards make up every tensor exactly once (a collective of its own).
+
+    Returns:
+        The writer of this rank's file; ``write_metadata`` makes the folder readable when all have written.
+    """
+    strategy = SaveStrategy(copy=copy)
+    wrapped: Any = strategy
+    if actor.parallel.data_parallel_size > 1:
+        wrapped = FullyParallelSaveStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
+    with cpu.cuda_to_cpu(), torch.no_grad():
+        dist_checkpointing.save(
+            sharded_state(actor, teacher=teacher, loading=False),
+            str(folder),
+            wrapped,
+            validate_access_integrity=validate,
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
+    assert strategy.writer is not None
+    return strategy.writer
+
+
+class JointSaver:
+    """Saves one job's branches together. All methods are collective over all branches, unless they say
+    otherwise."""
+
+    def __init__(
+        self,
+        world: World,
+        actor: MegatronActor,
+        run_dir: Path,
+        *,
+        asynchronous: bool,
+        keep_last: int,
+        keep_best: int,
+    ) -> None:
+        self.world, self.actor, self.run_dir = world, actor, run_dir
+        self.asynchronous, self.keep_last, self.keep_best = asynchronous, keep_last, keep_best
+        self._pending: _Pending | None = None
+        self._validated = False
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save has begun and not been completed; the same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files of the pending save are done. Not collective."""
+        return self._pending is None or self._pending.writer is None or self._pending.writer.done
+
+    def save(self, saved: Saved) -> None:
+        """Begins a save, and completes it unless saves are asynchronous."""
+        if self.pending:
+            self.complete()
+        begun = time.perf_counter()
+        folder = step_folder(self.run_dir, saved.step)
+        if problem := self._make_folders(folder):
+            self._failed(folder, [problem])
+            return
+        writer = None
+        with self.world.watch.operation(
+            "checkpoint.prepare", ranks=self.world.branch_ranks[self.world.branch]
+        ):
+            if self.actor.optimizer is not None:
+                writer = plan_save(
+                    self.actor,
+                    folder / self.world.branch,
+                    teacher=saved.teacher,
+                    copy=self.asynchronous,
+                    validate=not self._validated,
+                )
+                self._validated = True
+        self._pending = _Pending(
+            saved=saved, folder=folder, writer=writer, weight_version=self.actor.version, begun=begun
+        )
+        if writer is not None and self.asynchronous:
+            writer.start()
+        elif writer is not None:
+            with self.world.watch.operation("checkpoint.write"):
+                writer.write()
+        if not self.asynchronous:
+            self.complete()
+
+    def complete(self) -> bool:
+        """Waits for the files, writes the manifest, deletes old checkpoints; whether it is valid now."""
+        pending = self._pending
+        if pending is None:
+            return True
+        self._pending = None
+        with self.world.watch.operation("checkpoint.wait"):
+            written = pending.writer.result() if pending.writer is not None else Written()
+        entry, problem = self._finish_branch(pending, written)
+        reports = self.world.all_gather_objects((entry, problem), "checkpoint.gather")
+        problems = list(dict.fromkeys(p for _, p in reports if p is not None))
+        if not problems:
+            entries = {
+                name: e
+                for name, ranks in self.world.branch_ranks.items()
+                if (e := reports[ranks[0]][0]) is not None
+            }
+            problem = self._write_manifest(pending, entries) if self.world.is_first else None
+            problems = [p for p in self.world.all_gather_objects(problem, "checkpoint.manifest") if p]
+        if problems:
+            self._failed(pending.folder, problems)
+            return False
+        if self.world.is_first:
+            logger.info("saved %s in %.1f s", pending.folder, time.perf_counter() - pending.begun)
+            self._delete_old()
+        return True
+
+    # ---- parts of a save ---------------------------------------------------------------------------------
+
+    def _make_folders(self, folder: Path) -> str | None:
+        """Fresh folders, made by the first rank; why not, if it cannot, on every rank."""
+        problem = None
+        if self.world.is_first:
+            try:
+                remove_checkpoint(folder)
+                for branch in self.world.branches:
+                    (folder / branch).mkdir(parents=True)
+                sync_folder(folder.parent)
+                sync_folder(folder)
+            except OSError as error:
+                problem = f"{folder}: {error.strerror or error}"
+        found: str | None = self.world.all_gather_objects(problem, "checkpoint.folders")[0]
+        return found
+
+    def _finish_branch(self, pending: _Pending, written: Written) -> tuple[BranchEntry | None, str | None]:
+        """Megatron's metadata and the loop state, by the branch's first rank: (its entry, what failed)."""
+        world, saved = self.world, pending.saved
+        parts: list[Any] | None = [None] * world.branch_size if world.is_branch_first else None
+        with world.watch.operation("checkpoint.collect", ranks=world.branch_ranks[world.branch]):
+            dist.gather_object(written, parts, dst=0)
+        if parts is None:
+            return None, None
+        problems = [part.error for part in parts if part.error is not None]
+        if problems:
+            return None, "; ".join(problems)
+        folder = pending.folder / world.branch
+        files: list[FileEntry] = [file for part in parts for file in part.files]
+        try:
+            if pending.writer is not None:
+                assert pending.writer.metadata is not None
+                files += write_metadata(folder, pending.writer.metadata, [part.results for part in parts])
+            state = json.dumps(saved.loop_state, indent=1).encode()
+            files.append(write_durably(folder / LOOP_STATE, state))
+        except OSError as error:
+            return None, f"{folder}: {error.strerror or error}"
+        return (
+            BranchEntry(
+                weight_version=pending.weight_version,
+                layout=actor_layout(self.actor),
+                frozen=pending.writer is None,
+                model_path=saved.model_path,
+                dims=asdict(self.actor.dims),
+                files=tuple(files),
+            ),
+            None,
+        )
+
+    def _write_manifest(self, pending: _Pending, entries: dict[str, BranchEntry]) -> str | None:
+        manifest = Manifest(
+            step=pending.saved.step,
+            branches=entries,
+            config=pending.saved.config,
+            saved_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions={
+                "copd-megatron": __version__,
+                "torch": version("torch"),
+                "megatron-core": version("megatron-core"),
+            },
+            validation_accuracy=pending.saved.validation_accuracy,
+        )
+        try:
+            write_manifest(pending.folder, manifest)
+        except OSError as error:
+            return f"{pending.folder}: {error.strerror or error}"
+        return None
+
+    def _failed(self, folder: Path, problems: list[str]) -> None:
+        """Says that there is no checkpoint of this step, and frees its space."""
+        if not self.world.is_first:
+            return
+        remove_checkpoint(folder)
+        before = next(iter(complete_checkpoints(self.run_dir)), None)
+        stays = (
+            "there is none before it"
+            if before is None
+            else (f"the one before, {step_folder(self.run_dir, before)}, stays usable")
+        )
+        logger.error("checkpoint %s not saved (%s); %s", folder, "; ".join(problems), stays)
+
+    def _delete_old(self) -> None:
+        scores = {step: m.validation_accuracy for step, m in complete_checkpoints(self.run_dir).items()}
+        for step in to_delete(scores, keep_last=self.keep_last, keep_best=self.keep_best):
+            remove_checkpoint(step_folder(self.run_dir, step))
+
+
+# ---- loading ---------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(world: World, run_dir: Path, *, verify_hashes: bool) -> Manifest | None:
+    """The newest valid checkpoint; what is wrong with newer ones is logged, damaged ones are renamed.
+
+    Collective over all branches; the ranks share the hashing.
+    """
+    candidates: list[Manifest] = []
+    if world.is_first:
+        candidates = _complete(run_dir)
+    while True:
+        newest = world.all_gather_objects(candidates.pop(0) if candidates else None, "checkpoint.find")[0]
+        if newest is None:
+            return None
+        folder = step_folder(run_dir, newest.step)
+        problems: list[str] = []
+        if verify_hashes:
+            with world.watch.operation("checkpoint.verify"):
+                mine = hash_problems(folder, newest, part=world.rank, num_parts=world.world_size)
+            problems = [p for part in world.all_gather_objects(mine, "checkpoint.verify") for p in part]
+        if not problems:
+            return newest
+        if world.is_first:
+            _skip(folder, problems)
+
+
+def _complete(run_dir: Path) -> list[Manifest]:
+    """Checkpoints whose manifest and sizes are right, newest first; the others are named and put aside."""
+    remove_unfinished(run_dir)
+    found = []
+    for folder in step_folders(run_dir).values():
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError as error:
+            _skip(folder, [str(error)])
+            continue
+        if problems := size_problems(folder, manifest):
+            _skip(folder, problems)
+        else:
+            found.append(manifest)
+    return found
+
+
+def _skip(folder: Path, problems: list[str]) -> None:
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    logger.error(
+        "checkpoint %s is damaged and not used: %s%s; renamed to %s",
+        folder,
+        "; ".join(problems[:3]),
+        more,
+        set_aside(folder),
+    )
+
+
+def load_checkpoint(
+    world: World, actor: MegatronActor, run_dir: Path, manifest: Manifest
+) -> tuple[dict[str, Any], WeightSnapshot | None]:
+    """Puts this branch's part of a checkpoint into the actor, at whatever layout it now has.
+
+    Returns:
+        The branch's loop state, and the teacher snapshot if one was saved.
+
+    Raises:
+        CheckpointError: the checkpoint has no such branch, or does not fit the model.
+    """
+    entry = manifest.branches.get(world.branch)
+    folder = step_folder(run_dir, manifest.step) / world.branch
+    if entry is None:
+        raise CheckpointError(
+            f"{folder.parent} has no branch {world.branch!r} (it has {', '.join(manifest.branches)}); "
+            "resume with the branches that it was saved with, or choose another run.dir"
+        )
+    state = json.loads((folder / LOOP_STATE).read_bytes())
+    if entry.frozen or actor.optimizer is None:
+        return state, None
+    with world.watch.operation("checkpoint.load", ranks=world.branch_ranks[world.branch]):
+        teacher = load_state(
+            actor,
+            str(folder),
+            with_teacher=state["teacher_version"] is not None,
+            same_layout=entry.layout == actor_layout(actor),
+        )
+    actor.version = entry.weight_version
+    if teacher is not None:
+        teacher = WeightSnapshot(version=state["teacher_version"], tensors=teacher.tensors)
+    return state, teacher

@@ -1,0 +1,314 @@
+"""Media decoded and processed off the training thread, ahead of time, in a cache bounded in bytes.
+
+``MediaLoader`` serves a rank: shard sets are registered under names that all branches share, ``prefetch``
+announces what will be needed, ``get`` and ``features`` return it. Results do not depend on the number of
+threads, on what was announced, or on what the cache held; only the time they take does.
+
+Whatever is announced waits in order; threads take it up while at most half of the cache holds prefetched
+media that nobody has asked for yet, so that a large announcement cannot push out its own beginning.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+from copd_megatron.config.schema import MediaConfig
+from copd_megatron.data.errors import BadSampleError, DataError
+from copd_megatron.data.media import MediaPlace, check_hash, content_hash, place_of
+from copd_megatron.data.processing import ItemFeatures, MediaFeatures, MultimodalProcessor
+from copd_megatron.data.samples import SampleRef
+from copd_megatron.data.shards import ShardSet
+from copd_megatron.records import MediaRef
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What one place holds: features, or why there are none."""
+
+    digest: str
+    item: ItemFeatures | None
+    error: BadSampleError | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.item.nbytes if self.item is not None else 0
+
+
+class MediaLoader:
+    """Processed media by reference; safe to call from several threads.
+
+    >>> loader = MediaLoader(processor, config.media)                  # doctest: +SKIP
+    >>> loader.register("image/train", shards)                          # doctest: +SKIP
+    >>> features = loader.features(prompt.media)                        # doctest: +SKIP
+    """
+
+    def __init__(self, processor: MultimodalProcessor, config: MediaConfig) -> None:
+        self.processor = processor
+        self._cache_bytes = config.cache_bytes
+        self._pool = ThreadPoolExecutor(config.num_workers, "media") if config.num_workers else None
+        self._max_running = config.num_workers
+        self._sources: dict[str, ShardSet] = {}
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[MediaPlace, _Loaded] = OrderedDict()
+        self._shipped: dict[MediaPlace, bytes] = {}
+        self._running: dict[MediaPlace, Future[_Loaded]] = {}
+        self._waiting: deque[tuple[Hashable, MediaPlace]] = deque()
+        self._unclaimed: dict[MediaPlace, Hashable] = {}
+        """Prefetched for an owner and not yet asked for: these are not evicted."""
+        self._held_bytes = 0
+        self._unclaimed_bytes = 0
+        self._counts = {"hits": 0, "misses": 0, "evictions": 0, "decoded": 0, "failed": 0}
+        self._decode_seconds = 0.0
+        self._wait_seconds = 0.0
+
+    # ---- sources ---------------------------------------------------------------------------------------
+
+    def register(self, source: str, shards: ShardSet) -> None:
+        """Make a shard set known under a name that all branches give it, such as ``image/train``.
+
+        The same set may be registered again. Raises DataError if the name stands for other shards.
+        """
+        known = self._sources.setdefault(source, shards)
+        if known is not shards and known.fingerprint != shards.fingerprint:
+            raise DataError(
+                f"media source {source!r} is registered for other shards already. Give each shard set a "
+                "name of its own."
+            )
+
+    def where(self, place: MediaPlace) -> str:
+        """The place for messages: shard file, sample, member."""
+        shards = self._sources.get(place.source)
+        sample = SampleRef(place.shard, place.key)
+        at = shards.where(sample) if shards is not None else f"shard {place.shard}, sample {place.key!r}"
+        return f"{at}, member .{place.extension}"
+
+    def encoded(self, ref: MediaRef) -> bytes:
+        """The encoded file that a reference names, to ship to a branch without this storage.
+
+        Raises MediaMismatchError (other content than the reference says), BadSampleError, DataError.
+        """
+        place = place_of(ref)
+        data = self._read(place)
+        check_hash(ref, content_hash(data), self.where(place))
+        return data
+
+    def put_encoded(self, ref: MediaRef, data: bytes) -> None:
+        """Take a shipped file in place of reading it from storage, until ``drop_encoded``.
+
+        Raises MediaMismatchError if it is not what the reference says.
+        """
+        place = place_of(ref)
+        check_hash(ref, content_hash(data), f"{self.where(place)} (shipped)")
+        with self._lock:
+            self._shipped[place] = data
+
+    def drop_encoded(self) -> None:
+        """Forget all shipped files; what was made of them stays cached."""
+        with self._lock:
+            self._shipped.clear()
+
+    # ---- reading ---------------------------------------------------------------------------------------
+
+    def prefetch(self, places: Iterable[MediaPlace], owner: Hashable = None) -> None:
+        """Announce what will be asked for, in that order. Returns at once; without workers it does nothing.
+
+        An owner's announcement replaces its last one: what of that was not begun is dropped, and what was
+        not asked for may be evicted.
+        """
+        if self._pool is None:
+            return
+        with self._lock:
+            fresh = dict.fromkeys(places)
+            for place in [p for p, by in self._unclaimed.items() if by == owner and p not in fresh]:
+                self._claim(place)
+            self._waiting = deque(entry for entry in self._waiting if entry[0] != owner)
+            self._waiting.extend((owner, place) for place in fresh)
+        self._pump()
+
+    def get(self, place: MediaPlace) -> tuple[MediaRef, ItemFeatures]:
+        """Reference and features of one medium.
+
+        Raises BadSampleError (``no_member``, ``corrupt_image``, ``corrupt_video``, ``truncated_video``,
+        ``too_many_pixels``, ``bad_size``), DataError (unknown source or shard, file no longer readable).
+        """
+        loaded = self._get(place)
+        if loaded.error is not None:
+            raise loaded.error
+        assert loaded.item is not None
+        return place.ref(loaded.digest), loaded.item
+
+    def features(self, refs: Sequence[MediaRef]) -> MediaFeatures | None:
+        """Features of a prompt's media, each checked against its reference; None without media.
+
+        Raises MediaMismatchError naming sample, shard and both hashes; else as ``get``.
+        """
+        if not refs:
+            return None
+        items = []
+        for ref in refs:
+            place = place_of(ref)
+            loaded = self._get(place)
+            check_hash(ref, loaded.digest, self.where(place))
+            if loaded.error is not None:
+                raise loaded.error
+            assert loaded.item is not None
+            items.append(loaded.item)
+        return MediaFeatures(items=tuple(items))
+
+    def counters(self) -> Mapping[str, float]:
+        """Totals since the start, for metrics.
+
+        ``hits`` and ``misses`` of the cache (a hit may still have waited for a thread that was at it),
+        ``decoded``, ``failed``, ``evictions``, ``held_bytes``, ``decode_seconds`` (over all threads) and
+        ``wait_seconds`` (that callers waited: decoding that was not hidden).
+        """
+        with self._lock:
+            return {
+                **self._counts,
+                "held_bytes": self._held_bytes,
+                "decode_seconds": self._decode_seconds,
+                "wait_seconds": self._wait_seconds,
+            }
+
+    def close(self) -> None:
+        """End the threads; announced work that was not begun is dropped."""
+        with self._lock:
+            self._waiting.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> MediaLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- inside ----------------------------------------------------------------------------------------
+
+    def _get(self, place: MediaPlace) -> _Loaded:
+        future: Future[_Loaded] | None = None
+        mine = False
+        with self._lock:
+            found = self._cache.get(place)
+            if found is not None:
+                self._cache.move_to_end(place)
+                self._claim(place)
+                self._counts["hits"] += 1
+            else:
+                future = self._running.get(place)
+                mine = future is None
+                if future is None:
+                    future = self._running[place] = Future()
+                self._counts["misses" if mine else "hits"] += 1
+        if found is None:
+            assert future is not None
+            begin = time.perf_counter()
+            if mine:
+                self._load_into(place, future)
+            found = future.result()
+            with self._lock:
+                self._claim(place)
+                self._wait_seconds += time.perf_counter() - begin
+        self._pump()
+        return found
+
+    def _pump(self) -> None:
+        """Start threads on what waits, as long as there is room for it."""
+        if self._pool is None:
+            return
+        started: list[tuple[Hashable, MediaPlace, Future[_Loaded]]] = []
+        with self._lock:
+            while (
+                self._waiting
+                and len(self._running) < self._max_running
+                and (self._unclaimed_bytes * 2 < self._cache_bytes or not self._unclaimed)
+            ):
+                owner, place = self._waiting.popleft()
+                if place not in self._cache and place not in self._running:
+                    future: Future[_Loaded] = Future()
+                    self._running[place] = future
+                    started.append((owner, place, future))
+        for owner, place, future in started:
+            try:
+                self._pool.submit(self._work, owner, place, future)
+            except RuntimeError:  # closed meanwhile
+                with self._lock:
+                    del self._running[place]
+                future.cancel()
+
+    def _work(self, owner: Hashable, place: MediaPlace, future: Future[_Loaded]) -> None:
+        self._load_into(place, future, prefetched_for=(owner,))
+        self._pump()
+
+    def _load_into(
+        self, place: MediaPlace, future: Future[_Loaded], prefetched_for: tuple[Hashable] | None = None
+    ) -> None:
+        """Load a place and settle its future; whatever is raised goes to those who wait for it."""
+        try:
+            loaded = self._load(place)
+        except BaseException as error:
+            with self._lock:
+                self._running.pop(place, None)
+            future.set_exception(error)
+            return
+        with self._lock:
+            self._running.pop(place, None)
+            self._cache[place] = loaded
+            self._held_bytes += loaded.nbytes
+            if prefetched_for is not None:
+                self._unclaimed[place] = prefetched_for[0]
+                self._unclaimed_bytes += loaded.nbytes
+            self._evict(keep=place)
+        future.set_result(loaded)
+
+    def _load(self, place: MediaPlace) -> _Loaded:
+        begin = time.perf_counter()
+        digest, item, problem = "", None, None
+        try:
+            data = self._read(place)
+            digest = content_hash(data)
+            item = self.processor.decode_and_process(place.kind, data, self.where(place))
+        except BadSampleError as error:
+            problem = error
+        with self._lock:
+            self._decode_seconds += time.perf_counter() - begin
+            self._counts["decoded" if problem is None else "failed"] += 1
+        return _Loaded(digest, item, problem)
+
+    def _read(self, place: MediaPlace) -> bytes:
+        with self._lock:
+            shipped = self._shipped.get(place)
+        if shipped is not None:
+            return shipped
+        shards = self._sources.get(place.source)
+        if shards is None:
+            raise DataError(
+                f"{self.where(place)}: this branch has no media source {place.source!r} (it has "
+                f"{sorted(self._sources)}). Give every branch the same data.train and data.validation "
+                "shards, or let the media travel with the requests."
+            )
+        return shards.read_member(SampleRef(place.shard, place.key), place.extension)
+
+    def _claim(self, place: MediaPlace) -> None:
+        """Lift a prefetched place's protection. Under the lock."""
+        if self._unclaimed.pop(place, _ABSENT) is not _ABSENT:
+            self._unclaimed_bytes -= self._cache[place].nbytes
+
+    def _evict(self, keep: MediaPlace) -> None:
+        """Drop what was used longest ago until the rest fits; first what is claimed, never ``keep``."""
+        for place in list(self._cache):
+            if self._held_bytes <= self._cache_bytes:
+                return
+            if place != keep and place not in self._unclaimed:
+                self._held_bytes -= self._cache.pop(place).nbytes
+                self._counts["evictions"] += 1

@@ -1,0 +1,151 @@
+"""Whether models can be merged at all: the same tensors, the same architecture, the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from copd_megatron.merge.hf_folder import read_json
+from copd_megatron.merge.tensors import TensorSource
+
+IGNORED_CONFIG_KEYS = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "initializer_range",
+    "attention_dropout",
+    "gradient_checkpointing",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+"""What may differ between checkpoints of one architecture: it changes neither the meaning of a weight nor
+how it is used at inference. (Tokens are compared in the tokenizer.)"""
+
+_SHOWN = 5
+
+
+class MismatchError(ValueError):
+    """Models that cannot be merged with each other: names what differs."""
+
+
+def check_mergeable(sources: Sequence[TensorSource], *, allow: Sequence[str] = ()) -> None:
+    """Compares every input with the first.
+
+    Args:
+        allow: configuration keys (dotted) that may differ.
+
+    Raises:
+        MismatchError: names the tensors, configuration keys or tokens that differ.
+    """
+    first = sources[0]
+    for other in sources[1:]:
+        pair = f"{other.label} and {first.label}"
+        _check_config(first, other, pair, set(allow))
+        _check_tensors(first, other, pair)
+        _check_tokenizer(first, other, pair)
+
+
+def _check_tensors(first: TensorSource, other: TensorSource, pair: str) -> None:
+    ours, theirs = set(first.names()), set(other.names())
+    if ours != theirs:
+        parts = [
+            f"only in {source.label}: {_list(names)}"
+            for source, names in ((first, ours - theirs), (other, theirs - ours))
+            if names
+        ]
+        raise MismatchError(f"merge: {pair} do not hold the same tensors; {'; '.join(parts)}")
+    shapes = [
+        f"{name} {list(other.spec(name).shape)} and {list(first.spec(name).shape)}"
+        for name in first.names()
+        if other.spec(name).shape != first.spec(name).shape
+    ]
+    if shapes:
+        raise MismatchError(f"merge: {pair} differ in shapes: {_list(shapes)}")
+    kinds = [
+        f"{name} {other.spec(name).dtype} and {first.spec(name).dtype}"
+        for name in first.names()
+        if other.spec(name).dtype != first.spec(name).dtype
+        and not (other.spec(name).dtype.is_floating_point and first.spec(name).dtype.is_floating_point)
+    ]
+    if kinds:
+        raise MismatchError(f"merge: {pair} differ in types that cannot be merged: {_list(kinds)}")
+
+
+def _check_config(first: TensorSource, other: TensorSource, pair: str, allow: set[str]) -> None:
+    ours, theirs = (read_json(source.companions, "config.json") for source in (first, other))
+    if ours is None or theirs is None:
+        return  # tensors without a configuration are compared by names and shapes alone
+    flat = [_flatten(config) for config in (ours, theirs)]
+    different = [
+        f"{key} ({_show(flat[1], key)} and {_show(flat[0], key)})"
+        for key in sorted(flat[0].keys() | flat[1].keys())
+        if key.rpartition(".")[2] not in IGNORED_CONFIG_KEYS
+        and not any(key == allowed or key.startswith(allowed + ".") for allowed in allow)
+        and flat[0].get(key) != flat[1].get(key)
+    ]
+    if different:
+        raise MismatchError(
+            f"merge: {pair} differ in config.json: {_list(different)}; "
+            "merge models of one architecture, or --allow KEY for what does not matter"
+        )
+
+
+def _check_tokenizer(first: TensorSource, other: TensorSource, pair: str) -> None:
+    ours, theirs = (_vocabulary(source) for source in (first, other))
+    if ours is None or theirs is None:
+        return
+    different = [
+        f"{token!r} ({theirs.get(token, 'missing')} and {ours.get(token, 'missing')})"
+        for token in sorted(ours.keys() | theirs.keys())
+        if ours.get(token) != theirs.get(token)
+    ]
+    if different:
+        raise MismatchError(
+            f"merge: {pair} have different tokenizers, rows of their embeddings mean different tokens: "
+            f"{_list(different)}"
+        )
+
+
+def _vocabulary(source: TensorSource) -> dict[str, str] | None:
+    """What each token or merge rule stands for; None without a tokenizer."""
+    tokenizer = read_json(source.companions, "tokenizer.json")
+    if tokenizer is None:
+        vocabulary = read_json(source.companions, "vocab.json")
+        return None if vocabulary is None else {token: f"id {number}" for token, number in vocabulary.items()}
+    model: Mapping[str, Any] = tokenizer.get("model", {})
+    vocabulary = model.get("vocab", {})
+    # A unigram model lists [token, score] pairs; its ids are the places in the list.
+    pairs = (
+        vocabulary.items()
+        if isinstance(vocabulary, Mapping)
+        else ((entry[0], number) for number, entry in enumerate(vocabulary))
+    )
+    found = {token: f"id {number}" for token, number in pairs}
+    for number, rule in enumerate(model.get("merges", [])):
+        found[f"merge {rule if isinstance(rule, str) else ' '.join(rule)}"] = f"rank {number}"
+    for token in tokenizer.get("added_tokens", []):
+        found[token["content"]] = f"id {token['id']}"
+    return found
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _show(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "missing"
+
+
+def _list(items: Sequence[str] | set[str]) -> str:
+    ordered = sorted(items) if isinstance(items, set) else list(items)
+    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return ", ".join(ordered[:_SHOWN]) + more

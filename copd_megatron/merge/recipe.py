@@ -1,0 +1,395 @@
+"""What to merge and how: a recipe in mergekit's manner, from YAML or from plain flags. Imports no torch.
+
+    merge_method: ties
+    base_model: runs/base
+    models:
+      - model: runs/export/text
+        parameters:
+          weight: 0.5
+          density:
+            - filter: mlp          # part of the tensor's name, as in mergekit
+              value: 0.7
+            - filter: "*.self_attn.?_proj.weight"   # a glob over the whole name
+              value: 0.4
+            - filter: "re:layers\\.[0-3]\\."        # a regular expression, found anywhere
+              value: 0.3
+            - value: 0.5
+      - model: runs/export/image
+        parameters:
+          weight: [0.2, 0.8]       # a gradient from the first layer to the last
+    parameters:
+      density: 0.5
+      normalize: true
+    dtype: float32
+    out_dtype: bfloat16
+
+The first filter that fits decides; a model's own parameters go before the common ones. ``dtype`` is the type
+the inputs are cast to before merging (null: as they are), ``out_dtype`` that of the result (null: ``dtype``).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from copd_megatron.config.errors import ConfigError
+from copd_megatron.config.typecheck import join, unknown_key
+
+Scalar = bool | float
+
+METHODS: dict[str, dict[str, set[str]]] = {
+    "linear": {"model": {"weight"}, "shared": {"normalize"}},
+    "task_arithmetic": {"model": {"weight"}, "shared": {"normalize", "lambda"}},
+    "ties": {"model": {"weight", "density"}, "shared": {"normalize", "rescale", "lambda", "int8_mask"}},
+    "dare_linear": {"model": {"weight", "density"}, "shared": {"normalize", "rescale", "lambda"}},
+    "dare_ties": {"model": {"weight", "density"}, "shared": {"normalize", "rescale", "lambda", "int8_mask"}},
+    "slerp": {"model": set(), "shared": {"t"}},
+}
+"""Parameters of each method: those that each model may set for itself, and those of the merge as a whole.
+``int8_mask`` only saves mergekit memory; it is accepted and changes nothing."""
+
+ALIASES = {"mean": "linear", "weighted": "linear"}
+
+_DEFAULTS: dict[str, dict[str, Scalar]] = {
+    "linear": {"normalize": True},
+    "task_arithmetic": {"normalize": False, "lambda": 1.0},
+    "ties": {"normalize": True, "rescale": False, "lambda": 1.0, "density": 1.0},
+    "dare_linear": {"normalize": False, "rescale": True, "lambda": 1.0, "density": 1.0},
+    "dare_ties": {"normalize": False, "rescale": True, "lambda": 1.0, "density": 1.0},
+    "slerp": {},
+}
+
+_TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source")
+_ELSEWHERE = {
+    "slices": "all layers are merged, none are rearranged",
+    "modules": "all modules are merged alike; use filters",
+    "tokenizer": "the inputs' tokenizers must be the same; use tokenizer_source to say whose files to copy",
+    "chat_template": "the template of tokenizer_source is copied",
+}
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
+_SWITCHES = {"normalize", "rescale", "int8_mask"}
+_LAYER = re.compile(r"^(.*?(?:layers|blocks|h)\.)(\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInput:
+    """One model and its own parameters."""
+
+    path: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorParameters:
+    """A recipe's parameters for one tensor, resolved."""
+
+    weights: tuple[float, ...]
+    densities: tuple[float, ...]
+    shared: Mapping[str, Scalar]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A merge, checked as far as that is possible without opening the models."""
+
+    method: str
+    models: tuple[ModelInput, ...]
+    """Without the base, but for ``linear``, which knows none."""
+    base: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    """``first``: that of each tensor in the first input."""
+    tokenizer_source: str = "base"
+    seed: int = 0
+    """Root of DARE's random masks."""
+    arithmetic: Literal["float32", "float64"] | None = None
+    """Type to compute in; None: chosen by ``methods``."""
+    origin: str = "merge"
+    """What messages call the recipe: a file or ``merge``."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown_key(self.origin, f"merge_method.{self.method}", [*METHODS, *ALIASES])
+        if self.method == "linear" and self.base is not None:
+            raise ConfigError(
+                f"{self.origin}: base_model: linear averages the models listed and knows no base; list it "
+                "under models if it shall count, or leave it out (--report takes --base by itself)"
+            )
+        if self.method != "linear" and self.base is None:
+            raise ConfigError(
+                f"{self.origin}: base_model: {self.method} needs one; give the model all started from"
+            )
+        if self.method == "slerp" and len(self.models) != 1:
+            raise ConfigError(
+                f"{self.origin}: models: slerp goes from base_model to one other model, here are "
+                f"{len(self.models)}; use linear or ties for more"
+            )
+        if not self.models:
+            raise ConfigError(f"{self.origin}: models: there is nothing to merge")
+        for key, value in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):
+            if value is not None and value not in _DTYPES and (key, value) != ("out_dtype", "first"):
+                raise ConfigError(f"{self.origin}: {key}: {value!r} is none of {', '.join(_DTYPES)}")
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        known = METHODS[self.method]
+        for key, value in self.parameters.items():
+            if key not in known["model"] | known["shared"]:
+                raise unknown_key(self.origin, f"parameters.{key}", known["model"] | known["shared"])
+            _check_setting(key, value, f"{self.origin}: parameters.{key}")
+        for number, model in enumerate(self.models):
+            for key, value in model.parameters.items():
+                where = f"models[{number}].parameters.{key}"
+                if key in known["shared"]:
+                    raise ConfigError(
+                        f"{self.origin}: {where}: {key} belongs to the merge as a whole; "
+                        "move it to parameters"
+                    )
+                if key not in known["model"]:
+                    raise unknown_key(self.origin, where, known["model"])
+                _check_setting(key, value, f"{self.origin}: {where}")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Paths of what is read: the base first where there is one."""
+        models = tuple(model.path for model in self.models)
+        return models if self.base is None else (self.base, *models)
+
+    def companion_index(self) -> int:
+        """Which of ``inputs`` gives configuration, tokenizer and processor files.
+
+        Raises:
+            ConfigError: ``tokenizer_source`` is none of them.
+        """
+        if self.tokenizer_source in ("base", "union"):  # all tokenizers are the same
+            return 0
+        paths = [_same_path(path) for path in self.inputs]
+        if _same_path(self.tokenizer_source) not in paths:
+            raise ConfigError(
+                f"{self.origin}: tokenizer_source: {self.tokenizer_source} is none of the inputs; give base "
+                f"or one of {', '.join(self.inputs)}"
+            )
+        return paths.index(_same_path(self.tokenizer_source))
+
+    def resolve(self, name: str, depth: float) -> TensorParameters:
+        """Parameters for the tensor ``name``, whose layer lies at ``depth`` (0 first .. 1 last).
+
+        Raises:
+            ConfigError: a required parameter has no value for this tensor.
+        """
+        known, defaults = METHODS[self.method], _DEFAULTS[self.method]
+
+        def find(key: str, *scopes: Mapping[str, Any]) -> Scalar:
+            for scope in scopes:
+                if key in scope and (value := _evaluate(scope[key], name, depth)) is not None:
+                    return value
+            if key in defaults:
+                return defaults[key]
+            raise ConfigError(
+                f"{self.origin}: {self.method} needs a {key} for {name}, and no filter of it fits; add a "
+                "last entry without a filter"
+            )
+
+        def each(key: str) -> tuple[float, ...]:
+            if key not in known["model"]:
+                return ()
+            return tuple(float(find(key, model.parameters, self.parameters)) for model in self.models)
+
+        shared = {key: find(key, self.parameters) for key in known["shared"] - {"int8_mask"}}
+        weights = each("weight") or tuple(1.0 for _ in self.models)
+        return TensorParameters(weights=weights, densities=each("density"), shared=shared)
+
+
+def layer_depths(names: Sequence[str]) -> dict[str, float]:
+    """How deep each tensor lies in its stack: layer / (layers - 1); 0 outside of layers."""
+    count: dict[str, int] = {}
+    found = {name: match for name in names if (match := _LAYER.match(name))}
+    for match in found.values():
+        count[match[1]] = max(count.get(match[1], 0), int(match[2]) + 1)
+    depths = dict.fromkeys(names, 0.0)
+    for name, match in found.items():
+        last = count[match[1]] - 1
+        depths[name] = int(match[2]) / last if last else 1.0
+    return depths
+
+
+def layer_label(name: str) -> str:
+    """The layer a tensor belongs to (``layers.3``, ``visual.blocks.0``), or its module outside of layers."""
+    if match := _LAYER.match(name):
+        return (match[1] + match[2]).removeprefix("model.").removeprefix("language_model.")
+    parts = name.removeprefix("model.").split(".")
+    return ".".join(parts[:-1] or parts)
+
+
+def read_recipe(path: str | Path, *, seed: int = 0) -> Recipe:
+    """Reads a recipe from YAML.
+
+    Raises:
+        ConfigError: not YAML, an unknown key (with the nearest valid one), or a value that cannot be.
+        FileNotFoundError: there is no such file.
+    """
+    origin = str(path)
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{origin}: a recipe is a mapping with merge_method and models")
+    for key in raw:
+        if key in _ELSEWHERE:
+            raise ConfigError(f"{origin}: {key}: not offered here; {_ELSEWHERE[key]}")
+        if key not in _TOP_KEYS:
+            raise unknown_key(origin, str(key), _TOP_KEYS)
+    if "merge_method" not in raw:
+        raise ConfigError(f"{origin}: merge_method is missing; one of {', '.join(METHODS)}")
+    method = ALIASES.get(str(raw["merge_method"]), str(raw["merge_method"]))
+    base = _path_of(raw["base_model"], f"{origin}: base_model") if raw.get("base_model") else None
+    models = _models(raw.get("models"), origin)
+    if base is not None and method != "linear":
+        # mergekit lists the base among the models or not, as one likes; its parameters mean nothing.
+        models = [model for model in models if _same_path(model.path) != _same_path(base)]
+    elif base is not None and any(_same_path(model.path) == _same_path(base) for model in models):
+        base = None
+    return Recipe(
+        method=method,
+        models=tuple(models),
+        base=base,
+        parameters=_mapping(raw.get("parameters"), f"{origin}: parameters"),
+        dtype=raw.get("dtype"),
+        out_dtype=raw.get("out_dtype"),
+        tokenizer_source=str(raw.get("tokenizer_source") or "base"),
+        seed=seed,
+        origin=origin,
+    )
+
+
+def _models(raw: Any, origin: str) -> list[ModelInput]:
+    if not isinstance(raw, list) or not raw:
+        raise ConfigError(f"{origin}: models: a list of entries with a model each is needed")
+    models = []
+    for number, entry in enumerate(raw):
+        where = f"models[{number}]"
+        if not isinstance(entry, dict):
+            raise ConfigError(
+                f"{origin}: {where}: a mapping with model and parameters is needed, not {entry!r}"
+            )
+        for key in entry:
+            if key not in ("model", "parameters"):
+                raise unknown_key(origin, join(where, str(key)), ("model", "parameters"))
+        if not entry.get("model"):
+            raise ConfigError(f"{origin}: {where}.model is missing; give a folder")
+        parameters = _mapping(entry.get("parameters"), f"{origin}: {where}.parameters")
+        models.append(
+            ModelInput(path=_path_of(entry["model"], f"{origin}: {where}.model"), parameters=parameters)
+        )
+    return models
+
+
+def _path_of(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: a folder is needed, not {value!r}")
+    return value
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: a mapping is needed, not {value!r}")
+    return value
+
+
+def _same_path(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def _check_setting(key: str, setting: Any, where: str) -> None:
+    """A scalar, a gradient (list of numbers), or a list of {filter, value}."""
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if _is_scalar(setting):
+        _scalar(key, setting, where)
+    elif isinstance(setting, list) and setting and all(_is_scalar(item) for item in setting):
+        for item in setting:
+            _scalar(key, item, where)
+    elif isinstance(setting, list) and setting and all(isinstance(item, Mapping) for item in setting):
+        for number, item in enumerate(setting):
+            for name in item:
+                if name not in ("filter", "value"):
+                    raise unknown_key(where, f"[{number}].{name}", ("filter", "value"))
+            if item.get("value") is None or isinstance(item["value"], Mapping):
+                raise ConfigError(f"{where}[{number}]: value is missing")
+            _check_filter(item.get("filter"), f"{where}[{number}].filter")
+            _check_setting(key, item["value"], f"{where}[{number}].value")
+    else:
+        raise ConfigError(f"{where}: {setting!r} is no number, list of numbers, or list of filter and value")
+
+
+def _scalar(key: str, value: Any, where: str) -> Scalar:
+    if key in _SWITCHES:
+        if isinstance(value, bool):
+            return value
+        raise ConfigError(f"{where}: {value!r} is not true or false")
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {value!r} is not a number") from error
+    if isinstance(value, bool) or number != number or abs(number) == float("inf"):
+        raise ConfigError(f"{where}: {value!r} is not a finite number")
+    if key == "density" and not 0 <= number <= 1:
+        raise ConfigError(
+            f"{where}: a density of {value} is not in 0 .. 1, the share of elements that is kept"
+        )
+    return number
+
+
+def _check_filter(pattern: Any, where: str) -> None:
+    if pattern is not None and not isinstance(pattern, str):
+        raise ConfigError(f"{where}: {pattern!r} is not a string")
+    if isinstance(pattern, str) and pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ConfigError(f"{where}: not a regular expression: {error}") from error
+
+
+def _fits(pattern: str | None, name: str) -> bool:
+    if pattern is None:
+        return True
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    if any(character in pattern for character in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return pattern in name
+
+
+def _evaluate(setting: Any, name: str, depth: float) -> Scalar | None:
+    """The setting's value for a tensor; None where no filter fits. Gradients are linear between points."""
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if not isinstance(setting, list):
+        return setting if isinstance(setting, bool) else float(setting)
+    if isinstance(setting[0], Mapping):
+        for item in setting:
+            if _fits(item.get("filter"), name):
+                return _evaluate(item["value"], name, depth)
+        return None
+    if isinstance(setting[0], bool):
+        chosen: bool = setting[int(depth * (len(setting) - 1))]
+        return chosen
+    values = [float(item) for item in setting]
+    place = depth * (len(values) - 1)
+    below = min(int(place), len(values) - 1)
+    above = min(below + 1, len(values) - 1)
+    return (1 - (place - below)) * values[below] + (place - below) * values[above]

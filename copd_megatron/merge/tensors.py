@@ -1,0 +1,135 @@
+"""Where a merge reads from and writes to: two small protocols, so that every checkpoint format can plug in.
+
+Tensors are handled as flat ranges of their elements in row-major order. A source fills a buffer that the
+caller owns; a sink takes values at a position. Neither ever holds a whole model, and both are called from
+several threads at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 18
+"""Elements handled at once: 1 MiB in float32, so that a block's intermediates stay in a core's cache. DARE's
+random masks and the digests of shards are defined per block: changing it changes both."""
+
+DTYPE_NAMES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+"""Floating-point types that a recipe may name."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's name, shape and type, known without reading it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_elements // BLOCK_ELEMENTS)
+
+
+def block_range(spec: TensorSpec, block: int) -> tuple[int, int]:
+    """Elements [start, stop) of a block."""
+    start = block * BLOCK_ELEMENTS
+    return start, min(start + BLOCK_ELEMENTS, spec.num_elements)
+
+
+class TensorSource(Protocol):
+    """A model's tensors, readable range by range. Used from several threads at once."""
+
+    label: str
+    """What messages call it; a path."""
+    companions: Path | None
+    """Folder with config.json, tokenizer and processor files; None: there are none."""
+
+    def names(self) -> Sequence[str]:
+        """Tensor names, sorted."""
+
+    def spec(self, name: str) -> TensorSpec:
+        """Raises KeyError when there is no such tensor."""
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fills ``out`` (1-D, contiguous, of the tensor's type) with elements [start, start + len(out))."""
+
+    def identity(self) -> str:
+        """Text that changes when the content does: by it an interrupted merge knows its inputs again."""
+
+
+class ShardWriter(Protocol):
+    """One shard being written. Used from several threads at once."""
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Puts ``values`` (1-D, of the tensor's type, one block) at elements [start, ...)."""
+
+    def close(self) -> str:
+        """Ends the shard once all is written; returns the digest of its content."""
+
+    def abort(self) -> None:
+        """Lets go of the shard without finishing it."""
+
+
+class TensorSink(Protocol):
+    """A model being written, shard by shard; the shards may be written by different processes."""
+
+    @property
+    def shards(self) -> Sequence[Sequence[TensorSpec]]:
+        """What each shard holds."""
+
+    def open(self, index: int) -> ShardWriter:
+        """Starts a shard (again, when a part of it is there)."""
+
+    def digest(self, index: int) -> str | None:
+        """The digest of a shard as it lies there, in ``ShardWriter.close``'s manner; None: it is not there
+        or not of the right size."""
+
+    def finish(self) -> None:
+        """Writes what ties the shards together. Called once, by one process, after all shards."""
+
+
+Opener = Callable[[Path], TensorSource | None]
+_OPENERS: list[Opener] = []
+
+
+def register_format(opener: Opener) -> None:
+    """Adds a checkpoint format: ``opener`` returns None for a path that is not of its format."""
+    _OPENERS.append(opener)
+
+
+def open_source(path: str | Path) -> TensorSource:
+    """Opens a checkpoint of any registered format.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``, or nothing that a format knows.
+    """
+    location = Path(path)
+    if not location.exists():
+        raise FileNotFoundError(f"merge: there is no {path}; give a local folder")
+    for opener in _OPENERS:
+        source = opener(location)
+        if source is not None:
+            return source
+    raise FileNotFoundError(
+        f"merge: {path} holds no checkpoint that can be read; give a Hugging Face folder with *.safetensors"
+    )

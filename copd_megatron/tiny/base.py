@@ -1,0 +1,207 @@
+"""From the recipe to a Hugging Face folder, made once, and to the shards of its domains."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from copd_megatron.tiny.recipe import Recipe, base_digest, data_digest
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import, and a cached model needs neither
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+logger = logging.getLogger(__name__)
+
+MARKER = "tiny_recipe.json"
+"""Written last; holds the digest of what made the folder."""
+
+Progress = Callable[[int, int, float], None]
+"""Called as progress(step, num_steps, loss)."""
+
+
+class TinyBaseError(RuntimeError):
+    """The folder asked for cannot be made; says which, why and what to do."""
+
+
+def make_data(out: Path, recipe: Recipe) -> bool:
+    """Write the shards ``<out>/<domain>-{train,validation}-NNNNNN.tar``; False if they are there already.
+
+    Raises TinyBaseError if ``out`` holds something else, DataError if a family refuses its settings.
+    """
+    digest = data_digest(recipe)
+    if _digest_of(out) == digest:
+        return False
+    with _new_folder(out) as folder:
+        _write_domains(folder, recipe)
+        _write_marker(folder, digest, {"recipe": asdict(recipe)})
+    return True
+
+
+def make_tiny_base(out: Path, recipe: Recipe, *, seed: int = 1, progress: Progress | None = None) -> bool:
+    """Make the model folder ``out``; False if the same recipe and seed made it before.
+
+    The same recipe, seed and machine give the same bytes. ``out`` appears when it is complete.
+
+    Raises TinyBaseError if ``out`` holds something that this did not make.
+    """
+    digest = base_digest(recipe, seed)
+    if _digest_of(out) == digest:
+        return False
+    with _new_folder(out) as folder:
+        started = time.monotonic()
+        losses = _make(folder, recipe, seed, progress)
+        details = {
+            "seed": seed,
+            "recipe": asdict(recipe),
+            "final_loss": sum(losses[-50:]) / len(losses[-50:]),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        _write_marker(folder, digest, details)
+    return True
+
+
+def validation_prompts(recipe: Recipe) -> set[str]:
+    """The prompts of all domains' validation shards, which the warm-up must not see."""
+    from copd_megatron.data import ShardSet
+
+    prompts: set[str] = set()
+    with tempfile.TemporaryDirectory() as folder:
+        _write_domains(Path(folder), recipe)
+        shards = ShardSet.open([f"{folder}/*-validation-*.tar"])
+        for ref in shards.refs:
+            prompt = shards.read(ref).prompt
+            assert isinstance(prompt, str)  # write_domain writes plain prompts
+            prompts.add(prompt)
+    return prompts
+
+
+def _write_domains(folder: Path, recipe: Recipe) -> None:
+    from copd_megatron.data.make import write_domain
+
+    for domain in recipe.domains:
+        write_domain(
+            folder,
+            domain.name,
+            [domain.family],
+            num_train=recipe.num_train,
+            num_validation=recipe.num_validation,
+            seed=recipe.data_seed,
+        )
+
+
+def _make(folder: Path, recipe: Recipe, seed: int, progress: Progress | None) -> list[float]:
+    from copd_megatron.tiny.tokenizer import build_tokenizer
+    from copd_megatron.tiny.warm_up import reproducible, warm_up
+
+    settings = recipe.warm_up
+    tokenizer = build_tokenizer(recipe.model.vocab_size)
+    with reproducible(seed, recipe.num_threads):
+        model = build_model(recipe, tokenizer)
+        losses = warm_up(
+            model,
+            demonstration_batches(recipe, tokenizer, seed=seed),
+            settings,
+            report=None if progress is None else lambda step, loss: progress(step, settings.num_steps, loss),
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return losses
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A float32 Qwen3 with random weights, from torch's global generator."""
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    size = asdict(recipe.model)
+    config = Qwen3Config(
+        **{name: value for name, value in size.items() if name != "rope_theta"},
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.model.rope_theta},
+        tie_word_embeddings=True,
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        dtype="float32",
+    )
+    model = Qwen3ForCausalLM(config).float()
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+    return model
+
+
+def demonstration_batches(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int
+) -> Iterator[dict[str, Tensor]]:
+    """The warm-up's batches in the order of its steps: ``input_ids`` and ``labels``, each [batch_size, T].
+
+    Batches are formed by length within a window and then shuffled.
+    """
+    from copd_megatron.data import encode_prompt
+    from copd_megatron.tiny.demonstrations import demonstrations
+    from copd_megatron.tiny.warm_up import pad_batch
+
+    settings = recipe.warm_up
+    num_windows = -(-settings.num_steps // settings.length_window)
+    window_rows = settings.length_window * settings.batch_size
+    shown = demonstrations(recipe, num_windows * window_rows, seed=seed, held_out=validation_prompts(recipe))
+    rng = random.Random(seed)
+    for start in range(0, len(shown), window_rows):
+        rows = [
+            (
+                encode_prompt(tokenizer, item.prompt).tolist(),
+                [*tokenizer(item.response)["input_ids"], tokenizer.eos_token_id],
+            )
+            for item in shown[start : start + window_rows]
+        ]
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+        starts = list(range(0, window_rows, settings.batch_size))
+        rng.shuffle(starts)
+        for first in starts:
+            yield pad_batch(rows[first : first + settings.batch_size], tokenizer.pad_token_id)
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its place when the block ends well, and goes when it does not."""
+    if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise TinyBaseError(
+            f"{out} exists and holds no {MARKER}: it was not made here and is left alone. "
+            "Remove it or choose another folder."
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        new, old = scratch / "new", scratch / "old"
+        new.mkdir()
+        yield new
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _digest_of(folder: Path) -> str | None:
+    """The digest in a finished folder's marker, None without one."""
+    try:
+        return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["digest"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TinyBaseError(f"{folder / MARKER} is unreadable ({error}). Remove {folder}.") from error
+
+
+def _write_marker(folder: Path, digest: str, details: dict[str, object]) -> None:
+    text = json.dumps({"digest": digest, **details}, indent=2)
+    (folder / MARKER).write_text(text + "\n", encoding="utf-8")

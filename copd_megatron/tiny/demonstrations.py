@@ -1,0 +1,81 @@
+"""What the warm-up imitates: correct responses to tasks, some of them worked out step by step."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from copd_megatron.tiny.recipe import Domain, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    prompt: str
+    """The user's message."""
+    response: str
+    """The assistant's, without the end of turn."""
+
+
+def columns(question: str) -> str:
+    """Two numbers added from the last digit on: "Calculate 86 + 369." gives "6+9=15 8+6+1=15 3+1=4"."""
+    numbers = re.findall(r"\d+", question)
+    if len(numbers) != 2:
+        raise ValueError(f"{question!r} holds {len(numbers)} numbers; columns adds two.")
+    steps = []
+    carry = 0
+    for place in range(1, max(map(len, numbers)) + 1):
+        digits = [int(number[-place]) for number in numbers if len(number) >= place] + [carry] * (carry > 0)
+        steps.append(f"{'+'.join(map(str, digits))}={sum(digits)}")
+        carry = sum(digits) // 10
+    return " ".join(steps)
+
+
+def running_total(question: str) -> str:
+    """Numbers added one by one: "Calculate 4 + 1 + 7." gives "4+1=5 5+7=12"."""
+    first, *others = (int(number) for number in re.findall(r"\d+", question))
+    steps = []
+    total = first
+    for number in others:
+        steps.append(f"{total}+{number}={total + number}")
+        total += number
+    return " ".join(steps)
+
+
+WORKINGS: dict[str, Callable[[str], str]] = {"columns": columns, "running_total": running_total}
+"""A task's question to its worked steps."""
+
+
+def demonstrations(
+    recipe: Recipe, count: int, *, seed: int, held_out: Collection[str] = ()
+) -> list[Demonstration]:
+    """``count`` demonstrations, domains mixed by weight; none has a prompt of ``held_out``."""
+    rng = random.Random(seed)
+    tasks = [_tasks(domain, rng.getrandbits(31), held_out) for domain in recipe.domains]
+    weights = [domain.weight for domain in recipe.domains]
+    drawn: list[Demonstration] = []
+    for number in rng.choices(range(len(tasks)), weights, k=count):
+        question, answer = next(tasks[number])
+        if rng.random() < recipe.warm_up.worked_share:
+            steps = WORKINGS[recipe.domains[number].working](question)
+            answer = f"<think>{steps}</think>{answer}"
+        drawn.append(Demonstration(prompt=question, response=answer))
+    return drawn
+
+
+def _tasks(domain: Domain, seed: int, held_out: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Questions and gold answers without end, repetitions included."""
+    gym = importlib.import_module("reasoning_gym")
+    block = 0
+    while True:
+        # reasoning-gym seeds task i with seed + i: blocks a thousand apart do not overlap.
+        dataset = gym.create_dataset(
+            domain.family.name, seed=seed + 1000 * block, size=1000, **domain.family.settings
+        )
+        for index in range(1000):
+            entry = dataset[index]
+            if entry["question"] not in held_out:
+                yield entry["question"], entry["answer"]
+        block += 1

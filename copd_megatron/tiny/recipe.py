@@ -1,0 +1,143 @@
+"""Everything that determines the tiny base model and its domains. Imports no torch.
+
+Change a number here and the next ``tools/make_tiny_base.py`` makes another model: the digest of the recipe
+is stored beside the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from copd_megatron.data.make import Family
+
+SOURCES_THAT_MATTER = ("demonstrations.py", "muon.py", "tokenizer.py", "warm_up.py")
+PACKAGES_THAT_MATTER = ("reasoning-gym", "tokenizers", "torch", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One capability: tasks of a reasoning-gym family, and how a demonstration works one out."""
+
+    name: str
+    """Branch and shard name."""
+    family: Family
+    working: str
+    """Key of ``demonstrations.WORKINGS``."""
+    weight: float = 1.0
+    """Share of the warm-up's demonstrations, relative to the other domains' weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """Qwen3 dimensions. Layers, heads, key-value heads and vocabulary divide by two, for TP 2 and PP 2."""
+
+    vocab_size: int = 320
+    hidden_size: int = 128
+    intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    """The smallest that vLLM's CPU attention knows."""
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUpSettings:
+    """The supervised stage."""
+
+    num_steps: int = 1100
+    batch_size: int = 32
+    """Demonstrations per step."""
+    worked_share: float = 0.3
+    """Demonstrations that work step by step before they answer; the others answer at once. Below a half,
+    so that the most likely response answers at once."""
+    matrix_lr: float = 6e-3
+    """Peak learning rate of Muon, which updates the layers' matrices."""
+    vector_lr: float = 3e-3
+    """Peak learning rate of Adam, which updates embeddings and norms."""
+    lr_warmup_steps: int = 40
+    final_lr_fraction: float = 0.03
+    """The rate falls linearly to this fraction of its peak."""
+    clip_grad: float = 1.0
+    length_window: int = 16
+    """Batches that are formed together, by length, so that little is padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    domains: tuple[Domain, ...]
+    model: ModelSize = field(default_factory=ModelSize)
+    warm_up: WarmUpSettings = field(default_factory=WarmUpSettings)
+    data_seed: int = 1
+    """Seed of the shards. Their validation tasks are kept out of the warm-up."""
+    num_train: int = 4000
+    """Training tasks per domain."""
+    num_validation: int = 300
+    num_threads: int = 2
+    """Sums of floats depend on it, and so do the weights."""
+
+
+TEXT_RECIPE = Recipe(
+    domains=(
+        Domain(
+            name="addition",  # "Calculate 261 + 120."
+            family=Family(
+                name="basic_arithmetic",
+                settings={
+                    "min_terms": 2,
+                    "max_terms": 2,
+                    "min_digits": 2,
+                    "max_digits": 3,
+                    "operators": ["+"],
+                    "allow_parentheses": False,
+                },
+            ),
+            working="columns",
+        ),
+        Domain(
+            name="running_sums",  # "Calculate 4 + 1 + 7 + 9."
+            family=Family(
+                name="basic_arithmetic",
+                settings={
+                    "min_terms": 4,
+                    "max_terms": 5,
+                    "min_digits": 1,
+                    "max_digits": 1,
+                    "operators": ["+"],
+                    "allow_parentheses": False,
+                },
+            ),
+            working="running_total",
+        ),
+    ),
+)
+"""The quickstart's base and its two domains."""
+
+
+def data_digest(recipe: Recipe) -> str:
+    """Changes with whatever changes the shards."""
+    parts = [recipe.data_seed, recipe.num_train, recipe.num_validation]
+    families = [(domain.name, asdict(domain.family)) for domain in recipe.domains]
+    return _digest([parts, families, _versions(["reasoning-gym"])])
+
+
+def base_digest(recipe: Recipe, seed: int) -> str:
+    """Changes with whatever changes the model: recipe, seed, the code that makes it, package versions."""
+    here = Path(__file__).parent
+    sources = {name: (here / name).read_text(encoding="utf-8") for name in SOURCES_THAT_MATTER}
+    return _digest([asdict(recipe), seed, sources, _versions(PACKAGES_THAT_MATTER)])
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    return {package: metadata.version(package) for package in packages}
+
+
+def _digest(parts: list[object]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

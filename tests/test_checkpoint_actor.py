@@ -1,0 +1,182 @@
+"""An actor's state on disk and back, on real Gloo ranks with real Megatron-Core: exact, at any layout."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from copd_megatron.records import TrainRow
+from tests.layouts import Job, run_layouts
+from tests.models import make_model, random_texts
+
+VOCAB = 321
+OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, lr_warmup_steps=3, clip_grad=0.5, adam_eps=1e-3)
+BEFORE, AFTER = 2, 2
+
+
+def _rows() -> list[TrainRow]:
+    rng = np.random.default_rng(5)
+    return [
+        TrainRow(
+            token_ids=text.token_ids,
+            prompt_length=text.prompt_length,
+            advantages=rng.normal(size=text.response_length).astype(np.float32),
+            loss_mask=np.ones(text.response_length, np.float32),
+            component="native",
+        )
+        for text in random_texts(8, VOCAB)
+    ]
+
+
+def _actor(parallel: ParallelConfig, folder: Path) -> Any:
+    from copd_megatron.policy.actor import MegatronActor
+
+    return MegatronActor(
+        model_path=folder,
+        parallel=parallel,
+        training=TrainingConfig(micro_batch_tokens=128),
+        optimizer=OPTIMIZER,
+        dtype=torch.float32,
+        max_tokens=64,
+        temperature=1.0,
+        seed=3,
+        total_steps=10,
+    )
+
+
+def _train(actor: Any, steps: int) -> list[tuple[float, float, float]]:
+    """(loss, gradient norm, learning rate) of each step."""
+    out = []
+    for _ in range(steps):
+        statistics = actor.forward_backward(_rows(), LossConfig(), max_new_tokens=64)
+        stepped = actor.optimizer_step()
+        out.append((statistics.loss, stepped["grad_norm"], stepped["lr"]))
+    return out
+
+
+def _weights(actor: Any) -> list[np.ndarray]:
+    return [p.detach().numpy().copy() for p in actor.model.parameters()]
+
+
+def _save(actor: Any, folder: Path, teacher: Any, *, in_thread: bool) -> None:
+    """What ``JointSaver`` does for one branch."""
+    import torch.distributed as dist
+
+    from copd_megatron.checkpoint.files import write_metadata
+    from copd_megatron.checkpoint.joint import plan_save
+
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    writer = plan_save(actor, folder, teacher=teacher, copy=in_thread)
+    if in_thread:
+        writer.start()
+        with torch.no_grad():  # training goes on while the thread writes
+            for parameter in actor.model.parameters():
+                parameter.add_(1.0)
+    else:
+        writer.write()
+    written = writer.result()
+    assert written.error is None
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(written, parts, dst=0)
+    if parts is not None:
+        assert writer.metadata is not None
+        write_metadata(folder, writer.metadata, [part.results for part in parts])
+        (folder / "complete").touch()
+    if in_thread:
+        with torch.no_grad():
+            for parameter in actor.model.parameters():
+                parameter.sub_(1.0)
+    dist.barrier()
+
+
+def _first_run(parallel: ParallelConfig, model: Path, out: Path) -> dict[str, Any]:
+    """Trains, saves (in the loop's thread and in another), and trains on."""
+    from copd_megatron.checkpoint.actor_state import random_states
+
+    actor = _actor(parallel, model)
+    teacher = actor.snapshot()
+    _train(actor, BEFORE)
+    begin = time.perf_counter()
+    _save(actor, out / "branch", teacher, in_thread=False)
+    seconds = time.perf_counter() - begin
+    states = random_states()
+    return {"then": _train(actor, AFTER), "weights": _weights(actor), "seconds": seconds,
+            "torch_rng": states["torch"].numpy(), "teacher": [t.numpy() for t in teacher.tensors]}  # fmt: skip
+
+
+def _second_run(parallel: ParallelConfig, model: Path, out: Path, same_layout: bool) -> dict[str, Any]:
+    """Loads what ``_first_run`` saved, and trains on."""
+    from copd_megatron.checkpoint.actor_state import load_state, random_states
+
+    deadline = time.monotonic() + 200
+    while not (out / "branch" / "complete").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    actor = _actor(parallel, model)
+    torch.manual_seed(99)
+    teacher = load_state(actor, str(out / "branch"), with_teacher=True, same_layout=same_layout)
+    assert teacher is not None
+    states = random_states()
+    return {"then": _train(actor, AFTER), "weights": _weights(actor),
+            "torch_rng": states["torch"].numpy(), "teacher": [t.numpy() for t in teacher.tensors]}  # fmt: skip
+
+
+def _either(parallel: ParallelConfig, first: bool, *args: Any) -> dict[str, Any]:
+    return _first_run(parallel, *args) if first else _second_run(parallel, *args)
+
+
+SAVED_AT = [("untied", (2, 1, 1)), ("tied", (2, 2, 1)), ("tied", (1, 1, 2))]
+LOADED_AT = {
+    ("untied", (2, 1, 1)): [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 1)],
+    ("tied", (2, 2, 1)): [(2, 2, 1), (1, 2, 1), (2, 1, 2)],
+    ("tied", (1, 1, 2)): [(1, 1, 2), (2, 1, 1)],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
+    """All saves and loads, in one launch."""
+    base = tmp_path_factory.mktemp("actor_checkpoints")
+    models = {
+        kind: make_model(base / kind, tie_word_embeddings=kind == "tied") for kind in ("tied", "untied")
+    }
+    jobs, keys = [], []
+    for kind, (tp, pp, dp) in SAVED_AT:
+        out = base / f"{kind}_{tp}_{pp}_{dp}"
+        jobs.append(Job(tp=tp, pp=pp, dp=dp, args=(True, models[kind], out)))
+        keys.append((kind, (tp, pp, dp), None))
+        for to in LOADED_AT[kind, (tp, pp, dp)]:
+            jobs.append(
+                Job(tp=to[0], pp=to[1], dp=to[2], args=(False, models[kind], out, to == (tp, pp, dp)))
+            )
+            keys.append((kind, (tp, pp, dp), to))
+    return dict(zip(keys, run_layouts(_either, jobs), strict=True))
+
+
+CASES = [(kind, saved, loaded) for kind, saved in SAVED_AT for loaded in LOADED_AT[kind, saved]]
+
+
+@pytest.mark.parametrize(("kind", "saved", "loaded"), CASES)
+def test_training_goes_on_as_if_it_had_not_stopped(
+    runs: dict[Any, list[Any]], kind: str, saved: Any, loaded: Any
+) -> None:
+    expected, found = runs[kind, saved, None], runs[kind, saved, loaded]
+    if saved != loaded:
+        for rank in found:
+            np.testing.assert_allclose(rank["then"], expected[0]["then"], rtol=1e-5)
+        return
+    for before, after in zip(expected, found, strict=True):
+        assert after["then"] == before["then"], "bit for bit"
+        for one, other in zip(before["weights"], after["weights"], strict=True):
+            assert np.array_equal(one, other)
+        assert np.array_equal(before["torch_rng"], after["torch_rng"])
+        for one, other in zip(before["teacher"], after["teacher"], strict=True):
+            assert np.array_equal(one, other)
