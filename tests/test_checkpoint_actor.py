@@ -29,6 +29,7 @@ def _rows() -> list[TrainRow]:
             advantages=rng.normal(size=text.response_length).astype(np.float32),
             loss_mask=np.ones(text.response_length, np.float32),
             component="native",
+            old_logprobs=np.full(text.response_length, -6.0, np.float32),
         )
         for text in random_texts(8, VOCAB)
     ]

@@ -8,6 +8,7 @@ under ``rng``.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -60,7 +61,7 @@ def sharded_state(
         state["teacher"] = _snapshot_state(actor, state["model"], teacher)
     if actor.optimizer is not None:
         _allocate_optimizer_state(actor)
-        with cpu.cuda_to_cpu():
+        with cpu.cuda_to_cpu(), _offsets_without_padding(actor):
             state["optimizer"] = actor.optimizer.sharded_state_dict(
                 state["model"], is_loading=loading, metadata=_METADATA
             )
@@ -173,6 +174,33 @@ def _allocate_optimizer_state(actor: MegatronActor) -> None:
         if isinstance(inner, torch.optim.Adam):
             for state in inner.state.values():
                 state.setdefault("step", torch.zeros((), dtype=torch.float32))
+
+
+@contextlib.contextmanager
+def _offsets_without_padding(actor: MegatronActor) -> Iterator[None]:
+    """Parameter offsets as the gathered state has them, in force while Megatron cuts it up.
+
+    Megatron-Core 0.19 gathers the optimizer's buckets without the padding between them, and then cuts the
+    parameters out at their offsets with padding: from a buffer's second bucket on (a tied output layer on the
+    last stage has one of its own) it saves shifted values, without a word. Where there is no padding, these
+    are the same offsets. Upstream: ``DistributedOptimizer.sharded_param_state_fully_reshardable``.
+    """
+    buffers = [buffer for optimizer in _optimizers(actor) for buffer in optimizer.buffers]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        shift, total = {}, 0
+        for bucket in buffer.buckets:
+            shift[bucket.bucket_id] = total - bucket.offset
+            total += bucket.numel_unpadded
+        buffer.param_index_map = {
+            parameter: (start + shift[bucket], stop + shift[bucket], bucket)
+            for parameter, (start, stop, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, offsets in zip(buffers, padded, strict=True):
+            buffer.param_index_map = offsets
 
 
 def _load_optimizer(actor: MegatronActor, loaded: dict[Any, Any]) -> None:

@@ -89,12 +89,13 @@ def write_domain(
             )
     seen: set[str] = set()
     splits: dict[str, list[NewSample]] = {"train": [], "validation": []}
-    shares = _shares(num_train, families), _shares(num_validation, families)
+    weights = [family.weight for family in families]
+    shares = divide_by_weight(num_train, weights), divide_by_weight(num_validation, weights)
     for number, (family, train_share, validation_share) in enumerate(zip(families, *shares, strict=True)):
         tasks = _generate(
             family,
             train_share + validation_share,
-            _subseed(seed, name, number, family.name),
+            subseed(seed, name, number, family.name),
             seen,
             template,
             prompt_suffix,
@@ -102,7 +103,7 @@ def write_domain(
         splits["validation"] += tasks[:validation_share]
         splits["train"] += tasks[validation_share:]
     for split, samples in splits.items():
-        random.Random(_subseed(seed, name, split)).shuffle(samples)
+        random.Random(subseed(seed, name, split)).shuffle(samples)
     train = write_shards(splits["train"], out, prefixes[0], shard_size=shard_size, overwrite=overwrite)
     validation = []
     if splits["validation"]:
@@ -114,9 +115,8 @@ def write_domain(
     )
 
 
-def _shares(total: int, families: Sequence[Family]) -> list[int]:
-    """``total`` divided by weight, by largest remainder."""
-    weights = [family.weight for family in families]
+def divide_by_weight(total: int, weights: Sequence[float]) -> list[int]:
+    """``total`` divided by weight, by largest remainder. Raises DataError for a weight of 0 or below."""
     if any(weight <= 0 for weight in weights):
         raise DataError(f"family weights {weights}: every weight must be positive.")
     exact = [total * weight / sum(weights) for weight in weights]
@@ -127,7 +127,8 @@ def _shares(total: int, families: Sequence[Family]) -> list[int]:
     return shares
 
 
-def _subseed(*parts: object) -> int:
+def subseed(*parts: object) -> int:
+    """A 31-bit seed from what it is for."""
     # reasoning-gym seeds task i with seed + i: seeds that lie close together would share their tasks.
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from copd_megatron.config.schema import RolloutConfig
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.records import Prompt, Rollout
+from copd_megatron.rollout import in_place
 from copd_megatron.rollout.media import engine_input, engine_settings
 
 
@@ -83,6 +84,8 @@ class RolloutEngine:
         self.llm = self._start(str(model_path), dtype, max_tokens, identity)
         dist.barrier()
         _unlink_shared_memory(identity)
+        self.loads_in_place = all(self.llm.collective_rpc(in_place.prepare))
+        """Whether a tensor of ``load_weights`` is done with when the next is asked for."""
 
     def _start(self, model_path: str, dtype: torch.dtype, max_tokens: int, identity: str) -> Any:
         on_cuda = torch.cuda.is_available()
@@ -98,7 +101,13 @@ class RolloutEngine:
 
         settings: dict[str, Any] = {"gpu_memory_utilization": self.config.gpu_memory_utilization}
         if not on_cuda:
-            settings = {"kv_cache_memory_bytes": int(self.config.cpu_kv_cache_gib * 2**30)}
+            settings = {
+                "kv_cache_memory_bytes": int(self.config.cpu_kv_cache_gib * 2**30),
+                # A prompt that is prefilled in pieces has its seeded generator rewound, which vLLM does by an
+                # offset that CPU generators lack: every prompt must fit into one step.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": self.config.max_num_seqs * max_tokens,
+            }
         if self.media is not None:
             settings |= engine_settings(self.media.processor)
         return vllm.LLM(
@@ -127,11 +136,13 @@ class RolloutEngine:
         without a version and refuses to sample.
         """
         self.version = None
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        if not torch.cuda.is_available():
-            self.llm.collective_rpc(_repack_output_head)
+        if self.loads_in_place:
+            self.llm.collective_rpc(in_place.load, args=(iter(weights),))
+        else:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            if not torch.cuda.is_available():
+                self.llm.collective_rpc(_repack_output_head)
         self.llm.reset_prefix_cache()
-        self.llm.llm_engine.reset_encoder_cache()
         self.version = version
 
     # ---- sampling --------------------------------------------------------------------------------------

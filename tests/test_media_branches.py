@@ -1,0 +1,173 @@
+"""Runs with text, image and video branches of a Qwen3-VL: K = 3 and 4, unequal layouts, both ways of routing
+media, and bad media that must not disturb."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from copd_megatron.data.write import NewSample, write_shards
+from tests.models_vl import make_vl_model
+
+TRUNCATED, CORRUPT = "truncated", "corrupt"
+
+
+def _square(rng: np.random.Generator) -> np.ndarray:
+    frame = np.zeros((32, 32, 3), np.uint8)
+    x, y = rng.integers(0, 20, size=2)
+    frame[y : y + 10, x : x + 10] = (255, 40, 40)
+    return frame
+
+
+def _png(rng: np.random.Generator) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(_square(rng)).save(out, "PNG")
+    return out.getvalue()
+
+
+def _mp4(rng: np.random.Generator) -> bytes:
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for _ in range(6):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(_square(rng), format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return out.getvalue()
+
+
+def _write_domain(folder: Path, name: str, kind: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for part, count in (("train", 24), ("validation", 6)):
+        samples = []
+        for i in range(count):
+            media = {}
+            if kind == "image":
+                media = {"0.png": _png(rng)}
+            elif kind == "video":
+                media = {"mp4": _mp4(rng)}
+            marker = "" if kind == "text" else f"<{kind}>"
+            answer = str(int(rng.integers(10)))
+            samples.append(
+                NewSample(
+                    prompt=f"{marker}Say {answer}.",
+                    answer=answer,
+                    verifier="exact",
+                    key=f"{i:06d}",
+                    media=media,
+                )
+            )
+        if part == "train" and kind == "image":
+            bad = {"0.png": samples[0].media["0.png"][:40]}
+            samples.append(NewSample(prompt="<image>?", answer="1", verifier="exact", key=CORRUPT, media=bad))
+        if part == "train" and kind == "video":
+            bad = {"mp4": samples[0].media["mp4"][:-200]}
+            samples.append(
+                NewSample(prompt="<video>?", answer="1", verifier="exact", key=TRUNCATED, media=bad)
+            )
+        write_shards(samples, folder, f"{name}-{part}")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("media")
+    make_vl_model(root / "base", tied=True)
+    for seed, (name, kind) in enumerate(
+        (("text", "text"), ("image", "image"), ("video", "video"), ("more", "text"))
+    ):
+        _write_domain(root / "data", name, kind, seed)
+    return root
+
+
+def _run(root: Path, name: str, branches: dict[str, dict[str, int]], opd: dict[str, Any]) -> dict[str, Any]:
+    config = {
+        "run": {"name": name, "dir": str(root / name), "device": "cpu", "collective_timeout_seconds": 300},
+        "model": {"path": str(root / "base"), "max_sequence_tokens": 128},
+        "media": {"frame_rate": 4.0, "num_workers": 1},
+        "branch_defaults": {
+            "num_prompts_per_step": 26,  # more than a shard holds: every sample is met, the bad ones too
+            "num_generations_per_prompt": 2,
+            "rollout": {"max_new_tokens": 4},
+            "data": {"max_prompt_tokens": 120},
+        },
+        "branches": {
+            branch: {
+                "parallel": parallel,
+                "data": {
+                    "train": [str(root / "data" / f"{branch}-train-*.tar")],
+                    "validation": [str(root / "data" / f"{branch}-validation-*.tar")],
+                },
+            }
+            for branch, parallel in branches.items()
+        },
+        "schedule": {"cycles": 1, "rlvr_steps": 1, "opd_steps": 1},
+        "opd": {"num_prompts_per_step": 2, "behaviour": {"num_states": 8}, **opd},
+        "optimizer": {"lr": 1e-5},
+        "logging": {"console": False},
+    }
+    path = root / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [sys.executable, "-m", "copd_megatron.cli", "train", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).resolve().parents[1],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    lines = (root / name / "metrics.jsonl").read_text().splitlines()
+    return {"log": done.stderr, "steps": [json.loads(line) for line in lines], "folder": root / name}
+
+
+def _check(outcome: dict[str, Any], branches: list[str], edges: set[str]) -> None:
+    for step in outcome["steps"]:
+        for branch in branches:
+            assert step[f"{branch}/train/gen_logprob_error_max"] < 1e-3, "vLLM and the actor see the same"
+    last = outcome["steps"][-1]
+    gaps = {key.removeprefix("copd/teacher_gap/") for key in last if key.startswith("copd/teacher_gap/")}
+    assert gaps == edges
+    overlaps = {key.partition("@10/")[2] for key in last if key.startswith("copd/overlap@")}
+    assert overlaps == {edge.replace("<-", "-") for edge in edges}
+    table = json.loads((outcome["folder"] / "evaluation.json").read_text())
+    assert set(table["accuracy"]) == {"base", "merged", *branches}
+
+
+def test_three_branches_all_to_all_with_media_shipped(root: Path) -> None:
+    branches = ["text", "image", "video"]
+    outcome = _run(
+        root, "three", {name: {} for name in branches}, {"topology": "all_to_all", "ship_media": True}
+    )
+    _check(outcome, branches, {f"{a}<-{b}" for a in branches for b in branches if a != b})
+    last = outcome["steps"][-1]
+    assert last["image/data/skipped"] >= 1 and last["video/data/skipped"] >= 1
+    assert CORRUPT in outcome["log"] and "rank 0" in outcome["log"]
+
+
+@pytest.mark.slow
+def test_four_branches_of_unequal_layout_around_a_hub(root: Path) -> None:
+    layouts: dict[str, dict[str, int]] = {
+        "text": {"tensor_model_parallel_size": 2},
+        "image": {"pipeline_model_parallel_size": 2},
+        "video": {},
+        "more": {"data_parallel_size": 2},
+    }
+    outcome = _run(root, "four", layouts, {"topology": "hub_and_spoke"})
+    spokes = ["image", "video", "more"]
+    _check(outcome, list(layouts), {f"text<-{s}" for s in spokes} | {f"{s}<-text" for s in spokes})
