@@ -168,6 +168,6 @@ def test_four_branches_of_unequal_layout_around_a_hub(root: Path) -> None:
         "video": {},
         "more": {"data_parallel_size": 2},
     }
-    outcome = _run(root, "four", layouts, {"topology": "hub_and_spoke"})
+    outcome = _run(root, "four", layouts, {"topology": "hub_and_spoke", "hub": "text"})
     spokes = ["image", "video", "more"]
     _check(outcome, list(layouts), {f"text<-{s}" for s in spokes} | {f"{s}<-text" for s in spokes})
