@@ -1,14 +1,24 @@
 #!/usr/bin/env bash
 # The whole thing, small, on this machine's CPU: sets up, makes a tiny base model and its data (once), trains
-# two branches with CoPD, merges them, and prints the evaluation table.
+# branches with CoPD, merges them, and prints the evaluation table.
 #
-#   launchers/quickstart.sh [key=value ...]        such as run.seed=2 or schedule.cycles=4
+#   launchers/quickstart.sh [key=value ...]             two kinds of text: a tiny Qwen3, two branches
+#   launchers/quickstart.sh --visual [key=value ...]    text, image and video: a tiny Qwen3-VL, three branches
 #
-# Runs in the project folder; relative paths among the arguments start there.
+# key=value changes a setting, such as run.seed=2 or schedule.cycles=4. Runs in the project folder; relative
+# paths among the arguments start there.
 #
 #   COPD_VENV        see launchers/setup.sh
-#   COPD_TINY_BASE   folder of the tiny base model; default .cache/tiny_text
+#   COPD_TINY_BASE   folder of the tiny base model; default .cache/tiny_text, with --visual .cache/tiny_vl
 set -euo pipefail
+kind=text config=configs/two_branch_tiny.yaml
+if [[ ${1-} == --visual ]]; then
+    kind=vl config=configs/three_branch_tiny.yaml
+    shift
+elif [[ ${1-} == -* ]]; then
+    echo "quickstart: unknown option $1. Use --visual or none, then key=value settings." >&2
+    exit 2
+fi
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 cd -- "$COPD_ROOT"
@@ -17,6 +27,6 @@ copd_setup cpu
 # Everything it needs is local from here on.
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false
 
-base=${COPD_TINY_BASE:-.cache/tiny_text}
-python tools/make_tiny_base.py --out "$base"
-exec copd train configs/two_branch_tiny.yaml "model.path=$base" "$@"
+base=${COPD_TINY_BASE:-.cache/tiny_$kind}
+python tools/make_tiny_base.py --kind "$kind" --out "$base"
+exec copd train "$config" "model.path=$base" "$@"

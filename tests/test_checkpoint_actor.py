@@ -69,7 +69,7 @@ def _save(actor: Any, folder: Path, teacher: Any, *, in_thread: bool) -> None:
     """What ``JointSaver`` does for one branch."""
     import torch.distributed as dist
 
-    from copd_megatron.checkpoint.files import write_metadata
+    from copd_megatron.checkpoint.distcp import write_metadata
     from copd_megatron.checkpoint.joint import plan_save
 
     if dist.get_rank() == 0:
@@ -89,7 +89,7 @@ def _save(actor: Any, folder: Path, teacher: Any, *, in_thread: bool) -> None:
     dist.gather_object(written, parts, dst=0)
     if parts is not None:
         assert writer.metadata is not None
-        write_metadata(folder, writer.metadata, [part.results for part in parts])
+        write_metadata(folder, writer.metadata, [place for part in parts for place in part.places])
         (folder / "complete").touch()
     if in_thread:
         with torch.no_grad():
@@ -109,8 +109,13 @@ def _first_run(parallel: ParallelConfig, model: Path, out: Path) -> dict[str, An
     _save(actor, out / "branch", teacher, in_thread=False)
     seconds = time.perf_counter() - begin
     states = random_states()
-    return {"then": _train(actor, AFTER), "weights": _weights(actor), "seconds": seconds,
-            "torch_rng": states["torch"].numpy(), "teacher": [t.numpy() for t in teacher.tensors]}  # fmt: skip
+    return {
+        "then": _train(actor, AFTER),
+        "weights": _weights(actor),
+        "seconds": seconds,
+        "torch_rng": states["torch"].numpy(),
+        "teacher": [t.numpy() for t in teacher.tensors],
+    }
 
 
 def _second_run(parallel: ParallelConfig, model: Path, out: Path, same_layout: bool) -> dict[str, Any]:
@@ -126,8 +131,12 @@ def _second_run(parallel: ParallelConfig, model: Path, out: Path, same_layout: b
     teacher = load_state(actor, str(out / "branch"), with_teacher=True, same_layout=same_layout)
     assert teacher is not None
     states = random_states()
-    return {"then": _train(actor, AFTER), "weights": _weights(actor),
-            "torch_rng": states["torch"].numpy(), "teacher": [t.numpy() for t in teacher.tensors]}  # fmt: skip
+    return {
+        "then": _train(actor, AFTER),
+        "weights": _weights(actor),
+        "torch_rng": states["torch"].numpy(),
+        "teacher": [t.numpy() for t in teacher.tensors],
+    }
 
 
 def _either(parallel: ParallelConfig, first: bool, *args: Any) -> dict[str, Any]:

@@ -8,7 +8,8 @@ Starts its own ranks, makes a random Qwen3-shaped model, and on the same ranks, 
 
 * live: Megatron shards to vLLM shards, as after every training step
 * copy: ``Tensor.copy_`` of as many bytes as vLLM takes in on each rank
-* disk: export to a Hugging Face folder, then vLLM loads that folder
+* disk: export to a Hugging Face folder, flushed and out of the page cache, then vLLM loads that folder
+* page cache: the same without the flush, so that the bytes may never have met a disk
 
 Times are those of the slowest rank. GB/s counts the bytes that vLLM takes in on all ranks (1 GB = 1e9 bytes).
 Extra memory is the largest rise of one rank during a sync: resident set on CPU, torch's allocator on CUDA.
@@ -56,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-# ---- one launch, measured on its ranks ----------------------------------------------------------------------
+# ---- one launch, measured on its ranks -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,12 @@ class Measurement:
     """The same pass with nobody loading: what the transport alone takes."""
     copy_seconds: list[float]
     export_seconds: list[float]
-    reload_seconds: list[float]
+    flush_seconds: list[float]
+    """Until the export is on the device, and out of the page cache."""
+    cold_load_seconds: list[float]
+    """vLLM takes in the folder from the device."""
+    warm_load_seconds: list[float]
+    """The same from the page cache."""
     extra_bytes: list[int]
     """Rise of the most affected rank during a sync."""
     stream_extra_bytes: list[int]
@@ -88,7 +94,12 @@ class Measurement:
 
     @property
     def disk_seconds(self) -> list[float]:
-        return [a + b for a, b in zip(self.export_seconds, self.reload_seconds, strict=True)]
+        parts = zip(self.export_seconds, self.flush_seconds, self.cold_load_seconds, strict=True)
+        return [sum(part) for part in parts]
+
+    @property
+    def page_cache_seconds(self) -> list[float]:
+        return [a + b for a, b in zip(self.export_seconds, self.warm_load_seconds, strict=True)]
 
 
 class _MemoryProbe:
@@ -213,9 +224,14 @@ def measure(arguments: argparse.Namespace, folder: Path, rollout_tp: int) -> Mea
         for _ in sync.stream.buckets_filled():
             pass
 
+    def load() -> None:
+        engine.load_weights(HFFolder(out).iterate(), version=0)
+
     drain()
     probe = _MemoryProbe(on_cuda)
-    times: dict[str, list[float]] = {name: [] for name in ("live", "stream", "copy", "export", "reload")}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("live", "stream", "copy", "export", "warm", "flush", "cold")
+    }
     rises: dict[str, list[int]] = {"live": [], "stream": []}
     for _ in range(arguments.repeats):
         for name, action in (("live", sync), ("stream", drain)):
@@ -224,9 +240,9 @@ def measure(arguments: argparse.Namespace, folder: Path, rollout_tp: int) -> Mea
             rises[name].append(_max(probe.rise()))
         times["copy"].append(_slowest(lambda: target.copy_(source), on_cuda))
         times["export"].append(_slowest(lambda: export_hf(actor, out, source=folder), on_cuda))
-        times["reload"].append(
-            _slowest(lambda: engine.load_weights(HFFolder(out).iterate(), version=0), on_cuda)
-        )
+        times["warm"].append(_slowest(load, on_cuda))
+        times["flush"].append(_slowest(lambda: _to_device(out), on_cuda))
+        times["cold"].append(_slowest(load, on_cuda))
     result = Measurement(
         layout=f"TP {arguments.tp} x PP {arguments.pp} x DP {arguments.dp} -> vLLM TP {rollout_tp}",
         device=torch.cuda.get_device_name() if on_cuda else "cpu",
@@ -243,13 +259,26 @@ def measure(arguments: argparse.Namespace, folder: Path, rollout_tp: int) -> Mea
         stream_seconds=times["stream"],
         copy_seconds=times["copy"],
         export_seconds=times["export"],
-        reload_seconds=times["reload"],
+        flush_seconds=times["flush"],
+        cold_load_seconds=times["cold"],
+        warm_load_seconds=times["warm"],
         extra_bytes=rises["live"],
         stream_extra_bytes=rises["stream"],
     )
     dist.barrier()
     dist.destroy_process_group()
     return result
+
+
+def _to_device(folder: Path) -> None:
+    """Waits until the first rank's files have left the page cache for the device."""
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -259,14 +288,12 @@ def _numel(shape: tuple[int, ...]) -> int:
     return total
 
 
-# ---- the model, the launches, the table -----------------------------------------------------------------------
+# ---- the model, the launches, the table -----------------------------------------------------------------
 
 
 def make_model(folder: Path, *, size_bytes: int, hidden: int, vocab: int, tied: bool, multiple: int) -> int:
-    """Writes a random Qwen3 of about ``size_bytes``; as many layers as that takes, a multiple of ``multiple``.
-
-    Returns its bytes.
-    """
+    """Writes a random Qwen3 of about ``size_bytes``: as many layers as that takes, a multiple of
+    ``multiple``. Returns its bytes."""
     import torch
     from safetensors.torch import save_file
     from transformers import Qwen3Config
@@ -352,11 +379,14 @@ def table(results: list[Measurement]) -> str:
         ("  of which streaming alone, s", lambda m: _spread(m.stream_seconds)),
         ("plain copy, s", lambda m: _spread(m.copy_seconds)),
         ("disk: export, s", lambda m: _spread(m.export_seconds)),
-        ("disk: vLLM loads, s", lambda m: _spread(m.reload_seconds)),
+        ("  flush, s", lambda m: _spread(m.flush_seconds)),
+        ("  vLLM loads from the device, s", lambda m: _spread(m.cold_load_seconds)),
+        ("  vLLM loads from the page cache, s", lambda m: _spread(m.warm_load_seconds)),
         ("live sync, GB/s", lambda m: rate(m, m.live_seconds)),
         ("plain copy, GB/s", lambda m: rate(m, m.copy_seconds)),
         ("live / copy", lambda m: ratio(m.live_seconds, m.copy_seconds)),
         ("disk / live", lambda m: ratio(m.disk_seconds, m.live_seconds)),
+        ("page cache / live", lambda m: ratio(m.page_cache_seconds, m.live_seconds)),
         ("extra memory of a sync, MiB", lambda m: extra(m, m.extra_bytes)),
         ("  of which streaming, MiB", lambda m: extra(m, m.stream_extra_bytes)),
     ]

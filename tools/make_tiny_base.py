@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Make the tiny base model of the CPU quickstart and the shards of its domains, unless they are there.
+"""Make the tiny base model of a CPU quickstart and the shards of its domains, unless they are there.
 
-    python tools/make_tiny_base.py --out .cache/tiny_text
+    python tools/make_tiny_base.py --kind text --out .cache/tiny_text     # Qwen3, two text domains
+    python tools/make_tiny_base.py --kind vl --out .cache/tiny_vl         # Qwen3-VL: text, image, video
 
 writes the model, an ordinary Hugging Face folder, to ``.cache/tiny_text``, and the training and validation
-shards to ``.cache/tiny_text_data``. Two minutes on two cores; nothing the second time. What is made is
-said in ``copd_megatron/tiny/recipe.py``.
+shards to ``.cache/tiny_text_data``. Minutes on two cores; nothing the second time. What is made is said in
+``copd_megatron/tiny/recipe.py`` and ``vl_recipe.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from copd_megatron.data.errors import DataError
 from copd_megatron.tiny.base import TinyBaseError, make_data, make_tiny_base
 from copd_megatron.tiny.recipe import TEXT_RECIPE, Recipe
+from copd_megatron.tiny.vl import make_visual_base, make_visual_data
+from copd_megatron.tiny.vl_recipe import VL_RECIPE, VisualRecipe
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -29,6 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--kind", choices=("text", "vl"), default="text", help="modalities; default: text")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--data", type=Path, help="folder of the shards; default: <out>_data")
     parser.add_argument("--seed", type=int, default=1, help="seed of the model and its warm-up")
@@ -36,11 +40,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def recipe_of(arguments: argparse.Namespace) -> Recipe:
+def recipe_of(arguments: argparse.Namespace) -> Recipe | VisualRecipe:
+    recipe: Recipe | VisualRecipe = VL_RECIPE if arguments.kind == "vl" else TEXT_RECIPE
     if arguments.steps is None:
-        return TEXT_RECIPE
-    warm_up = dataclasses.replace(TEXT_RECIPE.warm_up, num_steps=arguments.steps)
-    return dataclasses.replace(TEXT_RECIPE, warm_up=warm_up)
+        return recipe
+    return dataclasses.replace(recipe, warm_up=dataclasses.replace(recipe.warm_up, num_steps=arguments.steps))
 
 
 class ProgressLines:
@@ -69,10 +73,17 @@ def main() -> int:
     data = arguments.data or arguments.out.with_name(f"{arguments.out.name}_data")
     started = time.monotonic()
     try:
-        names = " and ".join(domain.name for domain in recipe.domains)
-        made = make_data(data, recipe)
+        if isinstance(recipe, VisualRecipe):
+            names = ", ".join(recipe.names)
+            made = make_visual_data(data, recipe)
+        else:
+            names = ", ".join(domain.name for domain in recipe.domains)
+            made = make_data(data, recipe)
         print(f"{data}: shards of {names} {'written' if made else 'are there already'}", flush=True)
-        made = make_tiny_base(arguments.out, recipe, seed=arguments.seed, progress=ProgressLines())
+        if isinstance(recipe, VisualRecipe):
+            made = make_visual_base(arguments.out, recipe, seed=arguments.seed, progress=ProgressLines())
+        else:
+            made = make_tiny_base(arguments.out, recipe, seed=arguments.seed, progress=ProgressLines())
         print(
             f"{arguments.out}: tiny base model "
             + (f"made in {time.monotonic() - started:.0f} s" if made else "is there already")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -93,15 +94,8 @@ def load_state(
     """
     wanted = actor.snapshot() if with_teacher else None
     state = sharded_state(actor, teacher=wanted, loading=True, with_rng=same_layout)
-    _drop_extra_state(state, folder)
     groups = _hyperparameters(actor)
-    try:
-        loaded = dist_checkpointing.load(state, folder)
-    except (CheckpointingException, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} does not fit the model: {error}; resume with the model.path and the branches that it "
-            "was saved with"
-        ) from error
+    loaded = _load(state, folder)
     with cpu.cuda_to_cpu(), torch.no_grad():
         _copy_model(actor, loaded["model"])
         if actor.optimizer is not None:
@@ -114,6 +108,34 @@ def load_state(
     if wanted is None:
         return None
     return WeightSnapshot(version=wanted.version, tensors=_in_parameter_order(actor, loaded["teacher"]))
+
+
+def load_weights(actor: MegatronActor, folder: str) -> None:
+    """Puts only the weights of a folder in Megatron's format into the actor; collective over the branch.
+
+    Raises:
+        CheckpointError: the folder does not fit the model.
+    """
+    state = {"model": actor.model.sharded_state_dict(prefix="")}
+    loaded = _load(state, folder)
+    with torch.no_grad():
+        _copy_model(actor, loaded["model"])
+
+
+def _load(state: dict[str, Any], folder: str) -> dict[str, Any]:
+    """``dist_checkpointing.load``, without what it lacks and with errors that help."""
+    _drop_extra_state(state, folder)
+    try:
+        with warnings.catch_warnings():
+            # torch tells of its own calls to itself
+            warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+            loaded: dict[str, Any] = dist_checkpointing.load(state, folder)
+    except (CheckpointingException, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} does not fit the model: {error}; use the model.path and the branches that it was "
+            "saved with"
+        ) from error
+    return loaded
 
 
 # ---- weights ---------------------------------------------------------------------------------------------

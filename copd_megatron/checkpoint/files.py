@@ -8,18 +8,13 @@ process that is killed leaves no child behind.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-import pickle
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -28,76 +23,20 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from copd_megatron.checkpoint.manifest import FileEntry, hash_file, sync_folder
-
-METADATA_FILES = (".metadata", "metadata.json")
-
-
-class HashingFile(io.RawIOBase):
-    """A file opened for writing that hashes what passes, appended to only.
-
-    After a failed write it swallows the rest: ``torch.save`` answers an exception from below by writing
-    again. ``finish`` raises what went wrong first.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._file = path.open("wb", buffering=0)
-        self._digest = hashlib.sha256()
-        self._size = 0
-        self._error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        """Appends bytes; after a failure does nothing."""
-        view = memoryview(data).cast("B")
-        left = view
-        try:
-            while self._error is None and len(left):
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            self._error = error
-        if self._error is None:
-            self._digest.update(view)
-        self._size += view.nbytes
-        return view.nbytes
-
-    def tell(self) -> int:
-        return self._size
-
-    @property
-    def failed(self) -> bool:
-        """Whether a write has failed."""
-        return self._error is not None
-
-    def finish(self) -> tuple[int, str]:
-        """Brings everything to the disk and closes; returns size and SHA-256.
-
-        Raises:
-            OSError: a write failed, now or before.
-        """
-        try:
-            if self._error is not None:
-                raise self._error
-            os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-        return self._size, self._digest.hexdigest()
+from copd_megatron.checkpoint.distcp import HashingFile, append
+from copd_megatron.checkpoint.manifest import FileEntry
 
 
 @dataclass(kw_only=True)
 class Written:
     """What one rank wrote."""
 
-    results: list[WriteResult] = field(default_factory=list)
-    """Where each tensor lies, for Megatron's metadata."""
+    places: list[tuple[MetadataIndex, _StorageInfo]] = field(default_factory=list)
+    """Where each item lies."""
     files: list[FileEntry] = field(default_factory=list)
     error: str | None = None
     """Why it failed; None: everything is on the disk."""
@@ -173,31 +112,15 @@ class ShardWriter:
 
     def _write(self, name: str) -> Written:
         stream = HashingFile(self.folder / name)
-        results = []
+        places = []
         for item, data in self._items:
-            results.append(_write_item(stream, item, data, name))
+            place = append(stream, data, name)
+            places.append((item.index, place))
             if stream.failed:
                 break
         size, digest = stream.finish()
         entry = FileEntry(path=f"{self.folder.name}/{name}", num_bytes=size, sha256=digest)
-        return Written(results=results, files=[entry])
-
-
-def _write_item(stream: HashingFile, item: WriteItem, data: Any, name: str) -> WriteResult:
-    """One item in the form that ``torch.distributed.checkpoint`` reads."""
-    begin = stream.tell()
-    if item.type is WriteItemType.BYTE_IO:
-        stream.write(data.getbuffer())
-    else:
-        torch.save(own_storage(data.detach().cpu()), cast(IO[bytes], stream))
-    length = stream.tell() - begin
-    return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, begin, length))
-
-
-def own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without the rest of a larger storage, which ``torch.save`` would write as well."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+        return Written(places=places, files=[entry])
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):
@@ -224,32 +147,3 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
             ),
         )
         return AsyncRequest(None, (), [])
-
-
-def write_metadata(folder: Path, metadata: Metadata, results: list[list[WriteResult]]) -> list[FileEntry]:
-    """Writes ``.metadata`` and ``metadata.json``, which tell where every tensor of a branch lies.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    metadata.version = CURRENT_DCP_VERSION
-    metadata.storage_data = {r.index: r.storage_data for part in results for r in part}
-    metadata.storage_meta = StorageMeta(checkpoint_id=folder.name)
-    if hasattr(metadata, "all_local_plans"):
-        del metadata.all_local_plans  # Megatron's cache for its own later saves; it would fill the file
-    with (folder / ".metadata").open("wb") as file:
-        pickle.dump(metadata, file)
-        file.flush()
-        os.fsync(file.fileno())
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    with (folder / "metadata.json").open("rb") as file:
-        os.fsync(file.fileno())
-    sync_folder(folder)
-    return [
-        FileEntry(
-            path=f"{folder.name}/{name}",
-            num_bytes=(folder / name).stat().st_size,
-            sha256=hash_file(folder / name),
-        )
-        for name in METADATA_FILES
-    ]

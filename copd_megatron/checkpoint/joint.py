@@ -25,7 +25,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 
 from copd_megatron import __version__
 from copd_megatron.checkpoint.actor_state import actor_layout, load_state, sharded_state
-from copd_megatron.checkpoint.files import SaveStrategy, ShardWriter, Written, write_metadata
+from copd_megatron.checkpoint.distcp import write_metadata
+from copd_megatron.checkpoint.files import SaveStrategy, ShardWriter, Written
 from copd_megatron.checkpoint.manifest import (
     BranchEntry,
     CheckpointError,
@@ -232,7 +233,8 @@ class JointSaver:
         try:
             if pending.writer is not None:
                 assert pending.writer.metadata is not None
-                files += write_metadata(folder, pending.writer.metadata, [part.results for part in parts])
+                places = [place for part in parts for place in part.places]
+                files += write_metadata(folder, pending.writer.metadata, places)
             state = json.dumps(saved.loop_state, indent=1).encode()
             files.append(write_durably(folder / LOOP_STATE, state))
         except OSError as error:

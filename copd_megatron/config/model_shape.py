@@ -101,19 +101,30 @@ def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
             f"{where}: no such folder (working directory {Path.cwd()}); it has to be a Hugging Face model "
             f"folder with config.json, safetensors and a tokenizer"
         )
-    config = _read_json(path / "config.json", where)
+    shape = read_sizes(path, key)
+    _check_weights(path, where)
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"{where}: no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)} beside config.json "
+            f"(AutoTokenizer.save_pretrained writes them)"
+        )
+    return shape
+
+
+def read_sizes(folder: str | Path, key: str = "model.path") -> ModelShape:
+    """The model that a folder's ``config.json`` describes, whether or not its weights are there.
+
+    Raises:
+        ConfigError: no config.json, or not Qwen3.
+    """
+    where = f"{key}: {folder}"
+    config = _read_json(Path(folder) / "config.json", where)
     architectures = config.get("architectures") or []
     known = [name for name in architectures if name in SUPPORTED_ARCHITECTURES]
     if not known:
         found = ", ".join(map(str, architectures)) or "none named"
         raise ConfigError(
             f"{where}: config.json: architectures is {found}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
-    _check_weights(path, where)
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise ConfigError(
-            f"{where}: no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)} beside config.json "
-            f"(AutoTokenizer.save_pretrained writes them)"
         )
     return _shape(config, known[0], where)
 

@@ -98,7 +98,7 @@ def decode_video(data: bytes, where: str, config: MediaConfig) -> VideoFrames:
     """Frames of a video, sampled as ``config`` says.
 
     Raises BadSampleError: ``corrupt_video`` (not a video, no frames, damaged frames), ``truncated_video``
-    (it ends before its header says), ``too_many_pixels`` (in the frames to be taken).
+    (it ends before its index or header says), ``too_many_pixels`` (in the frames to be taken).
     """
     try:
         with av.open(io.BytesIO(data), mode="r") as container:
@@ -106,6 +106,10 @@ def decode_video(data: bytes, where: str, config: MediaConfig) -> VideoFrames:
                 raise BadSampleError(where, "corrupt_video", "the file has no video stream", _WRITE_AGAIN)
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
+            needed = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+            if needed > len(data):
+                problem = f"the file is cut off: {len(data)} bytes, its index reaches to {needed}"
+                raise BadSampleError(where, "truncated_video", problem, _WRITE_AGAIN)
             total = stream.frames or _count_frames(data)
             rate = stream.average_rate or stream.guessed_rate
             fps = float(rate) if rate else 0.0

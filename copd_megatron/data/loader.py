@@ -4,8 +4,9 @@
 announces what will be needed, ``get`` and ``features`` return it. Results do not depend on the number of
 threads, on what was announced, or on what the cache held; only the time they take does.
 
-Whatever is announced waits in order; threads take it up while at most half of the cache holds prefetched
-media that nobody has asked for yet, so that a large announcement cannot push out its own beginning.
+Whatever is announced waits in order; threads take it up while no more than half of the cache is taken by
+prefetched media that nobody has asked for yet, so that a large announcement cannot push out its own
+beginning. Beyond its bound the cache holds at most what is being asked for.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class MediaLoader:
         """Prefetched for an owner and not yet asked for: these are not evicted."""
         self._held_bytes = 0
         self._unclaimed_bytes = 0
+        self._largest_bytes = 0
         self._counts = {"hits": 0, "misses": 0, "evictions": 0, "decoded": 0, "failed": 0}
         self._decode_seconds = 0.0
         self._wait_seconds = 0.0
@@ -203,6 +205,7 @@ class MediaLoader:
             if found is not None:
                 self._cache.move_to_end(place)
                 self._claim(place)
+                self._evict(keep=place)
                 self._counts["hits"] += 1
             else:
                 future = self._running.get(place)
@@ -228,11 +231,7 @@ class MediaLoader:
             return
         started: list[tuple[Hashable, MediaPlace, Future[_Loaded]]] = []
         with self._lock:
-            while (
-                self._waiting
-                and len(self._running) < self._max_running
-                and (self._unclaimed_bytes * 2 < self._cache_bytes or not self._unclaimed)
-            ):
+            while self._waiting and len(self._running) < self._max_running and self._has_room():
                 owner, place = self._waiting.popleft()
                 if place not in self._cache and place not in self._running:
                     future: Future[_Loaded] = Future()
@@ -245,6 +244,13 @@ class MediaLoader:
                 with self._lock:
                     del self._running[place]
                 future.cancel()
+
+    def _has_room(self) -> bool:
+        """Whether one more item may be prefetched, taking those under way for as large as the largest."""
+        if not self._unclaimed and not self._running:
+            return True
+        expected = self._unclaimed_bytes + (len(self._running) + 1) * self._largest_bytes
+        return expected * 2 <= self._cache_bytes
 
     def _work(self, owner: Hashable, place: MediaPlace, future: Future[_Loaded]) -> None:
         self._load_into(place, future, prefetched_for=(owner,))
@@ -265,6 +271,7 @@ class MediaLoader:
             self._running.pop(place, None)
             self._cache[place] = loaded
             self._held_bytes += loaded.nbytes
+            self._largest_bytes = max(self._largest_bytes, loaded.nbytes)
             if prefetched_for is not None:
                 self._unclaimed[place] = prefetched_for[0]
                 self._unclaimed_bytes += loaded.nbytes

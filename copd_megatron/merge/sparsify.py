@@ -110,6 +110,26 @@ class RandomMask:
         return delta.mul_(self._factor) if self._factor != 1.0 else delta
 
 
+class _Histograms:
+    """Histograms that are used again (see ``scratch``): a model has hundreds of small tensors."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self) -> Tensor:
+        """All zero; int64 [65536]."""
+        try:
+            return self._free.pop().zero_()
+        except IndexError:
+            return torch.zeros(_HIGH_BINS, dtype=torch.int64)
+
+    def give_back(self, histogram: Tensor) -> None:
+        self._free.append(histogram)
+
+
+_HISTOGRAMS = _Histograms()
+
+
 class Magnitude:
     """Keeps the ``max(1, int(density * n))`` elements of largest magnitude (TIES' trimming).
 
@@ -126,7 +146,7 @@ class Magnitude:
         self._dtype = dtype
         self._kept = max(1, int(density * num_elements)) if density > 0 and num_elements else 0
         self._stage = "high" if self._kept else "done"
-        self._histogram = torch.zeros(_HIGH_BINS, dtype=torch.int64)
+        self._histogram = _HISTOGRAMS.take() if self._kept else None
         self._lock = threading.Lock()
         self._high = self._above = 0
         self._threshold = 0.0
@@ -163,6 +183,7 @@ class Magnitude:
         torch.bitwise_right_shift(bits, _LOW_BITS, out=high)
         if self._stage == "high":
             counts = torch.bincount(high, minlength=_HIGH_BINS)
+            assert self._histogram is not None
             with self._lock:
                 self._histogram += counts
         else:
@@ -173,7 +194,10 @@ class Magnitude:
 
     def advance(self) -> None:
         if self._stage == "high":
+            assert self._histogram is not None
             self._high, self._above = _kth_bin(self._histogram, self._kept)
+            _HISTOGRAMS.give_back(self._histogram)
+            self._histogram = None
             self._stage = "low"
         elif self._stage == "low":
             self._find_threshold()
@@ -185,11 +209,12 @@ class Magnitude:
 
     def _find_threshold(self) -> None:
         """The exact k-th largest, and how many of those equal to it each block keeps."""
-        counts = torch.zeros(1 << _LOW_BITS, dtype=torch.int64)
+        counts = _HISTOGRAMS.take()
         for found in self._lows:
             if found is not None:
                 counts[found[0]] += found[1]
         low, above = _kth_bin(counts, self._kept - self._above)
+        _HISTOGRAMS.give_back(counts)
         self._threshold = _float_of((self._high << _LOW_BITS) | low)
         left = self._kept - self._above - above
         for block, found in enumerate(self._lows):
@@ -204,6 +229,8 @@ class Magnitude:
         quota, ties = self._quota[block], self._ties[block]
         if quota == ties:
             return magnitudes.ge_(self._threshold)
+        if quota == 0:
+            return magnitudes.gt_(self._threshold)
         tied = (magnitudes == self._threshold).nonzero().flatten()[:quota]
         keep = magnitudes.gt_(self._threshold)
         keep[tied] = 1.0

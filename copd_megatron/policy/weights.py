@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -83,9 +83,17 @@ class ShardView:
             shape[slot.dim] = stop - start
         return tuple(shape)
 
-    def read(self, slot: Slot) -> Tensor:
-        """This rank's share, in Hugging Face layout; a copy only where the parameter is fused."""
-        return self._view(slot).reshape(self.local_shape(slot))
+    def read(self, slot: Slot, allocate: Callable[[tuple[int, ...]], Tensor] | None = None) -> Tensor:
+        """This rank's share, in Hugging Face layout; a copy only where the parameter is fused.
+
+        ``allocate`` gives the memory for such a copy; None: torch does.
+        """
+        view, shape = self._view(slot), self.local_shape(slot)
+        if allocate is None or view.is_contiguous():
+            return view.reshape(shape)
+        copy = allocate(shape)
+        copy.view(view.shape).copy_(view)
+        return copy
 
     def write(self, slot: Slot, value: Tensor) -> None:
         """Sets this rank's share (in Hugging Face layout)."""

@@ -55,7 +55,7 @@ class WarmUpSettings:
     num_steps: int = 1100
     batch_size: int = 32
     """Demonstrations per step."""
-    worked_share: float = 0.3
+    worked_share: float = 0.35
     """Demonstrations that work step by step before they answer; the others answer at once. Below a half,
     so that the most likely response answers at once."""
     matrix_lr: float = 6e-3
@@ -93,7 +93,7 @@ TEXT_RECIPE = Recipe(
                 settings={
                     "min_terms": 2,
                     "max_terms": 2,
-                    "min_digits": 2,
+                    "min_digits": 1,
                     "max_digits": 3,
                     "operators": ["+"],
                     "allow_parentheses": False,
@@ -106,8 +106,8 @@ TEXT_RECIPE = Recipe(
             family=Family(
                 name="basic_arithmetic",
                 settings={
-                    "min_terms": 4,
-                    "max_terms": 5,
+                    "min_terms": 3,
+                    "max_terms": 6,
                     "min_digits": 1,
                     "max_digits": 1,
                     "operators": ["+"],

@@ -1,12 +1,17 @@
 """The executor of a plan: a branch's live Megatron shards as a stream of Hugging Face tensors.
 
 Each destination rank gets tensors of full Hugging Face shape in which just the rows that it wants are
-filled; the rest is never transferred and must not be read. Memory: one bucket of such tensors, and at most
-as much again for slices that are not contiguous where they come from or go to.
+filled; the rest is never transferred and must not be read. What a rank holds in that form already is handed
+on as it is.
+
+Memory: one bucket of such tensors, and at most as much again for slices that are not contiguous where they
+come from or go to. It is taken once for a pass and used for one bucket after the other, because fresh memory
+costs more time (a page fault every 4 KiB on CPU) than copying into it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -55,65 +60,108 @@ class ShardStream:
         """Of those, bytes that came from other ranks."""
 
     @torch.no_grad()
-    def buckets_filled(self) -> Iterator[dict[str, Tensor]]:
+    def buckets_filled(self, *, lasting: bool = False) -> Iterator[dict[str, Tensor]]:
         """One pass over the weights, bucket by bucket: Hugging Face name to tensor (empty on ranks that do
-        not receive). Collective: all ranks of the branch must drain it in step."""
-        self.filled_bytes = self.received_bytes = 0
-        for bucket in self.buckets:
-            yield self._fill(bucket)
+        not receive). Collective: all ranks of the branch must drain it in step.
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        A bucket's tensors hold until the next is asked for; with ``lasting`` each has memory of its own.
+        They may be the actor's own parameters: read them only.
+        """
+        self.filled_bytes = self.received_bytes = 0
+        arena = _Arena(self.dtype, self.actor.device)
+        for bucket in self.buckets:
+            arena.reuse(lasting=lasting)
+            yield self._fill(bucket, arena)
+
+    def tensors(self, *, lasting: bool = False) -> Iterator[tuple[str, Tensor]]:
         """``buckets_filled``, one tensor at a time."""
-        for bucket in self.buckets_filled():
+        for bucket in self.buckets_filled(lasting=lasting):
             yield from bucket.items()
 
-    def _fill(self, bucket: Bucket) -> dict[str, Tensor]:
-        device = self.actor.device
+    def _fill(self, bucket: Bucket, arena: _Arena) -> dict[str, Tensor]:
         filled: dict[str, Tensor] = {}
-        if self.receives:
-            filled = {
-                slot.name: torch.empty(slot.shape, dtype=self.dtype, device=device) for slot in bucket.slots
-            }
         shares: dict[str, Tensor] = {}
         operations: list[dist.P2POp] = []
         arriving: list[tuple[Tensor, Tensor]] = []
         for transfer in bucket.transfers:
+            name = transfer.slot.name
             if transfer.src == self.rank:
-                piece = self._piece(shares, transfer)
+                piece = self._piece(shares, transfer, arena)
                 if transfer.dst != self.rank:
                     operations.append(dist.P2POp(dist.isend, piece.contiguous(), transfer.dst))
-            if transfer.dst == self.rank:
-                place = _rows(filled[transfer.slot.name], transfer.slot, transfer.start, transfer.stop)
-                num_bytes = place.numel() * place.element_size()
-                self.filled_bytes += num_bytes
-                if transfer.src == self.rank:
-                    place.copy_(piece)
-                    continue
-                self.received_bytes += num_bytes
-                landing = (
-                    place
-                    if place.is_contiguous()
-                    else torch.empty(place.shape, dtype=self.dtype, device=device)
-                )
-                if landing is not place:
-                    arriving.append((place, landing))
-                operations.append(dist.P2POp(dist.irecv, landing, transfer.src))
+            if transfer.dst != self.rank:
+                continue
+            if transfer.src == self.rank and piece.shape == transfer.slot.shape:
+                filled[name] = piece
+                self.filled_bytes += piece.numel() * piece.element_size()
+                continue
+            if name not in filled:
+                filled[name] = arena.take(transfer.slot.shape)
+            place = _rows(filled[name], transfer.slot, transfer.start, transfer.stop)
+            num_bytes = place.numel() * place.element_size()
+            self.filled_bytes += num_bytes
+            if transfer.src == self.rank:
+                place.copy_(piece)
+                continue
+            self.received_bytes += num_bytes
+            landing = place if place.is_contiguous() else arena.take(tuple(place.shape))
+            if landing is not place:
+                arriving.append((place, landing))
+            operations.append(dist.P2POp(dist.irecv, landing, transfer.src))
         if operations:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
         for place, landing in arriving:
             place.copy_(landing)
-        return filled
+        if not self.receives:
+            return {}
+        # a vLLM rank that keeps no row of a small vocabulary still has to be told of the tensor
+        return {
+            slot.name: filled[slot.name] if slot.name in filled else arena.take(slot.shape)
+            for slot in bucket.slots
+        }
 
-    def _piece(self, shares: dict[str, Tensor], transfer: Transfer) -> Tensor:
+    def _piece(self, shares: dict[str, Tensor], transfer: Transfer, arena: _Arena) -> Tensor:
         """The rows of this rank's share that a transfer carries; a share is read once per bucket."""
         name = transfer.slot.name
         if name not in shares:
-            shares[name] = self.actor.view.read(self._slots[name])
+            shares[name] = self.actor.view.read(self._slots[name], arena.take)
         if transfer.start is None or transfer.stop is None:
             return shares[name]
         first, _ = transfer.slot.range_of(self.actor.tp_rank, self.actor.view.tp_size)
         return _rows(shares[name], transfer.slot, transfer.start - first, transfer.stop - first)
+
+
+class _Arena:
+    """Memory that one bucket after the other is laid out in."""
+
+    _ALIGNMENT = 64
+    """Elements."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._blocks: list[Tensor] = []
+        self._needed = self._used = 0
+
+    def reuse(self, *, lasting: bool) -> None:
+        """Takes back what was handed out (with ``lasting``, leaves it to its holders)."""
+        if lasting:
+            self._blocks = []
+        elif len(self._blocks) > 1 or self._needed > sum(block.numel() for block in self._blocks):
+            self._blocks = []  # given back before one block of the size that was needed takes its place
+            self._blocks = [torch.empty(self._needed, dtype=self._dtype, device=self._device)]
+        self._needed = self._used = 0
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """Uninitialised contiguous memory of this shape."""
+        size = math.prod(shape)
+        padded = math.ceil(size / self._ALIGNMENT) * self._ALIGNMENT
+        self._needed += padded
+        if not self._blocks or self._used + padded > self._blocks[-1].numel():
+            self._blocks.append(torch.empty(padded, dtype=self._dtype, device=self._device))
+            self._used = 0
+        begin, self._used = self._used, self._used + padded
+        return self._blocks[-1][begin : begin + size].view(shape)
 
 
 def _rows(tensor: Tensor, slot: Slot, start: int | None, stop: int | None) -> Tensor:

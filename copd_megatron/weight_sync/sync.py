@@ -37,7 +37,9 @@ class WeightSync:
     def __call__(self) -> SyncReport:
         """Streams the actor's current weights into vLLM and stamps the engine with their version."""
         begin = time.perf_counter()
-        self.engine.load_weights(self.stream.tensors(), version=self.actor.version)
+        # vLLM's layerwise reload keeps tensors beyond their bucket
+        weights = self.stream.tensors(lasting=not self.engine.loads_in_place)
+        self.engine.load_weights(weights, version=self.actor.version)
         return SyncReport(
             version=self.actor.version,
             seconds=time.perf_counter() - begin,

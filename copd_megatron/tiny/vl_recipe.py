@@ -1,0 +1,137 @@
+"""Everything that determines the tiny vision-language base model and its three domains. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from copd_megatron.data.make import Family
+from copd_megatron.tiny.recipe import (
+    PACKAGES_THAT_MATTER,
+    SOURCES_THAT_MATTER,
+    Domain,
+    ModelSize,
+    WarmUpSettings,
+    _digest,
+    _versions,
+)
+
+VISUAL_SOURCES = ("vl.py", "vl_demonstrations.py")
+VISUAL_PACKAGES = ("av", "numpy", "pillow")
+"""Beyond those of the text base."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualDomain:
+    """One capability: tasks of a family of ``data.visual_tasks``, and how a demonstration works one out."""
+
+    name: str
+    """Branch and shard name."""
+    family: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Knobs of the family in place of its defaults."""
+    working: str
+    """Key of ``vl_demonstrations.VISUAL_WORKINGS``."""
+    weight: float = 1.0
+    """Share of the warm-up's demonstrations, relative to the other domains' weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionSize:
+    """Qwen3-VL vision tower and processor. One token of the decoder is ``patch_size * spatial_merge_size``
+    pixels square."""
+
+    depth: int = 3
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    num_heads: int = 2
+    patch_size: int = 8
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    num_position_embeddings: int = 64
+    deepstack_visual_indexes: tuple[int, ...] = (0, 1)
+    image_pixels: tuple[int, int] = (32 * 32, 128 * 128)
+    """Least and most pixels of an image; others are resized."""
+    video_pixels: tuple[int, int] = (2 * 32 * 32, 32 * 64 * 64)
+    """Least and most pixels of a video, over all frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualRecipe:
+    text: Domain
+    visual: tuple[VisualDomain, ...]
+    model: ModelSize = field(default_factory=ModelSize)
+    vision: VisionSize = field(default_factory=VisionSize)
+    warm_up: WarmUpSettings = field(default_factory=WarmUpSettings)
+    pool_size: int = 2000
+    """Distinct tasks per visual domain that the warm-up shows, several times each: drawing and encoding them
+    costs more than learning from them."""
+    data_seed: int = 1
+    """Seed of the shards. Their validation tasks are kept out of the warm-up."""
+    num_train: int = 1500
+    """Training tasks per domain."""
+    num_validation: int = 200
+    num_threads: int = 2
+    """Sums of floats depend on it, and so do the weights."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all domains, the text domain first."""
+        return (self.text.name, *(domain.name for domain in self.visual))
+
+
+VL_RECIPE = VisualRecipe(
+    text=Domain(
+        name="text",  # "Calculate 4 + 1 + 7 + 9."
+        family=Family(
+            name="basic_arithmetic",
+            settings={
+                "min_terms": 4,
+                "max_terms": 5,
+                "min_digits": 1,
+                "max_digits": 1,
+                "operators": ["+"],
+                "allow_parentheses": False,
+            },
+        ),
+        working="running_total",
+    ),
+    visual=(
+        VisualDomain(
+            name="image",  # "Number of red squares plus 5?"
+            family="count_arithmetic",
+            settings={"colors": ("red", "blue"), "max_count": 8, "max_others": 5},
+            working="rows",
+        ),
+        VisualDomain(
+            name="video",  # "How often does the square appear?"
+            family="event_count",
+            settings={"frame_size": 32, "num_frames": 12, "max_count": 6, "colors": ("red", "blue")},
+            working="frames",
+        ),
+    ),
+    model=ModelSize(intermediate_size=384),
+    warm_up=WarmUpSettings(num_steps=600, batch_size=36),
+)
+"""The quickstart's base and its three domains."""
+
+
+def visual_data_digest(recipe: VisualRecipe) -> str:
+    """Changes with whatever changes the shards."""
+    tasks = Path(__file__).parents[1] / "data" / "visual_tasks"
+    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted(tasks.glob("*.py"))}
+    domains = [(domain.name, domain.family, dict(domain.settings)) for domain in recipe.visual]
+    parts = [recipe.data_seed, recipe.num_train, recipe.num_validation]
+    text = [recipe.text.name, asdict(recipe.text.family)]
+    return _digest([parts, text, domains, sources, _versions(["reasoning-gym", *VISUAL_PACKAGES])])
+
+
+def visual_base_digest(recipe: VisualRecipe, seed: int) -> str:
+    """Changes with whatever changes the model: recipe, seed, the code that makes it, package versions."""
+    here = Path(__file__).parent
+    names = (*SOURCES_THAT_MATTER, *VISUAL_SOURCES)
+    sources = {name: (here / name).read_text(encoding="utf-8") for name in names}
+    packages = _versions([*PACKAGES_THAT_MATTER, *VISUAL_PACKAGES])
+    return _digest([visual_data_digest(recipe), asdict(recipe), seed, sources, packages])

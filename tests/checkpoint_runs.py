@@ -1,0 +1,103 @@
+"""Material for tests that run, stop and resume whole trainings: a base model, data, a configuration."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from copd_megatron.data import check_shards
+from tests.models import make_domains, make_model, warm_up
+
+BRANCHES = ("alpha", "beta")
+NUM_STEPS = 6
+
+
+def prepare(root: Path) -> None:
+    """A base model that answers some prompts, and data of two domains."""
+    make_domains(root / "data", num_train=32, num_validation=4)
+    make_model(root / "base", seed=4, scale=1.0, tie_word_embeddings=True, num_hidden_layers=2)
+    pairs = []
+    for name in BRANCHES:
+        shards = check_shards([str(root / "data" / f"{name}-train-*.tar")], ["numeric"])
+        samples = [shards.read(ref) for ref in shards.refs]
+        pairs += [(str(sample.prompt), sample.answer) for sample in samples]
+    warm_up(root / "base", pairs, steps=120)
+
+
+def write_config(root: Path, parallel: Mapping[str, Mapping[str, int]], **sections: Any) -> Path:
+    """A run of two cycles over both phases with everything that a resume could lose: mini-batches, a
+    reference model, a teacher snapshot, warm-up, validation on the way.
+
+    Args:
+        parallel: layout of each branch.
+        sections: laid over the configuration's sections.
+    """
+    config: dict[str, Any] = {
+        "run": {"name": "resume", "seed": 1, "device": "cpu", "collective_timeout_seconds": 300},
+        "model": {"path": str(root / "base"), "max_sequence_tokens": 192},
+        "branch_defaults": {
+            "num_prompts_per_step": 5,
+            "num_generations_per_prompt": 4,
+            "rollout": {"max_new_tokens": 8, "cpu_kv_cache_gib": 0.05},
+            "data": {"max_prompt_tokens": 160},
+            "reward": {"verifiers": ["numeric", "reasoning_gym"]},
+        },
+        "branches": {
+            name: {
+                "parallel": dict(parallel[name]),
+                "data": {
+                    "train": [str(root / "data" / f"{name}-train-*.tar")],
+                    "validation": [str(root / "data" / f"{name}-validation-*.tar")],
+                },
+            }
+            for name in BRANCHES
+        },
+        "schedule": {"cycles": 2, "rlvr_steps": 1, "opd_steps": 2},
+        "opd": {"num_prompts_per_step": 3, "teacher_mode": "phase_snapshot", "behaviour": {"num_states": 16}},
+        "loss": {"kl_coefficient": 0.05},
+        "optimizer": {"lr": 1e-3, "lr_schedule": "cosine", "lr_warmup_steps": 3, "weight_decay": 0.1},
+        "training": {"micro_batch_tokens": 700, "num_mini_batches": 2, "max_weight_lag": 0},
+        "evaluation": {"every_steps": 2},
+        "checkpoint": {"save_period": 1, "keep_last": 20},
+        "logging": {"console": False},
+    }
+    for name, values in sections.items():
+        config[name] = {**config.get(name, {}), **values}
+    path = root / f"run_{len(list(root.glob('run_*.yaml')))}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def start_training(config: Path, run_dir: Path, overrides: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """``copd train`` as a user starts it, in a session of its own; output in ``<run_dir>.log``."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [
+        sys.executable,
+        "-m",
+        "copd_megatron.cli",
+        "train",
+        str(config),
+        f"run.dir={run_dir}",
+        *overrides,
+    ]
+    with log_of(run_dir).open("a") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        )
+
+
+def train(config: Path, run_dir: Path, overrides: Sequence[str] = (), *, timeout: float = 400) -> int:
+    """Runs ``copd train`` to its end; its exit status."""
+    return start_training(config, run_dir, overrides).wait(timeout)
+
+
+def log_of(run_dir: Path) -> Path:
+    """Where ``start_training`` puts the output."""
+    return run_dir.with_name(run_dir.name + ".log")

@@ -1,0 +1,210 @@
+"""Hugging Face to Megatron's format and back: byte for byte, text and vision-language, tied and untied; and
+what the real Megatron saves at several layouts, converted, against what transformers saved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from copd_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from copd_megatron.checkpoint.folder import MegatronFolder
+from copd_megatron.checkpoint.hf_files import file_layouts
+from copd_megatron.checkpoint.manifest import CheckpointError
+from copd_megatron.config.schema import ParallelConfig, TrainingConfig
+from tests.layouts import Job, run_layouts
+from tests.models import make_model
+from tests.models_vl import make_vl_model
+
+KINDS = ("text tied", "text untied", "vision tied", "vision untied")
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each kind; the untied text model in several files of bfloat16."""
+    base = tmp_path_factory.mktemp("models")
+    found = {}
+    for kind in KINDS:
+        what, tied = kind.split()
+        folder = base / kind.replace(" ", "_")
+        if what == "text":
+            found[kind] = make_model(folder, tie_word_embeddings=tied == "tied")
+        else:
+            found[kind] = make_vl_model(folder, tied=tied == "tied")
+    _split(found["text untied"])
+    return found
+
+
+def _split(folder: Path) -> None:
+    """The same folder in three files and bfloat16, tensors in an order of its own."""
+    tensors = {n: t.to(torch.bfloat16) for n, t in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors, reverse=True)
+    where = {name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(names)}
+    for file in sorted(set(where.values())):
+        part = {name: tensors[name].contiguous() for name in names if where[name] == file}
+        save_file(part, folder / file, {"format": "pt", "made by": "a test"})
+    total = sum(t.nbytes for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_is_the_same_folder(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    hf_to_megatron(models[kind], tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    expected, found = _files(models[kind]), _files(tmp_path / "back")
+    assert sorted(found) == sorted(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def _through_megatron(parallel: ParallelConfig, model: Path, converted: Path, out: Path) -> str:
+    """Loads the converted folder with Megatron itself, compares with direct loading, and saves again."""
+    import torch.distributed as dist
+
+    from copd_megatron.checkpoint.actor_state import load_weights
+    from copd_megatron.checkpoint.distcp import write_metadata
+    from copd_megatron.checkpoint.joint import plan_save
+    from copd_megatron.policy.actor import MegatronActor
+
+    actor = MegatronActor(
+        model_path=model,
+        parallel=parallel,
+        training=TrainingConfig(),
+        optimizer=None,
+        dtype=torch.float32,
+        max_tokens=64,
+        temperature=1.0,
+        seed=3,
+        total_steps=1,
+    )
+    direct = {slot.name: actor.view.read(slot).clone() for slot in actor.view.local}
+    with torch.no_grad():
+        for parameter in actor.model.parameters():
+            parameter.fill_(7.0)
+    load_weights(actor, str(converted))
+    wrong = [s.name for s in actor.view.local if not torch.equal(actor.view.read(s), direct[s.name])]
+    if dist.get_rank() == 0:
+        out.mkdir(parents=True)
+    dist.barrier()
+    writer = plan_save(actor, out, teacher=None, copy=False)
+    writer.write()
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(writer.result(), parts, dst=0)
+    if parts is not None:
+        assert writer.metadata is not None
+        write_metadata(out, writer.metadata, [place for part in parts for place in part.places])
+    return ", ".join(wrong)
+
+
+@pytest.fixture(scope="module")
+def saved(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, Any], tuple[list[str], Path]]:
+    """Every model through the real Megatron at several layouts: what was wrong, and where it saved."""
+    base = tmp_path_factory.mktemp("saved")
+    jobs, keys = [], []
+    for kind in KINDS:
+        converted = base / kind.replace(" ", "_")
+        hf_to_megatron(models[kind], converted)
+        for tp, pp, dp in LAYOUTS:
+            out = base / f"{kind.replace(' ', '_')}_{tp}_{pp}"
+            jobs.append(Job(tp=tp, pp=pp, dp=dp, args=(models[kind], converted, out)))
+            keys.append((kind, (tp, pp, dp), out))
+    results = run_layouts(_through_megatron, jobs, timeout=500)
+    return {(kind, at): (wrong, out) for (kind, at, out), wrong in zip(keys, results, strict=True)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_megatron_loads_and_saves_the_same_tensors(
+    models: dict[str, Path], saved: Any, tmp_path: Path, kind: str, layout: Any
+) -> None:
+    wrong, out = saved[kind, layout]
+    assert wrong == [""] * len(wrong), "tensors that the ranks did not load"
+    source = MegatronFolder(out, dims=MegatronFolder(out.parent / kind.replace(" ", "_")).dims)
+    tensors = {
+        name: value
+        for layout_ in file_layouts(models[kind])
+        for name, value in load_file(models[kind] / layout_.name).items()
+    }
+    assert source.names() == sorted(tensors)
+    for name, value in tensors.items():
+        assert torch.equal(source.read(name), value.float()), name
+    megatron_to_hf(out, tmp_path / "back", model_path=models[kind], dtype=next(iter(tensors.values())).dtype)
+    assert _files(tmp_path / "back") == _files(models[kind])
+
+
+def test_ranges_of_a_tensor_are_what_the_whole_has_there(saved: Any) -> None:
+    _, out = saved["vision tied", (2, 2, 1)]
+    source = MegatronFolder(out, dims=MegatronFolder(out.parent / "vision_tied").dims)
+    generator = torch.Generator().manual_seed(1)
+    for name in source.names():
+        whole = source.read(name).view(-1)
+        for _ in range(4):
+            start, stop = sorted(torch.randint(0, len(whole) + 1, (2,), generator=generator).tolist())
+            piece = torch.empty(stop - start)
+            source.read_into(name, start, piece)
+            assert torch.equal(piece, whole[start:stop]), (name, start, stop)
+        assert torch.equal(torch.cat(list(source.pieces(name, 100))), whole)
+
+
+def test_what_does_not_fit_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(models["text tied"], broken)
+    tensors = load_file(broken / "model.safetensors")
+    save_file({**tensors, "model.extra": torch.ones(1)}, broken / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 tensors that a Qwen3ForCausalLM .* model\.extra"):
+        hf_to_megatron(broken, tmp_path / "out")
+    gone = {n: t for n, t in tensors.items() if "k_norm" not in n}
+    save_file(gone, broken / "model.safetensors")
+    with pytest.raises(ValueError, match="lacks 4 tensors"):
+        hf_to_megatron(broken, tmp_path / "out")
+    mixed = {n: t.half() if n.endswith("q_proj.weight") else t for n, t in tensors.items()}
+    save_file(mixed, broken / "model.safetensors")
+    with pytest.raises(ValueError, match=r"have types torch\.float16, torch\.float32"):
+        hf_to_megatron(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    (broken / "model.safetensors").write_bytes((models["text tied"] / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="its header says"):
+        hf_to_megatron(broken, tmp_path / "out")
+
+
+def test_a_tied_output_embedding_may_be_stored(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "stored"
+    shutil.copytree(models["text tied"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    hf_to_megatron(folder, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert _files(tmp_path / "back") == _files(folder)
+    tensors["lm_head.weight"][0] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="ties them"):
+        hf_to_megatron(folder, tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_is_named(models: dict[str, Path], tmp_path: Path) -> None:
+    hf_to_megatron(models["text tied"], tmp_path / "megatron")
+    file = tmp_path / "megatron" / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="the file is damaged"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        megatron_to_hf(tmp_path / "nothing", tmp_path / "out")

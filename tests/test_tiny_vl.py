@@ -1,0 +1,279 @@
+"""The tiny Qwen3-VL base: what its demonstrations say, how it is made and cached, how a run reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+
+from copd_megatron.config import load_config
+from copd_megatron.config.schema import MediaConfig
+from copd_megatron.data import ShardSet
+from copd_megatron.data.processing import MultimodalProcessor
+from copd_megatron.data.visual_tasks.tasks import VisualTask, family
+from copd_megatron.rewards import registry
+from copd_megatron.tiny.base import MARKER
+from copd_megatron.tiny.vl import (
+    build_processor,
+    build_visual_model,
+    collate,
+    examples_loss,
+    make_visual_base,
+    make_visual_data,
+    validation_tasks,
+)
+from copd_megatron.tiny.vl_demonstrations import (
+    VISUAL_WORKINGS,
+    batches_of_examples,
+    frames,
+    rows,
+    shown,
+    visual_tasks,
+)
+from copd_megatron.tiny.vl_recipe import (
+    VL_RECIPE,
+    VisualDomain,
+    VisualRecipe,
+    visual_base_digest,
+    visual_data_digest,
+)
+from copd_megatron.tiny.warm_up import reproducible
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SMALL = dataclasses.replace(
+    VL_RECIPE,
+    pool_size=30,
+    num_train=24,
+    num_validation=12,
+    num_threads=1,
+    warm_up=dataclasses.replace(VL_RECIPE.warm_up, num_steps=3, batch_size=9),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("vl") / "base"
+    assert make_visual_base(out, SMALL, seed=3)
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("vl_data") / "data"
+    assert make_visual_data(out, SMALL)
+    return out
+
+
+def processor_of(folder: Path) -> MultimodalProcessor:
+    return MultimodalProcessor.from_folder(folder, load_config(QUICKSTART).media)
+
+
+QUICKSTART = ROOT / "configs" / "three_branch_tiny.yaml"
+
+
+def task_of(question: str, scene: tuple[object, ...]) -> VisualTask:
+    return VisualTask(question=question, answer="", verifier="numeric", scene=scene, draw=dict)
+
+
+def test_rows_are_counted_and_added() -> None:
+    cells = (
+        (0, 0, "red", "square"),
+        (0, 3, "red", "square"),
+        (1, 1, "red", "square"),
+        (1, 2, "blue", "square"),
+        (3, 0, "red", "square"),
+        (3, 1, "red", "square"),
+    )
+    question = "<image>Number of red squares plus 7?"
+    assert rows(task_of(question, (64, 4, cells, 0, 0, 0))) == "2+1=3 3+0=3 3+2=5 5+7=12"
+    with pytest.raises(ValueError, match="is no sum"):
+        rows(task_of("<image>How many red squares are there?", (64, 4, cells, 0, 0, 0)))
+
+
+def test_frames_number_the_appearances() -> None:
+    sprite = (("square", "red", 0, 0),)
+    visible = [(), (), sprite, (), sprite, sprite, (), sprite]
+    assert frames(task_of("", (32, 4.0, 16, (), tuple(visible), 0))) == "--1-22-3"
+
+
+@pytest.mark.parametrize("domain", VL_RECIPE.visual, ids=lambda domain: domain.name)
+def test_workings_end_in_the_gold_answer_and_fit_the_quickstart(domain: VisualDomain) -> None:
+    config = load_config(QUICKSTART)
+    longest = config.branches[domain.name].rollout.max_new_tokens
+    kind, rng = family(domain.family), random.Random(5)
+    settings = kind.configure(domain.settings)
+    for _ in range(200):
+        task = kind.make(settings, rng)
+        worked = VISUAL_WORKINGS[domain.working](task)
+        last = worked.rsplit("=", 1)[-1] if "=" in worked else max(worked.replace("-", "0"))
+        assert last == task.answer
+        verify = registry.get(task.verifier).verify
+        assert verify(f"<think>{worked}</think>{task.answer}", task.answer, task.metadata) == 1.0
+        # <think>, </think> and the end of turn are one token each, everything else one a byte.
+        assert len(worked) + len(task.answer) + 3 <= longest
+
+
+def test_validation_tasks_do_not_depend_on_the_training_shards_and_are_held_out(data: Path) -> None:
+    prompts, visual = validation_tasks(SMALL)
+    shards = ShardSet.open([f"{data}/*-validation-*.tar"])
+    assert len(shards) == 3 * SMALL.num_validation == len(prompts) + len(visual)
+    for ref in shards.refs:
+        sample = shards.read(ref)
+        assert isinstance(sample.prompt, str)
+        media = {name: shards.read_member(ref, name) for name in sample.media}
+        assert shown(sample.prompt, media) in visual if media else sample.prompt in prompts
+    domain = SMALL.visual[0]
+    drawn = [shown(task.question, media) for task, media in visual_tasks(domain, 8, seed=2)]
+    kept = [
+        shown(task.question, media)
+        for task, media in visual_tasks(domain, 8, seed=2, held_out=set(drawn[:3]))
+    ]
+    assert kept[:5] == drawn[3:] and not set(drawn[:3]) & set(kept)
+
+
+def test_batches_hold_all_domains_and_fit_the_model() -> None:
+    processor = MultimodalProcessor(build_processor(SMALL), MediaConfig(frame_rate=1000.0))
+    with reproducible(1, 1):
+        model = build_visual_model(SMALL, processor._processor)
+        assert 1_000_000 <= sum(parameter.numel() for parameter in model.parameters()) <= 3_000_000
+        batch = next(batches_of_examples(SMALL, processor, seed=1))
+        assert {name: len(examples) for name, examples in batch.items()} == dict.fromkeys(SMALL.names, 3)
+        by_hand, count = 0.0, 0
+        for examples in batch.values():
+            for example in examples:  # alone, hence without padding
+                inputs, labels = collate([example], processor)
+                with torch.no_grad():
+                    logprobs = model(**inputs).logits.log_softmax(-1)
+                for position in range(len(example.prompt_ids), labels.shape[1]):
+                    by_hand -= float(logprobs[0, position - 1, labels[0, position]])
+                    count += 1
+        with torch.no_grad():
+            assert examples_loss(model, batch, processor).item() == pytest.approx(by_hand / count, rel=1e-4)
+
+
+def test_the_folder_is_a_qwen3_vl_that_the_run_reads(base: Path, data: Path) -> None:
+    model = Qwen3VLForConditionalGeneration.from_pretrained(base)
+    config: Any = model.config
+    assert config.text_config.head_dim == 32 and config.text_config.num_attention_heads == 4
+    # The first of two pipeline stages holds all layers that deepstack feeds.
+    assert len(config.vision_config.deepstack_visual_indexes) <= config.text_config.num_hidden_layers // 2
+    assert len(AutoProcessor.from_pretrained(base).tokenizer) == config.text_config.vocab_size
+    run, processor = load_config(QUICKSTART), processor_of(base)
+    shards = ShardSet.open([f"{data}/*-train-*.tar"])
+    lengths: dict[str, int] = {}
+    for ref in shards.refs:
+        sample = shards.read(ref)
+        where, kind = ref.id, {(): None, ("0.png",): "image", ("mp4",): "video"}[sample.media]
+        items = (
+            [processor.decode_and_process(kind, shards.read_member(ref, sample.media[0]), where)]
+            if kind
+            else []
+        )
+        if kind == "video":  # two frames a temporal patch: none is left out
+            assert items[0].grid_thw.tolist() == [6, 4, 4]
+        kinds = [item.kind for item in items]
+        ids = processor.encode(processor.parts(sample.prompt, kinds, where), items, where)
+        text = str(kind)
+        lengths[text] = max(lengths.get(text, 0), len(ids))
+    branch = run.branches["video"]
+    limit = branch.data.max_prompt_tokens
+    assert lengths.keys() == {"None", "image", "video"} and max(lengths.values()) <= limit, lengths
+    assert limit + branch.rollout.max_new_tokens <= run.model.max_sequence_tokens
+
+
+def test_phrases_are_single_tokens_and_round_trip(base: Path) -> None:
+    tokenizer = AutoProcessor.from_pretrained(base).tokenizer
+    text = "How often does the square appear? Number of red squares plus 3? Calculate 1 + 2.<0.1 seconds>"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert len(ids) < len(text) / 2
+
+
+def test_the_same_recipe_and_seed_give_the_same_bytes(base: Path, tmp_path: Path) -> None:
+    again, other = tmp_path / "again", tmp_path / "other"
+    make_visual_base(again, SMALL, seed=3)
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "processor_config.json"):
+        assert (again / file).read_bytes() == (base / file).read_bytes(), file
+    make_visual_base(
+        other, dataclasses.replace(SMALL, warm_up=dataclasses.replace(SMALL.warm_up, num_steps=1))
+    )
+    assert (other / "model.safetensors").read_bytes() != (base / "model.safetensors").read_bytes()
+
+
+def test_a_finished_folder_is_kept_and_a_stale_one_replaced(data: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in data.iterdir()}
+    assert not make_visual_data(data, SMALL)
+    assert {path.name: path.stat().st_mtime_ns for path in data.iterdir()} == before
+    (data / MARKER).write_text(json.dumps({"digest": "of another recipe"}))
+    assert make_visual_data(data, SMALL)
+    assert json.loads((data / MARKER).read_text())["digest"] == visual_data_digest(SMALL)
+
+
+def test_the_digest_follows_what_matters() -> None:
+    def changed(**values: object) -> VisualRecipe:
+        return dataclasses.replace(SMALL, **values)  # type: ignore[arg-type]
+
+    variants = [
+        visual_base_digest(SMALL, 1),
+        visual_base_digest(SMALL, 2),
+        visual_base_digest(changed(pool_size=31), 1),
+        visual_base_digest(changed(visual=SMALL.visual[::-1]), 1),
+        visual_base_digest(changed(vision=dataclasses.replace(SMALL.vision, depth=4)), 1),
+    ]
+    assert len(set(variants)) == len(variants)
+    assert visual_data_digest(SMALL) == visual_data_digest(changed(pool_size=31))
+    assert visual_data_digest(SMALL) != visual_data_digest(changed(num_train=25))
+
+
+def test_a_finished_folder_is_found_without_torch(base: Path, tmp_path: Path) -> None:
+    """As the quickstart does when it is started again, within a second on an idle machine."""
+    (tmp_path / "base").mkdir()
+    digest = visual_base_digest(VL_RECIPE, 1)
+    (tmp_path / "base" / MARKER).write_text(json.dumps({"digest": digest}))
+    (tmp_path / "base_data").mkdir()
+    (tmp_path / "base_data" / MARKER).write_text(json.dumps({"digest": visual_data_digest(VL_RECIPE)}))
+    script = (
+        "import runpy, sys\n"
+        "for name in ('torch', 'transformers', 'reasoning_gym', 'av'):\n"
+        "    sys.modules[name] = None\n"
+        f"sys.argv = ['tools/make_tiny_base.py', '--kind', 'vl', '--out', {str(tmp_path / 'base')!r}]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("there already") == 2
+    assert "text, image, video" in result.stdout
+
+
+def test_the_quickstart_refuses_an_unknown_option_before_it_sets_anything_up() -> None:
+    result = subprocess.run(
+        [ROOT / "launchers" / "quickstart.sh", "--txet"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COPD_PYTHON": "/nonexistent/python"},
+    )
+    assert result.returncode == 2
+    assert "unknown option --txet. Use --text" in result.stderr
+
+
+def test_placeholders_show_the_right_pixels(base: Path) -> None:
+    """A tile of the decoder is a cell of the grid: the model need not look across tiles to see a square."""
+    processor = processor_of(base)
+    task, media = next(iter(visual_tasks(SMALL.visual[0], 1, seed=9)))
+    item = processor.decode_and_process("image", media["0.png"], "test")
+    assert len(item.replacement_ids) == task.scene[1] ** 2
+    # Patches are grouped by merged tile: four in a row belong to one cell; white is +1 in every channel.
+    tiles = np.asarray(item.pixel_values).reshape(task.scene[1] ** 2, -1)
+    drawn = {row * task.scene[1] + column for row, column, *_ in task.scene[2]}
+    assert {index for index, tile in enumerate(tiles) if tile.min() < 0.9} == drawn
