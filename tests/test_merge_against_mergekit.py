@@ -249,7 +249,7 @@ def test_equal_to_the_precision_of_the_type(
 
 
 def test_trimming_keeps_as_many_where_magnitudes_tie(both: Merge, tmp_path: Path) -> None:
-    """In bfloat16 hundreds share the threshold's magnitude: the choice among them is free, their number not."""
+    """In bfloat16 hundreds share the threshold's magnitude: which ones is free, how many is not."""
     folders = make_family(tmp_path / "m", 1, dtype=torch.bfloat16)
     models = [{"weight": 1.0, "density": 0.4}]
     results = both(recipe_of(folders, "ties", models))

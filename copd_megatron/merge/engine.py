@@ -75,6 +75,15 @@ class MergeJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Team:
+    """The threads that share a shard's work."""
+
+    size: int
+    pool: ThreadPoolExecutor | None = None
+    """None: the calling thread alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeOutcome:
     """What a merge did, on this rank."""
 
@@ -157,18 +166,16 @@ class Merger:
         """Size of a shard's tensors."""
         return sum(spec.num_bytes for spec in self.sink.shards[index])
 
-    def merge_shard(self, index: int, pool: ThreadPoolExecutor | None, advance: Callable[[int], None]) -> str:
+    def merge_shard(self, index: int, team: Team, advance: Callable[[int], None]) -> str:
         """Writes one shard; returns its digest.
 
         Args:
-            pool: threads that share the work; None: this one does it.
             advance: told of finished bytes, from any thread.
         """
-        threads = pool._max_workers if pool is not None else 1
-        runner: _Runner = map if pool is None else pool.map
+        runner: _Runner = map if team.pool is None else team.pool.map
         writer = self.sink.open(index)
         shard = self.sink.shards[index]
-        split = [spec for spec in shard if threads > 1 and spec.num_blocks >= 8 * threads]
+        split = [spec for spec in shard if team.size > 1 and spec.num_blocks >= 8 * team.size]
         whole = [spec for spec in shard if spec not in split]
         try:
             for spec in split:
@@ -178,8 +185,8 @@ class Merger:
                 pass
             return writer.close()
         except BaseException:
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+            if team.pool is not None:
+                team.pool.shutdown(wait=True, cancel_futures=True)
             writer.abort()
             raise
 
@@ -291,9 +298,9 @@ def run_merge(
     if processes > 1 and len(todo) > 1:
         _in_processes(job, todo, min(processes, len(todo)), count, done)
     else:
-        with _threads(count) as pool:
+        with _team(count) as team:
             for index in todo:
-                _do_shard(merger, journal, index, pool, done.add)
+                _do_shard(merger, journal, index, team, done.add)
     barrier()
     if rank == 0:
         _complete(merger, journal, final)
@@ -352,11 +359,11 @@ def _do_shard(
     merger: Merger,
     journal: Journal,
     index: int,
-    pool: ThreadPoolExecutor | None,
+    team: Team,
     advance: Callable[[int], None],
 ) -> None:
     try:
-        digest = merger.merge_shard(index, pool, advance)
+        digest = merger.merge_shard(index, team, advance)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -382,7 +389,6 @@ def _complete(merger: Merger, journal: Journal, final: Path) -> None:
     types = {s.dtype for shard in merger.sink.shards for s in shard if s.dtype.is_floating_point}
     if len(types) == 1:
         set_dtype(folder, str(types.pop()).removeprefix("torch."))
-    journal.remove()
     if final.exists():
         old = final.with_name(final.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -391,6 +397,7 @@ def _complete(merger: Merger, journal: Journal, final: Path) -> None:
         shutil.rmtree(old)
     else:
         folder.rename(final)
+    Journal(final).remove()
 
 
 def _default_threads(processes: int) -> int:
@@ -400,16 +407,16 @@ def _default_threads(processes: int) -> int:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[ThreadPoolExecutor | None]:
-    """A pool of ``count`` threads, torch's own threads off meanwhile: blocks are too small to split."""
+def _team(count: int) -> Iterator[Team]:
+    """A team of ``count`` threads, torch's own threads off meanwhile: blocks are too small to split."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         if count == 1:
-            yield None
+            yield Team(size=1)
         else:
             with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                yield pool
+                yield Team(size=count, pool=pool)
     finally:
         torch.set_num_threads(before)
 
@@ -425,8 +432,8 @@ def _start_worker(job: MergeJob, threads: int) -> None:
 
 def _work(index: int) -> int:
     merger, journal, threads = _worker
-    with _threads(threads) as pool:
-        _do_shard(merger, journal, index, pool, lambda _: None)
+    with _team(threads) as team:
+        _do_shard(merger, journal, index, team, lambda _: None)
     return merger.shard_bytes(index)
 
 

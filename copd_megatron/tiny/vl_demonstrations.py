@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from copd_megatron.data.make import divide_by_weight
 from copd_megatron.data.visual_tasks.tasks import VisualTask, family
 from copd_megatron.tiny.demonstrations import demonstrations, running_total
 from copd_megatron.tiny.recipe import Recipe
@@ -142,8 +143,7 @@ def batches_of_examples(
         domain.name: visual_examples(domain) for domain in recipe.visual
     }
     weights = [recipe.text.weight, *(domain.weight for domain in recipe.visual)]
-    total = recipe.warm_up.batch_size
-    sizes = [max(1, round(total * weight / sum(weights))) for weight in weights]
+    sizes = divide_by_weight(recipe.warm_up.batch_size, weights)
     while True:
         yield {
             name: list(itertools.islice(source, size))

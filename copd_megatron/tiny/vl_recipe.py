@@ -102,18 +102,20 @@ VL_RECIPE = VisualRecipe(
         VisualDomain(
             name="image",  # "Number of red squares plus 5?"
             family="count_arithmetic",
-            settings={"colors": ("red", "blue"), "max_count": 8, "max_others": 5},
+            settings={"colors": ("red", "blue"), "max_count": 12, "max_others": 4, "max_operand": 19},
             working="rows",
+            weight=0.6,
         ),
         VisualDomain(
             name="video",  # "How often does the square appear?"
             family="event_count",
             settings={"frame_size": 32, "num_frames": 12, "max_count": 6, "colors": ("red", "blue")},
             working="frames",
+            weight=0.6,
         ),
     ),
     model=ModelSize(intermediate_size=384),
-    warm_up=WarmUpSettings(num_steps=600, batch_size=36),
+    warm_up=WarmUpSettings(num_steps=350, batch_size=36),
 )
 """The quickstart's base and its three domains."""
 
