@@ -51,19 +51,14 @@ WORKINGS: dict[str, Callable[[str], str]] = {"columns": columns, "running_total"
 def demonstrations(
     recipe: Recipe, count: int, *, seed: int, held_out: Collection[str] = ()
 ) -> list[Demonstration]:
-    """``count`` demonstrations in the order in which they are shown, domains mixed by weight.
-
-    None has a prompt of ``held_out``. The early ones mostly work step by step, the later ones mostly do not.
-    """
-    settings = recipe.warm_up
+    """``count`` demonstrations, domains mixed by weight; none has a prompt of ``held_out``."""
     rng = random.Random(seed)
     tasks = [_tasks(domain, rng.getrandbits(31), held_out) for domain in recipe.domains]
     weights = [domain.weight for domain in recipe.domains]
     drawn: list[Demonstration] = []
-    for position, number in enumerate(rng.choices(range(len(tasks)), weights, k=count)):
+    for number in rng.choices(range(len(tasks)), weights, k=count):
         question, answer = next(tasks[number])
-        early = position < settings.early_fraction * count
-        if rng.random() < (settings.early_worked_share if early else settings.worked_share):
+        if rng.random() < recipe.warm_up.worked_share:
             steps = WORKINGS[recipe.domains[number].working](question)
             answer = f"<think>{steps}</think>{answer}"
         drawn.append(Demonstration(prompt=question, response=answer))

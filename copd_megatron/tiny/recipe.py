@@ -55,12 +55,9 @@ class WarmUpSettings:
     num_steps: int = 1100
     batch_size: int = 32
     """Demonstrations per step."""
-    early_fraction: float = 0.65
-    """Part of the demonstrations that count as early."""
-    early_worked_share: float = 0.85
-    """Early demonstrations that work step by step before they answer: this is where working is learnt."""
-    worked_share: float = 0.25
-    """Later ones that do; the others answer at once, which becomes the habit."""
+    worked_share: float = 0.35
+    """Demonstrations that work step by step before they answer; the others answer at once. Below a half,
+    so that the most likely response answers at once."""
     matrix_lr: float = 6e-3
     """Peak learning rate of Muon, which updates the layers' matrices."""
     vector_lr: float = 3e-3
