@@ -114,12 +114,9 @@ def _rotation_and_background(
     second = saver(run_dir, asynchronous=True)
     second.save(saved(3))
     found["pending"] = second.pending
-    weights = actor.snapshot()
     _add(actor, 1.0)
     second.save(saved(4))  # completes 3 first
-    with torch.no_grad():
-        for parameter, value in zip(actor.model.parameters(), weights.tensors, strict=True):
-            parameter.copy_(value)
+    _add(actor, -1.0)
     found["valid"] = second.complete()
     found["kept"] = sorted(complete_checkpoints(run_dir))
 

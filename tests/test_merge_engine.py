@@ -412,13 +412,6 @@ def test_models_that_differ_are_refused_by_name(family: list[Path], tmp_path: Pa
     assert "types that cannot be merged" in refuse(family, variant("whole", whole), out)
 
 
-def test_quantised_weights_are_refused(family: list[Path], tmp_path: Path) -> None:
-    tensors = tensors_of(family[1])
-    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
-    message = refuse(family, write_folder(tmp_path / "quantised", tensors), tmp_path / "out")
-    assert "lm_head.weight (torch.float8_e4m3fn)" in message
-
-
 def test_a_configuration_key_may_be_allowed_to_differ(family: list[Path], tmp_path: Path) -> None:
     other = write_folder(tmp_path / "other", tensors_of(family[1]), max_position_embeddings=9)
     assert "max_position_embeddings (9 and 512)" in refuse(family, other, tmp_path / "out")

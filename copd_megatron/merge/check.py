@@ -41,26 +41,11 @@ def check_mergeable(sources: Sequence[TensorSource], *, allow: Sequence[str] = (
         MismatchError: names the tensors, configuration keys or tokens that differ.
     """
     first = sources[0]
-    for source in sources:
-        _check_types(source)
     for other in sources[1:]:
         pair = f"{other.label} and {first.label}"
         _check_config(first, other, pair, set(allow))
         _check_tensors(first, other, pair)
         _check_tokenizer(first, other, pair)
-
-
-def _check_types(source: TensorSource) -> None:
-    """Eight-bit weights mean nothing without their scales, which are tensors of their own."""
-    narrow = [
-        f"{name} ({spec.dtype})"
-        for name in source.names()
-        if (spec := source.spec(name)).dtype.is_floating_point and spec.dtype.itemsize == 1
-    ]
-    if narrow:
-        raise MismatchError(
-            f"merge: {source.label} is quantised: {_list(narrow)}; merge the models before quantising them"
-        )
 
 
 def _check_tensors(first: TensorSource, other: TensorSource, pair: str) -> None:

@@ -34,10 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from copd_megatron.merge import (
-    megatron_folder,  # noqa: F401 - registers its format
-    safetensors_io,  # registers its format too
-)
+from copd_megatron.merge import safetensors_io  # also registers the format
 from copd_megatron.merge.check import check_mergeable
 from copd_megatron.merge.hf_folder import copy_companions, set_dtype
 from copd_megatron.merge.journal import Journal
