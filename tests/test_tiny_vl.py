@@ -267,7 +267,7 @@ def test_the_quickstart_refuses_an_unknown_option_before_it_sets_anything_up() -
         env=os.environ | {"COPD_PYTHON": "/nonexistent/python"},
     )
     assert result.returncode == 2
-    assert "unknown option --txet. Use --text" in result.stderr
+    assert "unknown option --txet. Use --visual" in result.stderr
 
 
 def test_placeholders_show_the_right_pixels(base: Path) -> None:
