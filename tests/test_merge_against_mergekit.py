@@ -157,19 +157,19 @@ def assert_equal(
         )
 
 
-def at_threshold(folders: list[Path], models: list[dict[str, Any]], dtype: torch.dtype) -> dict[str, Tensor]:
+def at_threshold(folders: list[Path], recipe: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Elements whose magnitude equals the trimming threshold in some branch, with others: which of them are
     kept is a matter of the sort (mergekit's is not stable)."""
-    tensors = [tensors_of(folder) for folder in folders]
+    tensors, resolved = [tensors_of(folder) for folder in folders], read_recipe(recipe)
+    depths = layer_depths(list(tensors[0]))
     found = {}
     for name, base in tensors[0].items():
         found[name] = torch.zeros(base.shape, dtype=torch.bool)
-        for branch, model in zip(tensors[1:], models, strict=True):
-            if not isinstance(model.get("density"), float):
-                continue
+        densities = resolved.resolve(name, depths[name]).densities
+        for branch, density in zip(tensors[1:], densities, strict=True):
             delta = (branch[name].to(dtype) - base.to(dtype)).float()
-            tied = delta.abs() == _threshold(delta, model["density"])
-            if tied.sum() > 1:
+            tied = delta.abs() == _threshold(delta, density)
+            if density < 1 and tied.sum() > 1:
                 found[name] |= tied
     return found
 
@@ -241,7 +241,7 @@ def test_equal_to_the_precision_of_the_type(
     recipe = recipe_of(folders, method, models, dtype="float32", **top)
     ours, theirs = both(recipe | ({"out_dtype": "bfloat16"} if narrow else {}))
     # float32: a handful of roundings in another order; bfloat16: one rounding, of values that differ by those
-    excused = at_threshold(folders, models, torch.float32) if method == "ties" else None
+    excused = at_threshold(folders, tmp_path / "recipe.yaml", torch.float32) if method == "ties" else None
     assert_equal(ours, theirs, units=1 if narrow else 8, excused=excused)
     if excused:
         total = sum(t.numel() for t in ours.values())
@@ -284,7 +284,7 @@ def test_close_in_bfloat16_where_mergekit_rounds_at_every_step(
     models = THREE if method == "task_arithmetic" else DENSE
     ours, theirs = both(recipe_of(folders, method, models))
     exact = _in_float64(folders, models)
-    excused = _undecided(folders, models) if method == "ties" else {}
+    excused = _undecided(folders, models, tmp_path / "recipe.yaml") if method == "ties" else {}
     compared = total = 0
     for name, tensor in ours.items():
         base, *branches = (tensors_of(folder)[name].double() for folder in folders)
@@ -309,9 +309,9 @@ def _in_float64(folders: list[Path], models: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def _undecided(folders: list[Path], models: list[dict[str, Any]]) -> dict[str, Tensor]:
+def _undecided(folders: list[Path], models: list[dict[str, Any]], recipe: Path) -> dict[str, Tensor]:
     """Elements at a trimming threshold, or whose weighted task vectors (nearly) cancel."""
-    found = at_threshold(folders, models, torch.bfloat16)
+    found = at_threshold(folders, recipe, torch.bfloat16)
     tensors = [tensors_of(folder) for folder in folders]
     for name, base in tensors[0].items():
         terms = []
