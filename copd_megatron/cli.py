@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
 import shutil
+import signal
 import sys
 import uuid
 import warnings
@@ -73,6 +75,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if world_size is None:
         return _torchrun(config, ["train", arguments.config, *arguments.overrides])
     _logging(config)
+    _end_with_launcher()
     from copd_megatron.train import train
 
     return train(config)
@@ -107,8 +110,10 @@ def _check_run_dir(config: Config, folder: Path) -> None:
         step, manifest = next(iter(found.items()))
         check_compatible(manifest.config, config, where=str(step_folder(folder, step)))
         return
+    # a run that was killed before its first save was complete (in the background: before the second was due)
+    # has lost nothing that starting over does not bring back
     steps_done = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
-    if steps_done > config.checkpoint.save_period or (steps_done and not config.checkpoint.save_period):
+    if steps_done > 2 * config.checkpoint.save_period:
         raise ConfigError(
             f"run.dir: {folder} already holds a run of {steps_done} steps, without a checkpoint to continue "
             "from; choose another run.name or run.dir, or set run.overwrite=true"
@@ -120,8 +125,7 @@ def _torchrun(config: Config, arguments: Sequence[str]) -> int:
     ranks = sum(branch.parallel.world_size for branch in config.branches.values())
     environment = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
-        # a signal reaches the ranks, and they get the time to save
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        # after a signal the ranks get the time to save
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(30, int(config.checkpoint.save_before_seconds))),
     }
     for name, value in environment.items():
@@ -129,9 +133,24 @@ def _torchrun(config: Config, arguments: Sequence[str]) -> int:
     os.environ["COPD_RUN_ID"] = uuid.uuid4().hex[:12]
     run_dir = config.run.dir or f"runs/{config.run.name}"
     command = [sys.executable, "-m", "copd_megatron.local_launch", run_dir]
-    command += ["--standalone", f"--nproc-per-node={ranks}", "-m", "copd_megatron.cli", *arguments]
+    command += ["--standalone", f"--nproc-per-node={ranks}"]
+    command += [
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "-m",
+        "copd_megatron.cli",
+        *arguments,
+    ]
     sys.stdout.flush()
     os.execv(sys.executable, command)
+
+
+def _end_with_launcher() -> None:
+    """Under torchrun, this rank is killed when its launcher dies: ranks left over would go on writing to a
+    run directory that a restarted job writes to as well."""
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
 
 
 def _logging(config: Config) -> None:

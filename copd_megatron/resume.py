@@ -130,7 +130,9 @@ class Checkpoints:
         stop = (signal is not None or out_of_time) and not finished
         due = options.save_period and (done % options.save_period == 0 or finished)
         if due or stop:
+            begin = time.perf_counter()
             self.saver.save(self._saved(done, accuracies))
+            self.me.metrics.maximum("timing/checkpoint_seconds", time.perf_counter() - begin)
         if stop:
             self.saver.complete()
             if self.me.world.is_first:

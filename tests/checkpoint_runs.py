@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,10 @@ def write_config(root: Path, parallel: Mapping[str, Mapping[str, int]], **sectio
     return path
 
 
-def start_training(config: Path, run_dir: Path, overrides: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """``copd train`` as a user starts it, in a session of its own; output in ``<run_dir>.log``."""
+@contextlib.contextmanager
+def training(config: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+    """``copd train`` as a user starts it, output in ``<run_dir>.log``; killed at the end of the block if it
+    is still there (its ranks die with it)."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONWARNINGS": "ignore"}
     command = [
@@ -88,14 +91,18 @@ def start_training(config: Path, run_dir: Path, overrides: Sequence[str] = ()) -
         *overrides,
     ]
     with log_of(run_dir).open("a") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def train(config: Path, run_dir: Path, overrides: Sequence[str] = (), *, timeout: float = 400) -> int:
     """Runs ``copd train`` to its end; its exit status."""
-    return start_training(config, run_dir, overrides).wait(timeout)
+    with training(config, run_dir, overrides) as process:
+        return process.wait(timeout)
 
 
 def log_of(run_dir: Path) -> Path:

@@ -65,7 +65,7 @@ def _weights(actor: Any) -> list[np.ndarray]:
     return [p.detach().numpy().copy() for p in actor.model.parameters()]
 
 
-def _save(actor: Any, folder: Path, teacher: Any, *, in_thread: bool) -> None:
+def _save(actor: Any, folder: Path, teacher: Any) -> None:
     """What ``JointSaver`` does for one branch."""
     import torch.distributed as dist
 
@@ -75,14 +75,8 @@ def _save(actor: Any, folder: Path, teacher: Any, *, in_thread: bool) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
-    writer = plan_save(actor, folder, teacher=teacher, copy=in_thread)
-    if in_thread:
-        writer.start()
-        with torch.no_grad():  # training goes on while the thread writes
-            for parameter in actor.model.parameters():
-                parameter.add_(1.0)
-    else:
-        writer.write()
+    writer = plan_save(actor, folder, teacher=teacher, copy=False)
+    writer.write()
     written = writer.result()
     assert written.error is None
     parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -91,22 +85,18 @@ def _save(actor: Any, folder: Path, teacher: Any, *, in_thread: bool) -> None:
         assert writer.metadata is not None
         write_metadata(folder, writer.metadata, [place for part in parts for place in part.places])
         (folder / "complete").touch()
-    if in_thread:
-        with torch.no_grad():
-            for parameter in actor.model.parameters():
-                parameter.sub_(1.0)
     dist.barrier()
 
 
 def _first_run(parallel: ParallelConfig, model: Path, out: Path) -> dict[str, Any]:
-    """Trains, saves (in the loop's thread and in another), and trains on."""
+    """Trains, saves, and trains on."""
     from copd_megatron.checkpoint.actor_state import random_states
 
     actor = _actor(parallel, model)
     teacher = actor.snapshot()
     _train(actor, BEFORE)
     begin = time.perf_counter()
-    _save(actor, out / "branch", teacher, in_thread=False)
+    _save(actor, out / "branch", teacher)
     seconds = time.perf_counter() - begin
     states = random_states()
     return {

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from tests.layouts import Job, run_layouts
 from tests.models import make_model
 from tests.models_vl import make_vl_model
 
+ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("text tied", "text untied", "vision tied", "vision untied")
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1)]
 
@@ -208,3 +211,31 @@ def test_a_damaged_checkpoint_is_named(models: dict[str, Path], tmp_path: Path) 
     assert not (tmp_path / "out").exists()
     with pytest.raises(FileNotFoundError, match="does not exist"):
         megatron_to_hf(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
+    """Both directions on 340 MB of weights, the largest tensor 67 MB, in a process that tells its peak."""
+    folder = make_model(
+        tmp_path / "large", vocab_size=32768, hidden_size=512, intermediate_size=2048, num_hidden_layers=16
+    )
+    total = (folder / "model.safetensors").stat().st_size
+    script = f"""
+import resource, sys
+from pathlib import Path
+from copd_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+root = Path({str(tmp_path)!r})
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+hf_to_megatron(root / "large", root / "megatron")
+there = peak() - before
+megatron_to_hf(root / "megatron", root / "back")
+print(there, peak() - before)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    there, both = map(int, done.stdout.split())
+    largest = 32768 * 512 * 4
+    assert total > 4.5 * largest
+    assert there < 1.6 * largest and both < 1.6 * largest, (there, both, largest)
+    assert _files(tmp_path / "back") == _files(folder)

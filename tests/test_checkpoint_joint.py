@@ -114,9 +114,12 @@ def _rotation_and_background(
     second = saver(run_dir, asynchronous=True)
     second.save(saved(3))
     found["pending"] = second.pending
+    weights = actor.snapshot()
     _add(actor, 1.0)
     second.save(saved(4))  # completes 3 first
-    _add(actor, -1.0)
+    with torch.no_grad():
+        for parameter, value in zip(actor.model.parameters(), weights.tensors, strict=True):
+            parameter.copy_(value)
     found["valid"] = second.complete()
     found["kept"] = sorted(complete_checkpoints(run_dir))
 

@@ -19,7 +19,9 @@ import pytest
 from copd_megatron.checkpoint.compare import compare_runs, metric_differences
 from copd_megatron.checkpoint.manifest import complete_checkpoints, read_manifest, step_folder
 from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
-from tests.checkpoint_runs import BRANCHES, NUM_STEPS, log_of, prepare, start_training, train, write_config
+from tests.checkpoint_runs import BRANCHES, NUM_STEPS, log_of, prepare, train, training, write_config
+
+pytestmark = pytest.mark.slow  # kills and restarts whole runs: minutes on two cores
 
 pytestmark = pytest.mark.slow  # kills and restarts whole runs: minutes on two cores
 
@@ -44,12 +46,12 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_numbers(material: Path) -
     config = write_config(material, ONE_RANK_EACH)
     undisturbed, stopped = material / "undisturbed", material / "stopped"
     assert train(config, undisturbed) == 0, log_of(undisturbed).read_text()[-4000:]
-    process = start_training(config, stopped, ["checkpoint.async_save=true"])
-    deadline = time.monotonic() + 200
-    while _steps_written(stopped) < 3 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(120) == EXIT_PREEMPTED, log_of(stopped).read_text()[-4000:]
+    with training(config, stopped, ["checkpoint.async_save=true"]) as process:
+        deadline = time.monotonic() + 200
+        while _steps_written(stopped) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(120) == EXIT_PREEMPTED, log_of(stopped).read_text()[-4000:]
     said = log_of(stopped).read_text()
     newest, before, *_ = complete_checkpoints(stopped)
     assert f"stopping after step {newest} of {NUM_STEPS}: SIGUSR1" in said

@@ -3,11 +3,15 @@
 
     python tools/fault_drill.py configs/two_branch_tiny.yaml --kills 10 --out drill schedule.cycles=1
 
-Ranks, whole branches and the whole job are killed with SIGKILL: at random instants, inside saves and inside
-exchanges. Nothing in the run knows of the drill: which operation a rank is in is read from outside, off the
-watch's entries in the job's store, and processes are found in /proc. Saves checkpoints every step, unless the
-overrides say otherwise. Prints a table of the kills; the exit status is 0 if metrics (timings aside),
-exported weights and the final table are the same, bit for bit.
+Ranks, whole branches, the whole job and its launcher alone are killed with SIGKILL: at random instants,
+inside saves and inside exchanges. Nothing in the run knows of the drill: which operation a rank is in is read
+from outside, off the watch's entries in the job's store (the rank is halted first, so that it is still in it
+when it dies), and processes are found in /proc. Saves checkpoints every step, unless the overrides say
+otherwise.
+
+Prints a table of the kills; the exit status is 0 if metrics (timings aside), exported weights and the final
+table are the same, bit for bit, 1 if something differs. Ten kills take a while: the same command goes on
+where one ended, and with ``--seconds`` a command ends by itself, with status 75, when its time is up.
 """
 
 from __future__ import annotations
@@ -30,15 +34,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-from copd_megatron.checkpoint.compare import compare_runs, metrics_of
-from copd_megatron.checkpoint.manifest import complete_checkpoints
+from copd_megatron.checkpoint.compare import compare_runs
+from copd_megatron.checkpoint.manifest import MANIFEST, complete_checkpoints, step_folders
+from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
 from copd_megatron.config import load_config
 from copd_megatron.topology.layout import Layout
 
-SAVE_OPERATIONS = ("checkpoint.write", "checkpoint.collect", "checkpoint.gather", "checkpoint.manifest")
+SAVE_OPERATIONS = ("checkpoint.prepare", "checkpoint.collect", "checkpoint.gather", "checkpoint.manifest")
+WRITE = "checkpoint.write"
+"""Among them, unless saves are asynchronous: then a thread writes, of which the watch does not tell."""
 EXCHANGE = ("opd.exchange",)
 WORK = ("rollout.", "policy.", "opd.", "checkpoint.", "weight_sync", "metrics", "rewards.")
+TARGETS = ("rank", "branch", "job", "launcher")
 _POLL_SECONDS = 0.0005
+_ORPHAN_SECONDS = 15.0
+"""What ranks get to notice that their launcher is dead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +56,7 @@ class Kill:
     """What to kill, and when."""
 
     target: str
-    """``rank``, ``branch`` or ``job``."""
+    """``rank``, ``branch``, ``job`` (launcher and ranks) or ``launcher`` (its ranks must die of it)."""
     rank: int
     """The rank, or one of the branch, whose operation is watched."""
     operations: tuple[str, ...]
@@ -68,15 +78,28 @@ class Outcome:
     seen: str
     """Operation that the watched rank was in."""
     steps_before: int
+    """Steps in ``metrics.jsonl`` afterwards."""
     checkpoint: int | None
     """Newest whole checkpoint afterwards."""
+    torn: list[str]
+    """Checkpoints without a manifest afterwards."""
     exit_code: int
     seconds_to_end: float
     """From the kill until the job was gone."""
+    num_orphans: int
+    """Ranks that outlived their launcher and had to be ended."""
+
+    def as_text(self) -> str:
+        torn = f", {', '.join(self.torn)} torn" if self.torn else ""
+        orphans = f", {self.num_orphans} ranks LEFT OVER" if self.num_orphans else ""
+        return (
+            f"{self.kill}: seen in {self.seen!r}, {self.steps_before} steps done, newest checkpoint "
+            f"{self.checkpoint}{torn}, job gone after {self.seconds_to_end} s{orphans}"
+        )
 
 
 class Job:
-    """A run in a process group of its own, with what can be seen of it from outside."""
+    """A run, with what can be seen of it from outside."""
 
     def __init__(self, config: Path, overrides: Sequence[str], run_dir: Path, log: Path) -> None:
         self.run_dir = run_dir
@@ -88,7 +111,6 @@ class Job:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,
         )
         self.pids: dict[int, int] = {}
         self._store: PrefixStore | None = None
@@ -124,8 +146,21 @@ class Job:
         except DistError:
             return ""
 
+    def halted_in(self, rank: int, operations: Sequence[str]) -> str | None:
+        """Halts a rank that is in one of ``operations`` (all of what it is in), else lets it go on (None)."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pids[rank], signal.SIGSTOP)
+        # what it had sent before it halted has reached the store when the first look has been answered
+        self.operation(rank)
+        path = self.operation(rank)
+        if any(name in path for name in operations):
+            return path
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pids[rank], signal.SIGCONT)
+        return None
+
     def kill(self, ranks: Sequence[int], *, launcher: bool) -> None:
-        """SIGKILL for ranks, and for the launcher with them."""
+        """SIGKILL for ranks, and for the launcher before them."""
         pids = [self.pids[rank] for rank in ranks]
         if launcher:
             pids.insert(0, self.process.pid)
@@ -133,22 +168,31 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def end(self, timeout: float) -> int:
-        """Waits for the launcher, then ends what is left of its process group; its exit code."""
+    def end(self, timeout: float) -> tuple[int, int]:
+        """Waits for the launcher and its ranks, ends what is left; (exit code, how many ranks were left)."""
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             code = -1
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+            self.process.kill()
+            self.process.wait()
         self._log.close()
-        # the ranks lead sessions of their own
-        for pid in self.pids.values():
+        self._store = None
+        deadline = time.monotonic() + _ORPHAN_SECONDS
+        while (left := [pid for pid in self.pids.values() if _runs(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._store = None
-        return code
+        return code, len(left)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _children(pid: int) -> Iterator[int]:
@@ -166,19 +210,24 @@ def _environment(pid: int) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def plan_kills(count: int, layout: Layout, seed: int, training_seconds: float) -> list[Kill]:
-    """``count`` kills, in an order drawn by ``seed``: at least a quarter in saves, a quarter in exchanges."""
+def plan_kills(
+    count: int, layout: Layout, seed: int, training_seconds: float, save_operations: Sequence[str]
+) -> list[Kill]:
+    """``count`` kills, in an order drawn by ``seed``: at least a quarter in saves, a quarter in exchanges.
+
+    The others come after a random while, short enough that ``count`` of them fit into the training.
+    """
     rng = random.Random(seed)
     kinds = ["save", "exchange"] * max(count // 4, 1) + ["any"] * count
     kinds = kinds[:count]
     rng.shuffle(kinds)
     kills = []
     for number, kind in enumerate(kinds):
-        operations = {"save": (rng.choice(SAVE_OPERATIONS),), "exchange": EXCHANGE, "any": ()}[kind]
-        after = rng.uniform(0, training_seconds / 3) if kind == "any" else rng.randint(1, 2)
+        operations = {"save": (rng.choice(save_operations),), "exchange": EXCHANGE, "any": ()}[kind]
+        after = rng.uniform(0, 1.5 * training_seconds / count) if kind == "any" else rng.randint(1, 2)
         kills.append(
             Kill(
-                target=("rank", "branch", "job")[number % 3],
+                target=TARGETS[number % len(TARGETS)],
                 rank=rng.randrange(layout.world_size),
                 operations=operations,
                 after=after,
@@ -199,8 +248,8 @@ def wait_for(job: Job, kill: Kill, world_size: int) -> str | None:
             now_inside = any(name in path for name in kill.operations)
             occurrences += now_inside and not inside
             inside = now_inside
-            if inside and occurrences >= kill.after:
-                return path
+            if inside and occurrences >= kill.after and (seen := job.halted_in(kill.rank, kill.operations)):
+                return seen
         else:
             if begun is None and path.startswith(WORK):
                 begun = time.monotonic()
@@ -213,50 +262,114 @@ def wait_for(job: Job, kill: Kill, world_size: int) -> str | None:
 def strike(job: Job, kill: Kill, layout: Layout) -> None:
     """Kills what the plan says."""
     branch = layout.branch_of(kill.rank)
-    ranks = {"rank": [kill.rank], "branch": list(layout.ranks_of(branch)), "job": list(job.pids)}[kill.target]
-    job.kill(ranks, launcher=kill.target == "job")
+    ranks = {
+        "rank": [kill.rank],
+        "branch": list(layout.ranks_of(branch)),
+        "job": list(job.pids),
+        "launcher": [],
+    }[kill.target]
+    job.kill(ranks, launcher=kill.target in ("job", "launcher"))
 
 
-def drill(
-    config: Path, overrides: Sequence[str], out: Path, layout: Layout, kills: Sequence[Kill]
-) -> list[Outcome]:
-    """Runs, kills and restarts until the plan is through, then lets the run finish."""
-    run_dir = out / "drilled"
-    outcomes: list[Outcome] = []
-    for number, kill in enumerate(kills):
-        job = Job(config, overrides, run_dir, out / f"drilled_{number}.log")
-        seen = wait_for(job, kill, layout.world_size)
+class Drill:
+    """A reference run and a drilled one in a folder, and how far they have come."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.config: Path = options.config
+        self.overrides = ["checkpoint.save_period=1", "logging.console=false", *options.overrides]
+        config = load_config(self.config, self.overrides)
+        self.layout = Layout.from_config(config)
+        self.save_operations = SAVE_OPERATIONS if config.checkpoint.async_save else (*SAVE_OPERATIONS, WRITE)
+        self.out: Path = options.out
+        self.reference, self.run_dir = self.out / "reference", self.out / "drilled"
+        self._report = self.out / "report.json"
+        self._end = time.monotonic() + options.seconds
+        order = {"config": str(self.config), "overrides": self.overrides}
+        self._order = {**order, "kills": options.kills, "seed": options.seed}
+        self.outcomes: list[Outcome] = []
+        if self._report.exists():
+            told = json.loads(self._report.read_text())
+            if told["order"] != self._order:
+                raise ValueError(f"{self.out} holds another drill ({told['order']}): choose another --out")
+            self.outcomes = [Outcome(**outcome) for outcome in told["kills"]]
+
+    def run(self) -> list[str]:
+        """Whatever is left to be done; how the runs differ.
+
+        Raises:
+            TimeoutError: the time is up.
+            RuntimeError: a run failed that nobody disturbed.
+        """
+        if not (self.reference / "evaluation.json").exists():
+            print("reference run", flush=True)
+            self._finish(self.reference)
+        kills = plan_kills(
+            self._order["kills"],
+            self.layout,
+            self._order["seed"],
+            self._training_seconds(),
+            self.save_operations,
+        )
+        for number, kill in enumerate(kills):
+            if number >= len(self.outcomes):
+                self.outcomes.append(self._one(number, kill))
+                self._write_report(None)
+            print(f"  {number + 1}. {self.outcomes[number].as_text()}", flush=True)
+        if not (self.run_dir / "evaluation.json").exists():
+            self._finish(self.run_dir)
+        problems = compare_runs(self.reference, self.run_dir)
+        problems += [f"ranks outlived {o.kill}" for o in self.outcomes if o.num_orphans]
+        self._write_report(problems)
+        return problems
+
+    def _one(self, number: int, kill: Kill) -> Outcome:
+        """Starts the run, kills, and looks at what is left."""
+        self._check_time()
+        log = self.out / f"drilled_{number}.log"
+        job = Job(self.config, self.overrides, self.run_dir, log)
+        seen = wait_for(job, kill, self.layout.world_size)
         if seen is None:
-            code = job.end(60)
-            print(f"  the run ended (status {code}) before kill {number + 1}: {kill.label}", flush=True)
-            if code != 0:
-                raise RuntimeError(f"the run failed by itself, see {out}/drilled_{number}.log")
-            break
-        strike(job, kill, layout)
+            code, _ = job.end(60)
+            why = "it ended before: give it more steps" if code == 0 else f"it failed by itself, see {log}"
+            raise RuntimeError(f"kill {number + 1}, {kill.label}: status {code} of the run, {why}")
+        strike(job, kill, self.layout)
         begin = time.monotonic()
-        code = job.end(90)
-        outcome = Outcome(
+        code, num_orphans = job.end(90)
+        folders, metrics = step_folders(self.run_dir).values(), self.run_dir / "metrics.jsonl"
+        return Outcome(
             kill=kill.label,
             seen=seen,
-            steps_before=len(metrics_of(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0,
-            checkpoint=next(iter(complete_checkpoints(run_dir)), None),
+            steps_before=metrics.read_bytes().count(b"\n") if metrics.exists() else 0,
+            checkpoint=next(iter(complete_checkpoints(self.run_dir)), None),
+            torn=[folder.name for folder in folders if not (folder / MANIFEST).exists()],
             exit_code=code,
             seconds_to_end=round(time.monotonic() - begin, 1),
+            num_orphans=num_orphans,
         )
-        outcomes.append(outcome)
-        print(
-            f"  {number + 1}. {outcome.kill}: seen in {outcome.seen!r}, {outcome.steps_before} steps done, "
-            f"newest checkpoint {outcome.checkpoint}, job gone after {outcome.seconds_to_end} s",
-            flush=True,
+
+    def _finish(self, run_dir: Path) -> None:
+        """Runs to the end."""
+        self._check_time()
+        log = self.out / f"{run_dir.name}_to_the_end.log"
+        code, _ = Job(self.config, self.overrides, run_dir, log).end(3600)
+        if code != 0:
+            raise RuntimeError(f"the run in {run_dir} ended with status {code}, see {log}")
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._end:
+            raise TimeoutError(f"{len(self.outcomes)} kills done; start the same command again to go on")
+
+    def _training_seconds(self) -> float:
+        return sum(
+            max(v for k, v in json.loads(line).items() if k.endswith("/timing/step_seconds"))
+            for line in (self.reference / "metrics.jsonl").read_text().splitlines()
         )
-    _finish(config, overrides, run_dir, out / "drilled_last.log")
-    return outcomes
 
-
-def _finish(config: Path, overrides: Sequence[str], run_dir: Path, log: Path) -> None:
-    code = Job(config, overrides, run_dir, log).end(3600)
-    if code != 0:
-        raise RuntimeError(f"the run in {run_dir} ended with status {code}, see {log}")
+    def _write_report(self, problems: list[str] | None) -> None:
+        report = {"order": self._order, "kills": [asdict(o) for o in self.outcomes], "differences": problems}
+        partial = self._report.with_suffix(".partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(self._report)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -268,35 +381,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="draws what is killed when")
     parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start nothing more after this; default: no limit"
+    )
+    parser.add_argument(
         "--out", type=Path, required=True, help="folder for both runs, the logs and the report"
     )
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    overrides = ["checkpoint.save_period=1", "logging.console=false", *options.overrides]
-    layout = Layout.from_config(load_config(options.config, overrides))
     options.out.mkdir(parents=True, exist_ok=True)
-    reference = options.out / "reference"
-    if not (reference / "evaluation.json").exists():
-        print("reference run", flush=True)
-        _finish(options.config, overrides, reference, options.out / "reference.log")
-    seconds = sum(
-        max(v for k, v in json.loads(line).items() if k.endswith("/timing/step_seconds"))
-        for line in (reference / "metrics.jsonl").read_text().splitlines()
-    )
-    kills = plan_kills(options.kills, layout, options.seed, seconds)
-    print(f"{len(kills)} kills", flush=True)
-    outcomes = drill(options.config, overrides, options.out, layout, kills)
-    problems = compare_runs(reference, options.out / "drilled")
-    report = {"kills": [asdict(outcome) for outcome in outcomes], "differences": problems}
-    (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        drill = Drill(options)
+        problems = drill.run()
+    except TimeoutError as error:
+        print(error)
+        return EXIT_PREEMPTED
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     for problem in problems[:20]:
         print(f"  {problem}")
-    saves = sum("checkpoint." in outcome.seen for outcome in outcomes)
-    exchanges = sum("opd.exchange" in outcome.seen for outcome in outcomes)
-    print(f"{len(outcomes)} kills ({saves} in saves, {exchanges} in exchanges): "
+    saves = sum("checkpoint." in outcome.seen for outcome in drill.outcomes)
+    exchanges = sum("opd.exchange" in outcome.seen for outcome in drill.outcomes)
+    print(f"{len(drill.outcomes)} kills ({saves} in saves, {exchanges} in exchanges): "
           f"{'bit for bit the same run' if not problems else f'{len(problems)} differences'}")  # fmt: skip
     return 1 if problems else 0
 

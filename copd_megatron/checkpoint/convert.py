@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from copd_megatron.checkpoint.distcp import HashingFile, append, write_metadata
-from copd_megatron.checkpoint.folder import HF_FILES, MegatronFolder, recorded_layouts
+from copd_megatron.checkpoint.folder import HEADERS, HF_FILES, MegatronFolder, recorded_headers
 from copd_megatron.checkpoint.hf_files import (
     INDEX,
     FileLayout,
@@ -52,7 +52,6 @@ FILE_BYTES: Final = 4 * 2**30
 """Largest ``.distcp`` file, unless one tensor is larger."""
 _COMMON_STATE = "common_state/shard_0_1"
 """Where Megatron looks for what is no tensor; there is nothing in it."""
-_LAYOUTS = "safetensors.json"
 
 Progress = Callable[[str, int], None]
 """Called with a tensor's name and the bytes done with it."""
@@ -95,7 +94,7 @@ def hf_to_megatron(
             copy_files([source / INDEX], partial / HF_FILES)
         if dtype is None:
             record = {layout.name: base64.b64encode(layout.header).decode() for layout in reader.layouts}
-            (partial / HF_FILES / _LAYOUTS).write_text(json.dumps(record, indent=1))
+            (partial / HF_FILES / HEADERS).write_text(json.dumps(record, indent=1))
         else:
             set_dtype(partial / HF_FILES, dtype)
 
@@ -200,9 +199,13 @@ def _assemble(reader: SafetensorsReader, tensor: MegatronTensor, dtype: torch.dt
         done = 0
         width = torch.Size(place.shape[1:]).numel()
         for start, stop in place.rows:
-            piece = torch.empty((stop - start, *place.shape[1:]), dtype=specs[name].dtype)
-            reader.read_into(name, done * width, piece)
-            out[start:stop] = piece
+            target = out[start:stop]
+            if specs[name].dtype is wanted:
+                reader.read_into(name, done * width, target)
+            else:
+                piece = torch.empty(target.shape, dtype=specs[name].dtype)
+                reader.read_into(name, done * width, piece)
+                target.copy_(piece)
             done += stop - start
     return out
 
@@ -248,7 +251,7 @@ def megatron_to_hf(
     tied = _tied_copy(tensors.dims)
     layouts = _layouts(tensors, beside, dtype, shard_bytes, tied)
     with _Appearing(target) as partial:
-        copy_files([path for path in companions(beside) if path.name != _LAYOUTS], partial)
+        copy_files(companions(beside), partial)
         for layout in layouts:
             write_file(partial / layout.name, layout, lambda spec: _pieces(tensors, spec, tied, progress))
         if (beside / INDEX).is_file() and len(layouts) > 1 and _matches_index(beside / INDEX, layouts):
@@ -276,7 +279,7 @@ def _layouts(
         name: Spec(name=name, shape=spec.shape, dtype=dtype or spec.dtype)
         for name, spec in tensors.specs().items()
     }
-    record = recorded_layouts(tensors.folder)
+    record = recorded_headers(tensors.folder)
     template: Iterable[FileLayout] = []
     if record is not None:
         template = [_from_header(name, base64.b64decode(text)) for name, text in record.items()]

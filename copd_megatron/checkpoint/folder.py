@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from copd_megatron.config.model_shape import ModelShape, read_sizes
 
 HF_FILES: Final = "hf"
 """Folder in a converted checkpoint with the Hugging Face folder's other files."""
+HEADERS: Final = "safetensors.headers"
+"""In it, the headers of its safetensors files."""
 _BUFFER_BYTES = 8 * 2**20
 
 
@@ -354,10 +356,10 @@ def _model_of(folder: Path) -> tuple[ModelShape | None, Path | None]:
     return None, None
 
 
-def recorded_layouts(folder: Path) -> Mapping[str, Any] | None:
-    """What ``convert`` wrote down of the safetensors files that a folder came from."""
-    path = folder / HF_FILES / "safetensors.json"
+def recorded_headers(folder: Path) -> Mapping[str, str] | None:
+    """Headers of the safetensors files that a converted folder came from, by file name, in base 64."""
+    path = folder / HF_FILES / HEADERS
     if not path.is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_text())
+    record: dict[str, str] = json.loads(path.read_text())
     return record
