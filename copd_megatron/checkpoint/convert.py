@@ -50,8 +50,6 @@ from copd_megatron.config.model_shape import ModelShape, read_sizes
 SHARD_BYTES: Final = 4 * 2**30
 FILE_BYTES: Final = 4 * 2**30
 """Largest ``.distcp`` file, unless one tensor is larger."""
-_COMMON_STATE = "common_state/shard_0_1"
-"""Where Megatron looks for what is no tensor; there is nothing in it."""
 
 Progress = Callable[[str, int], None]
 """Called with a tensor's name and the bytes done with it."""
@@ -59,6 +57,53 @@ Progress = Callable[[str, int], None]
 
 def _silent(name: str, num_bytes: int) -> None:
     """Nobody watches."""
+
+
+def common_state() -> bytes:
+    """What Megatron wants beside the tensors, as ``torch.save`` writes it: there is nothing in it."""
+    stream = io.BytesIO()
+    torch.save([{}], stream)
+    return stream.getvalue()
+
+
+class TensorTable:
+    """What ``.metadata`` says of a model's tensors, told one (layer of a) tensor at a time."""
+
+    def __init__(self, dims: ModelShape) -> None:
+        self._dims = dims
+        self.described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+
+    def common_state(self) -> MetadataIndex:
+        """Takes note of ``common_state()``; by which index it is found."""
+        key = "common_state/shard_0_1"
+        self.described[key] = BytesStorageMetadata()
+        return MetadataIndex(key)
+
+    def add(self, tensor: MegatronTensor, dtype: torch.dtype) -> tuple[MetadataIndex, torch.Size]:
+        """Takes note of a tensor.
+
+        Returns:
+            By which index it is found, and the shape it is stored in: a layer has an axis of its own.
+
+        Raises:
+            ValueError: it belongs to a stack of another type.
+        """
+        layers = num_stacked_layers(self._dims, tensor.key)
+        shape = torch.Size((*(() if layers is None else (1,)), *tensor.shape))
+        whole = torch.Size((*(() if layers is None else (layers,)), *tensor.shape))
+        offset = torch.Size((*(() if tensor.layer is None else (tensor.layer,)), *(0 for _ in tensor.shape)))
+        entry = self.described.setdefault(
+            tensor.key,
+            TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=whole, chunks=[]),
+        )
+        assert isinstance(entry, TensorStorageMetadata)
+        if entry.properties.dtype is not dtype:
+            raise ValueError(
+                f"layer {tensor.layer} of {tensor.key} is {dtype}, another {entry.properties.dtype}: "
+                "stacked tensors must have one type; convert with --dtype"
+            )
+        entry.chunks.append(ChunkStorageMetadata(offsets=offset, sizes=shape))
+        return MetadataIndex(tensor.key, offset, len(entry.chunks) - 1), shape
 
 
 # ---- Hugging Face to Megatron ----------------------------------------------------------------------------
@@ -105,7 +150,7 @@ def _check_tensors(reader: SafetensorsReader, dims: ModelShape, source: Path) ->
         raise ValueError(
             f"{source} lacks {len(missing)} tensors that config.json implies, {missing[0]} for one"
         )
-    extra = sorted(specs.keys() - known.keys() - _tied_copy(dims).keys())
+    extra = sorted(specs.keys() - known.keys() - tied_copy(dims).keys())
     if extra:
         raise ValueError(
             f"{source} has {len(extra)} tensors that a {dims.architecture} of config.json's sizes has not, "
@@ -114,7 +159,7 @@ def _check_tensors(reader: SafetensorsReader, dims: ModelShape, source: Path) ->
     for name, place in known.items():
         if specs[name].shape != place.shape:
             raise ValueError(f"{source}: {name} is {specs[name].shape}, config.json implies {place.shape}")
-    for tied, original in _tied_copy(dims).items():
+    for tied, original in tied_copy(dims).items():
         if tied in specs and not _equal(reader, tied, original):
             raise ValueError(
                 f"{source}: {tied} differs from {original}, but config.json ties them: set "
@@ -122,7 +167,7 @@ def _check_tensors(reader: SafetensorsReader, dims: ModelShape, source: Path) ->
             )
 
 
-def _tied_copy(dims: ModelShape) -> dict[str, str]:
+def tied_copy(dims: ModelShape) -> dict[str, str]:
     """The output embedding that some folders store though it is tied, and what it is equal to."""
     return (
         {"lm_head.weight": f"{dims.decoder_prefix}.embed_tokens.weight"} if dims.tie_word_embeddings else {}
@@ -148,40 +193,21 @@ def _write_tensors(
     reader: SafetensorsReader, dims: ModelShape, folder: Path, dtype: torch.dtype | None, progress: Progress
 ) -> tuple[list[tuple[MetadataIndex, _StorageInfo]], dict[str, TensorStorageMetadata | BytesStorageMetadata]]:
     """The ``.distcp`` files; where each tensor lies and what it is."""
-    described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    table = TensorTable(dims)
     found: list[tuple[MetadataIndex, _StorageInfo]] = []
     number, stream = 0, HashingFile(folder / "__0_0.distcp")
-    empty = io.BytesIO()
-    torch.save([{}], empty)
-    found.append((MetadataIndex(_COMMON_STATE), append(stream, empty, "__0_0.distcp")))
-    described[_COMMON_STATE] = BytesStorageMetadata()
+    found.append((table.common_state(), append(stream, io.BytesIO(common_state()), "__0_0.distcp")))
     for tensor in megatron_tensors(dims):
         value = _assemble(reader, tensor, dtype)
         if stream.tell() + value.nbytes > FILE_BYTES and stream.tell():
             stream.finish()
             number += 1
             stream = HashingFile(folder / f"__0_{number}.distcp")
-        layers = num_stacked_layers(dims, tensor.key)
-        behind = () if layers is None else (1,)
-        offset = torch.Size((*(() if tensor.layer is None else (tensor.layer,)), *(0 for _ in tensor.shape)))
-        chunk = ChunkStorageMetadata(offsets=offset, sizes=torch.Size((*behind, *tensor.shape)))
-        whole = torch.Size((*(() if layers is None else (layers,)), *tensor.shape))
-        entry = described.setdefault(
-            tensor.key,
-            TensorStorageMetadata(properties=TensorProperties(dtype=value.dtype), size=whole, chunks=[]),
-        )
-        assert isinstance(entry, TensorStorageMetadata)
-        if entry.properties.dtype is not value.dtype:
-            raise ValueError(
-                f"layer {tensor.layer} of {tensor.key} is {value.dtype}, another {entry.properties.dtype}: "
-                "stacked tensors must have one type; convert with --dtype"
-            )
-        entry.chunks.append(chunk)
-        place = append(stream, value.view(*behind, *tensor.shape), f"__0_{number}.distcp")
-        found.append((MetadataIndex(tensor.key, offset, len(entry.chunks) - 1), place))
+        index, shape = table.add(tensor, value.dtype)
+        found.append((index, append(stream, value.view(shape), f"__0_{number}.distcp")))
         progress(tensor.key, value.nbytes)
     stream.finish()
-    return found, described
+    return found, table.described
 
 
 def _assemble(reader: SafetensorsReader, tensor: MegatronTensor, dtype: torch.dtype | None) -> Tensor:
@@ -248,7 +274,7 @@ def megatron_to_hf(
             "and tokenizer (--model)"
         )
     assert tensors.dims is not None
-    tied = _tied_copy(tensors.dims)
+    tied = tied_copy(tensors.dims)
     layouts = _layouts(tensors, beside, dtype, shard_bytes, tied)
     with _Appearing(target) as partial:
         copy_files(companions(beside), partial)

@@ -108,7 +108,7 @@ def write_metadata(
     plain = Metadata(
         state_dict_metadata=metadata.state_dict_metadata,
         storage_data=dict(places),
-        storage_meta=StorageMeta(checkpoint_id=folder.name),
+        storage_meta=StorageMeta(),
         version=CURRENT_DCP_VERSION,
     )
     with (folder / METADATA).open("wb") as file:

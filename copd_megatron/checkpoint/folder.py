@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from copd_megatron.checkpoint.distcp import BACKEND, METADATA
+from copd_megatron.checkpoint.distcp import METADATA
 from copd_megatron.checkpoint.hf_files import Spec, bytes_of, read_exactly
 from copd_megatron.checkpoint.hf_names import Place, places, shape_from_record
 from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest
@@ -327,11 +327,6 @@ def find_folder(path: Path, branch: str | None = None) -> Path:
             f"{path} holds the branches {', '.join(trained)}: name one, {path}/{trained[0]}"
         )
     return path / wanted
-
-
-def is_megatron_folder(path: Path) -> bool:
-    """Whether a folder is in Megatron's distributed format."""
-    return (path / METADATA).is_file() and (path / BACKEND).is_file()
 
 
 def _read_metadata(folder: Path) -> Metadata:

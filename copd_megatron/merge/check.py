@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from copd_megatron.config.model_shape import SUPPORTED_ARCHITECTURES, read_sizes
 from copd_megatron.merge.hf_folder import read_json
 from copd_megatron.merge.tensors import TensorSource
 
@@ -41,11 +43,26 @@ def check_mergeable(sources: Sequence[TensorSource], *, allow: Sequence[str] = (
         MismatchError: names the tensors, configuration keys or tokens that differ.
     """
     first = sources[0]
+    for source in sources:
+        _check_types(source)
     for other in sources[1:]:
         pair = f"{other.label} and {first.label}"
         _check_config(first, other, pair, set(allow))
         _check_tensors(first, other, pair)
         _check_tokenizer(first, other, pair)
+
+
+def _check_types(source: TensorSource) -> None:
+    """Eight-bit weights mean nothing without their scales, which are tensors of their own."""
+    narrow = [
+        f"{name} ({spec.dtype})"
+        for name in source.names()
+        if (spec := source.spec(name)).dtype.is_floating_point and spec.dtype.itemsize == 1
+    ]
+    if narrow:
+        raise MismatchError(
+            f"merge: {source.label} is quantised: {_list(narrow)}; merge the models before quantising them"
+        )
 
 
 def _check_tensors(first: TensorSource, other: TensorSource, pair: str) -> None:
@@ -76,8 +93,12 @@ def _check_tensors(first: TensorSource, other: TensorSource, pair: str) -> None:
 
 def _check_config(first: TensorSource, other: TensorSource, pair: str, allow: set[str]) -> None:
     ours, theirs = (read_json(source.companions, "config.json") for source in (first, other))
+    what = "config.json"
     if ours is None or theirs is None:
-        return  # tensors without a configuration are compared by names and shapes alone
+        ours, theirs = _sizes(first), _sizes(other)
+        what = "sizes"
+    if ours is None or theirs is None:
+        return  # what says nothing of its model is compared by tensors' names and shapes alone
     flat = [_flatten(config) for config in (ours, theirs)]
     different = [
         f"{key} ({_show(flat[1], key)} and {_show(flat[0], key)})"
@@ -88,9 +109,20 @@ def _check_config(first: TensorSource, other: TensorSource, pair: str, allow: se
     ]
     if different:
         raise MismatchError(
-            f"merge: {pair} differ in config.json: {_list(different)}; "
+            f"merge: {pair} differ in {what}: {_list(different)}; "
             "merge models of one architecture, or --allow KEY for what does not matter"
         )
+
+
+def _sizes(source: TensorSource) -> dict[str, Any] | None:
+    """The model's sizes as the checkpoint records them, or as config.json gives them."""
+    if source.dims is not None:
+        return asdict(source.dims)
+    config = read_json(source.companions, "config.json")
+    if config is None or set(SUPPORTED_ARCHITECTURES).isdisjoint(config.get("architectures") or ()):
+        return None
+    assert source.companions is not None
+    return asdict(read_sizes(source.companions, source.label))
 
 
 def _check_tokenizer(first: TensorSource, other: TensorSource, pair: str) -> None:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest
 from copd_megatron.config.errors import ConfigError
 from copd_megatron.merge.recipe import ALIASES, METHODS, ModelInput, Recipe, read_recipe
 
@@ -24,6 +25,8 @@ Merge branches into one model, from file to file with bounded memory.
   copd merge text image --weights 0.7,0.3 --out merged                 weighted mean
   copd merge text image --base base --method ties --density 0.5 --out merged
   copd merge text image --weights '*.mlp.*=0.9,0.1' --weights 0.5,0.5 --out merged
+  copd merge runs/copd/checkpoints/step_000100 --out merged            all branches of a joint checkpoint
+  copd merge text image --out merged --format megatron                 write Megatron's distributed format
   copd merge recipe.yaml --out merged                                  a recipe in mergekit's manner
   torchrun --nproc-per-node 8 -m copd_megatron.cli merge ...           shards dealt to ranks
 
@@ -38,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what ``run`` reads."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
-    parser.add_argument("models", nargs="+", help="folders of one architecture, or one YAML recipe")
+    parser.add_argument(
+        "models",
+        nargs="+",
+        help="folders of one architecture, in Hugging Face's or Megatron's distributed format, mixed freely; "
+        "a joint checkpoint stands for its trained branches; or one YAML recipe",
+    )
     parser.add_argument("--out", help="folder to write; without it, --report alone is made")
     how = parser.add_argument_group("how to merge (not with a recipe)")
     how.add_argument("--method", choices=[*METHODS, *ALIASES], help="default: mean")
@@ -65,6 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--tokenizer-source", default="base", help="input whose tokenizer files are copied")
     parser.add_argument("--seed", type=int, default=0, help="dare: root of the random masks")
     parser.add_argument("--shard-size", default="2GiB", help="largest output file (default: %(default)s)")
+    parser.add_argument(
+        "--format",
+        choices=["hf", "megatron"],
+        default="hf",
+        help="of the result: safetensors (default), or Megatron's distributed format",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="first compare joint checkpoints with their recorded digests"
+    )
     parser.add_argument("--processes", type=int, default=1, help="workers, each taking whole shards")
     parser.add_argument("--threads", type=int, help="per process; default: all cores")
     parser.add_argument(
@@ -91,13 +108,13 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError, FileNotFoundError, ValueError: what was asked for cannot be; says why.
     """
-    recipe = recipe_from(arguments)
-    if arguments.out is None and arguments.report is None:
-        raise ConfigError("merge: --out is missing; say where to write")
-    if arguments.report is not None and (arguments.base or recipe.base) is None:
-        raise ConfigError("merge: --report measures from a base; give it with --base")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
+        recipe = recipe_from(arguments)
+        if arguments.out is None and arguments.report is None:
+            raise ConfigError("merge: --out is missing; say where to write")
+        if arguments.report is not None and (arguments.base or recipe.base) is None:
+            raise ConfigError("merge: --report measures from a base; give it with --base")
         if arguments.out is not None:
             outcome = _merge(arguments, recipe, rank, world_size)
             if rank == 0:
@@ -108,10 +125,10 @@ def run(arguments: argparse.Namespace) -> int:
                 )
         if arguments.report is not None and rank == 0:
             _report(arguments, recipe)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        print(f"copd: {error.strerror or error}", file=sys.stderr)
+    except FileNotFoundError:
+        raise
+    except (OSError, CheckpointError) as error:
+        print(f"copd: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 1
     return 0
 
@@ -140,7 +157,8 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
             )
         return read_recipe(arguments.models[0], seed=arguments.seed)
     method = ALIASES.get(arguments.method or "mean", arguments.method or "mean")
-    models, base = list(arguments.models), arguments.base
+    models = [branch for path in arguments.models for branch in _branches_of(path)]
+    base = arguments.base
     if method == "slerp" and base is None and len(models) == 2:
         base, models = models[0], models[1:]
     if method in _NEEDS_BASE and base is None:
@@ -181,6 +199,14 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
         tokenizer_source=arguments.tokenizer_source,
         seed=arguments.seed,
     )
+
+
+def _branches_of(path: str) -> list[str]:
+    """The trained branches of a joint checkpoint; any other path as it is."""
+    if not (Path(path) / MANIFEST).is_file():
+        return [path]
+    branches = read_manifest(Path(path)).branches
+    return [str(Path(path) / name) for name, entry in branches.items() if not entry.frozen]
 
 
 def _per_model(flag: str, texts: Sequence[str] | None, count: int) -> list[tuple[str | None, list[float]]]:
@@ -241,6 +267,8 @@ def _merge(arguments: argparse.Namespace, recipe: Recipe, rank: int, world_size:
             overwrite=arguments.overwrite,
             resume=not arguments.fresh,
             fsync=arguments.fsync,
+            output_format=arguments.format,
+            verify=arguments.verify,
             processes=arguments.processes,
             threads=arguments.threads,
             rank=rank,

@@ -34,8 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from copd_megatron.merge import safetensors_io  # also registers the format
+from copd_megatron.checkpoint.manifest import CheckpointError
 from copd_megatron.merge.check import check_mergeable
+from copd_megatron.merge.formats import Format, make_sink, open_source
 from copd_megatron.merge.hf_folder import copy_companions, set_dtype
 from copd_megatron.merge.journal import Journal
 from copd_megatron.merge.methods import Settings, start
@@ -49,7 +50,6 @@ from copd_megatron.merge.tensors import (
     TensorSource,
     TensorSpec,
     block_range,
-    open_source,
 )
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class MergeJob:
     allow: tuple[str, ...] = ()
     """Configuration keys that may differ between the models."""
     fsync: bool = False
+    output_format: Format = "hf"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +101,10 @@ class Merger:
     """An opened job: its inputs, and the plan of the result.
 
     Raises:
-        FileNotFoundError: an input is not there.
+        FileNotFoundError: an input is not there, or the configuration that belongs to all of them.
+        CheckpointError: an input is damaged.
         MismatchError: the inputs cannot be merged.
-        ConfigError: a parameter lacks a value for some tensor.
+        ConfigError: a parameter lacks a value for some tensor, or the format cannot hold the model.
     """
 
     def __init__(self, job: MergeJob) -> None:
@@ -113,8 +115,28 @@ class Merger:
         self._depths = layer_depths(names)
         self._settings = {name: self._resolve(name) for name in names}
         specs = [self._out_spec(name) for name in names]
-        self.sink: TensorSink = safetensors_io.SafetensorsSink(
-            job.folder, specs, job.shard_bytes, fsync=job.fsync
+        self.companions = self._find_companions()
+        self.sink: TensorSink = make_sink(
+            job.output_format,
+            job.folder,
+            specs,
+            job.shard_bytes,
+            dims=next((source.dims for source in self.sources if source.dims), None),
+            companions=self.companions,
+            fsync=job.fsync,
+        )
+
+    def _find_companions(self) -> Path:
+        """Folder whose configuration and tokenizer the result gets: the one asked for, or any (a branch in
+        Megatron's format knows its model's folder, which may be gone)."""
+        chosen = self.sources[self.job.recipe.companion_index()]
+        for source in (chosen, *self.sources):
+            if source.companions is not None:
+                return source.companions
+        raise FileNotFoundError(
+            f"merge: the Hugging Face folder that {chosen.label} was trained from is gone, and no other "
+            "input has configuration and tokenizer; put it back, or convert one input with "
+            "tools/convert_megatron_to_hf.py --model FOLDER first"
         )
 
     def _resolve(self, name: str) -> Settings:
@@ -159,7 +181,8 @@ class Merger:
         """What the result depends on: recipe, inputs, cut into shards."""
         recipe = {key: value for key, value in asdict(self.job.recipe).items() if key != "origin"}
         inputs = [source.identity() for source in self.sources]
-        text = json.dumps([recipe, inputs, self.job.shard_bytes, BLOCK_ELEMENTS], sort_keys=True, default=str)
+        cut = [self.job.output_format, self.job.shard_bytes, BLOCK_ELEMENTS]
+        text = json.dumps([recipe, inputs, *cut], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def shard_bytes(self, index: int) -> int:
@@ -248,6 +271,8 @@ def run_merge(
     overwrite: bool = False,
     resume: bool = True,
     fsync: bool = False,
+    output_format: Format = "hf",
+    verify: bool = False,
     processes: int = 1,
     threads: int | None = None,
     rank: int = 0,
@@ -255,16 +280,17 @@ def run_merge(
     barrier: Callable[[], None] = lambda: None,
     progress: Advance | None = None,
 ) -> MergeOutcome:
-    """Carries out a recipe and writes a Hugging Face folder.
+    """Carries out a recipe and writes a folder in Hugging Face's or Megatron's distributed format.
 
     Args:
         target: appears when it is complete; until then all lies in ``<target>.partial``.
-        shard_bytes: largest safetensors file (or one larger tensor). Ranks and processes take whole shards,
+        shard_bytes: largest file of the result (or one larger tensor). Ranks and processes take whole shards,
             so there should be several for each.
         allow: keys of config.json that may differ.
         overwrite: replace what is at ``target``.
         resume: keep the finished shards of the same merge, interrupted; False: start anew.
         fsync: wait until the disk has each shard before it is recorded as finished.
+        verify: read joint checkpoints once before, and compare with the digests in their manifests.
         processes: worker processes of this rank; 1: this process does the work.
         threads: per process; default: the cores, shared among processes and local ranks.
         rank, world_size, barrier: processes started from outside (torchrun), and how they wait for each
@@ -274,7 +300,7 @@ def run_merge(
         What this rank did.
 
     Raises:
-        FileNotFoundError, MismatchError, ConfigError: see ``Merger``.
+        FileNotFoundError, CheckpointError, MismatchError, ConfigError: see ``Merger``.
         FileExistsError: something is at ``target``.
         OSError: the disk is full or an input changed; what is finished stays for the next start.
     """
@@ -283,10 +309,19 @@ def run_merge(
     if final.exists() and not overwrite:
         raise FileExistsError(f"merge: {final} is there already; choose another folder or overwrite it")
     folder = final.with_name(final.name + ".partial")
-    job = MergeJob(recipe=recipe, folder=folder, shard_bytes=shard_bytes, allow=tuple(allow), fsync=fsync)
+    job = MergeJob(
+        recipe=recipe,
+        folder=folder,
+        shard_bytes=shard_bytes,
+        allow=tuple(allow),
+        fsync=fsync,
+        output_format=output_format,
+    )
     merger = Merger(job)
     journal = Journal(folder)
     if rank == 0:
+        if verify and (problems := [line for source in merger.sources for line in source.problems()]):
+            raise CheckpointError(f"merge: {'; '.join(problems)}; merge an older checkpoint")
         _prepare(merger, journal, resume)
     barrier()
     mine = range(rank, len(merger.sink.shards), world_size)
@@ -338,10 +373,8 @@ def _prepare(merger: Merger, journal: Journal, resume: bool) -> None:
             return
         logger.info("merge: %s is of another merge; starting anew", folder)
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    companions = merger.sources[merger.job.recipe.companion_index()].companions
-    if companions is not None:
-        copy_companions(companions, folder)
+    merger.sink.companions.mkdir(parents=True)
+    copy_companions(merger.companions, merger.sink.companions)
     journal.begin(fingerprint)
 
 
@@ -388,7 +421,7 @@ def _complete(merger: Merger, journal: Journal, final: Path) -> None:
     merger.sink.finish()
     types = {s.dtype for shard in merger.sink.shards for s in shard if s.dtype.is_floating_point}
     if len(types) == 1:
-        set_dtype(folder, str(types.pop()).removeprefix("torch."))
+        set_dtype(merger.sink.companions, str(types.pop()).removeprefix("torch."))
     if final.exists():
         old = final.with_name(final.name + ".old")
         shutil.rmtree(old, ignore_errors=True)

@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from copd_megatron.merge import safetensors_io as _formats  # noqa: F401 - registers the format
 from copd_megatron.merge.check import check_mergeable
+from copd_megatron.merge.formats import open_source
 from copd_megatron.merge.recipe import layer_label
 from copd_megatron.merge.scratch import scratch
-from copd_megatron.merge.tensors import TensorSource, TensorSpec, block_range, open_source
+from copd_megatron.merge.tensors import TensorSource, TensorSpec, block_range
 
 TOTAL = "all"
 

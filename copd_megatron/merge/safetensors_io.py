@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from copd_megatron.config.model_shape import ModelShape
 from copd_megatron.merge.hf_folder import write_index
-from copd_megatron.merge.tensors import BLOCK_ELEMENTS, TensorSpec, block_range, register_format
+from copd_megatron.merge.planned_file import Extent, PlannedFile, PlannedFileWriter, bytes_of
+from copd_megatron.merge.tensors import TensorSpec, cut
 
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -49,6 +49,7 @@ class SafetensorsSource:
         """Raises FileNotFoundError or ValueError: no file, a missing file, or a torn one."""
         self.label = str(folder)
         self.companions: Path | None = Path(folder)
+        self.dims: ModelShape | None = None
         self._files: list[_File] = []
         self._where: dict[str, tuple[_File, TensorSpec, int]] = {}
         for path in _files_of(Path(folder)):
@@ -71,7 +72,7 @@ class SafetensorsSource:
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Raises OSError when the file ends early (it was changed while being read)."""
         file, spec, offset = self._where[name]
-        view = _bytes_of(out)
+        view = bytes_of(out)
         position, done = offset + start * spec.dtype.itemsize, 0
         while done < len(view):
             count = os.preadv(file.descriptor, [view[done:]], position + done)
@@ -81,6 +82,9 @@ class SafetensorsSource:
 
     def identity(self) -> str:
         return "\n".join(file.identity for file in self._files)
+
+    def problems(self) -> list[str]:
+        return []
 
 
 class _File:
@@ -139,27 +143,17 @@ class SafetensorsSink:
         self, folder: Path, specs: Sequence[TensorSpec], shard_bytes: int, *, fsync: bool = False
     ) -> None:
         self.folder, self._fsync = folder, fsync
-        self.shards = _cut(specs, shard_bytes)
+        self.shards = cut(specs, shard_bytes, lambda spec: spec.num_bytes)
 
-    def open(self, index: int) -> _SafetensorsWriter:
-        return _SafetensorsWriter(self._path(index), self.shards[index], fsync=self._fsync)
+    @property
+    def companions(self) -> Path:
+        return self.folder
+
+    def open(self, index: int) -> PlannedFileWriter:
+        return PlannedFileWriter(self._plan(index), fsync=self._fsync)
 
     def digest(self, index: int) -> str | None:
-        path = self._path(index)
-        header, offsets = _header(self.shards[index])
-        last = max((offsets[s.name] + s.num_bytes for s in self.shards[index]), default=len(header))
-        if not path.is_file() or path.stat().st_size != last:
-            return None
-        sums: dict[tuple[str, int], int] = {}
-        with path.open("rb") as file:
-            if file.read(len(header)) != header:
-                return None
-            for spec in self.shards[index]:
-                file.seek(offsets[spec.name])
-                for block in range(spec.num_blocks):
-                    start, stop = block_range(spec, block)
-                    sums[spec.name, block] = zlib.crc32(file.read((stop - start) * spec.dtype.itemsize))
-        return _seal(header, self.shards[index], sums)
+        return self._plan(index).digest()
 
     def finish(self) -> None:
         where = {
@@ -167,55 +161,29 @@ class SafetensorsSink:
         }
         write_index(self.folder, where, sum(spec.num_bytes for shard in self.shards for spec in shard))
 
+    def _plan(self, index: int) -> PlannedFile:
+        specs = self.shards[index]
+        header, offsets = _header(specs)
+        sizes = {spec.name: spec.dtype.itemsize for spec in specs}
+
+        def extents(name: str, start: int, stop: int) -> list[Extent]:
+            return [(offsets[name] + start * sizes[name], (stop - start) * sizes[name])]
+
+        return PlannedFile(
+            path=self._path(index),
+            frame=((0, header),),
+            specs=tuple(specs),
+            extents=extents,
+            num_bytes=max((offsets[s.name] + s.num_bytes for s in specs), default=len(header)),
+        )
+
     def _path(self, index: int) -> Path:
         return self.folder / shard_name(index + 1, len(self.shards))
-
-
-class _SafetensorsWriter:
-    """One shard: header first, then every block at its place. Blocks of 2^18 elements, each with a CRC-32."""
-
-    def __init__(self, path: Path, specs: Sequence[TensorSpec], *, fsync: bool) -> None:
-        self._specs, self._fsync = list(specs), fsync
-        self._header, self._offsets = _header(specs)
-        size = max((self._offsets[s.name] + s.num_bytes for s in specs), default=len(self._header))
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            # A disk that is too full says so now, not after hours.
-            os.posix_fallocate(self._descriptor, 0, max(size, 1))
-            os.pwrite(self._descriptor, self._header, 0)
-        except OSError:
-            os.close(self._descriptor)
-            raise
-        self._sums: dict[tuple[str, int], int] = {}
-        self._lock = threading.Lock()
-
-    def write(self, name: str, start: int, values: Tensor) -> None:
-        view = _bytes_of(values)
-        position, done = self._offsets[name] + start * values.element_size(), 0
-        while done < len(view):
-            done += os.pwrite(self._descriptor, view[done:], position + done)
-        checksum = zlib.crc32(view)
-        with self._lock:
-            self._sums[name, start // BLOCK_ELEMENTS] = checksum
-
-    def close(self) -> str:
-        if self._fsync:
-            os.fsync(self._descriptor)
-        os.close(self._descriptor)
-        return _seal(self._header, self._specs, self._sums)
-
-    def abort(self) -> None:
-        os.close(self._descriptor)
 
 
 def shard_name(number: int, count: int) -> str:
     """Hugging Face's file name of shard ``number`` (from 1)."""
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's own memory, as bytes."""
-    return memoryview(tensor.view(torch.uint8).numpy())
 
 
 def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
@@ -236,28 +204,6 @@ def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, {n: o + 8 + len(text) for n, o in offsets.items()}
 
 
-def _seal(header: bytes, specs: Sequence[TensorSpec], sums: Mapping[tuple[str, int], int]) -> str:
-    """SHA-256 over the header and the blocks' CRC-32s in order. Blocks are written out of order by several
-    threads, so the file cannot be hashed as one stream; and CRC-32 runs at memory speed."""
-    digest = hashlib.sha256(header)
-    for spec in specs:
-        for block in range(spec.num_blocks):
-            digest.update(sums[spec.name, block].to_bytes(4, "little"))
-    return digest.hexdigest()
-
-
-def _cut(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
-    shards: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        if shards[-1] and size + spec.num_bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.num_bytes
-    return shards
-
-
 def _files_of(folder: Path) -> list[Path]:
     """The files that the index names, or all ``*.safetensors`` where there is no index."""
     index = folder / "model.safetensors.index.json"
@@ -269,10 +215,3 @@ def _files_of(folder: Path) -> list[Path]:
             f"{folder}: {index.name} names {', '.join(missing[:5])}, not there; copy again"
         )
     return files
-
-
-def _open(path: Path) -> SafetensorsSource | None:
-    return SafetensorsSource(path) if path.is_dir() and any(path.glob("*.safetensors")) else None
-
-
-register_format(_open)

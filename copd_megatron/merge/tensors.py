@@ -1,4 +1,5 @@
-"""Where a merge reads from and writes to: two small protocols, so that every checkpoint format can plug in.
+"""Where a merge reads from and writes to: two small protocols, so that every checkpoint format can plug in
+(``formats`` lists them).
 
 Tensors are handled as flat ranges of their elements in row-major order. A source fills a buffer that the
 caller owns; a sink takes values at a position. Neither ever holds a whole model, and both are called from
@@ -15,6 +16,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from copd_megatron.config.model_shape import ModelShape
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements handled at once: 1 MiB in float32, so that a block's intermediates stay in a core's cache. DARE's
@@ -63,6 +66,8 @@ class TensorSource(Protocol):
     """What messages call it; a path."""
     companions: Path | None
     """Folder with config.json, tokenizer and processor files; None: there are none."""
+    dims: ModelShape | None
+    """The model's sizes, where the checkpoint itself records them."""
 
     def names(self) -> Sequence[str]:
         """Tensor names, sorted."""
@@ -75,6 +80,10 @@ class TensorSource(Protocol):
 
     def identity(self) -> str:
         """Text that changes when the content does: by it an interrupted merge knows its inputs again."""
+
+    def problems(self) -> list[str]:
+        """Files that do not have the digests recorded for them, one line each. Reads them all; empty:
+        nothing is wrong, or nothing is recorded."""
 
 
 class ShardWriter(Protocol):
@@ -97,6 +106,10 @@ class TensorSink(Protocol):
     def shards(self) -> Sequence[Sequence[TensorSpec]]:
         """What each shard holds."""
 
+    @property
+    def companions(self) -> Path:
+        """Folder for configuration, tokenizer and processor files."""
+
     def open(self, index: int) -> ShardWriter:
         """Starts a shard (again, when a part of it is there)."""
 
@@ -108,28 +121,14 @@ class TensorSink(Protocol):
         """Writes what ties the shards together. Called once, by one process, after all shards."""
 
 
-Opener = Callable[[Path], TensorSource | None]
-_OPENERS: list[Opener] = []
-
-
-def register_format(opener: Opener) -> None:
-    """Adds a checkpoint format: ``opener`` returns None for a path that is not of its format."""
-    _OPENERS.append(opener)
-
-
-def open_source(path: str | Path) -> TensorSource:
-    """Opens a checkpoint of any registered format.
-
-    Raises:
-        FileNotFoundError: there is nothing at ``path``, or nothing that a format knows.
-    """
-    location = Path(path)
-    if not location.exists():
-        raise FileNotFoundError(f"merge: there is no {path}; give a local folder")
-    for opener in _OPENERS:
-        source = opener(location)
-        if source is not None:
-            return source
-    raise FileNotFoundError(
-        f"merge: {path} holds no checkpoint that can be read; give a Hugging Face folder with *.safetensors"
-    )
+def cut[T](items: Sequence[T], limit: int, size: Callable[[T], int]) -> list[list[T]]:
+    """Items in order, in groups of at most ``limit`` in all, unless a single one is larger."""
+    groups: list[list[T]] = [[]]
+    total = 0
+    for item in items:
+        if groups[-1] and total + size(item) > limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(item)
+        total += size(item)
+    return groups
