@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from copd_megatron.config import (
     validate,
 )
 from copd_megatron.dry_run import dry_run
+
+ROOT = Path(__file__).resolve().parents[1]
 
 YAML = """
 model:
@@ -492,6 +495,20 @@ def test_the_parameter_count_is_that_of_transformers() -> None:
         assert replace(SHAPE, tie_word_embeddings=tied).num_parameters == expected
 
 
+def test_the_parameter_count_holds_the_vision_tower(tmp_path: Path) -> None:
+    from transformers import Qwen3VLForConditionalGeneration
+
+    from copd_megatron.tiny.vl import build_processor, build_visual_model
+    from copd_megatron.tiny.vl_recipe import VL_RECIPE
+
+    model = build_visual_model(VL_RECIPE, build_processor(VL_RECIPE))
+    assert isinstance(model, Qwen3VLForConditionalGeneration)
+    model.save_pretrained(tmp_path)
+    build_processor(VL_RECIPE).save_pretrained(tmp_path)
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    assert read_model_shape(tmp_path).num_parameters == expected
+
+
 # --- dry run -----------------------------------------------------------------------------------------------
 
 
@@ -511,3 +528,79 @@ def test_the_dry_run_refuses_what_a_start_would(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
     with pytest.raises(ConfigError, match="--nproc-per-node=6"):
         dry_run(load(tmp_path, f"model.path={base}"), 4)
+
+
+QWEN3_VL_4B = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "model_type": "qwen3_vl",
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "tie_word_embeddings": True,
+    "text_config": {
+        "model_type": "qwen3_vl_text",
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+        "tie_word_embeddings": True,
+    },
+    "vision_config": {
+        "model_type": "qwen3_vl",
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_heads": 16,
+        "in_channels": 3,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 2560,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [5, 11, 17],
+    },
+}
+"""config.json of Qwen3-VL-4B-Instruct."""
+
+
+@pytest.mark.parametrize(
+    ("name", "branches", "edges"),
+    [
+        ("two_branch_qwen3_vl_4b", ["text", "image"], {"text<-image", "image<-text"}),
+        (
+            "three_branch_qwen3_vl_4b",
+            ["text", "image", "video"],
+            {"text<-image", "text<-video", "image<-text", "video<-text"},
+        ),
+    ],
+)
+def test_the_4b_configs_hold_the_papers_values_and_fit_80_gb(
+    name: str, branches: list[str], edges: set[str], tmp_path: Path
+) -> None:
+    base = write_model(tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(QWEN3_VL_4B))
+    config = load_config(ROOT / "configs" / f"{name}.yaml", [f"model.path={base}"])
+    world_size = 8 * len(branches)
+    text = dry_run(config, world_size)
+    assert list(config.branches) == branches
+    assert set(re.findall(r"\w+<-\w+", text)) - {"student<-teacher"} == edges
+    assert config.optimizer.lr == 1e-6
+    assert config.schedule.rlvr_steps == 1.5 * config.schedule.opd_steps
+    assert (config.loss.ratio_clip_min, config.loss.ratio_clip_max) == (0.2, 0.28)
+    assert config.opd.behaviour.top_k == 10
+    for branch in config.branches.values():
+        assert (branch.num_prompts_per_step, branch.num_generations_per_prompt) == (256, 8)
+        assert (branch.data.max_prompt_tokens, branch.rollout.max_new_tokens) == (16384, 16384)
+        assert branch.rollout.temperature == 1.0
+    # 4.4e9 parameters: the published 4B with its vision tower.
+    shapes = read_model_shapes(config)
+    for branch_name in config.branches:
+        assert 4.3e9 < shapes[branch_name].num_parameters < 4.5e9

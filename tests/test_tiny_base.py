@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,8 +134,16 @@ def test_every_demonstration_is_correct_and_so_is_each_of_its_steps() -> None:
         for step in re.findall(r"[\d+]+=\d+", item.response):
             left, right = step.split("=")
             assert sum(map(int, left.split("+"))) == int(right)
-    worked = sum(item.response.startswith("<think>") for item in shown) / len(shown)
-    assert worked == pytest.approx(TEXT_RECIPE.warm_up.worked_share, abs=0.08)
+
+
+def test_early_demonstrations_work_more_than_later_ones() -> None:
+    settings = dataclasses.replace(
+        TEXT_RECIPE.warm_up, early_fraction=0.6, early_worked_share=0.9, worked_share=0.2
+    )
+    recipe = dataclasses.replace(TEXT_RECIPE, warm_up=settings)
+    works = [item.response.startswith("<think>") for item in demonstrations(recipe, 2000, seed=5)]
+    assert sum(works[:1200]) / 1200 == pytest.approx(0.9, abs=0.04)
+    assert sum(works[1200:]) / 800 == pytest.approx(0.2, abs=0.05)
 
 
 def test_demonstrations_follow_the_seed_and_avoid_what_is_held_out() -> None:
@@ -173,6 +182,10 @@ def test_the_warm_up_never_sees_a_validation_task(tmp_path: Path, tokenizer: Pre
 def test_batches_learn_the_response_and_its_end_only(tokenizer: PreTrainedTokenizerFast) -> None:
     batches = list(demonstration_batches(SMALL, tokenizer, seed=1))
     assert len(batches) == 8  # two whole windows for six steps
+    # Each token of a window counts alike, in short batches and long ones.
+    for window in (batches[:4], batches[4:]):
+        learnt = sum(int((batch["labels"] != IGNORED).sum()) for batch in window)
+        assert {batch["normalizer"] for batch in window} == {learnt / 4}
     for batch in batches:
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             learnt = labels != IGNORED
@@ -199,12 +212,13 @@ class Copier(nn.Module):
         return type("Output", (), {"logits": logits})
 
 
-def successors(num_batches: int) -> list[dict[str, torch.Tensor]]:
+def successors(num_batches: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(num_batches):
         starts = torch.randint(0, 8, (16,), generator=generator).tolist()
-        batches.append(pad_batch([([s], [(s * 3 + 1) % 8]) for s in starts], padding_id=0))
+        rows = [([s], [(s * 3 + 1) % 8]) for s in starts]
+        batches.append({**pad_batch(rows, padding_id=0), "normalizer": len(rows)})
     return batches
 
 
@@ -232,8 +246,8 @@ def test_warm_up_stops_at_a_loss_that_is_not_finite() -> None:
 
 def test_padding_and_prompts_do_not_enter_the_loss() -> None:
     model = Copier()
-    short = pad_batch([([1], [2])], padding_id=0)
-    padded = pad_batch([([1], [2]), ([3, 4, 5], [])], padding_id=0)
+    short = {**pad_batch([([1], [2])], padding_id=0), "normalizer": 1}
+    padded = {**pad_batch([([1], [2]), ([3, 4, 5], [])], padding_id=0), "normalizer": 1}
     torch.testing.assert_close(imitation_loss(model, short), imitation_loss(model, padded))
 
 

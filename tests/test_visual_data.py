@@ -23,7 +23,7 @@ from tests.test_data_tools import run_tool
 
 ALL_FRAMES = MediaConfig(frame_rate=1000.0)
 IMAGES = ["count", "count_arithmetic", "compare", "locate", "read_digits", "read_chart"]
-VIDEOS = ["direction", "event_order", "event_count", "temporal_grounding"]
+VIDEOS = ["direction", "event_order", "event_count", "temporal_grounding", "digit_sequence"]
 
 
 def tasks(name: str, count: int = 40, seed: int = 0, **settings: Any) -> list[VisualTask]:
@@ -201,6 +201,27 @@ def test_groundings_are_in_the_pixels() -> None:
         verify = registry.get(task.verifier).verify
         off = f"{end / video.fps}-{end / video.fps + 1}"
         assert verify(off, task.answer, task.metadata) == 0.0
+
+
+@pytest.mark.parametrize("ask_sum", [False, True])
+def test_digit_sequences_are_in_the_pixels(ask_sum: bool) -> None:
+    names = {}
+    for digit in "0123456789":
+        canvas = blank(10, 6)
+        draw_digit(canvas, digit, "black", 0, 0, 2)
+        names[canvas.tobytes()] = digit
+    lengths = set()
+    settings = {"frame_size": 16, "shift": 3, "max_digits": 5, "digit_frames": 2}
+    for task in tasks("digit_sequence", ask_sum=ask_sum, **settings):
+        frames = video_of(task).frames
+        digits = ""
+        for first, same, gap in zip(*(iter(frames),) * 3, strict=True):
+            assert np.array_equal(first, same) and (gap == 255).all()
+            y, x = (axis.min() for axis in np.nonzero((first != 255).any(-1)))
+            digits += names[first[y : y + 10, x : x + 6].tobytes()]
+        lengths.add(len(digits))
+        assert task.answer == (str(sum(map(int, digits))) if ask_sum else digits)
+    assert lengths == {2, 3, 4, 5}
 
 
 @pytest.mark.parametrize("name", IMAGES + VIDEOS)

@@ -34,6 +34,17 @@ class VisionShape:
     num_deepstack: int
     """Feature maps that are added to the hidden states after the first decoder layers, one each."""
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases of patch embedding, position embedding, blocks, merger and deepstack mergers."""
+        hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        merged = hidden * self.spatial_merge_size**2
+        patch = (self.in_channels * self.temporal_patch_size * self.patch_size**2 + 1) * hidden
+        block = 4 * hidden * (hidden + 1) + 2 * hidden * ffn + ffn + hidden + 4 * hidden
+        merger = merged * (merged + 1) + (merged + 1) * self.out_hidden_size
+        mergers = (1 + self.num_deepstack) * merger + 2 * hidden + self.num_deepstack * 2 * merged
+        return patch + self.num_positions * hidden + self.depth * block + mergers
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -79,9 +90,10 @@ class ModelShape:
 
     @property
     def num_parameters(self) -> int:
-        """All weights, shared ones counted once."""
+        """All weights, shared ones counted once, a vision tower included."""
         embeddings = self.embedding_parameters * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * self.layer_parameters + embeddings + self.hidden_size
+        vision = 0 if self.vision is None else self.vision.num_parameters
+        return self.num_layers * self.layer_parameters + embeddings + self.hidden_size + vision
 
 
 def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:

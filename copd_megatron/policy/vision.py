@@ -21,6 +21,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from copd_megatron.policy.positions import VisionBatch
+from copd_megatron.policy.vision_attention import use_packed_attention
 
 
 class InterleavedMultimodalRotaryEmbedding(MultimodalRotaryEmbedding):
@@ -52,8 +53,8 @@ class VisionLanguageModel(GPTModel):
         if not self.pre_process:
             return
         settings = Qwen3VLVisionConfig(**vision_config)
-        settings._attn_implementation = "sdpa"
         self.visual = Qwen3VLVisionModel(settings).to(self.config.params_dtype)
+        use_packed_attention(self.visual)
         if freeze_vision:
             self.visual.requires_grad_(False)
         for number, layer in enumerate(self.decoder.layers[: len(settings.deepstack_visual_indexes)]):

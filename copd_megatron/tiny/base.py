@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from copd_megatron.tiny.recipe import Recipe, base_digest, data_digest
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and a cached model needs neither
-    from torch import Tensor
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -142,10 +141,12 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
 
 def demonstration_batches(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int
-) -> Iterator[dict[str, Tensor]]:
-    """The warm-up's batches in the order of its steps: ``input_ids`` and ``labels``, each [batch_size, T].
+) -> Iterator[dict[str, Any]]:
+    """The warm-up's batches in the order of its steps: ``input_ids`` and ``labels``, each [batch_size, T],
+    and ``normalizer``.
 
-    Batches are formed by length within a window and then shuffled.
+    Batches are formed by length within a window and then shuffled. All of a window are normalised alike: were
+    each divided by its own tokens, the short responses of the short batches would count for more.
     """
     from copd_megatron.data import encode_prompt
     from copd_megatron.tiny.demonstrations import demonstrations
@@ -167,8 +168,10 @@ def demonstration_batches(
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         starts = list(range(0, window_rows, settings.batch_size))
         rng.shuffle(starts)
+        normalizer = sum(len(response) for _, response in rows) / len(starts)
         for first in starts:
-            yield pad_batch(rows[first : first + settings.batch_size], tokenizer.pad_token_id)
+            batch = pad_batch(rows[first : first + settings.batch_size], tokenizer.pad_token_id)
+            yield {**batch, "normalizer": normalizer}
 
 
 @contextmanager

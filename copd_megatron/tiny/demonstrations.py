@@ -51,21 +51,22 @@ WORKINGS: dict[str, Callable[[str], str]] = {"columns": columns, "running_total"
 def demonstrations(
     recipe: Recipe, count: int, *, seed: int, held_out: Collection[str] = ()
 ) -> list[Demonstration]:
-    """``count`` demonstrations, domains mixed by weight; none has a prompt of ``held_out``."""
+    """``count`` demonstrations in the order in which they are shown, domains mixed by weight; none has a
+    prompt of ``held_out``."""
     rng = random.Random(seed)
-    tasks = [_tasks(domain, rng.getrandbits(31), held_out) for domain in recipe.domains]
+    sources = [text_tasks(domain, rng.getrandbits(31), held_out) for domain in recipe.domains]
     weights = [domain.weight for domain in recipe.domains]
     drawn: list[Demonstration] = []
-    for number in rng.choices(range(len(tasks)), weights, k=count):
-        question, answer = next(tasks[number])
-        if rng.random() < recipe.warm_up.worked_share:
+    for position, number in enumerate(rng.choices(range(len(sources)), weights, k=count)):
+        question, answer = next(sources[number])
+        if rng.random() < recipe.warm_up.worked_share_at(position / count):
             steps = WORKINGS[recipe.domains[number].working](question)
             answer = f"<think>{steps}</think>{answer}"
         drawn.append(Demonstration(prompt=question, response=answer))
     return drawn
 
 
-def _tasks(domain: Domain, seed: int, held_out: Collection[str]) -> Iterator[tuple[str, str]]:
+def text_tasks(domain: Domain, seed: int, held_out: Collection[str]) -> Iterator[tuple[str, str]]:
     """Questions and gold answers without end, repetitions included."""
     gym = importlib.import_module("reasoning_gym")
     block = 0

@@ -58,6 +58,10 @@ class WarmUpSettings:
     worked_share: float = 0.35
     """Demonstrations that work step by step before they answer; the others answer at once. Below a half,
     so that the most likely response answers at once."""
+    early_fraction: float = 0.0
+    """Part of the steps that count as early."""
+    early_worked_share: float = 0.9
+    """Early demonstrations that work: a skill that is hard to see in answers is learnt from work first."""
     matrix_lr: float = 6e-3
     """Peak learning rate of Muon, which updates the layers' matrices."""
     vector_lr: float = 3e-3
@@ -68,6 +72,10 @@ class WarmUpSettings:
     clip_grad: float = 1.0
     length_window: int = 16
     """Batches that are formed together, by length, so that little is padding."""
+
+    def worked_share_at(self, progress: float) -> float:
+        """Part of the demonstrations that work, when ``progress`` (0 .. 1) of them have been shown."""
+        return self.early_worked_share if progress < self.early_fraction else self.worked_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +88,9 @@ class Recipe:
     num_train: int = 4000
     """Training tasks per domain."""
     num_validation: int = 300
-    num_threads: int = 2
-    """Sums of floats depend on it, and so do the weights."""
+    num_threads: int = 1
+    """Sums of floats depend on it, and so do the weights. A second thread gains little on matrices this small
+    and loses very much when something else runs."""
 
 
 TEXT_RECIPE = Recipe(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import, and a cached
 
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
-PHRASES = (" seconds>", "Calculate ", "Number of ", " squares plus ", "How often does the ", " appear?")
+PHRASES = (" seconds>", "Calculate ", "Sum of the digits?")
 """Tokens of their own, for short prompts: what the domains' questions repeat, and the end of the time stamp
 before every temporal patch of a video."""
 
@@ -181,6 +181,8 @@ def build_visual_model(recipe: VisualRecipe, processor: Qwen3VLProcessor) -> Qwe
     """A float32 Qwen3-VL with random weights, from torch's global generator."""
     from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+    from copd_megatron.policy.vision_attention import use_packed_attention
+
     tokenizer = processor.tokenizer
     size = asdict(recipe.model)
     theta = size.pop("rope_theta")
@@ -218,6 +220,7 @@ def build_visual_model(recipe: VisualRecipe, processor: Qwen3VLProcessor) -> Qwe
         tie_word_embeddings=True,
     )
     model = Qwen3VLForConditionalGeneration(config).float()
+    use_packed_attention(model.model.visual)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )

@@ -1,22 +1,19 @@
 """What the warm-up of the vision-language base imitates: correct responses, some of them worked out.
 
-A working reads the task's scene, which is what was drawn, and writes down what is seen part by part: the
-squares of each row of an image, each frame of a video.
+A working reads the task's scene, which is what was drawn, and writes down what is seen part by part.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from copd_megatron.data.make import divide_by_weight
 from copd_megatron.data.visual_tasks.tasks import VisualTask, family
-from copd_megatron.tiny.demonstrations import demonstrations, running_total
-from copd_megatron.tiny.recipe import Recipe
+from copd_megatron.tiny.demonstrations import WORKINGS, running_total, text_tasks
 from copd_megatron.tiny.vl_recipe import VisualDomain, VisualRecipe
 
 if TYPE_CHECKING:
@@ -38,30 +35,21 @@ class Example:
     """The image or video."""
 
 
-def rows(task: VisualTask) -> str:
-    """Squares of the asked colour row by row, added up, then the given number: "2+1=3 3+0=3 3+2=5 5+7=12"."""
-    match = re.fullmatch(r"<image>Number of (\w+) (\w+)s plus (\d+)\?", task.question)
-    if match is None:
-        raise ValueError(f"{task.question!r} is no sum of a count and a number; rows works these out.")
-    color, shape, operand = match.groups()
-    grid, cells = task.scene[1], task.scene[2]
-    counts = [sum(1 for cell in cells if cell == (row, cell[1], color, shape)) for row in range(grid)]
-    return running_total(" ".join([*map(str, counts), operand]))
+def written_digits(task: VisualTask) -> str:
+    """The digits written in an image of ``read_digits``, added one by one: "4+1=5 5+7=12"."""
+    digits: str = task.scene[2]
+    return running_total(" ".join(digits))
 
 
-def frames(task: VisualTask) -> str:
-    """For each frame the number of the current appearance, "-" where nothing is seen: "--1-22-3----"."""
-    seen = 0
-    marks = []
-    before = False
-    for sprites in task.scene[4]:
-        seen += bool(sprites) and not before
-        before = bool(sprites)
-        marks.append(str(seen) if sprites else "-")
-    return "".join(marks)
+def shown_digits(task: VisualTask) -> str:
+    """The digits shown in a video of ``digit_sequence``, added one by one."""
+    return running_total(" ".join(digit for digit, *_ in task.scene[3]))
 
 
-VISUAL_WORKINGS: dict[str, Callable[[VisualTask], str]] = {"rows": rows, "frames": frames}
+VISUAL_WORKINGS: dict[str, Callable[[VisualTask], str]] = {
+    "written_digits": written_digits,
+    "shown_digits": shown_digits,
+}
 """A task to its worked steps."""
 
 
@@ -106,10 +94,13 @@ def batches_of_examples(
     held_out: Collection[Shown] = (),
 ) -> Iterator[dict[str, list[Example]]]:
     """The warm-up's batches, each divided by domain: domain name to examples, ``batch_size`` in all."""
+    warm_up = recipe.warm_up
     end = processor.tokenizer.eos_token_id
+    step = 0
 
     def response(worked: str, answer: str, rng: random.Random) -> tuple[int, ...]:
-        text = f"<think>{worked}</think>{answer}" if rng.random() < recipe.warm_up.worked_share else answer
+        works = rng.random() < warm_up.worked_share_at(step / warm_up.num_steps)
+        text = f"<think>{worked}</think>{answer}" if works else answer
         return (*processor.tokenizer(text)["input_ids"], end)
 
     def prompt(text: str, items: list[ItemFeatures]) -> tuple[int, ...]:
@@ -117,13 +108,10 @@ def batches_of_examples(
         return tuple(processor.encode(processor.parts(text, kinds, text), items, text).tolist())
 
     def text_examples() -> Iterator[Example]:
-        settings = Recipe(domains=(recipe.text,), warm_up=recipe.warm_up)
-        for block in itertools.count():
-            for item in demonstrations(settings, 1000, seed=1000 * seed + block, held_out=held_out_prompts):
-                yield Example(
-                    prompt_ids=prompt(item.prompt, []),
-                    response_ids=(*processor.tokenizer(item.response)["input_ids"], end),
-                )
+        rng = random.Random(f"{seed}/{recipe.text.name}/order")
+        work = WORKINGS[recipe.text.working]
+        for question, answer in text_tasks(recipe.text, rng.getrandbits(31), held_out_prompts):
+            yield Example(prompt_ids=prompt(question, []), response_ids=response(work(question), answer, rng))
 
     def visual_examples(domain: VisualDomain) -> Iterator[Example]:
         rng = random.Random(f"{seed}/{domain.name}/order")
@@ -143,9 +131,10 @@ def batches_of_examples(
         domain.name: visual_examples(domain) for domain in recipe.visual
     }
     weights = [recipe.text.weight, *(domain.weight for domain in recipe.visual)]
-    sizes = divide_by_weight(recipe.warm_up.batch_size, weights)
+    sizes = divide_by_weight(warm_up.batch_size, weights)
     while True:
         yield {
             name: list(itertools.islice(source, size))
             for (name, source), size in zip(sources.items(), sizes, strict=True)
         }
+        step += 1

@@ -1,7 +1,8 @@
 """The supervised stage: a model imitates demonstrations. Knows nothing of tasks, tokenizers or modalities.
 
 A batch is a mapping of the model's own inputs (``input_ids`` and, for a vision-language model, whatever its
-processor makes) and ``labels`` [B, T], aligned to ``input_ids`` and ``IGNORED`` where nothing is learnt.
+processor makes), ``labels`` [B, T], aligned to ``input_ids`` and ``IGNORED`` where nothing is learnt, and
+``normalizer``, the number of learnt tokens that its loss is divided by.
 """
 
 from __future__ import annotations
@@ -56,12 +57,16 @@ def pad_batch(rows: Sequence[tuple[Sequence[int], Sequence[int]]], padding_id: i
 
 
 def imitation_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the labelled tokens, each predicted from what precedes it."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    """Cross-entropy of the labelled tokens, each predicted from what precedes it, over ``normalizer``."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "normalizer")}
     logits = model(**inputs, use_cache=False).logits
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED
+    total = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(),
+        batch["labels"][:, 1:].flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
     )
+    return total / batch["normalizer"]
 
 
 def optimizers(model: nn.Module, settings: WarmUpSettings) -> list[torch.optim.Optimizer]:

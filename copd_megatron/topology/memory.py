@@ -4,8 +4,9 @@ Symbols: ``L`` layers, ``h`` hidden size, ``f`` feed-forward width, ``q`` / ``g`
 times head size, ``V`` vocabulary, ``t`` / ``p`` / ``d`` tensor, pipeline and data parallel sizes, ``b`` bytes
 of the compute type (4 or 2), ``T`` micro_batch_tokens, ``S`` max_sequence_tokens.
 
-    P       = (L/p * layer weights + embeddings of the stage) / t, on the fullest stage. A stage holds the
-              embedding when it is the first, the output layer when it is the last (a tied one is a copy)
+    P       = (L/p * layer weights + embeddings of the stage) / t + vision tower, on the fullest stage. A
+              stage holds the embedding and the tower, which is not split, when it is the first, the output
+              layer when it is the last (a tied one is a copy)
     weights = b P
     grads   = 4 P                                   Megatron accumulates gradients in float32
     adam    = 8 P / d  (+ 4 P / d with b = 2)       two moments, and the float32 master weights;
@@ -76,7 +77,8 @@ def stage_parameters(shape: ModelShape, *, pipeline: int, tensor: int) -> int:
     embeddings = shape.embedding_parameters
     if pipeline == 1 and not shape.tie_word_embeddings:
         embeddings *= 2
-    return (layers + embeddings + shape.hidden_size) // tensor
+    vision = 0 if shape.vision is None else shape.vision.num_parameters
+    return (layers + embeddings + shape.hidden_size) // tensor + vision
 
 
 def estimate_memory(

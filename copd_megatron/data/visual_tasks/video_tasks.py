@@ -1,4 +1,4 @@
-"""Video tasks: direction, event_order, event_count, temporal_grounding.
+"""Video tasks: direction, event_order, event_count, temporal_grounding, digit_sequence.
 
 Defaults suit a model of one or two million parameters: 8 frames of 64 x 64 pixels, 4 a second. Read them
 with ``media.frame_rate`` at least the videos' ``fps``, or frames are left out.
@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from copd_megatron.data.visual_tasks.canvas import SHAPES, Canvas, add_noise, blank, draw_shape
+from copd_megatron.data.visual_tasks.canvas import (
+    DIGIT_COLUMNS,
+    DIGIT_ROWS,
+    SHAPES,
+    Canvas,
+    add_noise,
+    blank,
+    draw_digit,
+    draw_shape,
+)
 from copd_megatron.data.visual_tasks.encode import mp4
 from copd_megatron.data.visual_tasks.tasks import VisualTask, check_names, require, visual_family
 
@@ -278,3 +287,83 @@ def temporal_grounding(settings: GroundingSettings, rng: random.Random) -> Visua
         verifier="temporal_iou",
         metadata={"iou_threshold": settings.iou_threshold} if settings.iou_threshold else {},
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitSequenceSettings:
+    """Digits that are shown one after the other, with empty frames between them."""
+
+    frame_size: int = 32
+    """Pixels of a side; even."""
+    min_digits: int = 2
+    max_digits: int = 4
+    digit_frames: int = 1
+    """Frames that show a digit."""
+    gap_frames: int = 1
+    """Empty frames after each, so that a digit that comes twice is seen twice."""
+    fps: float = 4.0
+    colors: tuple[str, ...] = ("black",)
+    ask_sum: bool = True
+    """Ask for the sum of the digits instead of the number they form."""
+    shift: int = 2
+    """Pixels that a digit may be off the middle."""
+    noise: int = 0
+    """Amplitude of the pixel noise, 0 .. 255, drawn anew for each frame."""
+
+    def __post_init__(self) -> None:
+        check_names(self.colors)
+        require(self.frame_size % 2 == 0, f"frame_size {self.frame_size} must be even")
+        require(1 <= self.min_digits <= self.max_digits, "digits must satisfy 1 <= min_digits <= max_digits")
+        require(self.digit_frames >= 1, "digit_frames is below 1")
+        require(self.gap_frames >= 1, "gap_frames is below 1: a digit that comes twice would look like one")
+        require(self.fps > 0, f"fps {self.fps} is not positive")
+        require(0 <= self.noise <= 255, f"noise {self.noise} is not in 0 .. 255")
+        require(self.shift >= 0, "shift is negative")
+        require(self.scale >= 1, f"a digit and a shift of {self.shift} do not fit {self.frame_size} pixels")
+
+    @property
+    def scale(self) -> int:
+        """Pixels of a dot."""
+        return (self.frame_size - 2 * self.shift) // DIGIT_ROWS
+
+
+@visual_family("digit_sequence", "video", DigitSequenceSettings)
+def digit_sequence(settings: DigitSequenceSettings, rng: random.Random) -> VisualTask:
+    """What the digits that are shown add up to, or which they are."""
+    length = rng.randint(settings.min_digits, settings.max_digits)
+    shown = tuple(
+        (
+            rng.choice("0123456789"),
+            rng.choice(settings.colors),
+            rng.randint(-settings.shift, settings.shift),
+            rng.randint(-settings.shift, settings.shift),
+        )
+        for _ in range(length)
+    )
+    digits = "".join(digit for digit, *_ in shown)
+    seed = rng.getrandbits(32) if settings.noise else 0
+    timing = (settings.digit_frames, settings.gap_frames, settings.fps)
+    return VisualTask(
+        question="<video>" + ("Sum of the digits?" if settings.ask_sum else "Which digits are shown?"),
+        answer=str(sum(map(int, digits))) if settings.ask_sum else digits,
+        verifier="numeric" if settings.ask_sum else "exact",
+        scene=(settings.frame_size, settings.scale, timing, shown, settings.noise, seed),
+        draw=partial(_draw_sequence, settings, shown, seed),
+    )
+
+
+def _draw_sequence(
+    settings: DigitSequenceSettings, shown: tuple[tuple[str, str, int, int], ...], seed: int
+) -> dict[str, bytes]:
+    side, scale = settings.frame_size, settings.scale
+    canvases: list[Canvas] = []
+    for digit, color, down, right in shown:
+        for number in range(settings.digit_frames + settings.gap_frames):
+            canvas = blank(side, side)
+            if number < settings.digit_frames:
+                top = (side - DIGIT_ROWS * scale) // 2 + down
+                left = (side - DIGIT_COLUMNS * scale) // 2 + right
+                draw_digit(canvas, digit, color, top, left, scale)
+            add_noise(canvas, settings.noise, seed + len(canvases))
+            canvases.append(canvas)
+    return {"mp4": mp4(canvases, settings.fps)}
