@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from copd_megatron.config.schema import ParallelConfig
@@ -20,12 +20,15 @@ NUM_RANKS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """``fn(layout, *args)`` on ``tp * pp * dp`` ranks."""
+    """``fn(layout, *args)`` on ``tp * pp * cp * dp`` ranks."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     args: tuple[Any, ...] = ()
+    also: dict[str, Any] = field(default_factory=dict)
+    """Further fields of ParallelConfig."""
 
     @property
     def layout(self) -> tuple[int, int, int]:
@@ -33,14 +36,16 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
     @property
     def parallel(self) -> ParallelConfig:
         return ParallelConfig(
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
+            context_parallel_size=self.cp,
             data_parallel_size=self.dp,
+            **self.also,
         )
 
 

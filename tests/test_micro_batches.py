@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copd_megatron.policy.batch import build_micro_batch, flatten
-from copd_megatron.policy.microbatch import plan_micro_batches
+from copd_megatron.policy.batch import Arrangement, build_micro_batch, flatten
+from copd_megatron.policy.context import context_shard
+from copd_megatron.policy.microbatch import CostModel, plan_micro_batches, plan_packed
 from tests.models import Text, random_texts
 
 lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 ranks = st.integers(1, 9)
 budgets = st.integers(1, 1200)
+PADDED = Arrangement(packed=False)
 
 
 def _cost(batch: list[int], lengths: list[int]) -> int:
@@ -79,13 +81,157 @@ def test_impossible_plans_are_refused(lengths: list[int], num_ranks: int, budget
         plan_micro_batches(lengths, num_ranks=num_ranks, budget_tokens=budget)
 
 
+# ---- packing ---------------------------------------------------------------------------------------------
+
+COST = CostModel(quadratic=1e-3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths=lengths_lists, num_ranks=ranks, budget=budgets)
+def test_packed_plan_covers_rows_once_within_budget(lengths: list[int], num_ranks: int, budget: int) -> None:
+    plan = plan_packed(lengths, num_ranks=num_ranks, budget_tokens=budget, cost=COST)
+    assert len(plan) == num_ranks
+    assert len({len(batches) for batches in plan}) == 1, "ranks run the schedule in step"
+    batches = [batch for rank in plan for batch in rank]
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= 1 or sum(lengths[row] for row in batch) <= budget
+    # two micro-batches that fit into one together are only ever kept apart for the ranks' sake
+    fewest = -(-sum(lengths) // budget)
+    assert len(batches) >= fewest
+    assert len(batches) < 2 * fewest + len([x for x in lengths if 2 * x > budget]) + num_ranks
+    for rank in plan:
+        costs = [sum(COST(lengths[row]) for row in batch) for batch in rank]
+        assert costs == sorted(costs, reverse=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=lengths_lists, num_ranks=ranks, data=st.data())
+def test_packed_plan_balances_cost(lengths: list[int], num_ranks: int, data: st.DataObject) -> None:
+    """Within the bound of greedy assignment: no rank is dearer than the mean by more than one row."""
+    budget = 10 * sum(lengths)
+    plan = plan_packed(lengths, num_ranks=num_ranks, budget_tokens=budget, cost=COST)
+    costs = [sum(COST(lengths[row]) for batch in rank for row in batch) for rank in plan]
+    assert max(costs) <= sum(costs) / num_ranks + COST(max(lengths)) + 1e-6
+    shuffled = data.draw(st.permutations(lengths))
+    other = plan_packed(shuffled, num_ranks=num_ranks, budget_tokens=budget, cost=COST)
+
+    def shape(plan: list[list[list[int]]], lengths: list[int]) -> list[list[int]]:
+        return sorted(sorted(lengths[row] for row in batch) for rank in plan for batch in rank)
+
+    assert shape(plan, lengths) == shape(other, list(shuffled))
+
+
+def test_a_long_row_weighs_more_than_its_tokens_in_short_rows() -> None:
+    """One row of 8000 against 80 of 100 and some: equal token counts would be unequal work."""
+    cost = CostModel.of_layer(query_size=4096, layer_parameters=101_000_000)
+    assert cost(8000) / 8000 == pytest.approx(1.32, abs=0.01)
+    lengths = [8000] + [100] * 120
+    plan = plan_packed(lengths, num_ranks=2, budget_tokens=16384, cost=cost)
+    (first,), (second,) = sorted(plan, key=lambda rank: len(rank[0]))
+    tokens = [sum(lengths[row] for row in batch) for batch in (first, second)]
+    costs = [sum(cost(lengths[row]) for row in batch) for batch in (first, second)]
+    assert tokens[1] - tokens[0] > 1000
+    assert abs(costs[1] - costs[0]) < 200
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_ranks", "budget"),
+    [([], 1, 8), ([3], 0, 8), ([3], 1, 0)],
+    ids=["rows", "ranks", "budget"],
+)
+def test_impossible_packed_plans_are_refused(lengths: list[int], num_ranks: int, budget: int) -> None:
+    with pytest.raises(ValueError, match="cannot plan"):
+        plan_packed(lengths, num_ranks=num_ranks, budget_tokens=budget, cost=COST)
+
+
+def test_packed_micro_batch_points_each_response_token_at_the_state_before_it() -> None:
+    texts = random_texts(7, 300, seed=3)
+    rows, states = [4, 0, 5], [[0, t.response_length - 1] for t in texts]
+    batch = build_micro_batch(
+        rows, texts, device=torch.device("cpu"), arrangement=Arrangement(multiple=8), states=states
+    )
+    lengths = [len(texts[row].token_ids) for row in rows]
+    total = -(-sum(lengths) // 8) * 8
+    assert batch.boundaries is not None
+    ends = np.cumsum([0, *lengths]).tolist()
+    assert batch.boundaries.cu_seqlens.tolist() == ends + [total] * (total > sum(lengths))
+    assert batch.boundaries.cu_seqlens.dtype is torch.int32
+    assert batch.boundaries.max_length == max(lengths)
+    assert batch.input_ids_bs.shape == batch.position_ids.shape == (1, total)
+    tokens, predicted, wanted = batch.input_ids_bs[0], [], []
+    for place, row in enumerate(rows):
+        text, start = texts[row], ends[place]
+        assert tokens[start : start + lengths[place]].tolist() == text.token_ids.tolist()
+        assert batch.position_ids[0, start : start + lengths[place]].tolist() == list(range(lengths[place]))
+        predicted += [start + t - 1 for t in range(text.prompt_length, lengths[place])]
+        wanted += [start + text.prompt_length + i - 1 for i in states[row]]
+    assert batch.hidden_index_n.tolist() == predicted
+    assert batch.state_index.tolist() == wanted
+    assert batch.targets_n.tolist() == tokens[batch.hidden_index_n + 1].tolist()
+    assert batch.place_n is None and batch.num_states == 6
+
+
+# ---- context parallelism ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cp", [2, 3, 4])
+def test_context_ranks_share_a_pack(cp: int) -> None:
+    """Every token and every target lies on one rank, in Transformer Engine's order of chunks."""
+    texts = random_texts(5, 300, seed=cp)
+    states = [[0] for _ in texts]
+    cpu, rows = torch.device("cpu"), range(len(texts))
+    whole = build_micro_batch(rows, texts, device=cpu, arrangement=Arrangement(), states=states)
+    padded = [-(-len(t.token_ids) // (2 * cp)) * 2 * cp for t in texts]
+    places, tokens_seen, state_places = [], 0, []
+    for rank in range(cp):
+        arrangement = Arrangement(cp_size=cp, cp_rank=rank)
+        batch = build_micro_batch(rows, texts, device=cpu, arrangement=arrangement, states=states)
+        assert batch.boundaries is not None and batch.place_n is not None and batch.state_place is not None
+        assert batch.boundaries.cu_seqlens.tolist() == np.cumsum([0, *padded]).tolist()
+        assert batch.input_ids_bs.shape == (1, sum(padded) // cp)
+        assert batch.position_ids.shape == (1, sum(padded))
+        assert batch.targets_n.tolist() == whole.targets_n[batch.place_n].tolist()
+        assert batch.row_index_n.tolist() == whole.row_index_n.tolist()
+        # the state that predicts a target lies where the token before it does
+        held = context_shard(batch.boundaries.cu_seqlens.tolist(), cp, rank)
+        before = held[batch.hidden_index_n.numpy()]
+        rows_of = whole.row_index_n[batch.place_n].numpy()
+        starts, whole_starts = np.cumsum([0, *padded])[rows_of], np.cumsum([0, *map(_length, texts)])[rows_of]
+        expected = whole.hidden_index_n[batch.place_n].numpy()
+        assert (before - starts).tolist() == (expected - whole_starts).tolist()
+        places += batch.place_n.tolist()
+        state_places += batch.state_place.tolist()
+        tokens_seen += int(batch.input_ids_bs.sum())
+    assert sorted(places) == list(range(len(whole.targets_n)))
+    assert sorted(state_places) == list(range(whole.num_states))
+    assert tokens_seen == int(whole.input_ids_bs.sum())
+
+
+def _length(text: Text) -> int:
+    return len(text.token_ids)
+
+
+def test_context_shard_worked_example() -> None:
+    assert context_shard([0, 8], 2, 0).tolist() == [0, 1, 6, 7]
+    assert context_shard([0, 8, 12], 2, 1).tolist() == [2, 3, 4, 5, 9, 10]
+    assert context_shard([0, 5, 7], 1, 0).tolist() == list(range(7))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        context_shard([0, 6], 2, 0)
+
+
+def test_context_parallelism_needs_packing() -> None:
+    with pytest.raises(ValueError, match="sequence_packing"):
+        Arrangement(packed=False, cp_size=2)
+
+
 # ---- padding ----------------------------------------------------------------------------------------------
 
 
 def test_micro_batch_points_each_response_token_at_the_state_before_it() -> None:
     texts = random_texts(7, 300, seed=3)
     rows, states = [4, 0, 5], [[0, t.response_length - 1] for t in texts]
-    batch = build_micro_batch(rows, texts, device=torch.device("cpu"), states=states)
+    batch = build_micro_batch(rows, texts, device=torch.device("cpu"), arrangement=PADDED, states=states)
     b, s = batch.input_ids_bs.shape
     assert (b, s) == (3, max(len(texts[row].token_ids) for row in rows))
     # stand-in hidden states [s, b] that say where they come from
@@ -107,7 +253,9 @@ def test_micro_batch_points_each_response_token_at_the_state_before_it() -> None
 
 
 def test_rank_without_rows_gets_a_dummy_without_targets() -> None:
-    batch = build_micro_batch([], random_texts(2, 300), device=torch.device("cpu"), states=[[0], [0]])
+    batch = build_micro_batch(
+        [], random_texts(2, 300), device=torch.device("cpu"), arrangement=PADDED, states=[[0], [0]]
+    )
     assert batch.input_ids_bs.shape == (1, 1)
     assert batch.hidden_index_n.numel() == batch.targets_n.numel() == batch.state_index.numel() == 0
 

@@ -53,14 +53,19 @@ class Outcome:
 
 
 def _exercise(
-    parallel: ParallelConfig, folder: Path, texts: list[Text], states: list[list[int]], rows: list[TrainRow]
+    parallel: ParallelConfig,
+    folder: Path,
+    texts: list[Text],
+    states: list[list[int]],
+    rows: list[TrainRow],
+    packed: bool = True,
 ) -> Outcome:
     from copd_megatron.policy.actor import MegatronActor
 
     actor = MegatronActor(
         model_path=folder,
         parallel=parallel,
-        training=TrainingConfig(micro_batch_tokens=100, logprob_chunk_tokens=7),
+        training=TrainingConfig(micro_batch_tokens=100, logprob_chunk_tokens=7, sequence_packing=packed),
         optimizer=OPTIMIZER,
         dtype=torch.float32,
         max_tokens=128,
@@ -163,7 +168,11 @@ def outcomes(material: dict[str, Any]) -> dict[tuple[str, tuple[int, int, int]],
         for kind in KINDS
         for tp, pp, dp in LAYOUTS
     ]  # fmt: skip
-    keys = [(kind, layout) for kind in KINDS for layout in LAYOUTS]
+    keys: list[Any] = [(kind, layout) for kind in KINDS for layout in LAYOUTS]
+    for kind in KINDS:
+        rows, texts, states = material["rows"][kind], material["texts"], material["states"]
+        jobs.append(Job(args=(material["folders"][kind], texts, states, rows, False)))
+        keys.append((kind, "padded"))
     return dict(zip(keys, run_layouts(_exercise, jobs), strict=True))
 
 
@@ -216,6 +225,18 @@ def test_loss_and_grad_norm_do_not_depend_on_the_layout(
             assert mine.terms == pytest.approx(other.terms, rel=1e-5)
             assert mine.sums == pytest.approx(other.sums, rel=1e-5, abs=1e-5)
             assert mine.max_gen_logprob_error == pytest.approx(other.max_gen_logprob_error, abs=1e-5)
+
+
+@each_kind
+def test_packed_equals_padded(outcomes: dict[Any, list[Outcome]], kind: str) -> None:
+    (packed,), (padded,) = outcomes[kind, (1, 1, 1)], outcomes[kind, "padded"]
+    for mine, other in zip(packed.scores, padded.scores, strict=True):
+        np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=1e-5)
+        np.testing.assert_allclose(mine.entropy, other.entropy, atol=1e-5)
+        np.testing.assert_allclose(mine.state_logprobs, other.state_logprobs, atol=1e-5)
+    for (mine, stepped), (other, other_stepped) in zip(packed.steps, padded.steps, strict=True):
+        assert mine.loss == pytest.approx(other.loss, rel=1e-5)
+        assert stepped["grad_norm"] == pytest.approx(other_stepped["grad_norm"], rel=1e-5)
 
 
 # ---- a slow reference: transformers in float64, the loss written from the equations ---------------------
@@ -295,7 +316,8 @@ def test_loss_and_gradient_equal_a_float64_reference(
     for (statistics, stepped), (loss, norm, extra) in zip(
         outcome.steps, reference[kind]["steps"], strict=True
     ):
-        assert statistics.loss == pytest.approx(loss, rel=1e-5)
+        # a difference of terms of order one
+        assert statistics.loss == pytest.approx(loss, rel=1e-5, abs=2e-6)
         assert stepped["grad_norm"] == pytest.approx(norm, rel=1e-5)
         assert norm > OPTIMIZER.clip_grad, "the gradient has to be clipped for this to be tested"
         assert statistics.sums["entropy"] == pytest.approx(extra["entropy"], rel=1e-5)

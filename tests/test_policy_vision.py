@@ -164,7 +164,9 @@ def _reference(folder: Path, samples: list[Sample]) -> tuple[list[FloatArray], d
     return logprobs, gradients
 
 
-def _exercise(parallel: ParallelConfig, folder: Path, samples: list[Sample], freeze: bool) -> Any:
+def _exercise(
+    parallel: ParallelConfig, folder: Path, samples: list[Sample], freeze: bool, packed: bool = True
+) -> Any:
     """Log-probabilities and this rank's shares of the gradient (weights before minus after one step)."""
     from copd_megatron.policy.actor import MegatronActor
 
@@ -172,7 +174,7 @@ def _exercise(parallel: ParallelConfig, folder: Path, samples: list[Sample], fre
     actor = MegatronActor(
         model_path=folder,
         parallel=parallel,
-        training=TrainingConfig(micro_batch_tokens=150, logprob_chunk_tokens=16),
+        training=TrainingConfig(micro_batch_tokens=150, logprob_chunk_tokens=16, sequence_packing=packed),
         optimizer=OptimizerConfig(lr=STEP, adam_eps=STEP, clip_grad=0.0),
         dtype=torch.float32,
         max_tokens=256,
@@ -217,11 +219,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         kind = "tied" if tp == pp else "untied"
         jobs.append(Job(tp=tp, pp=pp, dp=dp, args=(folders[kind], samples, False)))
         names.append((kind, tp, pp, dp))
+    jobs.append(Job(args=(folders["tied"], samples, False, False)))
     jobs.append(Job(args=(folders["tied"], samples, True)))
     results = run_layouts(_exercise, jobs)
     references = {kind: _reference(folder, samples) for kind, folder in folders.items()}
     return {
-        "layouts": dict(zip(names, results[:-1], strict=True)),
+        "layouts": dict(zip(names, results[:-2], strict=True)),
+        "padded": results[-2],
         "frozen": results[-1],
         "references": references,
     }
@@ -252,6 +256,20 @@ def test_gradients_of_decoder_and_vision_equal_transformers(outcomes: dict[str, 
                 seen.add(name)
         assert seen == set(expected), f"{kind} {layout}: every tensor has its gradient"
         assert any("visual" in name and np.abs(expected[name]).max() > 1e-2 for name in seen)
+
+
+def test_packed_equals_padded(outcomes: dict[str, Any]) -> None:
+    """Text, images and videos in one pack: positions, vision features and deepstack included."""
+    ((packed, gradients, _),) = outcomes["layouts"]["tied", 1, 1, 1]
+    ((padded, other_gradients, _),) = outcomes["padded"]
+    for mine, other in zip(packed, padded, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+    norm, other_norm = (
+        np.sqrt(sum(float((values.astype(np.float64) ** 2).sum()) for *_, values in every.values()))
+        for every in (gradients, other_gradients)
+    )
+    assert norm == pytest.approx(other_norm, rel=1e-5)
+    assert set(gradients) == set(other_gradients)
 
 
 def test_frozen_vision_does_not_move_and_the_decoder_does(outcomes: dict[str, Any]) -> None:

@@ -348,7 +348,9 @@ class OptimizerConfig:
 @dataclass(kw_only=True)
 class TrainingConfig:
     micro_batch_tokens: int = 16384
-    """Token budget of one micro-batch (padding included) on one data-parallel rank."""
+    """Token budget of one micro-batch (padding included) on one data- and context-parallel rank."""
+    sequence_packing: bool = True
+    """Rows of a micro-batch lie behind each other without padding; false: padded to the longest."""
     num_mini_batches: int = 1
     """Optimizer steps that a step's batch is split into. 1: strictly on-policy."""
     logprob_chunk_tokens: int = 1024

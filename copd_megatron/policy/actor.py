@@ -28,7 +28,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -44,6 +46,7 @@ from copd_megatron.config.schema import (
 from copd_megatron.losses import TokenStreams, policy_loss
 from copd_megatron.policy import cpu
 from copd_megatron.policy.batch import (
+    Arrangement,
     Features,
     MicroBatch,
     Sequenced,
@@ -51,7 +54,8 @@ from copd_megatron.policy.batch import (
     build_micro_batch,
     flatten,
 )
-from copd_megatron.policy.microbatch import plan_micro_batches
+from copd_megatron.policy.context import GatherContext
+from copd_megatron.policy.microbatch import CostModel, plan_micro_batches, plan_packed
 from copd_megatron.policy.model import build_model, initialize_parallel, padded_vocab, transformer_config
 from copd_megatron.policy.statistics import BatchStatistics, Tally
 from copd_megatron.policy.vocab_parallel import VocabShard, linear_full_logprobs, linear_logprobs
@@ -115,6 +119,17 @@ class MegatronActor:
         self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.pp_rank = parallel_state.get_pipeline_model_parallel_rank()
         self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.cp_rank = parallel_state.get_context_parallel_rank()
+        self.arrangement = Arrangement(
+            packed=training.sequence_packing,
+            cp_size=parallel.context_parallel_size,
+            cp_rank=self.cp_rank,
+            multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        )
+        self.cost = CostModel.of_layer(
+            query_size=self.dims.num_attention_heads * self.dims.head_dim,
+            layer_parameters=self.dims.layer_parameters,
+        )
         self.vision: Vision | None = None
         if self.dims.vision is not None:
             assert self.dims.image_token_id is not None and self.dims.video_token_id is not None
@@ -227,9 +242,11 @@ class MegatronActor:
             begin = 0
             for row in batch.rows:
                 stop = begin + lengths[row]
-                if self.tp_rank == 0:
+                if self.tp_rank == 0 and self.cp_rank == 0:
                     out[:, offsets[row] : offsets[row + 1]] = output["tokens"][:, begin:stop]
                 begin = stop
+            if self.cp_rank:
+                return
             begin, width = 0, output["states"].shape[1]
             for row in batch.rows:
                 target = state_out[state_offsets[row] : state_offsets[row + 1]]
@@ -316,7 +333,7 @@ class MegatronActor:
         assert self.optimizer is not None, "a frozen actor cannot train"
         self.optimizer.zero_grad()
         self._run(self._micro_batches(rows, None), forward_only=False, loss_of=loss_of)
-        sums, maxima = tally.reduce(counts=self.last_stage and self.tp_rank == 0)
+        sums, maxima = tally.reduce(counts=self.last_stage and self.tp_rank == 0 and self.cp_rank == 0)
         return BatchStatistics(
             loss=sums.get("loss", 0.0),
             terms={k.removeprefix("term/"): v for k, v in sums.items() if k.startswith("term/")},
@@ -344,13 +361,22 @@ class MegatronActor:
     def _micro_batches(
         self, sequences: Sequence[Sequenced], states: Sequence[Sequence[int]] | None
     ) -> list[MicroBatch]:
-        plan = plan_micro_batches(
-            [len(seq.token_ids) for seq in sequences],
-            num_ranks=self.parallel.data_parallel_size,
-            budget_tokens=self.training.micro_batch_tokens,
-        )
+        lengths = [self.arrangement.padded_length(len(seq.token_ids)) for seq in sequences]
+        ranks, budget = self.parallel.data_parallel_size, self.training.micro_batch_tokens
+        if self.arrangement.packed:
+            budget *= self.parallel.context_parallel_size
+            plan = plan_packed(lengths, num_ranks=ranks, budget_tokens=budget, cost=self.cost)
+        else:
+            plan = plan_micro_batches(lengths, num_ranks=ranks, budget_tokens=budget)
         return [
-            build_micro_batch(rows, sequences, device=self.device, states=states, vision=self.vision)
+            build_micro_batch(
+                rows,
+                sequences,
+                device=self.device,
+                arrangement=self.arrangement,
+                states=states,
+                vision=self.vision,
+            )
             for rows in plan[self.dp_rank]
         ]
 
@@ -377,6 +403,7 @@ class MegatronActor:
                 input_ids=batch.input_ids_bs,
                 position_ids=batch.position_ids,
                 attention_mask=None,
+                packed_seq_params=_packed_parameters(batch),
                 output_processor=partial(self._head, batch, output),
                 **media,
             )
@@ -413,6 +440,11 @@ class MegatronActor:
     ) -> Tensor:
         """Replaces Megatron's output layer on the last stage: only wanted positions meet the vocabulary."""
         weight = output_weight if output_weight is not None else output_layer.weight
+        if self.parallel.sequence_parallel:
+            # the gradient comes back the same on every tensor-parallel rank (``linear_logprobs``)
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False
+            )
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         logprobs, entropy = linear_logprobs(
             flat.index_select(0, batch.hidden_index_n),
@@ -422,11 +454,17 @@ class MegatronActor:
             temperature=self.temperature,
             chunk_tokens=self.training.logprob_chunk_tokens,
         )
-        output["tokens"] = torch.stack([logprobs, entropy])
-        output["states"] = linear_full_logprobs(
+        tokens = torch.stack([logprobs, entropy])
+        full = linear_full_logprobs(
             flat.index_select(0, batch.state_index), weight, shard=self.shard, temperature=self.temperature
         )
-        return output["tokens"]
+        if batch.place_n is not None and batch.state_place is not None:
+            group = parallel_state.get_context_parallel_group()
+            count = batch.row_index_n.numel()
+            tokens = GatherContext.apply(tokens.t().contiguous(), batch.place_n, count, group).t()
+            full = GatherContext.apply(full, batch.state_place, batch.num_states, group)
+        output["tokens"], output["states"] = tokens, full
+        return tokens
 
     def _token_streams(
         self,
@@ -483,6 +521,22 @@ class MegatronActor:
         difference = torch.where(mask, logprobs - rollout, 0.0)
         tally.add("sum/gen_kl_error", (torch.expm1(difference) - difference).sum())
         tally.maximum("gen_logprob_error", difference.abs().max())
+
+
+def _packed_parameters(batch: MicroBatch) -> PackedSeqParams | None:
+    """What attention and rotary embedding must know of a pack; None for a padded micro-batch."""
+    if batch.boundaries is None:
+        return None
+    where, longest = batch.boundaries.cu_seqlens, batch.boundaries.max_length
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=where,
+        cu_seqlens_kv=where,
+        cu_seqlens_q_padded=where,
+        cu_seqlens_kv_padded=where,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def _corrections(rows: Sequence[TrainRow], loss: LossConfig) -> list[FloatArray] | None:

@@ -1,13 +1,98 @@
 """Which rows go to which data-parallel rank, in which micro-batch. Pure.
 
-A micro-batch of ``b`` rows is padded to its longest row ``s``; ``b x s`` stays within the token budget.
+Packed (``plan_packed``): rows lie behind each other; the sum of their lengths stays within the token budget,
+and micro-batches are made equal in cost, since attention makes a long row dearer than as many short ones.
+Padded (``plan_micro_batches``): a micro-batch of ``b`` rows is padded to its longest row ``s``; ``b x s``
+stays within the token budget.
+
 Every data-parallel rank gets the same number of micro-batches, because the pipeline schedules and the
 collectives inside them run in step.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """What a row costs in a decoder layer: ``length + quadratic * length ** 2``, in units of the matrix
+    multiplications of one token."""
+
+    quadratic: float
+
+    @classmethod
+    def of_layer(cls, *, query_size: int, layer_parameters: int) -> CostModel:
+        """For a layer with ``layer_parameters`` weights in use per token and ``query_size`` = heads x head
+        size. Its matrices cost 2 x layer_parameters FLOPs a token, causal attention 2 x query_size x
+        length ** 2 FLOPs a row (two products of [length, query_size], half of each masked).
+
+        Worked example: Qwen3-4B has 32 x 128 = 4096 and 101 M: 8,000 tokens in one row cost 32 % more than
+        their matrices, in 80 rows of 100 tokens 0.4 % more.
+        """
+        return cls(quadratic=query_size / layer_parameters)
+
+    def __call__(self, length: int) -> float:
+        return length + self.quadratic * length**2
+
+
+def plan_packed(
+    lengths: Sequence[int], *, num_ranks: int, budget_tokens: int, cost: CostModel
+) -> list[list[list[int]]]:
+    """Assigns rows to ``plan[rank][micro_batch] = [row, ...]``; each row appears exactly once.
+
+    ``lengths`` are row lengths in tokens. As few micro-batches as the budget allows, equal in number on all
+    ranks and as equal in cost as a greedy assignment (dearest row first, to the cheapest micro-batch with
+    room) makes them; a rank's dearest come first, so that micro-batches that run at the same time are alike.
+    A row longer than the budget gets a micro-batch of its own. A micro-batch may be empty where there are
+    fewer rows than ranks. Deterministic, and the same on every rank.
+
+    Raises:
+        ValueError: no rows, or a non-positive rank count or budget.
+    """
+    if num_ranks < 1 or budget_tokens < 1 or not lengths:
+        raise ValueError(f"cannot plan {len(lengths)} rows on {num_ranks} ranks at {budget_tokens} tokens")
+    count = _round_up(-(-sum(lengths) // budget_tokens), num_ranks)
+    while (bins := _fill(lengths, count, budget_tokens, cost)) is None:
+        count += num_ranks
+    costs = [sum(cost(lengths[row]) for row in rows) for rows in bins]
+    plan: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    load = [0.0] * num_ranks
+    for i in sorted(range(count), key=lambda i: (-costs[i], bins[i])):
+        rank = min(
+            (r for r in range(num_ranks) if len(plan[r]) < count // num_ranks), key=lambda r: (load[r], r)
+        )
+        plan[rank].append(bins[i])
+        load[rank] += costs[i]
+    return plan
+
+
+def _fill(lengths: Sequence[int], count: int, budget_tokens: int, cost: CostModel) -> list[list[int]] | None:
+    """Rows in ``count`` micro-batches; None where this greedy order finds no room for one of them."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    used = [0] * count
+    cheapest = [(0.0, i) for i in range(count)]
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        full = []
+        while cheapest:
+            load, i = heapq.heappop(cheapest)
+            if not bins[i] or used[i] + lengths[row] <= budget_tokens:
+                bins[i].append(row)
+                used[i] += lengths[row]
+                heapq.heappush(cheapest, (load + cost(lengths[row]), i))
+                break
+            full.append((load, i))
+        else:
+            return None
+        for entry in full:
+            heapq.heappush(cheapest, entry)
+    return bins
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def plan_micro_batches(
@@ -32,7 +117,7 @@ def plan_micro_batches(
             batches[-1].append(row)
         else:
             batches.append([row])
-    target = -(-len(batches) // num_ranks) * num_ranks
+    target = _round_up(len(batches), num_ranks)
     while len(batches) < target:
         largest = max(range(len(batches)), key=lambda i: (len(batches[i]), -i))
         rows = batches[largest]

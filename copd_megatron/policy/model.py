@@ -25,6 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from copd_megatron.config.model_shape import ModelShape
 from copd_megatron.config.schema import ParallelConfig
+from copd_megatron.policy.packed_attention import PackedAttention
 from copd_megatron.policy.vision import VisionLanguageModel
 
 
@@ -106,7 +107,10 @@ def layer_spec() -> ModuleSpec:
     """Transformer Engine's layers on CUDA, Megatron's own on CPU; the checkpoint keys are the same."""
     if torch.cuda.is_available():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    return get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    # Megatron's own core attention refuses packed sequences
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec
 
 
 def build_model(

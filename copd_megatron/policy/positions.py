@@ -23,7 +23,9 @@ class VisionBatch:
     grid_thw: Tensor
     """[media, 3] int64: patches along time, height and width."""
     scatter_index: Tensor
-    """[M] int64: where the tower's outputs go in the flattened [s * b] hidden states."""
+    """[m] int64: where the tower's outputs go in the flattened [s * b] hidden states of this rank."""
+    taken: Tensor | None = None
+    """[m] int64: which of the M outputs those are; None: all of them, in order (m = M)."""
 
 
 def multimodal_positions(

@@ -77,10 +77,13 @@ class VisionLanguageModel(GPTModel):
         """Token embeddings [s, b, H] with the tower's outputs at the placeholders."""
         text = self.embedding(input_ids=input_ids, position_ids=None)
         seen = self.visual(vision.pixel_values.to(text.dtype), grid_thw=vision.grid_thw, return_dict=True)
-        self._deepstack = list(seen.deepstack_features)
+        features = [seen.pooler_output, *seen.deepstack_features]
+        if vision.taken is not None:  # context parallelism: the tower sees whole images, the decoder a part
+            features = [feature.index_select(0, vision.taken) for feature in features]
+        self._deepstack = features[1:]
         self._scatter_index = vision.scatter_index
         flat = text.reshape(-1, text.shape[-1])
-        return flat.index_copy(0, vision.scatter_index, seen.pooler_output.to(text.dtype)).view_as(text)
+        return flat.index_copy(0, vision.scatter_index, features[0].to(text.dtype)).view_as(text)
 
     def add_deepstack(self, number: int, hidden_sbh: Tensor) -> Tensor:
         """Adds feature map ``number`` to the hidden states at the visual tokens."""
