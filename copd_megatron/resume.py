@@ -74,7 +74,8 @@ class Checkpoints:
         """Continues from the newest valid checkpoint of the run directory, if there is one.
 
         Raises:
-            CheckpointError, ConfigError, DataError: it belongs to another model, configuration or data.
+            CheckpointError: all are damaged, or it belongs to another model.
+            ConfigError, DataError: it belongs to another configuration, or to other data.
         """
         me = self.me
         manifest = find_checkpoint(me.world, me.run_dir, verify_hashes=self.options.verify_hashes)
@@ -127,9 +128,11 @@ class Checkpoints:
         if self.saver.pending and all(written for *_, written in notes):
             self.saver.complete()
         finished = done == num_steps(self.me.config.schedule)
-        stop = (signal is not None or out_of_time) and not finished
+        ends_early = signal is not None or out_of_time
+        # after the last step there is no more to stop; what follows it may yet be cut short
+        stop = ends_early and not finished
         due = options.save_period and (done % options.save_period == 0 or finished)
-        if due or stop:
+        if due or ends_early:
             begin = time.perf_counter()
             self.saver.save(self._saved(done, accuracies))
             self.me.metrics.maximum("timing/checkpoint_seconds", time.perf_counter() - begin)

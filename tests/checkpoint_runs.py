@@ -1,9 +1,11 @@
-"""Material for tests that run, stop and resume whole trainings: a base model, data, a configuration."""
+"""Material for tests that run, stop and resume whole trainings: a base model, data, a configuration; and the
+checkpoint tools as a user calls them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +23,8 @@ NUM_STEPS = 6
 
 def prepare(root: Path) -> None:
     """A base model that answers some prompts, and data of two domains."""
-    make_domains(root / "data", num_train=32, num_validation=4)
+    # fewer prompts than the steps draw: the data begin anew on the way
+    make_domains(root / "data", num_train=24, num_validation=4)
     make_model(root / "base", seed=4, scale=1.0, tie_word_embeddings=True, num_hidden_layers=2)
     pairs = []
     for name in BRANCHES:
@@ -105,6 +108,13 @@ def train(config: Path, run_dir: Path, overrides: Sequence[str] = (), *, timeout
         return process.wait(timeout)
 
 
+def run_tool(name: str, *arguments: object) -> int:
+    """``python tools/<name>.py arguments...`` within this process; its exit status."""
+    tool = runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / f"{name}.py"))
+    status: int = tool["main"]([str(argument) for argument in arguments])
+    return status
+
+
 def log_of(run_dir: Path) -> Path:
-    """Where ``start_training`` puts the output."""
+    """Where ``training`` puts the output."""
     return run_dir.with_name(run_dir.name + ".log")

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from copd_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from copd_megatron.checkpoint.folder import MegatronFolder
 from copd_megatron.checkpoint.hf_files import file_layouts
-from copd_megatron.checkpoint.manifest import CheckpointError
+from copd_megatron.checkpoint.manifest import CheckpointError, hash_file
 from copd_megatron.config.schema import ParallelConfig, TrainingConfig
+from tests.checkpoint_runs import run_tool
 from tests.layouts import Job, run_layouts
 from tests.models import make_model
 from tests.models_vl import make_vl_model
@@ -239,3 +240,19 @@ print(there, peak() - before)
     assert total > 4.5 * largest
     assert there < 1.6 * largest and both < 1.6 * largest, (there, both, largest)
     assert _files(tmp_path / "back") == _files(folder)
+
+
+def test_the_tools_convert_there_and_back(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    assert run_tool("convert_hf_to_megatron", models["text untied"], megatron) == 0
+    assert f"wrote {megatron}: " in capsys.readouterr().out
+    assert run_tool("inspect_checkpoint", megatron, "--files") == 0
+    looked = capsys.readouterr().out
+    assert "weights bfloat16: " in looked
+    assert f"{hash_file(megatron / '__0_0.distcp')}  __0_0.distcp, " in looked
+    assert run_tool("convert_megatron_to_hf", megatron, back) == 0
+    assert _files(back) == _files(models["text untied"])
+    assert run_tool("convert_megatron_to_hf", megatron, back) == 1
+    assert "exists already" in capsys.readouterr().err

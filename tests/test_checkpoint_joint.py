@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
+import math
 import os
+import re
 import resource
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,18 +19,19 @@ from typing import Any
 import pytest
 import torch
 
+from copd_megatron.checkpoint.hf_files import file_layouts
 from copd_megatron.checkpoint.manifest import (
     MANIFEST,
+    CheckpointError,
     complete_checkpoints,
     hash_problems,
     read_manifest,
     step_folder,
 )
 from copd_megatron.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
+from tests.checkpoint_runs import run_tool
 from tests.distributed import run_distributed
 from tests.models import make_model
-
-pytestmark = pytest.mark.slow  # minutes on two cores
 
 RANKS = {"alpha": [0, 1], "beta": [2]}
 
@@ -90,7 +95,7 @@ def _saves(model: Path, run_dir: Path, small: Path | None) -> dict[str, Any]:
         _rotation_and_background(world, actor, saver, saved, run_dir, found)
         found["one rank cannot write"] = _limited(world, saver(run_dir), saved(5), log)
         if small is not None:
-            found["disk full"] = _on_a_full_disk(world, saver(small), saved, small, log)
+            found["disk full"] = _on_a_full_disk(world, saver, saved, small, log)
         _damage(world, run_dir)
         manifest = find_checkpoint(world, run_dir, verify_hashes=True)
         assert manifest is not None
@@ -101,6 +106,8 @@ def _saves(model: Path, run_dir: Path, small: Path | None) -> dict[str, Any]:
         found["weights back"] = all(
             torch.equal(a, b) for a, b in zip(before, actor.model.parameters(), strict=True)
         )
+        found["thread failed"] = _failure_in_the_background(run_dir.with_name("failed"))
+        found["nothing whole"] = _all_damaged(world, run_dir.with_name("lost"), run_dir)
         return {**found, "log": log.lines}
 
 
@@ -121,6 +128,7 @@ def _rotation_and_background(
         for parameter, value in zip(actor.model.parameters(), weights.tensors, strict=True):
             parameter.copy_(value)
     found["valid"] = second.complete()
+    world.barrier("deleted")  # the first rank deletes after the others have gone on
     found["kept"] = sorted(complete_checkpoints(run_dir))
 
 
@@ -136,8 +144,10 @@ def _limited(world: Any, saver: Any, saved: Any, log: _Lines) -> list[str]:
 
 
 def _on_a_full_disk(world: Any, saver: Any, saved: Any, small: Path, log: _Lines) -> dict[str, Any]:
-    """A save on a file system with room for one checkpoint and a half, and one when there is room again."""
-    saver.save(saved(1))
+    """Saves, in the loop's thread and in the background, on a file system with room for one checkpoint and a
+    half; and one when there is room again."""
+    first, second = saver(small), saver(small, asynchronous=True)
+    first.save(saved(1))
     manifest = read_manifest(step_folder(small, 1))
     filler = small / "filler"
     if world.is_first:
@@ -145,16 +155,19 @@ def _on_a_full_disk(world: Any, saver: Any, saved: Any, small: Path, log: _Lines
         filler.write_bytes(bytes(space.f_bavail * space.f_frsize - manifest.num_bytes // 2))
     world.barrier("filled")
     count = len(log.lines)
-    saver.save(saved(2))
+    first.save(saved(2))
+    second.save(saved(2))
+    valid = second.complete()
     lines = log.lines[count:]
+    world.barrier("removed")
     intact = not hash_problems(step_folder(small, 1), manifest) and not step_folder(small, 2).exists()
     world.barrier("looked")
     if world.is_first:
         filler.unlink()
     world.barrier("emptied")
-    saver.save(saved(3))
+    first.save(saved(3))
     world.barrier("saved")
-    return {"lines": lines, "intact": intact, "then": sorted(complete_checkpoints(small))}
+    return {"lines": lines, "intact": intact and not valid, "then": sorted(complete_checkpoints(small))}
 
 
 def _damage(world: Any, run_dir: Path) -> None:
@@ -170,6 +183,32 @@ def _damage(world: Any, run_dir: Path) -> None:
         data[len(data) // 2] ^= 4
         file.write_bytes(data)
     world.barrier("damaged")
+
+
+def _failure_in_the_background(folder: Path) -> bool:
+    """Whether an error that is no full disk comes out of the writer's thread."""
+    from copd_megatron.checkpoint.files import ShardWriter
+
+    folder.mkdir(exist_ok=True)
+    writer = ShardWriter(folder, copy=True)
+    writer._items.append(("no item", "no tensor"))  # type: ignore[arg-type]
+    writer.start()
+    with pytest.raises(AttributeError):
+        writer.result()
+    return writer.done
+
+
+def _all_damaged(world: Any, lost: Path, run_dir: Path) -> str:
+    """What a run is told whose only checkpoint has lost a file."""
+    from copd_megatron.checkpoint.joint import find_checkpoint
+
+    if world.is_first:
+        shutil.copytree(step_folder(run_dir, 3), step_folder(lost, 3))
+        (step_folder(lost, 3) / "beta" / "loop.json").unlink()
+    world.barrier("lost")
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(world, lost, verify_hashes=True)
+    return str(caught.value)
 
 
 @contextlib.contextmanager
@@ -213,8 +252,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(outcome: Any) -> None:
     if "disk full" not in outcome[0][0]:
         pytest.skip("this process may not mount a small file system")
     found = outcome[0][0]["disk full"]
-    (line,) = found["lines"]
-    assert os.strerror(errno.ENOSPC) in line and "step_000001, stays usable" in line
+    assert len(found["lines"]) == 2, "in the loop's thread, and in the background"
+    for line in found["lines"]:
+        assert os.strerror(errno.ENOSPC) in line and "step_000001, stays usable" in line
     assert all(rank["disk full"]["intact"] for rank in outcome[0])
     assert found["then"] == [1, 3], "and the next save works again"
 
@@ -229,9 +269,16 @@ def test_damaged_checkpoints_are_named_and_skipped(outcome: Any) -> None:
     assert list(complete_checkpoints(run_dir)) == [3, 1]
 
 
+def test_a_run_without_a_whole_checkpoint_does_not_start_over(outcome: Any) -> None:
+    for rank in outcome[0]:
+        assert "no checkpoint that is whole: step_000003.damaged;" in rank["nothing whole"]
+        assert "run.overwrite=true" in rank["nothing whole"]
+
+
 def test_the_save_in_the_background_holds_the_weights_of_its_step(outcome: Any) -> None:
     results, _ = outcome
     for rank, result in enumerate(results):
+        assert result["thread failed"]
         assert result["resumed"] == (3, 3, "beta" if rank == 2 else "alpha")
         assert result["weights back"]
 
@@ -243,3 +290,39 @@ def test_a_manifest_lists_every_file(outcome: Any) -> None:
     assert there == listed | {MANIFEST}
     of_each = {".metadata", "metadata.json", "loop.json", "__0_0.distcp"}
     assert listed == {f"{branch}/{file}" for branch in RANKS for file in of_each} | {"alpha/__1_0.distcp"}
+
+
+def test_the_inspector_says_what_a_checkpoint_holds(outcome: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = step_folder(outcome[1], 3)
+    assert run_tool("inspect_checkpoint", folder, "--verify", "--files") == 0
+    said = capsys.readouterr().out
+    assert f"{folder}: step 3" in said and "whole (sizes and hashes checked)" in said
+    assert "alpha: Qwen3ForCausalLM, weights version 3, tp 2, 5 files" in said
+    assert "beta: Qwen3ForCausalLM, weights version 3, one rank, 4 files" in said
+    parameters = sum(math.prod(spec.shape) for spec in file_layouts(outcome[1].parent / "model")[0].specs)
+    of_weights = re.findall(r"weights float32: \d+ tensors, (\S+) kB", said)
+    assert [float(size) for size in of_weights] == pytest.approx([parameters * 4 / 1e3] * 2, rel=0.01)
+    for file in read_manifest(folder).files:
+        assert f"{file.sha256}  {file.path}, " in said
+
+    assert run_tool("inspect_checkpoint", folder / "beta", "--tensors", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["embedding.word_embeddings.weight"]["shape"] == [321, 64]
+    assert rows["embedding.word_embeddings.weight"]["dtype"] == "float32"
+
+
+def test_the_inspector_names_damage(outcome: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = step_folder(tmp_path, 3)
+    shutil.copytree(step_folder(outcome[1], 3), folder)
+    file = folder / "beta" / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert run_tool("inspect_checkpoint", folder) == 0, "sizes alone do not tell"
+    capsys.readouterr()
+    assert run_tool("inspect_checkpoint", folder, "--verify") == 1
+    said = capsys.readouterr().out
+    assert "DAMAGED" in said and f"{file} is damaged: SHA-256" in said
+    (folder / MANIFEST).unlink()
+    assert run_tool("inspect_checkpoint", tmp_path) == 1
+    assert "the save was not finished" in capsys.readouterr().err

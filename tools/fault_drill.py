@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-from copd_megatron.checkpoint.compare import compare_runs
+from copd_megatron.checkpoint.compare import compare_runs, metrics_of
 from copd_megatron.checkpoint.manifest import MANIFEST, complete_checkpoints, step_folders
 from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
 from copd_megatron.config import load_config
@@ -60,13 +60,13 @@ class Kill:
     rank: int
     """The rank, or one of the branch, whose operation is watched."""
     operations: tuple[str, ...]
-    """Wait until it is in one of these; empty: after a while of training."""
+    """Wait until it is in one of these; empty: at any instant."""
     after: float
-    """How far into the training (seconds), or which occurrence of the operation."""
+    """Which occurrence of the operation, or after how many steps (2.3: in the third)."""
 
     @property
     def label(self) -> str:
-        where = f"in {self.operations[0]}" if self.operations else f"{self.after:.1f} s into the training"
+        where = f"in {self.operations[0]}" if self.operations else f"after {self.after:.1f} steps"
         return f"{self.target} (rank {self.rank}) {where}"
 
 
@@ -118,6 +118,12 @@ class Job:
     @property
     def running(self) -> bool:
         return self.process.poll() is None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in ``metrics.jsonl``."""
+        metrics = self.run_dir / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
     def find(self, world_size: int) -> bool:
         """Looks for the ranks' processes and the job's store; whether all are there."""
@@ -211,11 +217,11 @@ def _environment(pid: int) -> dict[str, str]:
 
 
 def plan_kills(
-    count: int, layout: Layout, seed: int, training_seconds: float, save_operations: Sequence[str]
+    count: int, layout: Layout, seed: int, num_steps: int, save_operations: Sequence[str]
 ) -> list[Kill]:
     """``count`` kills, in an order drawn by ``seed``: at least a quarter in saves, a quarter in exchanges.
 
-    The others come after a random while, short enough that ``count`` of them fit into the training.
+    The others come at random instants, early enough that ``count`` of them fit into ``num_steps``.
     """
     rng = random.Random(seed)
     kinds = ["save", "exchange"] * max(count // 4, 1) + ["any"] * count
@@ -224,7 +230,7 @@ def plan_kills(
     kills = []
     for number, kind in enumerate(kinds):
         operations = {"save": (rng.choice(save_operations),), "exchange": EXCHANGE, "any": ()}[kind]
-        after = rng.uniform(0, 1.5 * training_seconds / count) if kind == "any" else rng.randint(1, 2)
+        after = rng.uniform(0, 1.5 * num_steps / count) if kind == "any" else rng.randint(1, 2)
         kills.append(
             Kill(
                 target=TARGETS[number % len(TARGETS)],
@@ -236,25 +242,37 @@ def plan_kills(
     return kills
 
 
-def wait_for(job: Job, kill: Kill, world_size: int) -> str | None:
+def wait_for(job: Job, kill: Kill, world_size: int, step_seconds: float) -> str | None:
     """Watches the job until it is time; the operation seen, or None if the job ended before."""
     while job.running and not job.find(world_size):
         time.sleep(0.05)
-    begun: float | None = None
+    watch = _wait_for_operation if kill.operations else _wait_for_instant
+    return watch(job, kill, step_seconds)
+
+
+def _wait_for_operation(job: Job, kill: Kill, step_seconds: float) -> str | None:
     occurrences, inside = 0, False
     while job.running:
         path = job.operation(kill.rank)
-        if kill.operations:
-            now_inside = any(name in path for name in kill.operations)
-            occurrences += now_inside and not inside
-            inside = now_inside
-            if inside and occurrences >= kill.after and (seen := job.halted_in(kill.rank, kill.operations)):
-                return seen
-        else:
-            if begun is None and path.startswith(WORK):
-                begun = time.monotonic()
-            if begun is not None and time.monotonic() - begun >= kill.after:
-                return path or "between operations"
+        now_inside = any(name in path for name in kill.operations)
+        occurrences += now_inside and not inside
+        inside = now_inside
+        if inside and occurrences >= kill.after and (seen := job.halted_in(kill.rank, kill.operations)):
+            return seen
+        time.sleep(_POLL_SECONDS)
+    return None
+
+
+def _wait_for_instant(job: Job, kill: Kill, step_seconds: float) -> str | None:
+    steps, part = divmod(kill.after, 1)
+    resumed = next(iter(complete_checkpoints(job.run_dir)), 0)
+    begun: float | None = None
+    while job.running:
+        path = job.operation(kill.rank)
+        if begun is None and path.startswith(WORK) and job.num_steps >= resumed + steps:
+            begun = time.monotonic()
+        if begun is not None and time.monotonic() - begun >= part * step_seconds:
+            return path or "between operations"
         time.sleep(_POLL_SECONDS)
     return None
 
@@ -307,7 +325,7 @@ class Drill:
             self._order["kills"],
             self.layout,
             self._order["seed"],
-            self._training_seconds(),
+            len(metrics_of(self.reference)),
             self.save_operations,
         )
         for number, kill in enumerate(kills):
@@ -327,7 +345,7 @@ class Drill:
         self._check_time()
         log = self.out / f"drilled_{number}.log"
         job = Job(self.config, self.overrides, self.run_dir, log)
-        seen = wait_for(job, kill, self.layout.world_size)
+        seen = wait_for(job, kill, self.layout.world_size, self._step_seconds())
         if seen is None:
             code, _ = job.end(60)
             why = "it ended before: give it more steps" if code == 0 else f"it failed by itself, see {log}"
@@ -335,11 +353,11 @@ class Drill:
         strike(job, kill, self.layout)
         begin = time.monotonic()
         code, num_orphans = job.end(90)
-        folders, metrics = step_folders(self.run_dir).values(), self.run_dir / "metrics.jsonl"
+        folders = step_folders(self.run_dir).values()
         return Outcome(
             kill=kill.label,
             seen=seen,
-            steps_before=metrics.read_bytes().count(b"\n") if metrics.exists() else 0,
+            steps_before=job.num_steps,
             checkpoint=next(iter(complete_checkpoints(self.run_dir)), None),
             torn=[folder.name for folder in folders if not (folder / MANIFEST).exists()],
             exit_code=code,
@@ -359,10 +377,13 @@ class Drill:
         if time.monotonic() > self._end:
             raise TimeoutError(f"{len(self.outcomes)} kills done; start the same command again to go on")
 
-    def _training_seconds(self) -> float:
-        return sum(
-            max(v for k, v in json.loads(line).items() if k.endswith("/timing/step_seconds"))
+    def _step_seconds(self) -> float:
+        """The longest step of the reference run: the first after a start, which warms up."""
+        return max(
+            value
             for line in (self.reference / "metrics.jsonl").read_text().splitlines()
+            for name, value in json.loads(line).items()
+            if name.endswith("/timing/step_seconds")
         )
 
     def _write_report(self, problems: list[str] | None) -> None:

@@ -4,9 +4,11 @@
     inspect_checkpoint.py runs/copd                                        the run's checkpoints
     inspect_checkpoint.py runs/copd/checkpoints/step_000100                layout, sizes, types, versions
     inspect_checkpoint.py runs/copd/checkpoints/step_000100 --verify       reads and hashes every file
+    inspect_checkpoint.py runs/copd/checkpoints/step_000100 --files        every file's size and SHA-256
     inspect_checkpoint.py runs/copd/checkpoints/step_000100/text --tensors
 
-Exit status: 0 whole, 1 damaged or unfinished. Sizes are always compared; hashes with --verify.
+Exit status: 0 whole, 1 damaged or unfinished. Sizes are always compared; hashes with --verify. A folder that
+tools/convert_hf_to_megatron.py wrote has no manifest: what it holds is shown, its hashes are computed.
 """
 
 from __future__ import annotations
@@ -16,8 +18,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from copd_megatron.checkpoint.manifest import (
     BranchEntry,
     CheckpointError,
     Manifest,
+    hash_file,
     hash_problems,
     read_manifest,
     size_problems,
@@ -41,25 +43,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("path", type=Path, help="run directory, checkpoint, or a branch's folder")
     parser.add_argument("--verify", action="store_true", help="compare the SHA-256 of every file")
+    parser.add_argument("--files", action="store_true", help="list every file with its size and SHA-256")
     parser.add_argument("--tensors", action="store_true", help="list every tensor of a branch's folder")
-    parser.add_argument("--processes", type=int, default=2, help="that hash at once")
+    parser.add_argument("--threads", type=int, default=4, help="that hash at once")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     return parser.parse_args(arguments)
 
 
-def problems_of(folder: Path, manifest: Manifest, *, verify: bool, processes: int) -> list[str]:
+def problems_of(folder: Path, manifest: Manifest, *, verify: bool, threads: int) -> list[str]:
     """What is wrong with a checkpoint's files."""
     found = size_problems(folder, manifest)
-    if verify and not found:
-        check = partial(hash_problems, folder, manifest, num_parts=processes)
-        with ProcessPoolExecutor(processes) as pool:
-            found = [p for part in pool.map(_part, [check] * processes, range(processes)) for p in part]
+    if verify and not found:  # hashing runs outside the interpreter's lock
+        with ThreadPoolExecutor(threads) as pool:
+            parts = pool.map(lambda part: hash_problems(folder, manifest, part=part, num_parts=threads),
+                             range(threads))  # fmt: skip
+            found = [problem for part in parts for problem in part]
     return found
-
-
-def _part(check: Any, part: int) -> list[str]:
-    problems: list[str] = check(part=part)
-    return problems
 
 
 def describe_branch(folder: Path, entry: BranchEntry) -> dict[str, Any]:
@@ -72,6 +71,7 @@ def describe_branch(folder: Path, entry: BranchEntry) -> dict[str, Any]:
         "architecture": entry.dims.get("architecture"),
         "num_files": len(entry.files),
         "num_bytes": entry.num_bytes,
+        "files": {file.path: {"num_bytes": file.num_bytes, "sha256": file.sha256} for file in entry.files},
     }
     if not entry.frozen:
         record["tensors"] = tensor_totals(folder)
@@ -107,8 +107,8 @@ def describe(folder: Path, manifest: Manifest, problems: list[str], *, verified:
     }
 
 
-def as_text(record: dict[str, Any]) -> Iterator[str]:
-    """The same for people."""
+def as_text(record: dict[str, Any], *, files: bool) -> Iterator[str]:
+    """The same for people; ``files``: with every file's size and hash."""
     state = "whole" if not record["problems"] else "DAMAGED"
     yield f"{record['folder']}: step {record['step']}, {size_text(record['num_bytes'])}, {state} " + (
         f"({record['checked']} checked)"
@@ -127,6 +127,13 @@ def as_text(record: dict[str, Any]) -> Iterator[str]:
         )
         for label, total in branch.get("tensors", {}).items():
             yield f"    {label}: {total['num_tensors']} tensors, {size_text(total['num_bytes'])}"
+        if files:
+            yield from _file_lines(branch["files"])
+
+
+def _file_lines(files: dict[str, dict[str, Any]]) -> Iterator[str]:
+    for path, file in files.items():
+        yield f"    {file['sha256']}  {path}, {size_text(file['num_bytes'])}"
 
 
 def size_text(num_bytes: int) -> str:
@@ -177,10 +184,38 @@ def inspect_one(folder: Path, options: argparse.Namespace) -> int:
     except CheckpointError as error:
         print(f"{error}", file=sys.stderr)
         return 1
-    problems = problems_of(folder, manifest, verify=options.verify, processes=options.processes)
+    problems = problems_of(folder, manifest, verify=options.verify, threads=options.threads)
     record = describe(folder, manifest, problems, verified=options.verify)
-    print(json.dumps(record, indent=1) if options.json else "\n".join(as_text(record)))
+    print(json.dumps(record, indent=1) if options.json else "\n".join(as_text(record, files=options.files)))
     return 1 if problems else 0
+
+
+def inspect_converted(folder: Path, options: argparse.Namespace) -> int:
+    """A folder in Megatron's format by itself, or a branch's, without what a manifest would say."""
+    from copd_megatron.checkpoint.folder import find_folder
+
+    folder = find_folder(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    record: dict[str, Any] = {
+        "folder": str(folder),
+        "num_files": len(paths),
+        "num_bytes": sum(path.stat().st_size for path in paths),
+        "tensors": tensor_totals(folder),
+    }
+    if options.files:
+        record["files"] = {
+            str(path.relative_to(folder)): {"num_bytes": path.stat().st_size, "sha256": hash_file(path)}
+            for path in paths
+        }
+    if options.json:
+        print(json.dumps(record, indent=1))
+        return 0
+    print(f"{folder}: {record['num_files']} files, {size_text(record['num_bytes'])}")
+    for label, total in record["tensors"].items():
+        print(f"    {label}: {total['num_tensors']} tensors, {size_text(total['num_bytes'])}")
+    for line in _file_lines(record.get("files", {})):
+        print(line)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -193,12 +228,10 @@ def main(arguments: list[str] | None = None) -> int:
             return inspect_run(options)
         if (options.path / MANIFEST).is_file() or options.path.name.startswith("step_"):
             return inspect_one(options.path, options)
-        totals = tensor_totals(options.path)
+        return inspect_converted(options.path, options)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(totals, indent=1))
-    return 0
 
 
 if __name__ == "__main__":

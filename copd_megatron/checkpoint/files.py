@@ -56,6 +56,7 @@ class ShardWriter:
         self._items: list[tuple[WriteItem, Any]] = []
         self._written = Written()
         self._thread: threading.Thread | None = None
+        self._raised: Exception | None = None
 
     # ---- planning, called by Megatron ------------------------------------------------------------------
 
@@ -96,7 +97,7 @@ class ShardWriter:
 
     def start(self) -> None:
         """``write`` in a thread."""
-        self._thread = threading.Thread(target=self.write, name="copd-checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._write_in_thread, name="copd-checkpoint", daemon=True)
         self._thread.start()
 
     @property
@@ -105,10 +106,20 @@ class ShardWriter:
         return self._thread is None or not self._thread.is_alive()
 
     def result(self) -> Written:
-        """What was written; waits for the thread."""
+        """What was written; waits for the thread, and raises what it raised."""
         if self._thread is not None:
             self._thread.join()
+        if self._raised is not None:
+            raise self._raised
         return self._written
+
+    def _write_in_thread(self) -> None:
+        try:
+            self.write()
+        except (
+            Exception
+        ) as error:  # for result(): else a checkpoint that lacks this part would pass for whole
+            self._raised = error
 
     def _write(self, name: str) -> Written:
         stream = HashingFile(self.folder / name)

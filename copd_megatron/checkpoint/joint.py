@@ -296,12 +296,25 @@ def find_checkpoint(world: World, run_dir: Path, *, verify_hashes: bool) -> Mani
     """The newest valid checkpoint; what is wrong with newer ones is logged, damaged ones are renamed.
 
     Collective over all branches; the ranks share the hashing.
+
+    Returns:
+        None if the run has not saved yet.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged: starting over would cost the whole run.
     """
     candidates: list[Manifest] = []
+    damaged: list[Path] = []
     if world.is_first:
-        candidates = _complete(run_dir)
+        candidates, damaged = _complete(run_dir)
     while True:
-        newest = world.all_gather_objects(candidates.pop(0) if candidates else None, "checkpoint.find")[0]
+        next_one = (candidates.pop(0) if candidates else None, damaged)
+        newest, lost = world.all_gather_objects(next_one, "checkpoint.find")[0]
+        if newest is None and lost:
+            raise CheckpointError(
+                f"{run_dir} has no checkpoint that is whole: {', '.join(path.name for path in lost)}; "
+                "restore one of them under its old name, or set run.overwrite=true to start anew"
+            )
         if newest is None:
             return None
         folder = step_folder(run_dir, newest.step)
@@ -313,35 +326,38 @@ def find_checkpoint(world: World, run_dir: Path, *, verify_hashes: bool) -> Mani
         if not problems:
             return newest
         if world.is_first:
-            _skip(folder, problems)
+            damaged.append(_skip(folder, problems))
 
 
-def _complete(run_dir: Path) -> list[Manifest]:
+def _complete(run_dir: Path) -> tuple[list[Manifest], list[Path]]:
     """Checkpoints whose manifest and sizes are right, newest first; the others are named and put aside."""
     remove_unfinished(run_dir)
-    found = []
+    found, damaged = [], []
     for folder in step_folders(run_dir).values():
         try:
             manifest = read_manifest(folder)
         except CheckpointError as error:
-            _skip(folder, [str(error)])
+            damaged.append(_skip(folder, [str(error)]))
             continue
         if problems := size_problems(folder, manifest):
-            _skip(folder, problems)
+            damaged.append(_skip(folder, problems))
         else:
             found.append(manifest)
-    return found
+    return found, damaged
 
 
-def _skip(folder: Path, problems: list[str]) -> None:
+def _skip(folder: Path, problems: list[str]) -> Path:
+    """Says what is wrong with a checkpoint and puts it aside; its new name."""
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    aside = set_aside(folder)
     logger.error(
         "checkpoint %s is damaged and not used: %s%s; renamed to %s",
         folder,
         "; ".join(problems[:3]),
         more,
-        set_aside(folder),
+        aside,
     )
+    return aside
 
 
 def load_checkpoint(
