@@ -2,21 +2,21 @@
 # The whole thing, small, on this machine's CPU: sets up, makes a tiny base model and its data (once), trains
 # branches with CoPD, merges them, and prints the evaluation table.
 #
-#   launchers/quickstart.sh [key=value ...]             two kinds of text: a tiny Qwen3, two branches
-#   launchers/quickstart.sh --visual [key=value ...]    text, image and video: a tiny Qwen3-VL, three branches
+#   launchers/quickstart.sh [key=value ...]           text, image and video: a tiny Qwen3-VL, three branches
+#   launchers/quickstart.sh --text [key=value ...]    two kinds of text: a tiny Qwen3, two branches
 #
 # key=value changes a setting, such as run.seed=2 or schedule.cycles=4. Runs in the project folder; relative
 # paths among the arguments start there.
 #
 #   COPD_VENV        see launchers/setup.sh
-#   COPD_TINY_BASE   folder of the tiny base model; default .cache/tiny_text, with --visual .cache/tiny_vl
+#   COPD_TINY_BASE   folder of the tiny base model; default .cache/tiny_vl, with --text .cache/tiny_text
 set -euo pipefail
-kind=text config=configs/two_branch_tiny.yaml
-if [[ ${1-} == --visual ]]; then
-    kind=vl config=configs/three_branch_tiny.yaml
+kind=vl config=configs/three_branch_tiny.yaml
+if [[ ${1-} == --text ]]; then
+    kind=text config=configs/two_branch_tiny.yaml
     shift
 elif [[ ${1-} == -* ]]; then
-    echo "quickstart: unknown option $1. Use --visual or none, then key=value settings." >&2
+    echo "quickstart: unknown option $1. Use --text or none, then key=value settings." >&2
     exit 2
 fi
 # shellcheck source-path=SCRIPTDIR source=setup.sh

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -285,20 +287,33 @@ def test_requests_that_cannot_work_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
-def test_parquet_is_read_or_its_reader_named(tmp_path: Path) -> None:
+def test_parquet_with_images_inside_is_read(tmp_path: Path) -> None:
+    """As Hugging Face's image columns are stored: {"bytes", "path"}, the bytes as they are."""
+    images = [png(picture(seed)) for seed in (1, 2)]
+    rows = [
+        {
+            "question": "<image>How many?",
+            "answer": str(number),
+            "image": {"bytes": data, "path": f"{number}.png"},
+        }
+        for number, data in enumerate(images)
+    ]
     source = tmp_path / "rows.parquet"
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        source.write_bytes(b"PAR1")
-        with pytest.raises(DataError, match="needs pyarrow"):
-            convert(source, tmp_path / "out", "polaris")
-    else:
-        pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist([{**row, "answer": str(row["answer"])} for row in POLARIS]), source
-        )
-        assert convert(source, tmp_path / "out", "polaris").written.num_train == 3
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    samples, shards = read(convert(source, tmp_path / "out", "mmfinereason").written.train)
+    assert [shards.read_member(sample.ref, "0.png") for sample in samples] == images
+    assert [sample.answer for sample in samples] == ["0", "1"]
+
+
+def test_parquet_is_read(tmp_path: Path) -> None:
+    source = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{**row, "answer": str(row["answer"])} for row in POLARIS]), source
+    )
+    assert convert(source, tmp_path / "out", "polaris").written.num_train == 3
+    source.write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match="not readable as Parquet"):
+        convert(source, tmp_path / "again", "polaris")
 
 
 def test_tool_reports_what_it_skipped(tmp_path: Path) -> None:

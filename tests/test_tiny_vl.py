@@ -254,7 +254,7 @@ def test_the_quickstart_refuses_an_unknown_option_before_it_sets_anything_up() -
         env=os.environ | {"COPD_PYTHON": "/nonexistent/python"},
     )
     assert result.returncode == 2
-    assert "unknown option --txet. Use --visual" in result.stderr
+    assert "unknown option --txet. Use --text" in result.stderr
 
 
 def test_every_shown_digit_has_a_temporal_patch_of_its_own(base: Path) -> None:

@@ -6,7 +6,7 @@
     python tools/convert_dataset.py --layout onethinker onethinker_rl_train.json --media-root OneThinker \\
         --kind video --out data --name video --validation 500
 
-Layouts, and the fields they assume: copd_megatron/data/layouts.py. Parquet files need pyarrow.
+Layouts, and the fields they assume: copd_megatron/data/layouts.py.
 Rows that cannot be graded by a verifier are skipped; the counts by reason are printed.
 """
 

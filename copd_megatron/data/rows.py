@@ -1,4 +1,4 @@
-"""Rows of a public data set's files: JSON arrays, JSON lines, and Parquet where pyarrow is installed."""
+"""Rows of a public data set's files: JSON arrays, JSON lines, Parquet."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Row = Mapping[str, Any]
 def read_rows(sources: Sequence[Path]) -> Iterator[tuple[str, Row | BadSampleError]]:
     """Rows of all files in order, each with its place for messages; an error stands for a broken row.
 
-    ``.json``: one array of objects; ``.jsonl``: an object per line; ``.parquet``: needs pyarrow.
+    ``.json``: one array of objects; ``.jsonl``: an object per line; ``.parquet``.
 
-    Raises DataError: unreadable file, unknown extension, not an array, pyarrow missing.
+    Raises DataError: unreadable file, unknown extension, not an array.
     """
     for source in sources:
         readers = {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}
@@ -58,13 +58,7 @@ def _jsonl(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:
 
 
 def _parquet(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise DataError(
-            f"{source}: reading Parquet needs pyarrow, which a training environment does without. Install "
-            "it beside (pip install pyarrow), or convert the file to JSON lines first."
-        ) from error
+    parquet = importlib.import_module("pyarrow.parquet")  # slow to import, and no other kind needs it
     number = 0
     try:
         for batch in parquet.ParquetFile(source).iter_batches(batch_size=256):

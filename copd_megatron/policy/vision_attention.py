@@ -40,25 +40,25 @@ def packed_attention(
     """
     bounds = cu_seq_lens_q.tolist()
     lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
-    output = torch.empty_like(query) if len(set(lengths)) > 1 else None
-    for length in sorted(set(lengths)):
-        if length == 0:
-            continue
-        if output is None:
-            here: Tensor | slice = slice(None)
-        else:
-            begins = [begin for begin, size in zip(bounds, lengths, strict=False) if size == length]
-            here = (torch.tensor(begins)[:, None] + torch.arange(length)).flatten().to(query.device)
-        # [N', heads, length, head_dim]
-        q, k, v = (
-            part[0, :, here].unflatten(1, (-1, length)).transpose(0, 1) for part in (query, key, value)
-        )
+
+    def attend(length: int, *parts: Tensor) -> Tensor:
+        """Sequences of one length, one behind the other; [heads, n * length, head_dim] each."""
+        q, k, v = (part.unflatten(1, (-1, length)).transpose(0, 1) for part in parts)
         seen = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
-        flat = seen.transpose(0, 1).flatten(1, 2)[None]
-        output = flat if output is None else output.index_copy(2, here, flat)
-    if output is None:
-        output = torch.empty_like(query)
-    return output.transpose(1, 2), None
+        return seen.transpose(0, 1).flatten(1, 2)
+
+    sizes = sorted(set(lengths) - {0})
+    if len(sizes) == 1:
+        output = attend(sizes[0], query[0], key[0], value[0])
+    else:
+        output = torch.zeros_like(query[0])
+        for size in sizes:
+            begins = torch.tensor([b for b, length in zip(bounds, lengths, strict=False) if length == size])
+            here = (begins[:, None] + torch.arange(size)).flatten().to(query.device)
+            output = output.index_copy(
+                1, here, attend(size, query[0, :, here], key[0, :, here], value[0, :, here])
+            )
+    return output[None].transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, packed_attention)

@@ -38,11 +38,11 @@ def make_data(out: Path, recipe: Recipe) -> bool:
     Raises TinyBaseError if ``out`` holds something else, DataError if a family refuses its settings.
     """
     digest = data_digest(recipe)
-    if _digest_of(out) == digest:
+    if digest_of(out) == digest:
         return False
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         _write_domains(folder, recipe)
-        _write_marker(folder, digest, {"recipe": asdict(recipe)})
+        write_marker(folder, digest, {"recipe": asdict(recipe)})
     return True
 
 
@@ -54,9 +54,9 @@ def make_tiny_base(out: Path, recipe: Recipe, *, seed: int = 1, progress: Progre
     Raises TinyBaseError if ``out`` holds something that this did not make.
     """
     digest = base_digest(recipe, seed)
-    if _digest_of(out) == digest:
+    if digest_of(out) == digest:
         return False
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         started = time.monotonic()
         losses = _make(folder, recipe, seed, progress)
         details = {
@@ -65,7 +65,7 @@ def make_tiny_base(out: Path, recipe: Recipe, *, seed: int = 1, progress: Progre
             "final_loss": sum(losses[-50:]) / len(losses[-50:]),
             "seconds": round(time.monotonic() - started, 1),
         }
-        _write_marker(folder, digest, details)
+        write_marker(folder, digest, details)
     return True
 
 
@@ -175,7 +175,7 @@ def demonstration_batches(
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its place when the block ends well, and goes when it does not."""
     if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise TinyBaseError(
@@ -195,7 +195,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch)
 
 
-def _digest_of(folder: Path) -> str | None:
+def digest_of(folder: Path) -> str | None:
     """The digest in a finished folder's marker, None without one."""
     try:
         return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["digest"])
@@ -205,6 +205,6 @@ def _digest_of(folder: Path) -> str | None:
         raise TinyBaseError(f"{folder / MARKER} is unreadable ({error}). Remove {folder}.") from error
 
 
-def _write_marker(folder: Path, digest: str, details: dict[str, object]) -> None:
+def write_marker(folder: Path, digest: str, details: dict[str, object]) -> None:
     text = json.dumps({"digest": digest, **details}, indent=2)
     (folder / MARKER).write_text(text + "\n", encoding="utf-8")

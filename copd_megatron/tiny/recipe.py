@@ -134,19 +134,19 @@ def data_digest(recipe: Recipe) -> str:
     """Changes with whatever changes the shards."""
     parts = [recipe.data_seed, recipe.num_train, recipe.num_validation]
     families = [(domain.name, asdict(domain.family)) for domain in recipe.domains]
-    return _digest([parts, families, _versions(["reasoning-gym"])])
+    return digest_of_parts([parts, families, package_versions(["reasoning-gym"])])
 
 
 def base_digest(recipe: Recipe, seed: int) -> str:
     """Changes with whatever changes the model: recipe, seed, the code that makes it, package versions."""
     here = Path(__file__).parent
     sources = {name: (here / name).read_text(encoding="utf-8") for name in SOURCES_THAT_MATTER}
-    return _digest([asdict(recipe), seed, sources, _versions(PACKAGES_THAT_MATTER)])
+    return digest_of_parts([asdict(recipe), seed, sources, package_versions(PACKAGES_THAT_MATTER)])
 
 
-def _versions(packages: Sequence[str]) -> dict[str, str]:
+def package_versions(packages: Sequence[str]) -> dict[str, str]:
     return {package: metadata.version(package) for package in packages}
 
 
-def _digest(parts: list[object]) -> str:
+def digest_of_parts(parts: list[object]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copd_megatron.tiny.base import Progress, _digest_of, _new_folder, _write_marker
+from copd_megatron.tiny.base import Progress, digest_of, new_folder, write_marker
 from copd_megatron.tiny.vl_recipe import VisualRecipe, visual_base_digest, visual_data_digest
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and a cached model needs neither
@@ -41,11 +41,11 @@ def make_visual_data(out: Path, recipe: VisualRecipe) -> bool:
     Raises TinyBaseError if ``out`` holds something else, DataError if a family refuses its settings.
     """
     digest = visual_data_digest(recipe)
-    if _digest_of(out) == digest:
+    if digest_of(out) == digest:
         return False
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         _write_domains(folder, recipe, recipe.num_train)
-        _write_marker(folder, digest, {"recipe": asdict(recipe)})
+        write_marker(folder, digest, {"recipe": asdict(recipe)})
     return True
 
 
@@ -59,9 +59,9 @@ def make_visual_base(
     Raises TinyBaseError if ``out`` holds something that this did not make.
     """
     digest = visual_base_digest(recipe, seed)
-    if _digest_of(out) == digest:
+    if digest_of(out) == digest:
         return False
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         started = time.monotonic()
         losses = _make(folder, recipe, seed, progress)
         details = {
@@ -70,7 +70,7 @@ def make_visual_base(
             "final_loss": sum(losses[-50:]) / len(losses[-50:]),
             "seconds": round(time.monotonic() - started, 1),
         }
-        _write_marker(folder, digest, details)
+        write_marker(folder, digest, details)
     return True
 
 

@@ -14,8 +14,8 @@ from copd_megatron.tiny.recipe import (
     Domain,
     ModelSize,
     WarmUpSettings,
-    _digest,
-    _versions,
+    digest_of_parts,
+    package_versions,
 )
 
 VISUAL_SOURCES = ("vl.py", "vl_demonstrations.py")
@@ -127,7 +127,9 @@ def visual_data_digest(recipe: VisualRecipe) -> str:
     domains = [(domain.name, domain.family, dict(domain.settings)) for domain in recipe.visual]
     parts = [recipe.data_seed, recipe.num_train, recipe.num_validation]
     text = [recipe.text.name, asdict(recipe.text.family)]
-    return _digest([parts, text, domains, sources, _versions(["reasoning-gym", *VISUAL_PACKAGES])])
+    return digest_of_parts(
+        [parts, text, domains, sources, package_versions(["reasoning-gym", *VISUAL_PACKAGES])]
+    )
 
 
 def visual_base_digest(recipe: VisualRecipe, seed: int) -> str:
@@ -135,5 +137,5 @@ def visual_base_digest(recipe: VisualRecipe, seed: int) -> str:
     here = Path(__file__).parent
     names = (*SOURCES_THAT_MATTER, *VISUAL_SOURCES)
     sources = {name: (here / name).read_text(encoding="utf-8") for name in names}
-    packages = _versions([*PACKAGES_THAT_MATTER, *VISUAL_PACKAGES])
-    return _digest([visual_data_digest(recipe), asdict(recipe), seed, sources, packages])
+    packages = package_versions([*PACKAGES_THAT_MATTER, *VISUAL_PACKAGES])
+    return digest_of_parts([visual_data_digest(recipe), asdict(recipe), seed, sources, packages])
