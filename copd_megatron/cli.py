@@ -1,4 +1,4 @@
-"""The ``copd`` command: train, merge, eval, doctor."""
+"""The ``copd`` command: train, merge, eval, report, doctor."""
 
 from __future__ import annotations
 
@@ -56,10 +56,24 @@ def _parser() -> argparse.ArgumentParser:
     merge_command.add_arguments(merge)
     merge.set_defaults(run=merge_command.run)
 
+    report = commands.add_parser("report", help="a run's table, how alike its branches are, and its curves")
+    report.add_argument("run_dir", help="run directory, while or after it runs")
+    report.set_defaults(run=_report)
+
     doctor = commands.add_parser("doctor", help="what this machine has and what that enables")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from copd_megatron.metrics.report import write_report
+
+    behaviour, picture = write_report(arguments.run_dir)
+    table = Path(arguments.run_dir) / "evaluation.txt"
+    parts = [table.read_text(encoding="utf-8")] if table.is_file() else []
+    print("\n".join([*parts, *([behaviour, ""] if behaviour else []), f"curves: {picture}"]))
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:

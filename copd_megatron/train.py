@@ -11,9 +11,10 @@ from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
 from copd_megatron.config import Config
 from copd_megatron.evaluate import Accuracies, each_branch, load_folder, shared_model, write_table
 from copd_megatron.merge.mean import merge_mean
+from copd_megatron.metrics.report import write_report
 from copd_megatron.observe import Observer
 from copd_megatron.resume import Checkpoints
-from copd_megatron.schedule import Step, steps
+from copd_megatron.schedule import Step, num_steps, steps
 from copd_megatron.stages import cross_batch, native_batch, sync_weights, update
 from copd_megatron.topology.layout import Layout
 from copd_megatron.weight_sync.export import export_hf
@@ -85,6 +86,11 @@ def finish(me: Branch, table: Accuracies) -> None:
         text = write_table(me, table)
         if me.world.is_first:
             logger.info("validation accuracy\n%s", text)
+    if me.world.is_first and num_steps(config.schedule):
+        behaviour, picture = write_report(me.run_dir)
+        if behaviour:
+            logger.info("how alike the branches are\n%s", behaviour)
+        logger.info("curves: %s", picture)
 
 
 def export_branch(me: Branch, folder: Path) -> None:

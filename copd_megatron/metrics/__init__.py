@@ -4,6 +4,7 @@
 ``writers``    ``metrics.jsonl`` and TensorBoard
 ``console``    one live line a branch
 ``table``      the evaluation table, models x domains
+``report``     a finished run: behaviour lines and plots
 
 Names are paths: ``<branch>/train/reward``, ``<branch>/timing/generation_seconds``, and across branches
 ``copd/overlap@10/text-image``.
