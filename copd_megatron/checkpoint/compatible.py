@@ -22,6 +22,7 @@ WITHOUT_EFFECT: Final = (
     "end.*",
     "weight_sync.*",
     "training.micro_batch_tokens",
+    "training.sequence_packing",
     "training.logprob_chunk_tokens",
     "branches.*.parallel.*",
     "branches.*.rollout.tensor_parallel_size",
