@@ -107,7 +107,6 @@ def test_kills_change_nothing(material: Path, tmp_path: Path, in_background: boo
         cwd=ROOT,
     )
     assert drill.returncode == 0, drill.stdout + drill.stderr
-    kills = json.loads((tmp_path / "report.json").read_text())["kills"]
-    assert len(kills) == 4
-    assert any("checkpoint." in kill["seen"] for kill in kills)
-    assert any("opd.exchange" in kill["seen"] for kill in kills)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["kills"]) == 4
+    assert report["num_in_saves"] >= 1 and report["num_in_exchanges"] >= 1

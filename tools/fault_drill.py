@@ -89,6 +89,16 @@ class Outcome:
     num_orphans: int
     """Ranks that outlived their launcher and had to be ended."""
 
+    @property
+    def in_save(self) -> bool:
+        """Whether the watched rank was saving (not looking for, or loading, a checkpoint)."""
+        return any(name in self.seen for name in (*SAVE_OPERATIONS, WRITE))
+
+    @property
+    def in_exchange(self) -> bool:
+        """Whether the watched rank was in an exchange between branches."""
+        return any(name in self.seen for name in EXCHANGE)
+
     def as_text(self) -> str:
         torn = f", {', '.join(self.torn)} torn" if self.torn else ""
         orphans = f", {self.num_orphans} ranks LEFT OVER" if self.num_orphans else ""
@@ -387,7 +397,13 @@ class Drill:
         )
 
     def _write_report(self, problems: list[str] | None) -> None:
-        report = {"order": self._order, "kills": [asdict(o) for o in self.outcomes], "differences": problems}
+        report = {
+            "order": self._order,
+            "kills": [asdict(outcome) for outcome in self.outcomes],
+            "num_in_saves": sum(outcome.in_save for outcome in self.outcomes),
+            "num_in_exchanges": sum(outcome.in_exchange for outcome in self.outcomes),
+            "differences": problems,
+        }
         partial = self._report.with_suffix(".partial")
         partial.write_text(json.dumps(report, indent=1) + "\n")
         partial.replace(self._report)
@@ -424,8 +440,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for problem in problems[:20]:
         print(f"  {problem}")
-    saves = sum("checkpoint." in outcome.seen for outcome in drill.outcomes)
-    exchanges = sum("opd.exchange" in outcome.seen for outcome in drill.outcomes)
+    saves = sum(outcome.in_save for outcome in drill.outcomes)
+    exchanges = sum(outcome.in_exchange for outcome in drill.outcomes)
     print(f"{len(drill.outcomes)} kills ({saves} in saves, {exchanges} in exchanges): "
           f"{'bit for bit the same run' if not problems else f'{len(problems)} differences'}")  # fmt: skip
     return 1 if problems else 0
