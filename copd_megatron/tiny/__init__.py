@@ -6,9 +6,10 @@ supervised stage, neither of which knows about the tasks; ``base.py`` puts them 
 result. ``tools/make_tiny_base.py`` is the command.
 
 Why it is made as it is. Reinforcement learning teaches a model of a million parameters few new skills in
-fifty steps, but it readily changes *which* of its skills the model uses. So the warm-up imitates a mixed
-crowd: most demonstrations answer at once, some work step by step first (``<think>...</think>``). Working
-is far more accurate, answering at once is far more likely: the base solves some tasks of each domain, and
-its rewards tell it to work. Nothing is hidden in it: gold answers are reasoning-gym's, every demonstration
-is correct, and no validation task is among them.
+fifty steps, but it readily changes *which* of its skills the model uses. So the warm-up has two parts: the
+model first learns to work step by step (``<think>...</think>``), then it is shown mostly answers without
+work, as a model is that was pretrained on careful texts and then tuned on hasty ones. Working stays far more
+accurate, answering at once becomes the habit: the base solves some tasks of each domain, and the rewards tell
+it to work. Nothing is hidden in it: gold answers are reasoning-gym's or what was drawn, every demonstration is
+correct, and no validation task is among them.
 """

@@ -52,7 +52,7 @@ class ModelSize:
 class WarmUpSettings:
     """The supervised stage."""
 
-    num_steps: int = 1100
+    num_steps: int = 800
     batch_size: int = 32
     """Demonstrations per step."""
     worked_share: float = 0.35
@@ -126,8 +126,9 @@ TEXT_RECIPE = Recipe(
             working="running_total",
         ),
     ),
+    warm_up=WarmUpSettings(num_steps=800, early_fraction=0.65, worked_share=0.3),
 )
-"""The quickstart's base and its two domains."""
+"""The base of the text quickstart and its two domains."""
 
 
 def data_digest(recipe: Recipe) -> str:
