@@ -9,7 +9,7 @@ Why it is made as it is. Reinforcement learning teaches a model of a million par
 fifty steps, but it readily changes *which* of its skills the model uses. So the warm-up has two parts: the
 model first learns to work step by step (``<think>...</think>``), then it is shown mostly answers without
 work, as a model is that was pretrained on careful texts and then tuned on hasty ones. Working stays far more
-accurate, answering at once becomes the habit: the base solves some tasks of each domain, and the rewards tell
-it to work. Nothing is hidden in it: gold answers are reasoning-gym's or what was drawn, every demonstration is
-correct, and no validation task is among them.
+accurate, answering at once becomes the habit: the base solves some tasks of each domain, and the rewards
+tell it to work. Nothing is hidden in it: gold answers are reasoning-gym's or what was drawn, every
+demonstration is correct, and no validation task is among them.
 """
