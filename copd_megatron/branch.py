@@ -61,6 +61,8 @@ class Branch:
     """This step's metrics, named without the branch."""
     num_sampled_tokens: int = 0
     """Response tokens sampled since the last step was written."""
+    num_skipped_updates: int = 0
+    """Updates left out one after another, up to now."""
     reference: WeightSnapshot | None = None
     """The base weights, where the loss has a KL term."""
     teacher: WeightSnapshot | None = None

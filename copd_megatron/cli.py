@@ -16,6 +16,7 @@ from pathlib import Path
 
 from copd_megatron.config import Config, ConfigError, load_config, read_model_shapes, validate
 from copd_megatron.merge import command as merge_command
+from copd_megatron.topology.slurm import step_environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +78,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    os.environ.update(step_environment(os.environ))
     config = load_config(arguments.config, arguments.overrides)
     world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
     validate(config, world_size=world_size, model=read_model_shapes(config))
@@ -115,7 +117,7 @@ def _check_run_dir(config: Config, folder: Path) -> None:
     from copd_megatron.checkpoint.manifest import checkpoints_dir, complete_checkpoints, step_folder
 
     metrics = folder / "metrics.jsonl"
-    restarted = any(os.environ.get(f"{by}_RESTART_COUNT", "0") != "0" for by in ("TORCHELASTIC", "SLURM"))
+    restarted = any(os.environ.get(f"{by}_RESTART_COUNT", "0") != "0" for by in ("TORCHELASTIC", "SLURM", "COPD"))
     if config.run.overwrite and not restarted:
         metrics.unlink(missing_ok=True)
         shutil.rmtree(checkpoints_dir(folder), ignore_errors=True)

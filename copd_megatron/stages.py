@@ -7,8 +7,9 @@ update:       one optimizer step over native and cross rows together
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,9 @@ from copd_megatron.policy.actor import SequenceScore
 from copd_megatron.records import FloatArray, IntArray, Prompt, Rollout, TrainRow
 from copd_megatron.rollout.engine import SamplingSettings, sample_seed
 from copd_megatron.schedule import Phase, Step
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -299,6 +303,7 @@ def update(me: Branch, rows: Sequence[TrainRow], step: Step) -> None:
             )
         with me.world.watch.operation("policy.optimizer_step", ranks=ranks):
             stepped = me.actor.optimizer_step()
+        _note_skipped(me, step, statistics.loss, stepped)
         me.metrics.mean("train/loss", statistics.loss)
         me.metrics.mean("train/grad_norm", stepped["grad_norm"])
         me.metrics.value("train/lr", stepped["lr"])
@@ -312,6 +317,36 @@ def update(me: Branch, rows: Sequence[TrainRow], step: Step) -> None:
     seconds = time.perf_counter() - begin
     me.metrics.maximum("timing/update_seconds", seconds)
     me.metrics.value("train/num_rows", float(len(rows)))
+
+
+class DivergedError(RuntimeError):
+    """Too many updates in a row had to be skipped."""
+
+
+def _note_skipped(me: Branch, step: Step, loss: float, stepped: Mapping[str, float]) -> None:
+    """Counts and reports an update that was left out; ends the run where there are too many in a row.
+
+    Raises:
+        DivergedError: more than ``training.max_skipped_updates``; the same on every rank of the branch.
+    """
+    me.metrics.total("train/skipped_updates", stepped["skipped"] if me.world.is_branch_first else 0.0)
+    if not stepped["skipped"]:
+        me.num_skipped_updates = 0
+        return
+    me.num_skipped_updates += 1
+    training = me.config.training
+    what = (
+        f"branch {me.name}, step {step.index + 1}: update skipped, gradient norm {stepped['grad_norm']:g}, "
+        f"loss {loss:g} (training.max_grad_norm={training.max_grad_norm}); the weights stay as they "
+        f"were; {me.num_skipped_updates} in a row"
+    )
+    if me.num_skipped_updates > training.max_skipped_updates:
+        raise DivergedError(
+            f"{what}, more than training.max_skipped_updates={training.max_skipped_updates}: the run has "
+            "diverged; go on from an earlier checkpoint with a lower optimizer.lr, or look at the data"
+        )
+    if me.world.is_branch_first:
+        logger.warning("%s", what)
 
 
 def _mini_batches(me: Branch, rows: Sequence[TrainRow], step: Step) -> list[list[TrainRow]]:

@@ -98,6 +98,9 @@ class RunConfig:
     device: Device = Device.auto
     collective_timeout_seconds: float = 1800.0
     """After this long in one operation a rank reports who waits for whom and ends the job."""
+    max_restarts: int = 0
+    """How often a local run (``copd train`` by itself) starts again after a failure, from its newest valid
+    checkpoint. Under SLURM: COPD_MAX_RESTARTS (``launchers/slurm.sh``)."""
     overwrite: bool = False
     """Start anew in a run directory that already holds a finished or interrupted run."""
 
@@ -357,6 +360,11 @@ class TrainingConfig:
     """Rows of [tokens, vocab / tp] float32 logits that exist at once."""
     max_weight_lag: int = 0
     """Weight versions that a rollout may be behind when it is trained on."""
+    max_grad_norm: float | None = None
+    """An update whose gradient norm (before clipping) is above this is skipped, as one with a NaN or an
+    infinity in it always is: weights and optimizer stay as they were. Null: no such bound."""
+    max_skipped_updates: int = 3
+    """So many updates skipped one after another are borne; one more ends the run. 0: the first ends it."""
 
 
 @dataclass(kw_only=True)

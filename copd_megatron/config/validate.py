@@ -412,7 +412,10 @@ def _training(config: Config) -> Iterator[str]:
                 num_mini_batches=training.num_mini_batches,
                 logprob_chunk_tokens=training.logprob_chunk_tokens,
             ),
-            *_at_least(0, max_weight_lag=training.max_weight_lag),
+            *_at_least(
+                0, max_weight_lag=training.max_weight_lag, max_skipped_updates=training.max_skipped_updates
+            ),
+            *_above(0, max_grad_norm=training.max_grad_norm),
         ],
     )
     longest = config.model.max_sequence_tokens
@@ -467,7 +470,7 @@ def _rest(config: Config) -> Iterator[str]:
         "run",
         [
             *_above(0, collective_timeout_seconds=config.run.collective_timeout_seconds),
-            *_at_least(0, seed=config.run.seed),
+            *_at_least(0, seed=config.run.seed, max_restarts=config.run.max_restarts),
         ],
     )
     yield from _under(

@@ -342,19 +342,27 @@ class MegatronActor:
         )
 
     def optimizer_step(self) -> dict[str, float]:
-        """Clips, steps and advances the learning rate. Returns ``grad_norm`` (before clipping) and ``lr``.
+        """Clips, steps and advances the learning rate, unless the gradient is beyond use.
 
-        Raises:
-            FloatingPointError: the gradient norm is not finite.
+        An update whose gradient norm is not finite, or above ``training.max_grad_norm``, is skipped: weights
+        and optimizer state stay as they were, the learning rate advances. All ranks of the branch decide
+        alike, since the norm is the branch's.
+
+        Returns:
+            ``grad_norm`` (before clipping), ``lr``, and ``skipped``, 1.0 where the update was left out.
         """
         assert self.optimizer is not None, "a frozen actor cannot train"
         lr = float(self.optimizer.param_groups[0]["lr"])
         with cpu.cuda_to_cpu():
-            updated, grad_norm, _ = self.optimizer.step()
-        if not updated or (grad_norm is not None and not math.isfinite(float(grad_norm))):
-            raise FloatingPointError(f"gradient norm {grad_norm} at weight version {self.version}")
+            # Megatron's own step would write a NaN into weights and moments before anyone could look.
+            found_inf = self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+            limit = self.training.max_grad_norm
+            skip = found_inf or not math.isfinite(grad_norm) or (limit is not None and grad_norm > limit)
+            if not skip:
+                self.optimizer.step()
         self.scheduler.step(increment=1)
-        return {"grad_norm": float(grad_norm or 0.0), "lr": lr}
+        return {"grad_norm": grad_norm, "lr": lr, "skipped": float(skip)}
 
     # ---- the way through Megatron's schedules ------------------------------------------------------------
 

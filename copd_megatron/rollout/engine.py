@@ -7,11 +7,12 @@ same scheduler on the same requests and so return the same samples.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,17 @@ from copd_megatron.data.loader import MediaLoader
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout import in_place
 from copd_megatron.rollout.media import engine_input, engine_settings
+from copd_megatron.topology.watch import is_collective_failure
+
+
+_REMEDIES = (
+    ("out of memory", "; lower rollout.gpu_memory_utilization, rollout.max_num_seqs or max_new_tokens"),
+    ("No available memory for the cache blocks", "; raise rollout.gpu_memory_utilization"),
+    ("to serve at least one request", "; raise rollout.cpu_kv_cache_gib or gpu_memory_utilization"),
+    ("/dev/shm", "; look at the free space of /dev/shm (copd doctor)"),
+    ("EngineDeadError", "; its first error is further up in this rank's output"),
+)
+"""Marks in vLLM's messages, and what to do about them."""
 
 
 def sample_seed(run_seed: int, branch: str, step: int, prompt_id: str, sample_index: int) -> int:
@@ -37,6 +49,10 @@ def sample_seed(run_seed: int, branch: str, step: int, prompt_id: str, sample_in
 def split_replicas(num_items: int, num_replicas: int) -> list[range]:
     """Items of each replica: dealt out in turn, so that neighbours in difficulty spread."""
     return [range(replica, num_items, num_replicas) for replica in range(num_replicas)]
+
+
+class RolloutError(RuntimeError):
+    """vLLM failed: in starting, in taking weights, or in sampling. Its own exception is the cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +97,8 @@ class RolloutEngine:
         nonce = [uuid.uuid4().hex[:12]]
         dist.broadcast_object_list(nonce, src=0)
         identity = f"copd-{run_id}-{branch}-{nonce[0]}"
-        self.llm = self._start(str(model_path), dtype, max_tokens, identity)
+        with self._named("could not start"):
+            self.llm = self._start(str(model_path), dtype, max_tokens, identity)
         dist.barrier()
         _unlink_shared_memory(identity)
         self.loads_in_place = all(self.llm.collective_rpc(in_place.prepare))
@@ -136,14 +153,30 @@ class RolloutEngine:
         without a version and refuses to sample.
         """
         self.version = None
-        if self.loads_in_place:
-            self.llm.collective_rpc(in_place.load, args=(iter(weights),))
-        else:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-            if not torch.cuda.is_available():
-                self.llm.collective_rpc(_repack_output_head)
-        self.llm.reset_prefix_cache()
+        with self._named(f"failed in taking weights of version {version}"):
+            if self.loads_in_place:
+                self.llm.collective_rpc(in_place.load, args=(iter(weights),))
+            else:
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+                if not torch.cuda.is_available():
+                    self.llm.collective_rpc(_repack_output_head)
+            self.llm.reset_prefix_cache()
         self.version = version
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Turns an exception out of vLLM into one that says whose vLLM did what, with a remedy if known."""
+        try:
+            yield
+        except Exception as error:
+            if is_collective_failure(error):
+                raise  # another rank failed; the watch says which
+            text = f"{type(error).__name__}: {error}"
+            remedy = next((remedy for mark, remedy in _REMEDIES if mark in text), "")
+            raise RolloutError(
+                f"branch {self.branch}, rollout replica {self.replica} (branch rank {self.rank}): vLLM {what}: "
+                f"{text}{remedy}"
+            ) from error
 
     # ---- sampling --------------------------------------------------------------------------------------
 
@@ -163,6 +196,7 @@ class RolloutEngine:
 
         Raises:
             RuntimeError: the engine has no valid weights.
+            RolloutError: vLLM failed.
         """
         return self.gather(self.sample_share(prompts, settings, step=step, branch=branch), prompts, settings)
 
@@ -200,7 +234,8 @@ class RolloutEngine:
             )
             for seed in seeds
         ]
-        outputs = self._generate([prompt for prompt, _ in mine], parameters)
+        with self._named(f"failed in sampling {len(mine)} responses of step {step + 1}"):
+            outputs = self._generate([prompt for prompt, _ in mine], parameters)
         return [
             self._rollout(prompt, sample, seed, output.outputs[0])
             for (prompt, sample), seed, output in zip(mine, seeds, outputs, strict=True)

@@ -1,0 +1,154 @@
+"""Which node each rank goes to: pure arithmetic, no torch.
+
+Tensor parallelism talks most and so stays inside a node: a branch is dealt out in blocks of
+``lcm(tp, rollout tp)`` neighbouring ranks, none of which is cut. A branch fills whole nodes first; what is
+left of it goes, in one piece, where it fits most tightly. So every branch spans as few nodes as it can:
+
+    spans = ceil(ranks / (block * floor(ranks_per_node / block)))
+
+Worked example: branches of 4, 8 and 4 ranks, tp 4, on nodes of 8: two nodes, the 8 on one of them and both
+fours on the other, although rank order alone would cut the 8 in two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from copd_megatron.topology.layout import BranchLayout, Layout
+
+
+class PlacementError(ValueError):
+    """The branches do not fit the nodes; the message names the number that does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the ranks of a job run."""
+
+    node_of_rank: tuple[int, ...]
+    """By global rank; nodes are numbered from 0, rank 0 is on node 0."""
+    num_nodes: int
+    ranks_per_node: int
+    spans: dict[str, int]
+    """Nodes that each branch is spread over."""
+
+    @property
+    def num_idle(self) -> int:
+        """Places for ranks (GPUs) that stay empty."""
+        return self.num_nodes * self.ranks_per_node - len(self.node_of_rank)
+
+    def describe(self) -> str:
+        """For people: one line."""
+        spans = ", ".join(f"{name} on {n} node{'s' if n > 1 else ''}" for name, n in self.spans.items())
+        idle = f"; {self.num_idle} of {self.num_nodes * self.ranks_per_node} places stay idle"
+        return f"{len(self.node_of_rank)} ranks on {self.num_nodes} x {self.ranks_per_node}: {spans}" + (
+            idle if self.num_idle else ""
+        )
+
+
+@dataclass(kw_only=True)
+class _Node:
+    free: int
+    pieces: list[tuple[str, int]] = field(default_factory=list)
+    """(branch, number of ranks)"""
+
+
+def place(layout: Layout, *, num_nodes: int | None, ranks_per_node: int) -> Placement:
+    """Spreads the ranks of ``layout`` over equal nodes.
+
+    Args:
+        layout: the branches.
+        num_nodes: nodes of the job; None: as many as are needed.
+        ranks_per_node: ranks that a node has room for: its GPUs.
+
+    Raises:
+        PlacementError: a tensor parallel group is larger than a node, or ``num_nodes`` is not the number
+            that the branches need.
+    """
+    if ranks_per_node < 1:
+        raise PlacementError(f"{ranks_per_node} ranks per node: give at least 1 (sbatch --ntasks-per-node)")
+    nodes = _pack(layout, ranks_per_node)
+    if num_nodes is not None and num_nodes != len(nodes):
+        needs = " + ".join(
+            f"{branch.world_size} ({name}, in blocks of {_block(branch)})"
+            for name, branch in layout.branches.items()
+        )
+        alternatives = _alternatives(layout, ranks_per_node, len(nodes))
+        raise PlacementError(
+            f"the branches need {needs} = {layout.world_size} ranks, that is {len(nodes)} "
+            f"node{'s' if len(nodes) > 1 else ''} of {ranks_per_node}; the job has {num_nodes}. Submit it "
+            f"with --nodes={len(nodes)}{alternatives}, or change the branches' parallel sizes"
+        )
+    # In rank order, so that neighbouring ranks are on neighbouring nodes and rank 0 is on node 0.
+    first = {name: branch.first_rank for name, branch in layout.branches.items()}
+    nodes.sort(key=lambda node: min(first[name] for name, _ in node.pieces))
+    node_of_rank = [0] * layout.world_size
+    next_rank, spans = dict(first), Counter[str]()
+    for number, node in enumerate(nodes):
+        for name, count in node.pieces:
+            node_of_rank[next_rank[name] : next_rank[name] + count] = [number] * count
+            next_rank[name] += count
+            spans[name] += 1
+    return Placement(
+        node_of_rank=tuple(node_of_rank),
+        num_nodes=len(nodes),
+        ranks_per_node=ranks_per_node,
+        spans={name: spans[name] for name in layout.branches},
+    )
+
+
+def host_list(placement: Placement, hosts: Sequence[str]) -> list[str]:
+    """The host of every rank, by global rank: what SLURM's arbitrary distribution reads.
+
+    Raises:
+        PlacementError: another number of hosts than nodes.
+    """
+    if len(hosts) != placement.num_nodes:
+        raise PlacementError(f"{len(hosts)} hosts for {placement.num_nodes} nodes: {', '.join(hosts)}")
+    return [hosts[node] for node in placement.node_of_rank]
+
+
+def _block(branch: BranchLayout) -> int:
+    """Ranks that must share a node."""
+    return math.lcm(branch.tensor_parallel_size, branch.rollout_tensor_parallel_size)
+
+
+def _pack(layout: Layout, ranks_per_node: int) -> list[_Node]:
+    """Best fit of the branches' pieces, largest first; no piece is larger than a node."""
+    pieces: list[tuple[str, int]] = []
+    for name, branch in layout.branches.items():
+        block = _block(branch)
+        if block > ranks_per_node:
+            raise PlacementError(
+                f"branches.{name}: tensor parallelism {branch.tensor_parallel_size} (rollout "
+                f"{branch.rollout_tensor_parallel_size}) ties {block} ranks to one node, which has room for "
+                f"{ranks_per_node}: lower it, or submit with nodes of at least {block} GPUs"
+            )
+        most = ranks_per_node // block * block
+        full, rest = divmod(branch.world_size, most)
+        pieces += [(name, most)] * full + ([(name, rest)] if rest else [])
+    nodes: list[_Node] = []
+    for name, count in sorted(pieces, key=lambda piece: -piece[1]):
+        fitting = [node for node in nodes if node.free >= count]
+        node = min(fitting, key=lambda n: n.free, default=None)
+        if node is None:
+            node = _Node(free=ranks_per_node)
+            nodes.append(node)
+        node.free -= count
+        node.pieces.append((name, count))
+    return nodes
+
+
+def _alternatives(layout: Layout, ranks_per_node: int, num_nodes: int) -> str:
+    """A hint at a smaller node that would be filled, where this one is not."""
+    per_node = layout.world_size // num_nodes
+    if layout.world_size % num_nodes or per_node >= ranks_per_node:
+        return ""
+    try:
+        fits = len(_pack(layout, per_node)) == num_nodes
+    except PlacementError:
+        return ""
+    return f" (and --ntasks-per-node={per_node}, which leaves nothing idle)" if fits else ""

@@ -1,0 +1,233 @@
+# shellcheck shell=bash
+# What the launchers of jobs share; sourced by launchers/*_branch.sh, which say how it is used.
+#
+#   copd_job DEFAULT_CONFIG [CONFIG.yaml] [key=value ...]
+#
+# In a SLURM job: checks the configuration against the nodes, deals ranks to nodes, starts one task per rank
+# with srun, starts it again after a failure, saves before the time limit and puts the job back into the
+# queue. Elsewhere: a local torchrun. Either way the run goes on from its newest valid checkpoint.
+#
+#   COPD_ROOT             the project's folder, when it is not found by itself
+#   COPD_BEFORE           a file to source first (module load ..., NCCL settings)
+#   COPD_RANKS_PER_NODE   ranks (GPUs) a node has room for; default --ntasks-per-node, else its GPUs
+#   COPD_CPUS_PER_RANK    default: a node's CPUs shared evenly
+#   COPD_MAX_RESTARTS     restarts after a failure within one allocation; default 3
+#   COPD_MAX_REQUEUES     how often the job puts itself back into the queue; default 100
+#   COPD_WAIT_SECONDS     the other ranks are ended this long after the first one has; default 60
+#   COPD_SWEEP            for sbatch --array: a file of overrides, element 1 takes its first line, and so on
+#                         (# starts a comment); without it, an element's index becomes run.seed
+#   COPD_PRINT            1: print the srun command, start nothing
+# Without a container, launchers/setup.sh's environment is used (COPD_VENV, COPD_REQUIREMENTS: gpu on nodes
+# with GPUs, else cpu). With one:
+#   COPD_CONTAINER          image: a registry reference or .sqsh file for Pyxis, a .sif for Apptainer
+#   COPD_CONTAINER_ENGINE   pyxis or apptainer; default pyxis where srun has it
+#   COPD_CONTAINER_MOUNTS   further folders, with commas; the project and the working folder are mounted
+
+_copd_job_say() { printf 'copd %s: %s\n' "${SLURM_JOB_ID:+job $SLURM_JOB_ID}" "$*" >&2; }
+
+_copd_job_field() { # $1 of scontrol's record of this job
+    scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
+}
+
+# Sets the arrays in_env (prefix of a command that shall run in the Python environment) and srun_container.
+_copd_job_environment() {
+    local engine=${COPD_CONTAINER_ENGINE-} mounts folder
+    in_env=() srun_container=()
+    if [[ -z ${COPD_CONTAINER-} ]]; then
+        local requirements=cpu
+        if [[ -n ${SLURM_GPUS_ON_NODE-}${SLURM_JOB_GPUS-} ]]; then requirements=gpu; fi
+        copd_setup "${COPD_REQUIREMENTS:-$requirements}" || return 1
+        return 0
+    fi
+    if [[ -z $engine ]]; then
+        if srun --help 2>/dev/null | grep -q -e --container-image; then engine=pyxis; else engine=apptainer; fi
+    fi
+    mounts="$COPD_ROOT,$PWD${COPD_CONTAINER_MOUNTS:+,$COPD_CONTAINER_MOUNTS}"
+    case $engine in
+        pyxis)
+            local pairs=()
+            while IFS= read -r folder; do
+                case $folder in *:*) pairs+=("$folder") ;; *) pairs+=("$folder:$folder") ;; esac
+            done < <(tr ',' '\n' <<<"$mounts" | sort -u)
+            srun_container=("--container-image=$COPD_CONTAINER" "--container-workdir=$PWD"
+                "--container-mounts=$(IFS=,; echo "${pairs[*]}")")
+            in_env=(env "PYTHONPATH=$COPD_ROOT")
+            ;;
+        apptainer)
+            local binary
+            binary=$(command -v apptainer || command -v singularity) || {
+                _copd_job_say "COPD_CONTAINER is set, but neither Pyxis (srun --container-image) nor apptainer is here"
+                return 1
+            }
+            in_env=("$binary" exec --bind "$mounts" --pwd "$PWD" --env "PYTHONPATH=$COPD_ROOT")
+            if [[ -n ${SLURM_GPUS_ON_NODE-}${SLURM_JOB_GPUS-} ]]; then in_env+=(--nv); fi
+            in_env+=("$COPD_CONTAINER")
+            ;;
+        *)
+            _copd_job_say "COPD_CONTAINER_ENGINE=$engine is not known; use pyxis or apptainer"
+            return 1
+            ;;
+    esac
+}
+
+# Adds an array element's overrides, and a run name or folder of its own, to the array overrides.
+_copd_job_sweep() {
+    local index=${SLURM_ARRAY_TASK_ID-} line="" i named=""
+    if [[ -z $index ]]; then return 0; fi
+    for i in "${!overrides[@]}"; do
+        case ${overrides[i]} in
+            run.name=*) overrides[i]+=_$index named=1 ;;
+            run.dir=*) overrides[i]+=/$index named=1 ;;
+        esac
+    done
+    if [[ -z $named ]]; then overrides+=("run.name=${SLURM_JOB_NAME:-sweep}_$index"); fi
+    if [[ -z ${COPD_SWEEP-} ]]; then
+        overrides+=("run.seed=$index")
+        return 0
+    fi
+    if [[ ! -r $COPD_SWEEP ]]; then
+        _copd_job_say "COPD_SWEEP=$COPD_SWEEP cannot be read (working from $PWD)"
+        return 1
+    fi
+    line=$(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' "$COPD_SWEEP" | sed -n "${index}p")
+    if [[ -z $line ]]; then
+        _copd_job_say "$COPD_SWEEP has no line $index of overrides: submit with --array=1-$(sed \
+            -e 's/#.*//' -e '/^[[:space:]]*$/d' "$COPD_SWEEP" | wc -l)"
+        return 1
+    fi
+    local words
+    read -r -a words <<<"$line"
+    overrides+=("${words[@]}")
+}
+
+# Starts all ranks and waits for them; sets status. Signals that come meanwhile are noted by the traps.
+_copd_job_step() {
+    srun "${srun_options[@]}" "${train[@]}" &
+    step_pid=$!
+    while :; do
+        interrupted="" status=0
+        wait "$step_pid" || status=$?
+        # a trap ends the wait, not the step
+        if [[ -z $interrupted ]]; then break; fi
+    done
+    step_pid=""
+}
+
+_copd_job_time_is_up() {
+    interrupted=1 time_is_up=1
+    _copd_job_say "the time limit is near: asking the ranks to save and stop"
+    if [[ -n $step_pid ]]; then kill -USR1 "$step_pid"; fi
+}
+
+# scancel, preemption, or the time limit itself: SLURM has told the ranks, and decides what becomes of the job.
+_copd_job_ended() { interrupted=1 ended=1; }
+
+_copd_job_requeue() { # $1 why
+    local count=${SLURM_RESTART_COUNT:-0}
+    if ((count >= ${COPD_MAX_REQUEUES:-100})); then
+        _copd_job_say "$1; requeued $count times (COPD_MAX_REQUEUES): submit it again to go on"
+    elif [[ $(_copd_job_field BatchFlag) != 1 ]] || ! scontrol requeue "$SLURM_JOB_ID"; then
+        _copd_job_say "$1; this job cannot be requeued: submit it again to go on"
+    else
+        _copd_job_say "$1; back into the queue"
+    fi
+    exit 75
+}
+
+copd_job() {
+    local config=$1 step_pid="" interrupted="" time_is_up="" ended="" status=0 restarts=0
+    local overrides in_env srun_container srun_options train hosts tasks per_node end most
+    shift
+    # shellcheck source=/dev/null
+    if [[ -n ${COPD_BEFORE-} ]]; then . "$COPD_BEFORE" || return 1; fi
+    case ${1-} in
+        *.yaml | *.yml)
+            config=$1
+            if [[ ! -e $config && -e $COPD_ROOT/$config ]]; then config=$COPD_ROOT/$config; fi
+            shift
+            ;;
+        *) config=$COPD_ROOT/$config ;;
+    esac
+    overrides=("$@")
+    export VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+    if [[ -z ${SLURM_JOB_ID-} ]]; then
+        copd_setup "${COPD_REQUIREMENTS:-cpu}" || return 1
+        exec copd train "$config" "${overrides[@]}"
+    fi
+    trap _copd_job_time_is_up USR1
+    trap _copd_job_ended TERM
+    _copd_job_sweep || exit 2
+    _copd_job_environment || exit 1
+
+    per_node=${COPD_RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}}
+    if [[ -z $per_node ]]; then
+        _copd_job_say "how many ranks per node? Submit with --ntasks-per-node, or set COPD_RANKS_PER_NODE"
+        exit 2
+    fi
+    hosts=$(mktemp "${TMPDIR:-/tmp}/copd-hosts-$SLURM_JOB_ID-XXXXXX")
+    # expanded now: the trap outlives this function's variables
+    # shellcheck disable=SC2064
+    trap "rm -f '$hosts'" EXIT
+    if ! _copd_job_check >"$hosts"; then
+        _copd_job_say "nothing was started"
+        exit 2
+    fi
+    tasks=$(wc -l <"$hosts")
+    most=$(sort "$hosts" | uniq -c | sort -rn | awk 'NR == 1 { print $1 }')
+    srun_options=(--ntasks="$tasks" --distribution=arbitrary --kill-on-bad-exit=0
+        --wait="${COPD_WAIT_SECONDS:-60}" --unbuffered
+        --cpus-per-task="${COPD_CPUS_PER_RANK:-$((SLURM_CPUS_ON_NODE / most))}"
+        --job-name=train "${srun_container[@]}")
+    train=("${in_env[@]}" python3 -m copd_megatron.cli train "$config" "${overrides[@]}")
+    export SLURM_HOSTFILE=$hosts COPD_LAUNCHER=srun
+    # the address of rank 0's node: its name need not be one that the others can resolve
+    MASTER_ADDR=$(scontrol --oneliner show node "$(head -n 1 "$hosts")" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    export MASTER_ADDR
+    # When the trainer must have saved; newer versions of SLURM say so themselves.
+    if [[ -z ${SLURM_JOB_END_TIME-} ]] && end=$(date -d "$(_copd_job_field EndTime)" +%s 2>/dev/null); then
+        export SLURM_JOB_END_TIME=$end
+    fi
+    if [[ ${COPD_PRINT-} == 1 ]]; then
+        printf '%q ' srun "${srun_options[@]}" "${train[@]}"
+        echo
+        exit 0
+    fi
+    unset SLURM_NTASKS_PER_NODE # srun would read it as a limit
+    while :; do
+        export COPD_RESTART_COUNT=$restarts
+        _copd_job_step
+        if [[ $status == 0 ]]; then exit 0; fi
+        if [[ -n $ended ]]; then
+            _copd_job_say "ended by SLURM; the ranks ended with $status"
+            exit "$status"
+        fi
+        if [[ $status == 75 ]]; then _copd_job_requeue "the ranks have saved"; fi
+        if [[ -n $time_is_up && $restarts -gt 0 ]]; then
+            _copd_job_requeue "the time limit came while the ranks were starting again"
+        elif [[ -n $time_is_up ]]; then
+            _copd_job_say "the time limit came before the ranks had done a step (they ended with $status): give" \
+                "the job more time (--time), or less to save (--signal=B:USR1@SECONDS)"
+            exit "$status"
+        fi
+        if ((restarts >= ${COPD_MAX_RESTARTS:-3})); then
+            _copd_job_say "the ranks ended with $status, after $restarts restarts; giving up"
+            exit "$status"
+        fi
+        restarts=$((restarts + 1))
+        _copd_job_say "the ranks ended with $status; restart $restarts of ${COPD_MAX_RESTARTS:-3}"
+    done
+}
+
+# Prints the host of every rank; ends with 2, and a message, when the run could not start.
+_copd_job_check() {
+    local names command
+    names=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)
+    command=("${in_env[@]}" python3 -m copd_megatron.slurm_launch "$config" "${overrides[@]}"
+        --hosts "$names" --ranks-per-node "$per_node")
+    if [[ ${#srun_container[@]} -gt 0 && ${COPD_PRINT-} != 1 ]]; then
+        command=(srun --nodes=1 --ntasks=1 --overlap "${srun_container[@]}" "${command[@]}")
+    elif [[ ${#srun_container[@]} -gt 0 ]]; then
+        command=(env "PYTHONPATH=$COPD_ROOT" "${command[@]:2}")
+    fi
+    "${command[@]}"
+}
