@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from copd_megatron import preflight
 from copd_megatron.config import Config, ConfigError, load_config, read_model_shapes, validate
 from copd_megatron.merge import command as merge_command
 from copd_megatron.topology.slurm import step_environment
@@ -107,8 +108,13 @@ def _check_inputs(config: Config) -> None:
         for patterns in (branch.data.train, branch.data.validation):
             if patterns:
                 check_shards(patterns, branch.reward.verifiers)
+    folder = Path(config.run.dir or f"runs/{config.run.name}")
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        total = sum(branch.parallel.world_size for branch in config.branches.values())
+        preflight.check_shared_memory(preflight.local_ranks(total))
     if int(os.environ.get("RANK", "0")) == 0:
-        _check_run_dir(config, Path(config.run.dir or f"runs/{config.run.name}"))
+        _check_run_dir(config, folder)
+        preflight.check_disk(config, read_model_shapes(config), folder)
 
 
 def _check_run_dir(config: Config, folder: Path) -> None:
@@ -117,7 +123,8 @@ def _check_run_dir(config: Config, folder: Path) -> None:
     from copd_megatron.checkpoint.manifest import checkpoints_dir, complete_checkpoints, step_folder
 
     metrics = folder / "metrics.jsonl"
-    restarted = any(os.environ.get(f"{by}_RESTART_COUNT", "0") != "0" for by in ("TORCHELASTIC", "SLURM", "COPD"))
+    launchers = ("TORCHELASTIC", "SLURM", "COPD")
+    restarted = any(os.environ.get(f"{launcher}_RESTART_COUNT", "0") != "0" for launcher in launchers)
     if config.run.overwrite and not restarted:
         metrics.unlink(missing_ok=True)
         shutil.rmtree(checkpoints_dir(folder), ignore_errors=True)
@@ -146,6 +153,7 @@ def _torchrun(config: Config, arguments: Sequence[str]) -> int:
     }
     for name, value in environment.items():
         os.environ.setdefault(name, value)
+    os.environ["COPD_MAX_RESTARTS"] = str(config.run.max_restarts)
     os.environ["COPD_RUN_ID"] = uuid.uuid4().hex[:12]
     run_dir = config.run.dir or f"runs/{config.run.name}"
     command = [sys.executable, "-m", "copd_megatron.local_launch", run_dir]

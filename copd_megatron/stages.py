@@ -26,7 +26,6 @@ from copd_megatron.records import FloatArray, IntArray, Prompt, Rollout, TrainRo
 from copd_megatron.rollout.engine import SamplingSettings, sample_seed
 from copd_megatron.schedule import Phase, Step
 
-
 logger = logging.getLogger(__name__)
 
 

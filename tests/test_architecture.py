@@ -57,6 +57,10 @@ WITHOUT_TORCH = [
     "copd_megatron.opd.plan",
     "copd_megatron.topology.layout",
     "copd_megatron.topology.memory",
+    "copd_megatron.topology.placement",
+    "copd_megatron.topology.slurm",
+    "copd_megatron.slurm_launch",
+    "copd_megatron.preflight",
     "copd_megatron.dry_run",
     "copd_megatron.doctor",
 ]

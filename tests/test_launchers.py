@@ -21,8 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
     *sorted((ROOT / "launchers").glob("*.sh")),
     *sorted((ROOT / "tools").glob("*.sh")),
+    *sorted((ROOT / "tests").glob("*/*.sh")),
     ROOT / ".ci/run",
 ]
+SOURCED = ("setup.sh", "slurm.sh")
 LISTS = ("cpu", "gpu", "launch")
 
 
@@ -134,7 +136,7 @@ def test_this_environment_is_the_list() -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_parse_and_are_executable_unless_sourced(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
-    assert os.access(script, os.X_OK) == (script.name != "setup.sh")
+    assert os.access(script, os.X_OK) == (script.name not in SOURCED)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

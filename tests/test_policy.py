@@ -50,6 +50,8 @@ class Outcome:
     stale_error: str
     largest_micro_batch: int
     """Padded tokens."""
+    skips: SimpleNamespace
+    """What became of a NaN, of a gradient above the bound, and of the update after them."""
 
 
 def _exercise(
@@ -95,7 +97,9 @@ def _exercise(
     again = actor.log_probs(texts[:1])[0]
     assert not np.allclose(again.logprobs, back[0].logprobs, atol=1e-3), "the live weights came back"
     sizes = [b.input_ids_bs.numel() for b in actor._micro_batches(texts, None)]
+    actor.version = 0
     return Outcome(
+        skips=_skips(actor, rows),
         scores=[_plain(score) for score in scores],
         snapshot_scores=[_plain(score) for score in back],
         snapshot_version=version,
@@ -103,6 +107,33 @@ def _exercise(
         weights=weights,
         stale_error=stale,
         largest_micro_batch=max(sizes),
+    )
+
+
+def _skips(actor: Any, rows: list[TrainRow]) -> SimpleNamespace:
+    """Three updates: one with a NaN in it, one above ``max_grad_norm``, a good one."""
+
+    def weights() -> list[torch.Tensor]:
+        return [p.detach().clone() for p in actor.model.parameters()]
+
+    def update(rows: list[TrainRow], max_grad_norm: float | None = None) -> dict[str, float]:
+        actor.training = dataclasses.replace(actor.training, max_grad_norm=max_grad_norm)
+        actor.forward_backward(rows, LOSS, max_new_tokens=64)
+        stepped: dict[str, float] = actor.optimizer_step()
+        return stepped
+
+    poisoned = dataclasses.replace(rows[1], advantages=np.full_like(rows[1].advantages, np.nan))
+    before = weights()
+    nan, above = update([rows[0], poisoned, *rows[2:]]), update(rows, max_grad_norm=1e-6)
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
+    good = update(rows)
+    return SimpleNamespace(
+        nan=nan,
+        above=above,
+        unchanged=unchanged,
+        good=good,
+        changed=any(not torch.equal(a, b) for a, b in zip(before, weights(), strict=True)),
+        finite=all(bool(p.isfinite().all()) for p in weights()),
     )
 
 
@@ -375,3 +406,18 @@ def test_stale_rows_are_refused(outcomes: dict[Any, list[Outcome]], layout: tupl
     for rank in outcomes["tied", layout]:
         assert "weights 0, the actor is at 1" in rank.stale_error
         assert "max_weight_lag" in rank.stale_error
+
+
+@each_kind
+@each_layout
+def test_a_bad_update_is_skipped_and_leaves_nothing_behind(
+    outcomes: dict[Any, list[Outcome]], kind: str, layout: tuple[int, int, int]
+) -> None:
+    """A NaN in one rank's rows, a gradient above the bound: weights and moments stay as they were."""
+    for rank in outcomes[kind, layout]:
+        skips = rank.skips
+        assert skips.nan["skipped"] == 1 and not np.isfinite(skips.nan["grad_norm"])
+        assert skips.above["skipped"] == 1 and 1e-6 < skips.above["grad_norm"] < np.inf
+        assert skips.unchanged
+        assert skips.good["skipped"] == 0 and skips.good["grad_norm"] == skips.above["grad_norm"]
+        assert skips.changed and skips.finite

@@ -63,8 +63,10 @@ def _drive(config_path: Path, exports: Path) -> dict[str, Any]:
     from copd_megatron.branch import start
     from copd_megatron.config import load_config
     from copd_megatron.config.schema import TeacherMode
+    from copd_megatron.rollout.engine import RolloutError, SamplingSettings
     from copd_megatron.schedule import Phase, Step
     from copd_megatron.stages import (
+        DivergedError,
         _behaviour_probes,
         cross_batch,
         native_batch,
@@ -117,7 +119,34 @@ def _drive(config_path: Path, exports: Path) -> dict[str, Any]:
                     bytes=(me.sync.stream.filled_bytes, me.sync.stream.received_bytes),
                 )
             )
-    return {"name": me.name, "steps": steps, "agreement": agreement, "refused": refused}
+        skipped: list[Any] = []
+        config.training.max_grad_norm, config.training.max_skipped_updates = 1e-9, 1
+        for _ in range(2):
+            try:
+                update(me, native_batch(me, step).rows, step)
+                skipped.append(me.metrics.reduce(dist.group.WORLD)["train/skipped_updates"])
+                sync_weights(me)
+            except DivergedError as error:
+                skipped.append(str(error))
+        me.engine.llm.collective_rpc(_stop_worker)
+        stopped = ""
+        try:
+            me.engine.sample_share(prompts, SamplingSettings(num_generations=1, temperature=1.0), step=3)
+        except RolloutError as error:
+            stopped = str(error)
+    return {
+        "name": me.name,
+        "steps": steps,
+        "agreement": agreement,
+        "refused": refused,
+        "skipped": skipped,
+        "stopped": (me.world.branch_rank, stopped),
+    }
+
+
+def _stop_worker(worker: Any) -> None:
+    """vLLM's worker loses its model, as after a failed sleep or a crash of the runner."""
+    worker.model_runner = None
 
 
 @pytest.fixture(scope="module")
@@ -266,3 +295,21 @@ def test_overlap_and_symmetric_kl_equal_transformers(run: dict[str, Any], name: 
     pair = f"{name}-{OTHER[name]}"
     assert step.metrics[f"copd/overlap@5/{pair}"] == pytest.approx(np.mean(overlaps), abs=1e-6)
     assert step.metrics[f"copd/sym_kl/{pair}"] == pytest.approx(np.mean(divergences), rel=1e-3)
+
+
+@each_branch
+def test_skipped_updates_are_counted_and_too_many_end_the_run(run: dict[str, Any], name: str) -> None:
+    for rank in run["ranks"][name]:
+        count, error = rank["skipped"]
+        assert count == 1
+        assert f"branch {name}, step 3: update skipped, gradient norm" in error
+        assert "2 in a row, more than training.max_skipped_updates=1: the run has diverged" in error
+
+
+@each_branch
+def test_a_vllm_that_fails_is_named(run: dict[str, Any], name: str) -> None:
+    for rank in run["ranks"][name]:
+        branch_rank, error = rank["stopped"]
+        replica = 0 if name == "alpha" else branch_rank
+        assert f"branch {name}, rollout replica {replica} (branch rank {branch_rank}): vLLM failed" in error
+        assert "in sampling" in error and "of step 4: AttributeError" in error

@@ -29,7 +29,6 @@ from copd_megatron.rollout import in_place
 from copd_megatron.rollout.media import engine_input, engine_settings
 from copd_megatron.topology.watch import is_collective_failure
 
-
 _REMEDIES = (
     ("out of memory", "; lower rollout.gpu_memory_utilization, rollout.max_num_seqs or max_new_tokens"),
     ("No available memory for the cache blocks", "; raise rollout.gpu_memory_utilization"),
@@ -174,8 +173,8 @@ class RolloutEngine:
             text = f"{type(error).__name__}: {error}"
             remedy = next((remedy for mark, remedy in _REMEDIES if mark in text), "")
             raise RolloutError(
-                f"branch {self.branch}, rollout replica {self.replica} (branch rank {self.rank}): vLLM {what}: "
-                f"{text}{remedy}"
+                f"branch {self.branch}, rollout replica {self.replica} (branch rank {self.rank}): "
+                f"vLLM {what}: {text}{remedy}"
             ) from error
 
     # ---- sampling --------------------------------------------------------------------------------------

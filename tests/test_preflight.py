@@ -1,0 +1,75 @@
+"""Room on disk and in shared memory, before a run starts; on a real file system of 2 MiB where root may."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from copd_megatron import preflight
+from copd_megatron.config import ConfigError, load_config, read_model_shapes
+from tests.checkpoint_runs import BRANCHES, write_config
+from tests.models import make_model
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("preflight")
+    make_model(root / "base", seed=1)
+    return write_config(root, {name: {} for name in BRANCHES}, checkpoint={"save_period": 2, "keep_last": 3})
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)])
+    if mounted.returncode:
+        pytest.skip("this container may not mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_the_bound_is_what_the_header_says(config_path: Path) -> None:
+    config = load_config(config_path)
+    shapes = read_model_shapes(config)
+    parameters = shapes["alpha"].num_parameters
+    assert preflight.run_bytes(config, shapes) == (3 + 1) * 2 * parameters * 16 + 3 * parameters * 4
+    config = load_config(config_path, ["checkpoint.save_period=0", "end.merge=false", "end.export=false"])
+    assert preflight.run_bytes(config, shapes) == 2 * parameters * 16
+
+
+def test_a_disk_that_is_too_small_is_refused(config_path: Path, small_disk: Path, tmp_path: Path) -> None:
+    config = load_config(config_path)
+    shapes = read_model_shapes(config)
+    preflight.check_disk(config, shapes, tmp_path / "not/there/yet")
+    with pytest.raises(ConfigError, match=rf"needs up to .*{small_disk} has 0\.00 GiB free; free some"):
+        preflight.check_disk(config, shapes, small_disk / "runs/a")
+
+
+def test_what_a_run_has_written_already_counts(config_path: Path, small_disk: Path) -> None:
+    config = load_config(config_path)
+    shapes = read_model_shapes(config)
+    (small_disk / "checkpoint").write_bytes(b"")
+    os.truncate(small_disk / "checkpoint", preflight.run_bytes(config, shapes))  # sparse
+    preflight.check_disk(config, shapes, small_disk)
+
+
+def test_little_shared_memory_is_refused_with_the_remedy(small_disk: Path, tmp_path: Path) -> None:
+    preflight.check_shared_memory(1, tmp_path)
+    with pytest.raises(ConfigError, match=r"2 MiB free, 3 ranks on this machine need about 192; .*--shm"):
+        preflight.check_shared_memory(3, small_disk)
+    with pytest.raises(ConfigError, match="mount a tmpfs"):
+        preflight.check_shared_memory(1, tmp_path / "gone")
+
+
+def test_ranks_of_a_machine() -> None:
+    assert preflight.local_ranks(16, {"LOCAL_WORLD_SIZE": "4", "RANK": "0"}) == 4
+    assert preflight.local_ranks(20, {"SLURM_STEP_NUM_NODES": "3", "RANK": "0"}) == 7
+    assert preflight.local_ranks(4, {"SLURM_STEP_NUM_NODES": "3"}) == 4
