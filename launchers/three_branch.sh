@@ -27,7 +27,7 @@ set -euo pipefail
 
 # sbatch runs a copy of this file: SLURM knows where the original is.
 submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null |
-    sed -n 's|^ *Command=\(/.*/\)[a-z_]*_branch\.sh\( .*\)\{0,1\}$|\1|p' | head -n 1)
+    sed -n 's|^ *Command=\(/.*/\)[a-z_]*_branch\.sh\( .*\)\{0,1\}$|\1|p' | head -n 1 || true)
 for launchers in "${COPD_ROOT:+$COPD_ROOT/launchers}" "$(dirname -- "${BASH_SOURCE[0]}")" "$submitted" \
     "${SLURM_SUBMIT_DIR-}" "${SLURM_SUBMIT_DIR-}/launchers"; do
     if [[ -n $launchers && -f $launchers/slurm.sh && -f $launchers/setup.sh ]]; then break; fi

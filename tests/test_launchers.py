@@ -141,10 +141,32 @@ def test_scripts_parse_and_are_executable_unless_sourced(script: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_pass_shellcheck(script: Path) -> None:
-    shellcheck = shutil.which("shellcheck")
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed")
-    subprocess.run([shellcheck, "-x", str(script)], check=True)
+    subprocess.run([_tool("shellcheck"), "-x", str(script)], check=True)
+
+
+def test_the_dockerfile_passes_hadolint() -> None:
+    subprocess.run([_tool("hadolint"), str(ROOT / "Dockerfile")], check=True)
+
+
+def test_the_dockerfiles_base_images_are_pinned() -> None:
+    images = re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.M)
+    assert images and all(re.search(r":\d+\.\d+", image) for image in images)
+
+
+def test_the_gpu_image_takes_torch_and_what_is_built_for_it_from_its_base() -> None:
+    """The pattern in the Dockerfile leaves out these packages of the list, and no others by accident."""
+    found = re.search(r"grep -vE '([^']+)'", (ROOT / "Dockerfile").read_text())
+    assert found is not None
+    left_out = {name for name, version in pins("gpu").items() if re.search(found[1], f"{name}=={version}")}
+    assert {"torch", "triton", "transformer-engine-torch", "nvidia-nccl-cu13", "vllm"} <= left_out
+    kept = set(pins("gpu")) - left_out
+    assert {"megatron-core", "transformers", "numpy", "flashinfer-python", "nvidia-cutlass-dsl"} <= kept
+    assert len(left_out) < 40
+
+
+def _tool(name: str) -> str:
+    """A linter of the environment that the tests run in."""
+    return str(Path(sysconfig.get_path("scripts")) / name)
 
 
 # --- set-up ------------------------------------------------------------------------------------------------

@@ -29,11 +29,12 @@ CLUSTER = ROOT / "tests/slurm/cluster.sh"
 LAUNCHER = ROOT / "launchers/two_branch.sh"
 NUM_NODES = 3
 
-pytestmark = pytest.mark.skipif(
+needs_slurm = pytest.mark.skipif(
     os.geteuid() != 0
     or not all(shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin") for tool in ("slurmd", "munged")),
     reason="needs root and a SLURM: apt-get install slurm-wlm munge",
 )
+pytestmark = needs_slurm
 
 
 @dataclass

@@ -1,0 +1,304 @@
+#!/usr/bin/env python3
+"""Recipes as one NeMo-Run experiment: on this machine, or on a SLURM cluster, here or through SSH.
+
+    . launchers/setup.sh && copd_setup launch
+    python launchers/nemo_experiment.py configs/two_branch_tiny.yaml run.seed=2
+    python launchers/nemo_experiment.py configs/three_branch_qwen3_vl_4b.yaml --recipes copd opd \\
+        --executor slurm --account a --partition p --ssh me@login.cluster --project /shared/copd-megatron
+
+Recipes, each followed by an evaluation of what it made:
+
+    copd    the configuration as it is: branches that teach each other
+    opd     the same steps one after the other: an expert of every branch by reinforcement learning, then
+            distillation, in which the first branch's expert learns from the others', frozen
+
+Tasks depend on each other (experts, then distillation, then evaluation); those that do not run side by side
+on SLURM. ``--dry-run`` shows them, with their configurations. Every task continues from its newest valid
+checkpoint when it is started again; on SLURM that happens by itself after a failure or at the time limit
+(--retries).
+Results lie in ``<out>/<task>``, ``<out>`` being ``runs/<run.name>_experiment`` unless given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from copd_megatron.config import Config, ConfigError, load_config, to_yaml, validate
+from copd_megatron.config.schema import Topology
+from copd_megatron.topology.layout import Layout
+from copd_megatron.topology.placement import PlacementError, place
+
+PROJECT = Path(__file__).resolve().parents[1]
+RECIPES = ("copd", "opd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One job of the experiment."""
+
+    name: str
+    config: Config
+    """Of a training; of an evaluation, the configuration whose validation sets are used."""
+    after: tuple[str, ...] = ()
+    """Names of the tasks it needs."""
+    evaluates: tuple[str, ...] = ()
+    """Model folders; empty: it is a training."""
+
+
+def tasks_of(config: Config, recipes: Sequence[str], out: Path) -> list[Task]:
+    """The experiment's tasks, each after those that it needs.
+
+    Args:
+        config: as ``load_config`` returns it.
+        out: folder below which every task has its run directory.
+
+    Raises:
+        ConfigError: a recipe that the configuration has not enough branches for.
+    """
+    tasks: list[Task] = []
+    for recipe in recipes:
+        tasks += _copd(config, out) if recipe == "copd" else _opd(config, out)
+    return tasks
+
+
+def _in(config: Config, out: Path, name: str) -> Config:
+    changed = copy.deepcopy(config)
+    changed.run.name, changed.run.dir = name, str(out / name)
+    return changed
+
+
+def _copd(config: Config, out: Path) -> list[Task]:
+    run = _in(config, out, "copd")
+    trained = [name for name, branch in config.branches.items() if not branch.frozen]
+    merged = run.end.merge and len(trained) > 1
+    final = out / "copd/export" / ("merged" if merged else trained[0])
+    return [
+        Task(name="copd", config=run),
+        Task(name="evaluate_copd", config=config, after=("copd",), evaluates=(str(final),)),
+    ]
+
+
+def _opd(config: Config, out: Path) -> list[Task]:
+    """Experts by the steps of Phase I, then distillation by those of Phase II, all of each at once."""
+    if len(config.branches) < 2:
+        raise ConfigError("recipe opd: distillation needs two branches or more, the configuration has one")
+    schedule, experts = config.schedule, []
+    for name in config.branches:
+        expert = _in(config, out, f"expert_{name}")
+        expert.branches = {name: expert.branches[name]}
+        expert.branches[name].frozen = False
+        expert.schedule.cycles = 1
+        expert.schedule.rlvr_steps, expert.schedule.opd_steps = schedule.cycles * schedule.rlvr_steps, 0
+        expert.opd.topology, expert.opd.hub, expert.opd.edges = Topology.none, None, []
+        experts.append(Task(name=f"expert_{name}", config=expert))
+    student, *teachers = config.branches
+    opd = _in(config, out, "opd")
+    opd.schedule.cycles, opd.schedule.rlvr_steps = 1, 0
+    opd.schedule.opd_steps = schedule.cycles * schedule.opd_steps
+    opd.opd.topology, opd.opd.hub, opd.opd.edges = Topology.hub_and_spoke, student, []
+    opd.end.merge = False
+    for name, branch in opd.branches.items():
+        branch.model_path = str(out / f"expert_{name}/export/{name}")
+        branch.frozen = name in teachers
+    exports = [str(out / f"expert_{name}/export/{name}") for name in config.branches]
+    return [
+        *experts,
+        Task(name="opd", config=opd, after=tuple(task.name for task in experts)),
+        Task(
+            name="evaluate_opd",
+            config=config,
+            after=("opd",),
+            evaluates=(*exports, str(out / f"opd/export/{student}")),
+        ),
+    ]
+
+
+def script_of(task: Task, *, project: Path, workdir: Path, out: Path, requirements: str) -> str:
+    """The shell script of a task: of one rank below srun, of the whole local run elsewhere."""
+    quoted = {name: shlex.quote(str(value)) for name, value in
+              {"project": project, "workdir": workdir, "name": task.name, "out": out}.items()}  # fmt: skip
+    if task.evaluates:
+        folders = " ".join(map(shlex.quote, task.evaluates))
+        command = (
+            f"mkdir -p {quoted['out']}/{quoted['name']}\n"
+            f'for model in {folders}; do echo "# $model"; copd eval "$config" "$model"; done |\n'
+            f"    tee {quoted['out']}/{quoted['name']}/evaluation.txt"
+        )
+    else:
+        command = 'copd train "$config"'
+    return f"""set -euo pipefail
+cd {quoted["workdir"]}
+. {quoted["project"]}/launchers/setup.sh
+copd_setup {requirements}
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false
+export COPD_LAUNCHER=${{SLURM_STEP_ID:+srun}}
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+config=$folder/{quoted["name"]}.yaml
+cat >"$config" <<'END_OF_CONFIG'
+{to_yaml(task.config).rstrip()}
+END_OF_CONFIG
+{command}
+"""
+
+
+def nodes_of(task: Task, ranks_per_node: int) -> tuple[int, int]:
+    """Nodes, and ranks on each, of a task on SLURM.
+
+    Raises:
+        PlacementError: the branches cannot be dealt out in rank order to equal nodes, as NeMo-Run does it.
+    """
+    if task.evaluates:
+        return 1, 1
+    layout = Layout.from_config(task.config)
+    nodes = place(layout, num_nodes=None, ranks_per_node=ranks_per_node).num_nodes
+    per_node, rest = divmod(layout.world_size, nodes)
+    even = None if rest else place(layout, num_nodes=None, ranks_per_node=per_node)
+    in_order = tuple(rank // per_node for rank in range(layout.world_size))
+    if even is None or even.node_of_rank != in_order:
+        raise PlacementError(
+            f"task {task.name}: {layout.world_size} ranks on {nodes} nodes of up to {ranks_per_node} are not "
+            "the same number on each in rank order; change the order or the sizes of the branches, or use "
+            "sbatch launchers/three_branch.sh, which deals them out freely"
+        )
+    return nodes, per_node
+
+
+def _executor(arguments: argparse.Namespace, task: Task) -> Any:
+    import nemo_run as run
+
+    if arguments.executor == "local":
+        return run.LocalExecutor()
+    nodes, per_node = nodes_of(task, arguments.ranks_per_node)
+    if arguments.ssh:
+        user, _, host = arguments.ssh.rpartition("@")
+        if not user:
+            raise ValueError(f"--ssh {arguments.ssh}: give user@host")
+        if not arguments.job_dir:
+            raise ValueError("--ssh needs --job-dir: NeMo-Run's folder on the cluster's file system")
+        tunnel = run.SSHTunnel(host=host, user=user, job_dir=arguments.job_dir, identity=arguments.identity)
+    else:
+        tunnel = run.LocalTunnel(job_dir="")  # below NEMORUN_HOME, where the experiment is kept
+    gpus = {} if arguments.gpus_per_node == 0 else {"gpus_per_node": min(arguments.gpus_per_node, per_node)}
+    executor = run.SlurmExecutor(
+        account=arguments.account,
+        partition=arguments.partition,
+        time=arguments.time,
+        nodes=nodes,
+        ntasks_per_node=per_node,
+        exclusive=None if task.evaluates else True,
+        # not to the batch script: the ranks save, and end with a status that has the job requeued
+        signal=f"USR1@{arguments.signal_seconds}",
+        container_image=arguments.container_image,
+        container_mounts=[f"{p}:{p}" for p in (arguments.project, arguments.workdir)],
+        # the ranks end one by one after a save; whoever is first must not take the others with it
+        srun_args=["--kill-on-bad-exit=0"],
+        packager=run.Packager(),
+        tunnel=tunnel,
+        # the address of rank 0's node: its name need not be one that the others can resolve
+        setup_lines='export MASTER_ADDR=$(scontrol --oneliner show node "$head_node" '
+        "| sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')",
+        poll_estimated_start_time=False,
+        **gpus,
+    )
+    executor.retries = arguments.retries
+    return executor
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every task")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["copd"])
+    parser.add_argument("--executor", choices=("local", "slurm"), default="local")
+    parser.add_argument("--out", type=Path, help="folder of the results, on the cluster's file system")
+    parser.add_argument("--dry-run", action="store_true", help="show the tasks, start nothing")
+    parser.add_argument("--project", type=Path, default=PROJECT, help="this project, on the cluster")
+    parser.add_argument("--workdir", type=Path, help="where relative paths start; default: here")
+    parser.add_argument("--requirements", choices=("cpu", "gpu"), help="default: cpu locally, gpu on SLURM")
+    slurm = parser.add_argument_group("SLURM")
+    slurm.add_argument("--account", default="root")
+    slurm.add_argument("--partition")
+    slurm.add_argument("--time", default="04:00:00", help="limit of a job; it goes on in the next")
+    slurm.add_argument("--ranks-per-node", type=int, default=8, help="room for ranks on a node: its GPUs")
+    slurm.add_argument("--gpus-per-node", type=int, default=8, help="0: nodes without GPUs")
+    slurm.add_argument("--signal-seconds", type=int, default=600, help="left for saving before the limit")
+    slurm.add_argument("--retries", type=int, default=20, help="requeues of a job, after limits and failures")
+    slurm.add_argument("--ssh", metavar="USER@HOST", help="login node; default: this machine is one")
+    slurm.add_argument("--identity", help="key file for --ssh")
+    slurm.add_argument("--job-dir", help="for --ssh: NeMo-Run's folder on the cluster")
+    slurm.add_argument("--container-image", help="for Pyxis; default: the project's virtual environment")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    arguments = _parser().parse_intermixed_args(argv)
+    arguments.workdir = arguments.workdir or Path.cwd()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        out = arguments.out or Path("runs") / f"{config.run.name}_experiment"
+        out = arguments.workdir / out
+        tasks = tasks_of(config, arguments.recipes, out)
+        for task in tasks:
+            validate(task.config, world_size=None, model=None)
+            if arguments.executor == "slurm":
+                nodes_of(task, arguments.ranks_per_node)
+    except (ConfigError, PlacementError, ValueError) as error:
+        print(f"nemo_experiment: {error}", file=sys.stderr)
+        return 2
+    requirements = arguments.requirements or ("gpu" if arguments.executor == "slurm" else "cpu")
+    scripts = {
+        task.name: script_of(
+            task, project=arguments.project, workdir=arguments.workdir, out=out, requirements=requirements
+        )
+        for task in tasks
+    }
+    if arguments.dry_run:
+        for task in tasks:
+            print(f"# {task.name}, after {', '.join(task.after) or 'nothing'}\n{scripts[task.name]}")
+        return 0
+    return _run(arguments, tasks, scripts, title=out.name)
+
+
+def _run(arguments: argparse.Namespace, tasks: Sequence[Task], scripts: dict[str, str], title: str) -> int:
+    """Runs (locally) or submits (SLURM) the experiment."""
+    os.environ.setdefault("NEMORUN_HOME", str(Path.home() / ".nemo_run"))
+    import nemo_run as run
+
+    on_slurm = arguments.executor == "slurm"
+    with run.Experiment(title) as experiment:
+        ids: dict[str, str] = {}
+        for task in tasks:
+            ids[task.name] = experiment.add(
+                run.Script(inline=scripts[task.name]),
+                executor=_executor(arguments, task),
+                name=task.name,
+                dependencies=[ids[name] for name in task.after],
+                tail_logs=not on_slurm,
+            )
+        experiment.run(detach=on_slurm)
+        if on_slurm:
+            return 0
+    failed = {
+        name: status["status"]
+        for name, status in experiment.status(return_dict=True).items()
+        if str(status["status"]) != "SUCCEEDED"
+    }
+    for name, status in failed.items():
+        print(f"nemo_experiment: {name}: {status}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

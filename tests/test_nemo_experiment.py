@@ -1,0 +1,165 @@
+"""NeMo-Run experiments: what tasks a configuration makes, and whole experiments here and on a real SLURM.
+
+The experiments run in NeMo-Run's own environment (``copd_setup launch``), which has no torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from copd_megatron.config import ConfigError, load_config, validate
+from copd_megatron.topology.placement import PlacementError
+from tests.checkpoint_runs import BRANCHES, prepare, write_config
+from tests.models import make_model
+from tests.test_slurm import Cluster, cluster, needs_slurm
+
+__all__ = ["cluster"]  # a fixture
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "launchers/nemo_experiment.py"
+PYTHON = ROOT / ".venv-launch/bin/python"
+
+
+@pytest.fixture(scope="module")
+def nemo() -> ModuleType:
+    """The script as a module: NeMo-Run itself is imported by what starts an experiment only."""
+    spec = importlib.util.spec_from_file_location("nemo_experiment", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("nemo")
+    make_model(root / "base", seed=1)
+    return write_config(root, {"alpha": {"tensor_model_parallel_size": 2}, "beta": {}})
+
+
+def test_recipes_become_tasks_that_wait_for_each_other(nemo: ModuleType, config_path: Path) -> None:
+    config = load_config(config_path)
+    tasks = {task.name: task for task in nemo.tasks_of(config, nemo.RECIPES, Path("/out"))}
+    assert {name: task.after for name, task in tasks.items()} == {
+        "copd": (),
+        "evaluate_copd": ("copd",),
+        "expert_alpha": (),
+        "expert_beta": (),
+        "opd": ("expert_alpha", "expert_beta"),
+        "evaluate_opd": ("opd",),
+    }
+    for task in tasks.values():
+        validate(task.config, world_size=None, model=None)
+    expert, opd = tasks["expert_beta"].config, tasks["opd"].config
+    assert list(expert.branches) == ["beta"] and expert.run.dir == "/out/expert_beta"
+    assert (expert.schedule.cycles, expert.schedule.rlvr_steps, expert.schedule.opd_steps) == (1, 2, 0)
+    assert (opd.schedule.cycles, opd.schedule.rlvr_steps, opd.schedule.opd_steps) == (1, 0, 4)
+    assert {name: branch.frozen for name, branch in opd.branches.items()} == {"alpha": False, "beta": True}
+    assert opd.branches["beta"].model_path == "/out/expert_beta/export/beta"
+    assert tasks["evaluate_opd"].evaluates[-1] == "/out/opd/export/alpha"
+    assert tasks["evaluate_copd"].evaluates == ("/out/copd/export/merged",)
+    assert load_config(config_path) == config, "the given configuration is not changed"
+
+
+def test_scripts_hold_their_configuration(nemo: ModuleType, config_path: Path, tmp_path: Path) -> None:
+    config = load_config(config_path)
+    task = nemo.tasks_of(config, ["copd"], Path("/out of space"))[0]
+    script = nemo.script_of(
+        task, project=Path("/a project"), workdir=tmp_path, out=Path("/out of space"), requirements="gpu"
+    )
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert ". '/a project'/launchers/setup.sh\ncopd_setup gpu\n" in script
+    text = re.search(r"END_OF_CONFIG'\n(.*)END_OF_CONFIG\n", script, re.S)
+    assert text is not None
+    (tmp_path / "back.yaml").write_text(text[1])
+    assert load_config(tmp_path / "back.yaml") == task.config
+
+
+def test_sizes_that_nemo_run_cannot_deal_out_are_refused(nemo: ModuleType, config_path: Path) -> None:
+    train, evaluation = nemo.tasks_of(load_config(config_path), ["copd"], Path("/out"))
+    assert nemo.nodes_of(train, 4) == (1, 3)
+    assert nemo.nodes_of(evaluation, 4) == (1, 1)
+    with pytest.raises(PlacementError, match=r"task copd: 3 ranks on 2 nodes of up to 2 .* deals them out"):
+        nemo.nodes_of(train, 2)
+    with pytest.raises(ConfigError, match="two branches or more"):
+        nemo.tasks_of(nemo.tasks_of(load_config(config_path), ["opd"], Path("/o"))[0].config, ["opd"], Path())
+
+
+# --- whole experiments -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not PYTHON.exists():
+        pytest.skip("NeMo-Run's environment is not set up: . launchers/setup.sh && copd_setup launch")
+    root = tmp_path_factory.mktemp("experiment")
+    prepare(root)
+    return write_config(
+        root,
+        {name: {} for name in BRANCHES},
+        schedule={"cycles": 1, "rlvr_steps": 1, "opd_steps": 1},
+        evaluation={"every_steps": 0},
+        training={"num_mini_batches": 1},
+    )
+
+
+def _experiment(config: Path, home: Path, *words: str, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        [str(PYTHON), str(SCRIPT), str(config), "--out", str(home / "out"), *words],
+        cwd=home, env=environment | {"NEMORUN_HOME": str(home / "nemo"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def _check_results(out: Path) -> None:
+    for name in ("expert_alpha", "expert_beta", "opd"):
+        lines = [json.loads(line) for line in (out / name / "metrics.jsonl").open()]
+        assert lines and lines[-1]["phase"] == ("opd" if name == "opd" else "rlvr")
+    table = (out / "evaluate_opd/evaluation.txt").read_text()
+    for model in ("expert_alpha/export/alpha", "expert_beta/export/beta", "opd/export/alpha"):
+        assert f"# {out / model}\n" in table
+    assert table.count("alpha (n=4)") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_experts_then_distillation_then_evaluation_locally(run_config: Path, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "VIRTUAL_ENV", "COPD_VENV")}
+    _experiment(run_config, tmp_path, "--recipes", "opd", environment=environment)
+    _check_results(tmp_path / "out")
+
+
+@needs_slurm
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_experts_then_distillation_then_evaluation_on_slurm(
+    run_config: Path, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Submitted at once; SLURM keeps the order."""
+    words = ["--executor", "slurm", "--requirements", "cpu", "--gpus-per-node", "0", "--ranks-per-node", "1"]
+    words += ["--time", "00:10:00", "--signal-seconds", "10"]
+    _experiment(run_config, tmp_path, "--recipes", "opd", *words, environment=cluster.environment)
+    listed = cluster.command("squeue", "-h", "-o", "%i %j %E").splitlines()
+    jobs = {line.split()[1].rpartition(".")[2]: line.split()[0] for line in listed}
+    assert {"expert_alpha", "expert_beta", "opd", "evaluate_opd"} <= set(jobs)
+    deadline = time.monotonic() + 600
+    while cluster.record(jobs["evaluate_opd"], "JobState") in ("PENDING", "RUNNING", "COMPLETING"):
+        assert time.monotonic() < deadline, cluster.command("squeue")
+        time.sleep(0.5)
+    for name, job in jobs.items():
+        assert cluster.record(job, "JobState") == "COMPLETED", name
+    assert cluster.record(jobs["opd"], "NumNodes") == "2"
+    _check_results(tmp_path / "out")
