@@ -69,7 +69,9 @@ def test_a_killed_rank_and_a_full_disk_lose_nothing(tmp_path: Path, disk: Path) 
     config = write_config(
         tmp_path, {name: {} for name in BRANCHES}, checkpoint={"save_period": 1, "keep_last": 2}
     )
-    undisturbed, run_dir = tmp_path / "undisturbed", disk / "run"
+    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
+    (disk / "run").mkdir()
+    run_dir.symlink_to(disk / "run")  # the log beside it is elsewhere
     assert train(config, undisturbed) == 0, log_of(undisturbed).read_text()[-4000:]
 
     with training(config, run_dir, ["run.max_restarts=1"]) as process:
