@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "tests/slurm/cluster.sh"
 LAUNCHER = ROOT / "launchers/two_branch.sh"
 NUM_NODES = 3
+NUM_CYCLES = 20
+"""Of three steps: for a minute or so after the first there are more to come."""
 TIMEOUT_SECONDS = 75
 """Of a collective; longer than any part of the start takes on a busy machine."""
 
@@ -176,38 +178,33 @@ class Runs:
     num_steps: int
 
 
-Undisturbed = Callable[[int], Runs]
-
-
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """Runs of so many cycles of three steps, started by the same launcher outside SLURM."""
-    root = tmp_path_factory.mktemp("runs")
+def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The undisturbed run is made by the same launcher, outside SLURM. COPD_TEST_RUNS names a folder that keeps
+    it between invocations, for work on these tests."""
+    kept = os.environ.get("COPD_TEST_RUNS")
+    root = Path(kept) if kept else tmp_path_factory.mktemp("runs")
+    made = Runs(root / "run_0.yaml", root / "undisturbed", num_steps=3 * NUM_CYCLES)
+    if (made.undisturbed / "export/merged").exists():
+        return made
+    root.mkdir(exist_ok=True)
     prepare(root)
-    known: dict[int, Runs] = {}
-
-    def run(num_cycles: int) -> Runs:
-        if num_cycles in known:
-            return known[num_cycles]
-        run_dir = root / f"undisturbed_{num_cycles}"
-        config = write_config(
-            root,
-            {name: {} for name in BRANCHES},
-            run={"collective_timeout_seconds": TIMEOUT_SECONDS},
-            schedule={"cycles": num_cycles},
-            evaluation={"every_steps": 0},
-            checkpoint={"save_period": 1, "keep_last": 3, "wall_clock_limit_seconds": 1e6},
-        )
-        environment = {k: v for k, v in cluster.environment.items() if k != "SLURM_CONF"}
-        local = subprocess.run(
-            [str(LAUNCHER), str(config), f"run.dir={run_dir}"],
-            cwd=root, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400,
-        )  # fmt: skip
-        assert local.returncode == 0, local.stdout + local.stderr
-        known[num_cycles] = Runs(config, run_dir, 3 * num_cycles)
-        return known[num_cycles]
-
-    return run
+    config = write_config(
+        root,
+        {name: {} for name in BRANCHES},
+        run={"collective_timeout_seconds": TIMEOUT_SECONDS},
+        schedule={"cycles": NUM_CYCLES},
+        evaluation={"every_steps": 0},
+        checkpoint={"save_period": 1, "keep_last": 3, "wall_clock_limit_seconds": 1e6},
+    )
+    assert config == made.config
+    environment = {k: v for k, v in cluster.environment.items() if k != "SLURM_CONF"}
+    local = subprocess.run(
+        [str(LAUNCHER), str(config), f"run.dir={made.undisturbed}"],
+        cwd=root, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert local.returncode == 0, local.stdout + local.stderr
+    return made
 
 
 def _steps(run_dir: Path) -> int:
@@ -274,9 +271,9 @@ class Job:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_time_limit_is_survived(cluster: Cluster, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_a_time_limit_is_survived(cluster: Cluster, runs: Runs, tmp_path: Path) -> None:
     """SLURM signals, the ranks save, the job goes back into the queue by itself and on to the same end."""
-    job = Job(cluster, undisturbed(20), tmp_path / "run")
+    job = Job(cluster, runs, tmp_path / "run")
     job.steps_more(1)
     hours, minutes, seconds = map(int, cluster.record(job.number, "RunTime").split(":"))
     # the limit is whole minutes; leave a little more than the signal's 25 seconds
@@ -286,18 +283,16 @@ def test_a_time_limit_is_survived(cluster: Cluster, undisturbed: Undisturbed, tm
     cluster.command("scontrol", "update", f"jobid={job.number}", "timelimit=30")
     job.ends_well()
     assert "the time limit is near: asking the ranks to save and stop" in job.log
-    assert re.search(r"stopping after step \d+ of 60: SIGUSR1", job.log), job.log
+    assert re.search(rf"stopping after step \d+ of {runs.num_steps}: SIGUSR1", job.log), job.log
     assert "the ranks have saved; back into the queue" in job.log
-    assert re.search(r"resumed from .*, \d+ of 60 steps done", job.log)
+    assert re.search(rf"resumed from .*, \d+ of {runs.num_steps} steps done", job.log)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_killed_and_hung_ranks_lose_nothing(
-    cluster: Cluster, undisturbed: Undisturbed, tmp_path: Path
-) -> None:
+def test_killed_and_hung_ranks_lose_nothing(cluster: Cluster, runs: Runs, tmp_path: Path) -> None:
     """Both are reported and the ranks start again in the same allocation."""
-    job = Job(cluster, undisturbed(4), tmp_path / "run")
+    job = Job(cluster, runs, tmp_path / "run")
     job.steps_more(3)
     os.kill(_ranks(job.run_dir)[1], signal.SIGKILL)
     job.until(job.says("restart 1 of 3"), 120)
@@ -319,11 +314,9 @@ def test_killed_and_hung_ranks_lose_nothing(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_revoked_node_and_scancel_lose_nothing(
-    cluster: Cluster, undisturbed: Undisturbed, tmp_path: Path
-) -> None:
+def test_a_revoked_node_and_scancel_lose_nothing(cluster: Cluster, runs: Runs, tmp_path: Path) -> None:
     """The job goes on on other nodes; cancelled, it leaves a checkpoint of its last step."""
-    job = Job(cluster, undisturbed(4), tmp_path / "run")
+    job = Job(cluster, runs, tmp_path / "run")
     job.steps_more(3)
     nodes = cluster.command("scontrol", "show", "hostnames", cluster.record(job.number, "NodeList")).split()
     cluster.command("scontrol", "update", f"nodename={nodes[1]}", "state=down", "reason=revoked")
@@ -338,9 +331,9 @@ def test_a_revoked_node_and_scancel_lose_nothing(
     cluster.command("scancel", job.number)
     assert cluster.end_of(job.number, 90)[0] == "CANCELLED"
     newest = next(iter(complete_checkpoints(job.run_dir)))
-    assert f"stopping after step {newest} of 12: SIGTERM" in job.log, job.log
+    assert f"stopping after step {newest} of {runs.num_steps}: SIGTERM" in job.log, job.log
     job.submit_again()
     job.ends_well()
-    assert f"step_{newest:06d}, {newest} of 12 steps done" in job.log
+    assert f"step_{newest:06d}, {newest} of {runs.num_steps} steps done" in job.log
     lines = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").open()]
-    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["step"] for line in lines] == list(range(1, runs.num_steps + 1))
