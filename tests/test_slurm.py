@@ -180,8 +180,8 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """The undisturbed run is made by the same launcher, outside SLURM. COPD_TEST_RUNS names a folder that keeps
-    it between invocations, for work on these tests."""
+    """The undisturbed run is made by the same launcher, outside SLURM. COPD_TEST_RUNS names a folder that
+    keeps it between invocations, for work on these tests."""
     kept = os.environ.get("COPD_TEST_RUNS")
     root = Path(kept) if kept else tmp_path_factory.mktemp("runs")
     made = Runs(root / "run_0.yaml", root / "undisturbed", num_steps=3 * NUM_CYCLES)
