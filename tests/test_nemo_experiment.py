@@ -136,10 +136,13 @@ def _check_results(out: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_experts_then_distillation_then_evaluation_locally(run_config: Path, tmp_path: Path) -> None:
+def test_training_then_evaluation_locally(run_config: Path, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "VIRTUAL_ENV", "COPD_VENV")}
-    _experiment(run_config, tmp_path, "--recipes", "opd", environment=environment)
-    _check_results(tmp_path / "out")
+    _experiment(run_config, tmp_path, "--recipes", "copd", environment=environment)
+    lines = [json.loads(line) for line in (tmp_path / "out/copd/metrics.jsonl").open()]
+    assert [line["phase"] for line in lines] == ["rlvr", "opd"]
+    table = (tmp_path / "out/evaluate_copd/evaluation.txt").read_text()
+    assert f"# {tmp_path / 'out/copd/export/merged'}\n" in table and "alpha (n=4)" in table
 
 
 @needs_slurm
