@@ -31,7 +31,10 @@ from copd_megatron.topology.watch import is_collective_failure
 
 _REMEDIES = (
     ("out of memory", "; lower rollout.gpu_memory_utilization, rollout.max_num_seqs or max_new_tokens"),
-    ("No available memory for the cache blocks", "; raise rollout.gpu_memory_utilization"),
+    (
+        "No available memory for the cache blocks",
+        "; raise rollout.gpu_memory_utilization (on CPU rollout.cpu_kv_cache_gib)",
+    ),
     ("to serve at least one request", "; raise rollout.cpu_kv_cache_gib or gpu_memory_utilization"),
     ("/dev/shm", "; look at the free space of /dev/shm (copd doctor)"),
     ("EngineDeadError", "; its first error is further up in this rank's output"),
