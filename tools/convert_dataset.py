@@ -71,10 +71,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     written = domain.written
-    print(
-        f"{written.num_train} training samples in {len(written.train)} shard(s), {written.num_validation} "
-        f"validation samples in {len(written.validation)} shard(s): {arguments.out}"
-    )
+    print(written.describe(arguments.out))
     for reason, count in sorted(domain.skipped.items()):
         print(f"  skipped {count}: {reason}")
     return 0

@@ -74,10 +74,7 @@ def main() -> int:
     except ValueError as error:  # DataError
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(
-        f"{written.num_train} training samples in {len(written.train)} shard(s), {written.num_validation} "
-        f"validation samples in {len(written.validation)} shard(s): {arguments.out}"
-    )
+    print(written.describe(arguments.out))
     return 0
 
 

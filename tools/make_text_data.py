@@ -13,15 +13,12 @@ Several families, mixed 3 to 1, with settings for each:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from copd_megatron.data import DataError
-from copd_megatron.data.make import AUTO_VERIFIER, Family, write_domain
+from copd_megatron.data.make import AUTO_VERIFIER, Family, family_options, write_domain
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -51,30 +48,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def families_of(arguments: argparse.Namespace) -> list[Family]:
     """Families with their weights and settings. Raises DataError for a setting that belongs to none."""
-    weights: dict[str, float] = {}
-    for text in arguments.family:
-        name, _, weight = text.partition(":")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError as error:
-            raise DataError(f"--family {text}: {weight!r} is not a weight. Write family:2.") from error
-    settings: dict[str, dict[str, Any]] = {name: {} for name in weights}
-    for text in arguments.set:
-        name, equals, value = text.partition("=")
-        family, dot, setting = name.rpartition(".")
-        if not dot and len(weights) == 1:
-            family = next(iter(weights))
-        if not equals or family not in weights:
-            raise DataError(
-                f"--set {text}: write setting=value, or family.setting=value with {sorted(weights)}."
-            )
-        try:
-            settings[family][setting] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[family][setting] = value
     return [
-        Family(name=name, weight=weight, settings=settings[name], verifier=arguments.verifier)
-        for name, weight in weights.items()
+        Family(name=name, weight=weight, settings=settings, verifier=arguments.verifier)
+        for name, weight, settings in family_options(arguments.family, arguments.set)
     ]
 
 
@@ -96,10 +72,7 @@ def main() -> int:
     except ValueError as error:  # DataError, and an unknown verifier
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(
-        f"{written.num_train} training samples in {len(written.train)} shard(s), {written.num_validation} "
-        f"validation samples in {len(written.validation)} shard(s): {arguments.out}"
-    )
+    print(written.describe(arguments.out))
     return 0
 
 

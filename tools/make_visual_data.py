@@ -20,11 +20,10 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from copd_megatron.data import DataError
+from copd_megatron.data.make import family_options
 from copd_megatron.data.visual_tasks.make import VisualShare, write_visual_domain
 from copd_megatron.data.visual_tasks.tasks import families
 
@@ -54,29 +53,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def shares_of(arguments: argparse.Namespace) -> list[VisualShare]:
     """Families with their weights and settings. Raises DataError for a setting that belongs to none."""
-    weights: dict[str, float] = {}
-    for text in arguments.family:
-        name, _, weight = text.partition(":")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError as error:
-            raise DataError(f"--family {text}: {weight!r} is not a weight. Write family:2.") from error
-    settings: dict[str, dict[str, Any]] = {name: {} for name in weights}
-    for text in arguments.set:
-        name, equals, value = text.partition("=")
-        family, dot, setting = name.rpartition(".")
-        if not dot and len(weights) == 1:
-            family = next(iter(weights))
-        if not equals or family not in weights:
-            raise DataError(
-                f"--set {text}: write setting=value, or family.setting=value with {sorted(weights)}."
-            )
-        try:
-            settings[family][setting] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[family][setting] = value
     return [
-        VisualShare(name=name, weight=weight, settings=settings[name]) for name, weight in weights.items()
+        VisualShare(name=name, weight=weight, settings=settings)
+        for name, weight, settings in family_options(arguments.family, arguments.set)
     ]
 
 
@@ -111,10 +90,7 @@ def main() -> int:
     except ValueError as error:  # DataError
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(
-        f"{written.num_train} training samples in {len(written.train)} shard(s), {written.num_validation} "
-        f"validation samples in {len(written.validation)} shard(s): {arguments.out}"
-    )
+    print(written.describe(arguments.out))
     return 0
 
 

@@ -52,6 +52,48 @@ class WrittenDomain:
     num_train: int
     num_validation: int
 
+    def describe(self, out: Path) -> str:
+        """One line for a person."""
+        return (
+            f"{self.num_train} training samples in {len(self.train)} shard(s), {self.num_validation} "
+            f"validation samples in {len(self.validation)} shard(s): {out}"
+        )
+
+
+def family_options(
+    families: Sequence[str], settings: Sequence[str]
+) -> list[tuple[str, float, dict[str, Any]]]:
+    """Families from a command line: name, weight, settings.
+
+    Args:
+        families: ``name`` or ``name:weight``.
+        settings: ``family.setting=value``, or ``setting=value`` for an only family; values are JSON, or text.
+
+    Raises DataError for a weight that is no number and a setting that belongs to none of them.
+    """
+    weights: dict[str, float] = {}
+    for text in families:
+        name, _, weight = text.partition(":")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError as error:
+            raise DataError(f"--family {text}: {weight!r} is not a weight. Write family:2.") from error
+    values: dict[str, dict[str, Any]] = {name: {} for name in weights}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        family, dot, setting = name.rpartition(".")
+        if not dot and len(weights) == 1:
+            family = next(iter(weights))
+        if not equals or family not in weights:
+            raise DataError(
+                f"--set {text}: write setting=value, or family.setting=value with {sorted(weights)}."
+            )
+        try:
+            values[family][setting] = json.loads(value)
+        except json.JSONDecodeError:
+            values[family][setting] = value
+    return [(name, weight, values[name]) for name, weight in weights.items()]
+
 
 def write_domain(
     out: Path,

@@ -37,13 +37,12 @@ def make_data(out: Path, recipe: Recipe) -> bool:
 
     Raises TinyBaseError if ``out`` holds something else, DataError if a family refuses its settings.
     """
-    digest = data_digest(recipe)
-    if digest_of(out) == digest:
-        return False
-    with new_folder(out) as folder:
+
+    def make(folder: Path) -> dict[str, object]:
         _write_domains(folder, recipe)
-        write_marker(folder, digest, {"recipe": asdict(recipe)})
-    return True
+        return {"recipe": asdict(recipe)}
+
+    return make_once(out, data_digest(recipe), make)
 
 
 def make_tiny_base(out: Path, recipe: Recipe, *, seed: int = 1, progress: Progress | None = None) -> bool:
@@ -53,19 +52,29 @@ def make_tiny_base(out: Path, recipe: Recipe, *, seed: int = 1, progress: Progre
 
     Raises TinyBaseError if ``out`` holds something that this did not make.
     """
-    digest = base_digest(recipe, seed)
-    if digest_of(out) == digest:
-        return False
-    with new_folder(out) as folder:
-        started = time.monotonic()
+
+    def make(folder: Path) -> dict[str, object]:
         losses = _make(folder, recipe, seed, progress)
-        details = {
-            "seed": seed,
-            "recipe": asdict(recipe),
-            "final_loss": sum(losses[-50:]) / len(losses[-50:]),
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        write_marker(folder, digest, details)
+        return {"seed": seed, "recipe": asdict(recipe), "final_loss": sum(losses[-50:]) / len(losses[-50:])}
+
+    return make_once(out, base_digest(recipe, seed), make)
+
+
+def make_once(out: Path, digest: str, make: Callable[[Path], dict[str, object]]) -> bool:
+    """Fill the folder ``out`` with ``make(folder)``; False if it was made with the same digest before.
+
+    ``make`` returns what its marker is to say besides the digest and the seconds it took. ``out`` appears
+    when it is complete.
+
+    Raises TinyBaseError if ``out`` holds something that this did not make.
+    """
+    if _digest_of(out) == digest:
+        return False
+    with _new_folder(out) as folder:
+        started = time.monotonic()
+        details = make(folder)
+        marker = {"digest": digest, **details, "seconds": round(time.monotonic() - started, 1)}
+        (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
     return True
 
 
@@ -175,7 +184,7 @@ def demonstration_batches(
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def _new_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its place when the block ends well, and goes when it does not."""
     if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise TinyBaseError(
@@ -195,7 +204,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch)
 
 
-def digest_of(folder: Path) -> str | None:
+def _digest_of(folder: Path) -> str | None:
     """The digest in a finished folder's marker, None without one."""
     try:
         return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["digest"])
@@ -203,8 +212,3 @@ def digest_of(folder: Path) -> str | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TinyBaseError(f"{folder / MARKER} is unreadable ({error}). Remove {folder}.") from error
-
-
-def write_marker(folder: Path, digest: str, details: dict[str, object]) -> None:
-    text = json.dumps({"digest": digest, **details}, indent=2)
-    (folder / MARKER).write_text(text + "\n", encoding="utf-8")

@@ -4,13 +4,12 @@ once, and to the shards of its three domains. The counterpart of ``base.py``."""
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copd_megatron.tiny.base import Progress, digest_of, new_folder, write_marker
+from copd_megatron.tiny.base import Progress, make_once
 from copd_megatron.tiny.vl_recipe import VisualRecipe, visual_base_digest, visual_data_digest
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and a cached model needs neither
@@ -40,13 +39,12 @@ def make_visual_data(out: Path, recipe: VisualRecipe) -> bool:
 
     Raises TinyBaseError if ``out`` holds something else, DataError if a family refuses its settings.
     """
-    digest = visual_data_digest(recipe)
-    if digest_of(out) == digest:
-        return False
-    with new_folder(out) as folder:
+
+    def make(folder: Path) -> dict[str, object]:
         _write_domains(folder, recipe, recipe.num_train)
-        write_marker(folder, digest, {"recipe": asdict(recipe)})
-    return True
+        return {"recipe": asdict(recipe)}
+
+    return make_once(out, visual_data_digest(recipe), make)
 
 
 def make_visual_base(
@@ -58,20 +56,12 @@ def make_visual_base(
 
     Raises TinyBaseError if ``out`` holds something that this did not make.
     """
-    digest = visual_base_digest(recipe, seed)
-    if digest_of(out) == digest:
-        return False
-    with new_folder(out) as folder:
-        started = time.monotonic()
+
+    def make(folder: Path) -> dict[str, object]:
         losses = _make(folder, recipe, seed, progress)
-        details = {
-            "seed": seed,
-            "recipe": asdict(recipe),
-            "final_loss": sum(losses[-50:]) / len(losses[-50:]),
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        write_marker(folder, digest, details)
-    return True
+        return {"seed": seed, "recipe": asdict(recipe), "final_loss": sum(losses[-50:]) / len(losses[-50:])}
+
+    return make_once(out, visual_base_digest(recipe, seed), make)
 
 
 def _write_domains(folder: Path, recipe: VisualRecipe, num_train: int) -> None:
