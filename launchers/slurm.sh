@@ -229,5 +229,6 @@ _copd_job_check() {
     elif [[ ${#srun_container[@]} -gt 0 ]]; then
         command=(env "PYTHONPATH=$COPD_ROOT" "${command[@]:2}")
     fi
-    "${command[@]}"
+    # only hosts: what a container prints when it starts is none
+    "${command[@]}" | grep -Fx -f <(tr ',' '\n' <<<"$names")
 }

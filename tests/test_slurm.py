@@ -129,11 +129,6 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(root, {name: {"tensor_model_parallel_size": 2} for name in BRANCHES})
 
 
-def _jobs_at_once(cluster: Cluster, jobs: list[str]) -> None:
-    for job in jobs:
-        cluster.end_of(job, 60)
-
-
 def test_jobs_are_checked_and_dealt_to_nodes(cluster: Cluster, tiny_config: Path) -> None:
     """Wrong sizes are refused with the right ones; sweeps and containers make the commands they should."""
     wrong = cluster.submit("--nodes=3", "--ntasks-per-node=2", str(LAUNCHER), str(tiny_config))
@@ -154,7 +149,14 @@ def test_jobs_are_checked_and_dealt_to_nodes(cluster: Cluster, tiny_config: Path
         *words, str(LAUNCHER), str(tiny_config),
         COPD_CONTAINER="reg#img:1", COPD_CONTAINER_ENGINE="pyxis", COPD_CONTAINER_MOUNTS="/data:/d",
     )  # fmt: skip
-    _jobs_at_once(cluster, [wrong, tight, sweep, seeds, image])
+    three = cluster.submit(
+        "--nodes=3", "--export=ALL,COPD_PRINT=1", str(LAUNCHER.with_name("three_branch.sh")),
+        "configs/three_branch_tiny.yaml", f"model.path={tiny_config.parent / 'base'}",
+    )  # fmt: skip
+    for job in (wrong, tight, sweep, seeds, image, three):
+        cluster.end_of(job, 60)
+    assert "3 ranks on 3 x 1: text on 1 node, image on 1 node, video on 1 node" in cluster.log(three)
+    assert "srun --ntasks=3 --distribution=arbitrary" in cluster.log(three)
     assert "that is 2 nodes of 2; the job has 3. Submit it with --nodes=2" in cluster.log(wrong)
     assert cluster.record(wrong, "ExitCode") == "2:0"
     assert "ties 2 ranks to one node, which has room for 1" in cluster.log(tight)
