@@ -23,6 +23,7 @@ from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
 from copd_megatron.records import Prompt
 from copd_megatron.rewards.grader import Grader
 from copd_megatron.rollout.engine import RolloutEngine
+from copd_megatron.run_dir import run_directory
 from copd_megatron.schedule import num_steps
 from copd_megatron.sources import PromptSources
 from copd_megatron.topology.layout import Layout
@@ -96,11 +97,6 @@ def start(config: Config, layout: Layout) -> Iterator[Branch]:
             branch.grader.close()
             if branch.media is not None:
                 branch.media.close()
-
-
-def run_directory(config: Config) -> Path:
-    """Where the run writes."""
-    return Path(config.run.dir or f"runs/{config.run.name}")
 
 
 def _build(config: Config, world: World, run_dir: Path) -> Branch:

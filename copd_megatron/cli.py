@@ -1,4 +1,4 @@
-"""The ``copd`` command: train, merge, eval, report, doctor."""
+"""The ``copd`` command: train, eval, merge, report, logs, timeline, doctor."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from copd_megatron import preflight
 from copd_megatron.config import Config, ConfigError, load_config, read_model_shapes, validate
 from copd_megatron.merge import command as merge_command
+from copd_megatron.metrics.packages import check_packages
+from copd_megatron.run_dir import run_directory, starts_anew
 from copd_megatron.topology.slurm import step_environment
 
 
@@ -62,6 +64,24 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", help="run directory, while or after it runs")
     report.set_defaults(run=_report)
 
+    logs = commands.add_parser("logs", help="the logs of all ranks of a run as one, in the order of time")
+    logs.add_argument("run_dir")
+    logs.add_argument("--branch")
+    logs.add_argument("--rank", type=int, help="global rank")
+    logs.add_argument(
+        "--level", choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], help="this one and worse"
+    )
+    logs.add_argument("--follow", action="store_true", help="go on with what is written from now on")
+    logs.set_defaults(run=_logs)
+
+    timeline = commands.add_parser(
+        "timeline", help="what every rank did when (profiling.timeline=true), as one Chrome trace"
+    )
+    timeline.add_argument("run_dir")
+    timeline.add_argument("--steps", metavar="A-B", help="only these steps; 1 is the first")
+    timeline.add_argument("--out", type=Path, help="default: <run_dir>/timeline/trace.json")
+    timeline.set_defaults(run=_timeline)
+
     doctor = commands.add_parser("doctor", help="what this machine has and what that enables")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
@@ -99,7 +119,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _check_inputs(config: Config) -> None:
-    """Data, verifiers and the run directory, before any process is started."""
+    """Packages, data, verifiers and the run directory, before any process is started."""
+    check_packages(config.logging)
     from copd_megatron.data import check_shards
     from copd_megatron.rewards import registry
 
@@ -108,7 +129,7 @@ def _check_inputs(config: Config) -> None:
         for patterns in (branch.data.train, branch.data.validation):
             if patterns:
                 check_shards(patterns, branch.reward.verifiers)
-    folder = Path(config.run.dir or f"runs/{config.run.name}")
+    folder = run_directory(config)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         total = sum(branch.parallel.world_size for branch in config.branches.values())
         preflight.check_shared_memory(preflight.local_ranks(total))
@@ -123,9 +144,7 @@ def _check_run_dir(config: Config, folder: Path) -> None:
     from copd_megatron.checkpoint.manifest import checkpoints_dir, complete_checkpoints, step_folder
 
     metrics = folder / "metrics.jsonl"
-    launchers = ("TORCHELASTIC", "SLURM", "COPD")
-    restarted = any(os.environ.get(f"{launcher}_RESTART_COUNT", "0") != "0" for launcher in launchers)
-    if config.run.overwrite and not restarted:
+    if starts_anew(config):
         metrics.unlink(missing_ok=True)
         shutil.rmtree(checkpoints_dir(folder), ignore_errors=True)
         return
@@ -155,8 +174,7 @@ def _torchrun(config: Config, arguments: Sequence[str]) -> int:
         os.environ.setdefault(name, value)
     os.environ["COPD_MAX_RESTARTS"] = str(config.run.max_restarts)
     os.environ["COPD_RUN_ID"] = uuid.uuid4().hex[:12]
-    run_dir = config.run.dir or f"runs/{config.run.name}"
-    command = [sys.executable, "-m", "copd_megatron.local_launch", run_dir]
+    command = [sys.executable, "-m", "copd_megatron.local_launch", str(run_directory(config))]
     command += ["--standalone", f"--nproc-per-node={ranks}"]
     command += [
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
@@ -178,11 +196,19 @@ def _end_with_launcher() -> None:
 
 
 def _logging(config: Config) -> None:
-    """Log lines carry the rank; ranks other than 0 speak up only when something is wrong."""
-    rank = int(os.environ.get("RANK", "0"))
-    level = logging.getLevelName(config.logging.level) if rank == 0 else logging.WARNING
-    logging.basicConfig(
-        level=level, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", stream=sys.stderr
+    """Log lines carry branch and rank; on the console ranks other than 0 speak up only when something is
+    wrong."""
+    from copd_megatron.metrics.rank_log import RankPlace, start_logging
+    from copd_megatron.topology.layout import Layout
+
+    rank, layout = int(os.environ.get("RANK", "0")), Layout.from_config(config)
+    branch = layout.branch_of(rank)
+    ranks = layout.ranks_of(branch)
+    start_logging(
+        RankPlace(rank=rank, branch=branch, branch_rank=ranks.index(rank), branch_size=len(ranks)),
+        config.logging.level,
+        folder=run_directory(config) if config.logging.rank_files else None,
+        append=not starts_anew(config),
     )
     # what the libraries say about kernels this machine lacks is `copd doctor`'s to tell, once
     for library in ("megatron", "torch.utils.cpp_extension"):
@@ -196,6 +222,35 @@ def _eval(arguments: argparse.Namespace) -> int:
     from copd_megatron.evaluate_folder import evaluate_folder
 
     print(evaluate_folder(load_config(arguments.config, arguments.overrides), arguments.model))
+    return 0
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from copd_megatron.metrics.rank_log import Selection, follow, merged
+
+    selection = Selection(branch=arguments.branch, rank=arguments.rank, level=arguments.level)
+    try:
+        for line in (follow if arguments.follow else merged)(Path(arguments.run_dir), selection):
+            print(line, flush=arguments.follow)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, head for one, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _timeline(arguments: argparse.Namespace) -> int:
+    from copd_megatron.metrics.timeline import write_trace
+
+    steps = None
+    if arguments.steps is not None:
+        first, _, last = arguments.steps.partition("-")
+        try:
+            steps = int(first), int(last or first)
+        except ValueError as error:
+            raise ConfigError(f"--steps {arguments.steps}: write 3, or 3-5") from error
+    path, summary = write_trace(Path(arguments.run_dir), arguments.out, steps=steps)
+    print(f"{summary}\nwrote {path}; open it at https://ui.perfetto.dev or chrome://tracing")
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 
 from copd_megatron.branch import Branch, start
@@ -38,7 +37,7 @@ def train(config: Config) -> int:
         if config.evaluation.at_start and me.validation and not progress.steps_done:
             progress.table |= shared_model(me, "base")
         for step in steps(config.schedule, progress.steps_done):
-            begin = time.perf_counter()
+            observer.begin(step)
             batch = native_batch(me, step)  # sample, grade, GRPO advantages (Eq. 7, 11)
             batch.rows += cross_batch(
                 me, step, batch.native
@@ -48,7 +47,7 @@ def train(config: Config) -> int:
             accuracies = each_branch(me) if evaluation_due(config, step) else None
             if accuracies:
                 observer.validation(accuracies)
-            observer.step(step, time.perf_counter() - begin)
+            observer.step(step)
             if checkpoints.after(step, accuracies):
                 return EXIT_PREEMPTED
         checkpoints.wait()

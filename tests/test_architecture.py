@@ -61,6 +61,11 @@ WITHOUT_TORCH = [
     "copd_megatron.topology.slurm",
     "copd_megatron.slurm_launch",
     "copd_megatron.preflight",
+    "copd_megatron.metrics.packages",
+    "copd_megatron.metrics.rank_log",
+    "copd_megatron.metrics.timeline",
+    "copd_megatron.merge.command",
+    "copd_megatron.run_dir",
     "copd_megatron.dry_run",
     "copd_megatron.doctor",
 ]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,14 @@ def test_model_folder_without_weights(config: dict[str, Any], tmp_path: Path) ->
     (folder / "tokenizer.json").write_text("{}")
     answer = _train(config, tmp_path, f"model.path={folder}")
     assert "safetensors" in answer.message
+    assert not answer.modules
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="the optional package wandb is installed")
+def test_a_package_that_is_not_installed(config: dict[str, Any], tmp_path: Path) -> None:
+    answer = _train(config, tmp_path, "logging.wandb.enabled=true")
+    assert "logging.wandb.enabled: the package wandb is not installed" in answer.message
+    assert "pip install wandb" in answer.message
     assert not answer.modules
 
 

@@ -364,6 +364,21 @@ def test_a_world_that_does_not_fit_says_how_many_processes_to_start(tmp_path: Pa
         (["optimizer.adam_beta2=1"], ["optimizer.adam_beta2: 1"]),
         (["model.dtype=float16"], ["model.dtype: 'float16'", "bfloat16"]),
         (["logging.level=loud"], ["logging.level: 'loud'", "INFO"]),
+        (["logging.wandb.enabled=true", "logging.wandb.project=a/b"], ["logging.wandb.project: 'a/b'"]),
+        (["logging.prometheus.textfile=/tmp/metrics.txt"], ["logging.prometheus.textfile", "add the ending"]),
+        (["logging.prometheus.port=70000"], ["logging.prometheus.port: 70000", "1 .. 65535"]),
+        (
+            ["profiling.torch_profiler=true", "profiling.step_start=3"],
+            ["profiling.step_start: 3 .. profiling.step_end 2", "first not after the last"],
+        ),
+        (
+            ["profiling.torch_profiler=true", "profiling.step_start=100000", "profiling.step_end=100000"],
+            ["profiling.step_start: 100000 is beyond", "cycles x"],
+        ),
+        (
+            ["profiling.memory_snapshot=true", "profiling.ranks=[0,99]"],
+            ["profiling.ranks: [99]", "[] means all"],
+        ),
         (["advantage.overlong_buffer_tokens=5000"], ["advantage.overlong_buffer_tokens: 5000", "1024"]),
         (["branches={'a/b': {data: {train: [x]}}}"], ["branches.a/b", "letters, digits and underscores"]),
     ],
@@ -391,6 +406,12 @@ def test_an_impossible_combination_says_field_value_and_remedy(
         ],
         ["branches.text.num_generations_per_prompt=1", "advantage.normalize_std=false"],
         ["training.num_mini_batches=4", "optimizer.clip_grad=0"],
+        ["profiling.step_start=0"],  # nothing is recorded
+        [
+            "logging.wandb={enabled: true, project: p, tags: [a, b]}",
+            "logging.prometheus={textfile: /x/copd.prom, port: 9400}",
+            "profiling={timeline: true, torch_profiler: true, step_start: 1, step_end: 3, ranks: []}",
+        ],
     ],
 )
 def test_what_can_run_is_not_refused(tmp_path: Path, overrides: list[str]) -> None:

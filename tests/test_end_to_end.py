@@ -8,6 +8,7 @@ tightly; should another version of an engine make it happen, another seed is the
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -23,6 +24,8 @@ import yaml
 from safetensors.torch import load_file
 
 from copd_megatron.data import check_shards
+from copd_megatron.metrics.rank_log import merged as merged_logs
+from copd_megatron.metrics.timeline import read_timelines, seconds_by_phase, write_trace
 from tests.models import make_domains, make_model, random_texts, reference_model, warm_up
 
 BRANCHES = ("alpha", "beta")
@@ -71,7 +74,12 @@ def _config(root: Path) -> Path:
         "optimizer": {"lr": 1e-4},
         "training": {"micro_batch_tokens": 700},
         "weight_sync": {"bucket_bytes": 100_000},
-        "logging": {"console": False},
+        "logging": {
+            "console": False,
+            "tensorboard": True,
+            "prometheus": {"textfile": str(root / "copd.prom")},
+        },
+        "profiling": {"timeline": True, "torch_profiler": True, "ranks": [1]},
     }
     path = root / "run.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -224,6 +232,52 @@ def test_exports_load_and_merged_is_their_mean(first: dict[str, Any], root: Path
 def test_final_sync_and_export_hold_the_same_weights(first: dict[str, Any]) -> None:
     """Six updates, and the table's branch rows come from the engines: exports exist for both."""
     assert sorted(p.name for p in (first["folder"] / "export").iterdir()) == ["alpha", "beta", "merged"]
+
+
+# ---- watching it ------------------------------------------------------------------------------------------
+
+
+def test_the_timeline_shows_every_rank_in_every_step(first: dict[str, Any]) -> None:
+    """A process row per rank; each instant of a step belongs to one phase, and few of them to none."""
+    path, _ = write_trace(first["folder"])
+    events = json.loads(path.read_text())["traceEvents"]
+    names = [e["args"]["name"] for e in events if e["name"] == "process_name"]
+    assert names == ["alpha rank 0", "alpha rank 1", "beta rank 0", "beta rank 1"]
+    timelines = read_timelines(first["folder"])
+    for timeline in timelines:
+        assert [step.number for step in timeline.steps] == [i + 1 for i in range(STEPS)]
+        operations = {operation.name for operation in timeline.operations}
+        assert {"rollout.generate", "rewards.grade", "policy.forward_backward", "weight_sync"} <= operations
+        assert f"opd.score {EDGES['alpha' if timeline.branch == 'beta' else 'beta']}" in operations
+        for step, metrics in zip(timeline.steps, first["metrics"], strict=True):
+            seconds = metrics[f"{timeline.branch}/timing/step_seconds"]
+            assert step.seconds == pytest.approx(seconds, abs=1.0)  # it also holds the writing of metrics
+    for branch, row in seconds_by_phase(timelines).items():
+        total = sum(row.values())
+        steps = [s.seconds for t in timelines if t.branch == branch for s in t.steps]
+        assert total == pytest.approx(sum(steps) / 2, rel=1e-3)
+        assert all(row[phase] > 0 for phase in ("sample", "grade", "route", "score", "wait", "train", "sync"))
+        assert row["other"] < total / 3
+
+
+def test_ranks_logs_name_branch_and_rank(first: dict[str, Any]) -> None:
+    lines = list(merged_logs(first["folder"]))
+    for rank in range(4):
+        prefix = f"[{BRANCHES[rank // 2]} {rank % 2}/2, rank {rank}]"
+        assert any(prefix in line and f"rank {rank} of 4: branch" in line for line in lines)
+    assert "[alpha 0/2, rank 0] copd_megatron.train: validation accuracy" in first["log"]
+
+
+def test_the_last_step_is_in_the_metrics_formats(first: dict[str, Any], root: Path) -> None:
+    text = (root / "copd.prom").read_text()
+    assert f'copd_step{{run="end_to_end"}} {float(STEPS)}' in text
+    for name in BRANCHES:
+        assert f'copd_train_reward{{branch="{name}",run="end_to_end"}}' in text
+    (events,) = (first["folder"] / "tensorboard").iterdir()
+    assert b"alpha/train/reward" in events.read_bytes()
+    (profile,) = (first["folder"] / "profile").iterdir()
+    assert profile.name == "alpha_rank_00001_steps_2-2.trace.json.gz"
+    assert b"aten::mm" in gzip.decompress(profile.read_bytes())
 
 
 # ---- several runs -----------------------------------------------------------------------------------------

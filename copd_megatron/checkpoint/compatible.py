@@ -17,6 +17,7 @@ WITHOUT_EFFECT: Final = (
     "run.collective_timeout_seconds",
     "run.overwrite",
     "logging.*",
+    "profiling.*",
     "checkpoint.*",
     "evaluation.*",
     "end.*",

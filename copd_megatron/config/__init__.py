@@ -34,6 +34,8 @@ from copd_megatron.config.schema import (
     OPDConfig,
     OptimizerConfig,
     ParallelConfig,
+    ProfilingConfig,
+    PrometheusConfig,
     RatioLevel,
     RewardConfig,
     RolloutConfig,
@@ -42,6 +44,7 @@ from copd_megatron.config.schema import (
     TeacherMode,
     Topology,
     TrainingConfig,
+    WandbConfig,
     WeightSyncConfig,
 )
 from copd_megatron.config.validate import validate
@@ -71,6 +74,8 @@ __all__ = [
     "OPDConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ProfilingConfig",
+    "PrometheusConfig",
     "RatioLevel",
     "RewardConfig",
     "RolloutConfig",
@@ -79,6 +84,7 @@ __all__ = [
     "TeacherMode",
     "Topology",
     "TrainingConfig",
+    "WandbConfig",
     "WeightSyncConfig",
     "load_config",
     "read_model_shape",

@@ -418,11 +418,64 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class WandbConfig:
+    """Weights & Biases. Login, server and mode are wandb's own (``WANDB_API_KEY``, ``WANDB_BASE_URL``,
+    ``WANDB_MODE=offline``)."""
+
+    enabled: bool = False
+    """Needs the ``wandb`` package."""
+    project: str = "copd-megatron"
+    entity: str | None = None
+    """User or team; null: the login's."""
+    name: str | None = None
+    """Of the run; null: ``run.name``."""
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class PrometheusConfig:
+    """The last step's metrics in Prometheus' text format."""
+
+    textfile: str | None = None
+    """A ``.prom`` file, replaced each step, in the folder of node_exporter's textfile collector."""
+    port: int | None = None
+    """Global rank 0 answers ``GET /metrics`` here."""
+    host: str = "0.0.0.0"
+    """Address that ``port`` is opened on; 127.0.0.1: reached from the same node only."""
+
+
+@dataclass(kw_only=True)
 class LoggingConfig:
     console: bool = True
     """Live view: one line a branch."""
     tensorboard: bool = False
+    """Events in ``<run_dir>/tensorboard``."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    prometheus: PrometheusConfig = field(default_factory=PrometheusConfig)
     level: str = "INFO"
+    rank_files: bool = True
+    """Every rank logs to ``<run_dir>/logs``; ``copd logs`` shows them as one."""
+
+
+@dataclass(kw_only=True)
+class ProfilingConfig:
+    """Where the time and the memory go."""
+
+    timeline: bool = False
+    """Every rank writes what it did when; ``copd timeline`` makes one Chrome trace of it."""
+    torch_profiler: bool = False
+    """Operators and kernels of the steps below, in ``<run_dir>/profile``."""
+    memory_snapshot: bool = False
+    """Allocations on CUDA devices during the steps below, in ``<run_dir>/profile``."""
+    step_start: int = 2
+    """First step recorded; 1 is the run's first, which also warms up."""
+    step_end: int = 2
+    """Last step recorded."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Global ranks that are recorded; []: all."""
+    record_shapes: bool = False
+    with_stack: bool = False
 
 
 @dataclass(kw_only=True)
@@ -445,3 +498,4 @@ class Config:
     end: EndConfig = field(default_factory=EndConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)

@@ -72,6 +72,7 @@ def _problems(
     yield from _optimizer(config)
     yield from _training(config)
     yield from _media(config)
+    yield from _observability(config, world_size)
     yield from _rest(config)
 
 
@@ -505,6 +506,40 @@ def _rest(config: Config) -> Iterator[str]:
             f"checkpoint.keep_best: {checkpoint.keep_best} needs validation accuracies, but "
             "evaluation.every_steps is 0; set it (to checkpoint.save_period, say), or keep_best=0"
         )
+
+
+def _observability(config: Config, world_size: int | None) -> Iterator[str]:
+    wandb, prometheus, profiling = config.logging.wandb, config.logging.prometheus, config.profiling
+    if wandb.enabled and (not wandb.project or set(wandb.project) & set("/\\#?%:")):
+        yield (
+            f"logging.wandb.project: {wandb.project!r} is no project name of W&B; use one without any of "
+            "/ \\ # ? % :"
+        )
+    if prometheus.textfile is not None and not prometheus.textfile.endswith(".prom"):
+        yield (
+            f"logging.prometheus.textfile: {prometheus.textfile!r} does not end in .prom, and node_exporter "
+            "reads no other files; add the ending"
+        )
+    if prometheus.port is not None and not 1 <= prometheus.port <= 65535:
+        yield f"logging.prometheus.port: {prometheus.port} is no TCP port; give one in 1 .. 65535, or null"
+    if not (profiling.torch_profiler or profiling.memory_snapshot):
+        return
+    schedule = config.schedule
+    total = schedule.cycles * (schedule.rlvr_steps + schedule.opd_steps)
+    if not 1 <= profiling.step_start <= profiling.step_end:
+        yield (
+            f"profiling.step_start: {profiling.step_start} .. profiling.step_end {profiling.step_end} is no "
+            "range of steps; count from 1, the first not after the last"
+        )
+    elif profiling.step_start > total:
+        yield (
+            f"profiling.step_start: {profiling.step_start} is beyond the run's {total} steps "
+            f"({schedule.cycles} cycles x ({schedule.rlvr_steps} rlvr + {schedule.opd_steps} opd)): nothing "
+            "would be recorded; lower it"
+        )
+    ranks = world_size or sum(branch.parallel.world_size for branch in config.branches.values())
+    if outside := [rank for rank in profiling.ranks if not 0 <= rank < ranks]:
+        yield f"profiling.ranks: {outside} are not among the job's ranks 0 .. {ranks - 1}; [] means all"
 
 
 def _rank_product(branch: BranchConfig) -> str:

@@ -127,7 +127,7 @@ class ConsoleView:
         """Starts timing anew: steps before a resume say nothing about those after it."""
         self._times.clear()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Leaves the last lines on the screen and gives log handlers their streams back."""
         for handler, stream in self._moved:
             handler.setStream(stream)

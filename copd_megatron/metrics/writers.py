@@ -24,8 +24,8 @@ class Writer(Protocol):
     def truncate_after(self, step: int) -> None:
         """Forgets steps above ``step``: a run that resumes from a checkpoint will write them again."""
 
-    def close(self) -> None:
-        """Flushes and releases what is open."""
+    def close(self, *, failed: bool = False) -> None:
+        """Flushes and releases what is open. ``failed``: the run ends by an error."""
 
 
 class JsonlWriter:
@@ -47,7 +47,7 @@ class JsonlWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._warned: set[str] = set()
         if self.path.exists():
-            self._drop_torn_line()
+            drop_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
@@ -81,7 +81,7 @@ class JsonlWriter:
         os.replace(temporary, self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Closes the file."""
         self._file.close()
 
@@ -112,22 +112,23 @@ class JsonlWriter:
                     raise ValueError(f"{self.path}, line {number}: step is {step!r}, not an integer")
                 yield line, step
 
-    def _drop_torn_line(self) -> None:
-        """Cuts the file after its last newline."""
-        with self.path.open("r+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            keep, position = 0, end
-            while position > 0:
-                start = max(0, position - 65536)
-                file.seek(start)
-                newline = file.read(position - start).rfind(b"\n")
-                if newline >= 0:
-                    keep = start + newline + 1
-                    break
-                position = start
-            if keep < end:
-                logger.warning("%s ends in a torn line of %d bytes: removed", self.path, end - keep)
-                file.truncate(keep)
+
+def drop_torn_line(path: Path) -> None:
+    """Cuts a file of lines after its last newline: a run that died may have left half a line."""
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        keep, position = 0, end
+        while position > 0:
+            start = max(0, position - 65536)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            position = start
+        if keep < end:
+            logger.warning("%s ends in a torn line of %d bytes: removed", path, end - keep)
+            file.truncate(keep)
 
 
 class TensorBoardWriter:
@@ -160,6 +161,6 @@ class TensorBoardWriter:
         self._writer.close()
         self._writer = self._make(self._directory, purge_step=step + 1)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Flushes and closes the events file."""
         self._writer.close()

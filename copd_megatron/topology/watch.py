@@ -23,7 +23,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -288,6 +288,8 @@ class Watch:
         self._thread_id = threading.get_ident()
         self._current = _Current(0, "", time.monotonic(), timeout_seconds, None, _RUNNING)
         self._stop = threading.Event()
+        self.recorder: Callable[[str, float, float], None] | None = None
+        """Told of every operation when it is left: its path, and monotonic begin and end."""
         self._publish()
         self._beat(0)
         self._thread = threading.Thread(target=self._mind, name="copd-watch", daemon=True)
@@ -354,6 +356,8 @@ class Watch:
     def _leave(self, operation: Operation, *, failed: bool) -> None:
         assert self._stack and self._stack[-1] is operation
         path = self._current.path
+        if self.recorder is not None:
+            self.recorder(path, operation.started, time.monotonic())
         self._stack.pop()
         self._set_current(_FAILED if failed else _RUNNING)
         if failed:
