@@ -313,11 +313,15 @@ def describe(result: Result, num_inputs: int) -> str:
             f"peak {spread([t.peak_bytes / 1e9 for t in turns])} GB, without files "
             f"{spread([t.anonymous_bytes / 1e9 for t in turns])} GB"
         )
-    copying = statistics.median(result.copy_bytes_per_second)
+    copying = moved * 1e9 / statistics.median(result.copy_bytes_per_second)
     ours = statistics.median(turn.seconds for turn in result.ours)
+    cores = len(os.sched_getaffinity(0))
+    busy = statistics.median(turn.cpu_seconds / turn.seconds for turn in result.ours) / cores
     lines.append(
-        f"  copying   {spread([rate / 1e9 for rate in result.copy_bytes_per_second])} GB/s; these "
-        f"{moved:.1f} GB take {moved * 1e9 / copying:.2f} s, {moved * 1e9 / copying / ours:.0%} of our time"
+        f"  bound     copying these {moved:.1f} GB takes {copying:.2f} s at "
+        f"{spread([rate / 1e9 for rate in result.copy_bytes_per_second])} GB/s, {copying / ours:.0%} of our "
+        f"time; we keep {busy:.0%} of {cores} cores busy: "
+        f"{'the disk' if copying / ours > busy else 'the processor'} decides"
     )
     pairs = [a.seconds / b.seconds for a, b in zip(result.ours, result.theirs, strict=True)]
     peaks = [a.peak_bytes / b.peak_bytes for a, b in zip(result.ours, result.theirs, strict=True)]
