@@ -23,6 +23,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from copd_megatron.cli import main
 from copd_megatron.data import check_shards
 from copd_megatron.metrics.rank_log import merged as merged_logs
 from copd_megatron.metrics.timeline import read_timelines, seconds_by_phase, write_trace
@@ -79,6 +80,7 @@ def _config(root: Path) -> Path:
             "tensorboard": True,
             "prometheus": {"textfile": str(root / "copd.prom")},
         },
+        "checkpoint": {"save_period": STEPS},
         "profiling": {"timeline": True, "torch_profiler": True, "ranks": [1]},
     }
     path = root / "run.yaml"
@@ -234,6 +236,20 @@ def test_final_sync_and_export_hold_the_same_weights(first: dict[str, Any]) -> N
     assert sorted(p.name for p in (first["folder"] / "export").iterdir()) == ["alpha", "beta", "merged"]
 
 
+def test_checkpoints_in_megatrons_format_merge_as_the_exports_do(
+    first: dict[str, Any], tmp_path: Path
+) -> None:
+    """``copd merge`` of the joint checkpoint, saved at TP 2, gives the run's own merged model."""
+    checkpoint = first["folder"] / "checkpoints" / f"step_{STEPS:06d}"
+    assert main(["merge", str(checkpoint), "--out", str(tmp_path / "merged"), "--verify"]) == 0
+    found, expected = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "merged", first["folder"] / "export" / "merged")
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 # ---- watching it ------------------------------------------------------------------------------------------
 
 
@@ -249,9 +265,11 @@ def test_the_timeline_shows_every_rank_in_every_step(first: dict[str, Any]) -> N
         operations = {operation.name for operation in timeline.operations}
         assert {"rollout.generate", "rewards.grade", "policy.forward_backward", "weight_sync"} <= operations
         assert f"opd.score {EDGES['alpha' if timeline.branch == 'beta' else 'beta']}" in operations
-        for step, metrics in zip(timeline.steps, first["metrics"], strict=True):
-            seconds = metrics[f"{timeline.branch}/timing/step_seconds"]
-            assert step.seconds == pytest.approx(seconds, abs=1.0)  # it also holds the writing of metrics
+    for name in BRANCHES:
+        for i, metrics in enumerate(first["metrics"]):
+            longest = max(t.steps[i].seconds for t in timelines if t.branch == name)
+            # a step's row also holds the gathering of its metrics
+            assert longest >= metrics[f"{name}/timing/step_seconds"] - 1e-3
     for branch, row in seconds_by_phase(timelines).items():
         total = sum(row.values())
         steps = [s.seconds for t in timelines if t.branch == branch for s in t.steps]
@@ -273,8 +291,8 @@ def test_the_last_step_is_in_the_metrics_formats(first: dict[str, Any], root: Pa
     assert f'copd_step{{run="end_to_end"}} {float(STEPS)}' in text
     for name in BRANCHES:
         assert f'copd_train_reward{{branch="{name}",run="end_to_end"}}' in text
-    (events,) = (first["folder"] / "tensorboard").iterdir()
-    assert b"alpha/train/reward" in events.read_bytes()
+    events = [path.read_bytes() for path in (first["folder"] / "tensorboard").iterdir()]
+    assert any(b"alpha/train/reward" in content for content in events)
     (profile,) = (first["folder"] / "profile").iterdir()
     assert profile.name == "alpha_rank_00001_steps_2-2.trace.json.gz"
     assert b"aten::mm" in gzip.decompress(profile.read_bytes())

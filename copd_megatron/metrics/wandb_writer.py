@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ class WandbWriter:
             ImportError: the ``wandb`` package is missing (``packages.check_packages`` says so beforehand).
             wandb.errors.Error: no login, no network: ``WANDB_MODE=offline`` writes files for ``wandb sync``.
         """
-        import wandb
-
+        wandb: Any = import_module("wandb")
         path = run_dir / _RUN_ID
         if not path.is_file():
             path.write_text(uuid.uuid4().hex[:16] + "\n")
