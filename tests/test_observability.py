@@ -306,6 +306,32 @@ def test_logs_can_be_followed(tmp_path: Path) -> None:
     assert [line.rpartition(" ")[2] for line in lines[len(before) :]] == ["late", "whole"]
 
 
+_LOGS_TO_A_FULL_DISK = """
+import logging
+from pathlib import Path
+from copd_megatron.metrics import rank_log
+rank_log.log_file = lambda folder, rank: Path("/dev/full")
+rank_log.start_logging(
+    rank_log.RankPlace(rank=1, branch="text", branch_rank=1, branch_size=2), "INFO", folder=Path("/dev")
+)
+for number in range(3):
+    logging.getLogger("x").warning("warning %d", number)
+    logging.getLogger("x").info("quiet on this rank")
+"""
+
+
+def test_a_full_disk_does_not_silence_the_console() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOGS_TO_A_FULL_DISK], capture_output=True, text=True, check=True
+    )
+    said = done.stderr.splitlines()
+    assert said[0].endswith("WARNING [text 1/2, rank 1] x: warning 0")
+    assert [line for line in said if "[text" not in line] == [
+        "/dev/full: lines are lost: No space left on device"
+    ]
+    assert len(said) == 4
+
+
 # ---- timeline ---------------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,21 @@ class RankFormatter(logging.Formatter):
         return "\n".join(prefix + line for line in super().format(record).splitlines())
 
 
+class _RankFile(logging.FileHandler):
+    """A file whose failure, a full disk say, is told once: records still reach the other handlers."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called while the exception is handled."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            sys.stderr.write(f"{self.baseFilename}: lines are lost: {error.strerror or error}\n")
+
+
 def start_logging(place: RankPlace, level: str, *, folder: Path | None, append: bool = True) -> None:
     """Sends the root logger's records to standard error (of ranks other than 0 only warnings and worse) and
     to this rank's file.
@@ -73,7 +88,7 @@ def start_logging(place: RankPlace, level: str, *, folder: Path | None, append: 
     if folder is not None:
         path = log_file(folder, place.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, mode="a" if append else "w", encoding="utf-8"))
+        handlers.append(_RankFile(path, mode="a" if append else "w", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
     logging.basicConfig(level=number, handlers=handlers)
