@@ -375,6 +375,7 @@ def test_a_world_that_does_not_fit_says_how_many_processes_to_start(tmp_path: Pa
             ["profiling.torch_profiler=true", "profiling.step_start=100000", "profiling.step_end=100000"],
             ["profiling.step_start: 100000 is beyond", "cycles x"],
         ),
+        (["profiling.memory_snapshot=true", "run.device=cpu"], ["profiling.memory_snapshot", "run.device"]),
         (
             ["profiling.memory_snapshot=true", "profiling.ranks=[0,99]"],
             ["profiling.ranks: [99]", "[] means all"],

@@ -17,6 +17,7 @@ from copd_megatron.config.schema import (
     Aggregation,
     BranchConfig,
     Config,
+    Device,
     LRSchedule,
     MismatchCorrection,
     TeacherMode,
@@ -522,6 +523,11 @@ def _observability(config: Config, world_size: int | None) -> Iterator[str]:
         )
     if prometheus.port is not None and not 1 <= prometheus.port <= 65535:
         yield f"logging.prometheus.port: {prometheus.port} is no TCP port; give one in 1 .. 65535, or null"
+    if profiling.memory_snapshot and config.run.device is Device.cpu:
+        yield (
+            "profiling.memory_snapshot: it records CUDA's allocator, but run.device is cpu; set it to false "
+            "(profiling.torch_profiler works on CPUs)"
+        )
     if not (profiling.torch_profiler or profiling.memory_snapshot):
         return
     schedule = config.schedule
