@@ -285,6 +285,7 @@ def _wrong_after_loading(parallel: ParallelConfig, merged_hf: Path, merged: Path
     return ", ".join(s.name for s in actor.view.local if not torch.equal(actor.view.read(s), direct[s.name]))
 
 
+@pytest.mark.slow
 def test_megatron_loads_the_result_at_any_layout(
     families: dict[str, list[Path]], converted: dict[str, list[Path]], tmp_path: Path
 ) -> None:
