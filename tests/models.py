@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from copd_megatron.data.make import Family, WrittenDomain, write_domain
 from copd_megatron.records import IntArray
@@ -42,33 +49,36 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def make_model(folder: Path, *, seed: int = 0, scale: float = 5.0, **sizes: Any) -> Path:
-    """Writes a random Qwen3 of about 0.2 M parameters with its tokenizer; ``sizes`` are Qwen3Config fields.
+    """Writes a random Qwen3 of about 0.2 M parameters with its tokenizer; ``sizes`` are Qwen3Config fields
+    (with ``num_experts``, Qwen3MoeConfig's).
 
     The default vocabulary, 321, is odd: tensor parallelism pads it.
     """
-    config = Qwen3Config(
-        **{
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,  # the smallest that vLLM's CPU attention knows
-            "vocab_size": 321,
-            "tie_word_embeddings": False,
-            "max_position_embeddings": 512,
-            "eos_token_id": 256,
-            **sizes,
-        }
-    )
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,  # the smallest that vLLM's CPU attention knows
+        "vocab_size": 321,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 512,
+        "eos_token_id": 256,
+        **sizes,
+    }
+    if "num_experts" in sizes:
+        moe_config = Qwen3MoeConfig(**{"moe_intermediate_size": 32, "norm_topk_prob": True, **settings})
+        model: Any = Qwen3MoeForCausalLM(moe_config).float()
+        initializer_range = moe_config.initializer_range
+    else:
+        config = Qwen3Config(**settings)
+        model, initializer_range = Qwen3ForCausalLM(config).float(), config.initializer_range
     generator = torch.Generator().manual_seed(seed)
-    model = Qwen3ForCausalLM(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(
-                1 + 0.1 * noise if parameter.ndim == 1 else noise * config.initializer_range * scale
-            )
+            parameter.copy_(1 + 0.1 * noise if parameter.ndim == 1 else noise * initializer_range * scale)
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder

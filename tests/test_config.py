@@ -316,9 +316,19 @@ def test_a_world_that_does_not_fit_says_how_many_processes_to_start(tmp_path: Pa
         (["branches.text.parallel.tensor_model_parallel_size=8"], ["query groups", "4", "[1, 2, 4]"]),
         (["branches.text.parallel.tensor_model_parallel_size=3"], ["attention heads, 8", "[1, 2, 4, 8]"]),
         (["branches.text.parallel.pipeline_model_parallel_size=3"], ["3 does not divide", "4 layers"]),
-        (["branches.text.parallel.context_parallel_size=2"], ["context_parallel_size: 2", "Transformer"]),
-        (["branches.text.parallel.expert_model_parallel_size=2"], ["expert_model_parallel_size: 2", "dense"]),
-        (["branches.text.parallel.sequence_parallel=true"], ["sequence_parallel: true", "local layer spec"]),
+        (
+            ["branches.text.parallel.context_parallel_size=2", "training.sequence_packing=false"],
+            ["sequence_packing: false", "context_parallel_size 2"],
+        ),
+        (
+            ["branches.text.parallel.expert_model_parallel_size=3"],
+            ["expert_model_parallel_size: 3", "divide"],
+        ),
+        (["branches.text.parallel.sequence_parallel=true"], ["sequence_parallel: true", "context_parallel_"]),
+        (
+            ["branches.text.parallel.virtual_pipeline_model_parallel_size=2"],
+            ["virtual_pipeline_model_parallel_size: 2", "pipeline_model_parallel_size is 1"],
+        ),
         (["branches.text.parallel.data_parallel_size=0"], ["data_parallel_size: 0 must be at least 1"]),
         (["opd.hub=vidoe"], ["opd.hub", "vidoe"]),
         (

@@ -214,11 +214,18 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         kind: make_vl_model(tmp_path_factory.mktemp(kind), tied=kind == "tied") for kind in ("tied", "untied")
     }
     samples = make_samples()
-    jobs, names = [], []
+    jobs: list[Job] = []
+    names: list[tuple[Any, ...]] = []
     for tp, pp, dp in LAYOUTS:
         kind = "tied" if tp == pp else "untied"
         jobs.append(Job(tp=tp, pp=pp, dp=dp, args=(folders[kind], samples, False)))
         names.append((kind, tp, pp, dp))
+    for name, sizes in {
+        "sequence": {"tp": 2, "also": {"sequence_parallel": True}},
+        "context": {"cp": 2},
+    }.items():
+        jobs.append(Job(**sizes, args=(folders["untied"], samples, False)))
+        names.append(("untied", name))
     jobs.append(Job(args=(folders["tied"], samples, False, False)))
     jobs.append(Job(args=(folders["tied"], samples, True)))
     results = run_layouts(_exercise, jobs)

@@ -11,7 +11,7 @@ from typing import Any
 from copd_megatron.config.errors import ConfigError
 from copd_megatron.config.schema import Config
 
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration")
+SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3VLForConditionalGeneration")
 
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -68,6 +68,13 @@ class ModelShape:
     """Rotary frequencies that turn with time, height and width; None for a text model."""
     image_token_id: int | None = None
     video_token_id: int | None = None
+    num_experts: int | None = None
+    """Experts of every layer's feed-forward part; None: a dense model."""
+    num_experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    """Feed-forward width of one expert."""
+    normalize_expert_weights: bool = True
+    """The chosen experts' weights add up to 1."""
 
     @property
     def decoder_prefix(self) -> str:
@@ -76,11 +83,23 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of one decoder layer: q, k, v, o; gate, up, down; two norms and the q and k norms."""
+        """Weights of one decoder layer: q, k, v, o; gate, up, down (of every expert, and the router); two
+        norms and the q and k norms."""
+        return self._layer_parameters(self.num_experts)
+
+    @property
+    def active_layer_parameters(self) -> int:
+        """Of those, the weights that one token meets."""
+        return self._layer_parameters(self.num_experts and self.num_experts_per_token)
+
+    def _layer_parameters(self, num_experts: int | None) -> int:
         query = self.num_attention_heads * self.head_dim
         key_value = self.num_query_groups * self.head_dim
         attention = self.hidden_size * (2 * query + 2 * key_value)
-        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        if num_experts is None or self.num_experts is None:
+            mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        else:
+            mlp = self.hidden_size * (3 * num_experts * self.expert_ffn_size + self.num_experts)
         return attention + mlp + 2 * self.hidden_size + 2 * self.head_dim
 
     @property
@@ -201,6 +220,7 @@ def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelSha
             "supported, use the model without them"
         )
     vision = config.get("vision_config")
+    experts = _expert_settings(text, size, where) if "Moe" in architecture else {}
     section = rope.get("mrope_section") or (24, 20, 20)
     return ModelShape(
         architecture=architecture,
@@ -219,7 +239,24 @@ def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelSha
         mrope_section=None if vision is None else (section[0], section[1], section[2]),
         image_token_id=config.get("image_token_id"),
         video_token_id=config.get("video_token_id"),
+        **experts,
     )
+
+
+def _expert_settings(text: Mapping[str, Any], size: _Sizes, where: str) -> dict[str, Any]:
+    """The fields of a mixture of experts."""
+    if text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1:
+        raise ConfigError(
+            f"{where}: config.json: mlp_only_layers or decoder_sparse_step make some layers dense; only "
+            "models whose every layer has experts are supported"
+        )
+    return {
+        # transformers 5 writes num_local_experts, earlier versions num_experts
+        "num_experts": size("num_local_experts" if "num_local_experts" in text else "num_experts"),
+        "num_experts_per_token": size("num_experts_per_tok"),
+        "expert_ffn_size": size("moe_intermediate_size"),
+        "normalize_expert_weights": bool(text.get("norm_topk_prob", False)),
+    }
 
 
 def _vision_shape(config: Mapping[str, Any], where: str) -> VisionShape:

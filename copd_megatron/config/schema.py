@@ -176,10 +176,15 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
+    """Model chunks per pipeline stage (interleaved schedule); 1: none."""
     context_parallel_size: int = 1
+    """Ranks that share each sequence."""
     expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a mixture; divides tensor x context x data."""
     data_parallel_size: int = 1
     sequence_parallel: bool = False
+    """Between the split matrices, each tensor-parallel rank keeps its share of the tokens only."""
 
     @property
     def world_size(self) -> int:

@@ -72,6 +72,7 @@ def _problems(
     yield from _loss(config)
     yield from _optimizer(config)
     yield from _training(config)
+    yield from _packing(config)
     yield from _media(config)
     yield from _observability(config, world_size)
     yield from _rest(config)
@@ -119,6 +120,9 @@ def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
                 data__max_prompt_tokens=data.max_prompt_tokens,
                 parallel__tensor_model_parallel_size=parallel.tensor_model_parallel_size,
                 parallel__pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+                parallel__virtual_pipeline_model_parallel_size=(
+                    parallel.virtual_pipeline_model_parallel_size
+                ),
                 parallel__context_parallel_size=parallel.context_parallel_size,
                 parallel__expert_model_parallel_size=parallel.expert_model_parallel_size,
                 parallel__data_parallel_size=parallel.data_parallel_size,
@@ -196,22 +200,42 @@ def _branch_layout(key: str, branch: BranchConfig) -> Iterator[str]:
             f"{key}.rollout.tensor_parallel_size: {rollout_tp} does not divide the branch's {ranks} ranks "
             f"({_rank_product(branch)}); use one of {_divisors(ranks)}"
         )
-    if parallel.context_parallel_size > 1:
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield (
-            f"{key}.parallel.context_parallel_size: {parallel.context_parallel_size} is not supported: "
-            f"Megatron-Core's context parallelism needs Transformer Engine's attention, which the CPU path "
-            f"lacks; use 1, and tensor or pipeline parallelism for long sequences"
+            f"{key}.parallel.sequence_parallel: true splits tokens over tensor-parallel ranks, but "
+            f"tensor_model_parallel_size is 1; use false, or context_parallel_size for long sequences"
         )
-    if parallel.expert_model_parallel_size > 1:
+    virtual, pipeline = parallel.virtual_pipeline_model_parallel_size, parallel.pipeline_model_parallel_size
+    if virtual > 1 and pipeline == 1:
         yield (
-            f"{key}.parallel.expert_model_parallel_size: {parallel.expert_model_parallel_size} is not "
-            f"supported: the supported models are dense and have no experts to spread; use 1"
+            f"{key}.parallel.virtual_pipeline_model_parallel_size: {virtual} interleaves pipeline stages, "
+            f"but pipeline_model_parallel_size is 1; use 1"
         )
-    if parallel.sequence_parallel:
+    experts = parallel.expert_model_parallel_size
+    per_stage = ranks // pipeline if pipeline > 0 else 0
+    if experts > 0 and per_stage % experts:
         yield (
-            f"{key}.parallel.sequence_parallel: true is not supported: Megatron-Core's local layer spec, "
-            f"which the CPU path uses, has no sequence-parallel norm; use false"
+            f"{key}.parallel.expert_model_parallel_size: {experts} does not divide the {per_stage} ranks of "
+            f"a pipeline stage (tensor x context x data); use one of {_divisors(per_stage)}"
         )
+
+
+def _packing(config: Config) -> Iterator[str]:
+    """Layouts that only packed micro-batches can have."""
+    if config.training.sequence_packing:
+        return
+    for name, branch in config.branches.items():
+        for field in (
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+        ):
+            size = getattr(branch.parallel, field)
+            if size > 1:
+                yield (
+                    f"training.sequence_packing: false does not go with branches.{name}.parallel.{field} "
+                    f"{size}, which only packed micro-batches can have; set it to true, or {field}=1"
+                )
 
 
 def _branch_against_model(name: str, branch: BranchConfig, shape: ModelShape) -> Iterator[str]:
@@ -222,7 +246,7 @@ def _branch_against_model(name: str, branch: BranchConfig, shape: ModelShape) ->
     for what, size in (
         ("attention heads", shape.num_attention_heads),
         ("query groups (key/value heads)", shape.num_query_groups),
-        ("feed-forward width", shape.ffn_hidden_size),
+        *([("feed-forward width", shape.ffn_hidden_size)] if shape.num_experts is None else []),
     ):
         if size % tensor:
             yield (
@@ -234,6 +258,20 @@ def _branch_against_model(name: str, branch: BranchConfig, shape: ModelShape) ->
             f"{key}.parallel.pipeline_model_parallel_size: {pipeline} does not divide the model's "
             f"{shape.num_layers} layers (remainder {shape.num_layers % pipeline}); "
             f"use one of {_divisors(shape.num_layers)}"
+        )
+    yield from _experts_against_model(key, branch, shape)
+    virtual = branch.parallel.virtual_pipeline_model_parallel_size
+    pieces = pipeline * virtual
+    if virtual > 1 and shape.num_layers % pieces:
+        yield (
+            f"{key}.parallel.virtual_pipeline_model_parallel_size: {pipeline} stages x {virtual} chunks do "
+            f"not divide the model's {shape.num_layers} layers (remainder {shape.num_layers % pieces})"
+        )
+    elif virtual > 1 and shape.vision is not None and shape.num_layers // pieces < shape.vision.num_deepstack:
+        yield (
+            f"{key}.parallel.virtual_pipeline_model_parallel_size: {virtual} leaves {shape.num_layers} / "
+            f"{pieces} = {shape.num_layers // pieces} layers in the first chunk, but the vision tower feeds "
+            f"its deepstack features into the first {shape.vision.num_deepstack}; use fewer chunks"
         )
     if shape.vision is not None and shape.num_layers // pipeline < shape.vision.num_deepstack:
         wanted, layers = shape.vision.num_deepstack, shape.num_layers
@@ -249,6 +287,27 @@ def _branch_against_model(name: str, branch: BranchConfig, shape: ModelShape) ->
             f"{key}.rollout.tensor_parallel_size: {rollout_tp} has to divide the model's {heads} attention "
             f"heads and to divide or be a multiple of its {groups} key/value heads; use one of "
             f"{[d for d in _divisors(heads) if groups % d == 0 or d % groups == 0]}"
+        )
+
+
+def _experts_against_model(key: str, branch: BranchConfig, shape: ModelShape) -> Iterator[str]:
+    experts, tensor = branch.parallel.expert_model_parallel_size, branch.parallel.tensor_model_parallel_size
+    if shape.num_experts is None:
+        if experts > 1:
+            yield (
+                f"{key}.parallel.expert_model_parallel_size: {experts}, but {shape.architecture} is dense "
+                f"and has no experts to spread; use 1"
+            )
+        return
+    if shape.num_experts % experts:
+        yield (
+            f"{key}.parallel.expert_model_parallel_size: {experts} does not divide the model's "
+            f"{shape.num_experts} experts; use one of {_divisors(shape.num_experts)}"
+        )
+    if tensor > 1 and not branch.parallel.sequence_parallel:
+        yield (
+            f"{key}.parallel.sequence_parallel: false with tensor_model_parallel_size {tensor} would send "
+            f"every token to its experts {tensor} times; set it to true"
         )
 
 

@@ -32,7 +32,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
-from torch import Tensor
+from torch import Tensor, nn
 
 from copd_megatron.advantages import component_counts, mismatch_correction, row_weights
 from copd_megatron.config.model_shape import read_model_shape
@@ -56,7 +56,13 @@ from copd_megatron.policy.batch import (
 )
 from copd_megatron.policy.context import GatherContext
 from copd_megatron.policy.microbatch import CostModel, plan_micro_batches, plan_packed
-from copd_megatron.policy.model import build_model, initialize_parallel, padded_vocab, transformer_config
+from copd_megatron.policy.model import (
+    ModelChunks,
+    build_chunks,
+    initialize_parallel,
+    padded_vocab,
+    transformer_config,
+)
 from copd_megatron.policy.statistics import BatchStatistics, Tally
 from copd_megatron.policy.vocab_parallel import VocabShard, linear_full_logprobs, linear_logprobs
 from copd_megatron.policy.weights import ShardView, load_hf
@@ -126,9 +132,12 @@ class MegatronActor:
             cp_rank=self.cp_rank,
             multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
         )
+        pipeline = parallel.pipeline_model_parallel_size
+        self._round = pipeline if parallel.virtual_pipeline_model_parallel_size > 1 else 1
+        """The interleaved schedule takes micro-batches in groups of this many."""
         self.cost = CostModel.of_layer(
             query_size=self.dims.num_attention_heads * self.dims.head_dim,
-            layer_parameters=self.dims.layer_parameters,
+            layer_parameters=self.dims.active_layer_parameters,
         )
         self.vision: Vision | None = None
         if self.dims.vision is not None:
@@ -144,9 +153,10 @@ class MegatronActor:
 
         self.config = transformer_config(self.dims, parallel, dtype)
         with cpu.cuda_to_cpu():
-            self.model: GPTModel = build_model(
+            self.chunks: list[GPTModel] = build_chunks(
                 self.dims, self.config, max_tokens, model_path=model_path, freeze_vision=freeze_vision
             )
+        self.model: nn.Module = self.chunks[0] if len(self.chunks) == 1 else ModelChunks(self.chunks)
         self.shard = VocabShard(
             group=parallel_state.get_tensor_model_parallel_group(),
             start=self.tp_rank
@@ -155,17 +165,20 @@ class MegatronActor:
             vocab_size=self.dims.vocab_size,
         )
         self.view = ShardView(
-            self.model,
+            self.chunks,
             self.dims,
             tp_rank=self.tp_rank,
             tp_size=parallel.tensor_model_parallel_size,
             pp_rank=self.pp_rank,
             pp_size=parallel.pipeline_model_parallel_size,
+            ep_rank=parallel_state.get_expert_model_parallel_rank(),
+            ep_size=parallel.expert_model_parallel_size,
         )
         load_hf(self.view, model_path)
-        self.module: Any = self.model
+        self.modules: list[Any] = list(self.chunks)
+        """What Megatron's schedules run: the chunks in their wrappers."""
         if dtype is not torch.float32:
-            self.module = Float16Module(self.config, self.model)
+            self.modules = [Float16Module(self.config, chunk) for chunk in self.chunks]
         self.optimizer = None
         if optimizer is not None:
             self._make_trainable(optimizer, dtype, total_steps)
@@ -178,7 +191,10 @@ class MegatronActor:
             check_for_nan_in_grad=False,
         )
         with cpu.cuda_to_cpu():
-            self.module = DistributedDataParallel(self.config, ddp, self.module)
+            self.modules = [
+                DistributedDataParallel(self.config, ddp, module, disable_bucketing=number > 0)
+                for number, module in enumerate(self.modules)
+            ]
             self.optimizer = get_megatron_optimizer(
                 MegatronOptimizerConfig(
                     optimizer="adam",
@@ -193,7 +209,7 @@ class MegatronActor:
                     params_dtype=dtype,
                     use_distributed_optimizer=True,
                 ),
-                [self.module],
+                self.modules,
             )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -210,7 +226,8 @@ class MegatronActor:
         )
         self.scheduler.step(increment=1)  # update number n uses the schedule's value at n, warm-up included
         self.config.finalize_model_grads_func = _sum_model_grads
-        self.config.no_sync_func = self.module.no_sync
+        no_sync = [module.no_sync for module in self.modules]
+        self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     # ---- scoring ---------------------------------------------------------------------------------------
 
@@ -329,7 +346,8 @@ class MegatronActor:
             self._tally_mismatch(tally, batch, rows, logprobs.detach())
             return result.loss
 
-        self.module.zero_grad_buffer()
+        for module in self.modules:
+            module.zero_grad_buffer()
         assert self.optimizer is not None, "a frozen actor cannot train"
         self.optimizer.zero_grad()
         self._run(self._micro_batches(rows, None), forward_only=False, loss_of=loss_of)
@@ -373,15 +391,22 @@ class MegatronActor:
         ranks, budget = self.parallel.data_parallel_size, self.training.micro_batch_tokens
         if self.arrangement.packed:
             budget *= self.parallel.context_parallel_size
-            plan = plan_packed(lengths, num_ranks=ranks, budget_tokens=budget, cost=self.cost)
+            plan = plan_packed(
+                lengths, num_ranks=ranks, budget_tokens=budget, cost=self.cost, multiple=self._round
+            )
         else:
             plan = plan_micro_batches(lengths, num_ranks=ranks, budget_tokens=budget)
+        common = 1
+        if not self.on_cuda and self.dims.num_experts is not None:
+            # the dispatcher that goes without CUDA wants equally many tokens everywhere
+            common = max(sum(lengths[row] for row in rows) for rank in plan for rows in rank)
         return [
             build_micro_batch(
                 rows,
                 sequences,
                 device=self.device,
                 arrangement=self.arrangement,
+                at_least=common,
                 states=states,
                 vision=self.vision,
             )
@@ -428,10 +453,10 @@ class MegatronActor:
         with cpu.cuda_to_cpu():
             get_forward_backward_func()(
                 forward_step_func=step,
-                data_iterator=iter(batches),
-                model=[self.module],
+                data_iterator=[iter(batches) for _ in self.modules],
+                model=self.modules,
                 num_microbatches=len(batches),
-                seq_length=batches[0].input_ids_bs.shape[1],
+                seq_length=batches[0].input_ids_bs.shape[1] * self.parallel.context_parallel_size,
                 micro_batch_size=batches[0].input_ids_bs.shape[0],
                 forward_only=forward_only,
             )

@@ -132,18 +132,19 @@ def build_micro_batch(
     *,
     device: torch.device,
     arrangement: Arrangement | None = None,
+    at_least: int = 1,
     states: Sequence[Sequence[int]] | None = None,
     vision: Vision | None = None,
 ) -> MicroBatch:
     """Lays out the named rows of ``sequences`` (``arrangement`` None: packed, on one context-parallel rank).
 
-    ``states`` gives, per sequence of the full list, response positions whose full distribution is wanted.
-    No rows make a micro-batch of one token and no targets, so that a rank without work still takes part in
-    the collectives.
+    A pack is filled up to ``at_least`` tokens. ``states`` gives, per sequence of the full list, response
+    positions whose full distribution is wanted. No rows make a micro-batch of one token and no targets, so
+    that a rank without work still takes part in the collectives.
     """
     arrangement = arrangement or Arrangement()
     lengths = [len(sequences[row].token_ids) for row in rows] or [1]
-    frame = _pack(lengths, arrangement) if arrangement.packed else _pad(lengths, arrangement)
+    frame = _pack(lengths, arrangement, at_least) if arrangement.packed else _pad(lengths, arrangement)
     ids = np.zeros(frame.num_places, dtype=np.int64)
     hidden, targets, index, state_hidden = [], [], [], []
     for place, row in enumerate(rows):
@@ -217,9 +218,9 @@ def _pad(lengths: Sequence[int], arrangement: Arrangement) -> _Frame:
     return _Frame(num_places=b * s, start=range(b), room=[s] * b, stride=b)
 
 
-def _pack(lengths: Sequence[int], arrangement: Arrangement) -> _Frame:
+def _pack(lengths: Sequence[int], arrangement: Arrangement, at_least: int) -> _Frame:
     room = [arrangement.padded_length(length) for length in lengths]
-    total = arrangement.total_length(sum(room))
+    total = arrangement.total_length(max(sum(room), at_least))
     if total > sum(room):
         room.append(total - sum(room))
     boundaries = [0, *np.cumsum(room).tolist()]

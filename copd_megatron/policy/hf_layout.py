@@ -9,7 +9,10 @@ export need to know. ``Slot`` names the place inside the fused parameter.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from copd_megatron.config.model_shape import ModelShape, VisionShape
@@ -34,6 +37,11 @@ class Slot:
     parameter itself."""
     group: str
     """Tensors of one group belong to one fused rollout parameter and travel together."""
+    chunk: int = 0
+    """Model chunk of that stage (virtual pipeline)."""
+    expert: int | None = None
+    """Number of the expert that it belongs to: only the expert-parallel ranks that hold that expert own
+    it, whole."""
     copy_of_embedding: bool = False
     """The tied output weight on the last stage: loaded from the embedding, never exported."""
 
@@ -47,20 +55,26 @@ class Slot:
         return min(tp_rank * share, size), min((tp_rank + 1) * share, size)
 
 
-def layers_of_stage(num_layers: int, stage: int, pp_size: int) -> range:
-    """Decoder layers of a pipeline stage; an even split, which ``validate`` has checked."""
-    share = num_layers // pp_size
-    return range(stage * share, (stage + 1) * share)
+def layers_of_stage(num_layers: int, stage: int, pp_size: int, *, chunk: int = 0, vpp_size: int = 1) -> range:
+    """Decoder layers of one chunk of a pipeline stage; an even split, which ``validate`` has checked."""
+    share = num_layers // (pp_size * vpp_size)
+    first = (chunk * pp_size + stage) * share
+    return range(first, first + share)
 
 
-def slots(dims: ModelShape, pp_size: int) -> list[Slot]:
+def expert_owner(expert: int, num_experts: int, ep_size: int) -> int:
+    """Expert-parallel rank that holds an expert."""
+    return expert // (num_experts // ep_size)
+
+
+def slots(dims: ModelShape, pp_size: int, vpp_size: int = 1) -> list[Slot]:
     """Every Hugging Face tensor of the model with its owner, in forward order."""
-    hidden, ffn, head = dims.hidden_size, dims.ffn_hidden_size, dims.head_dim
+    hidden, head = dims.hidden_size, dims.head_dim
     queries, keys = dims.num_attention_heads * head, dims.num_query_groups * head
     last = pp_size - 1
     table: list[Slot] = []
 
-    def add(
+    def put(
         name: str,
         shape: tuple[int, ...],
         dim: int | None,
@@ -72,15 +86,19 @@ def slots(dims: ModelShape, pp_size: int) -> list[Slot]:
         kw.setdefault("group", name)
         table.append(Slot(name=name, shape=shape, dim=dim, stage=stage, module=module, part=part, **kw))
 
+    add = partial(put, chunk=0)
     if dims.vision is not None:
         for name, shape in vision_tensors(dims.vision).items():
             add(f"model.visual.{name}", shape, None, 0, f"visual.{name}", "parameter")
     decoder = dims.decoder_prefix
     add(f"{decoder}.embed_tokens.weight", (dims.vocab_size, hidden), 0, 0, "embedding.word_embeddings")
-    for stage in range(pp_size):
-        for local, layer in enumerate(layers_of_stage(dims.num_layers, stage, pp_size)):
+    for chunk, stage in itertools.product(range(vpp_size), range(pp_size)):
+        for local, layer in enumerate(
+            layers_of_stage(dims.num_layers, stage, pp_size, chunk=chunk, vpp_size=vpp_size)
+        ):
             hf, core = f"{decoder}.layers.{layer}", f"decoder.layers.{local}"
-            attention, mlp = f"{core}.self_attention", f"{core}.mlp"
+            attention = f"{core}.self_attention"
+            add = partial(put, chunk=chunk)
             add(f"{hf}.input_layernorm.weight", (hidden,), None, stage, f"{core}.input_layernorm")
             for part, rows in (("q", queries), ("k", keys), ("v", keys)):
                 add(
@@ -102,17 +120,14 @@ def slots(dims: ModelShape, pp_size: int) -> list[Slot]:
                 )
             add(f"{hf}.self_attn.o_proj.weight", (hidden, queries), 1, stage, f"{attention}.linear_proj")
             add(f"{hf}.post_attention_layernorm.weight", (hidden,), None, stage, f"{core}.pre_mlp_layernorm")
-            for part in ("gate", "up"):
-                add(
-                    f"{hf}.mlp.{part}_proj.weight",
-                    (ffn, hidden),
-                    0,
-                    stage,
-                    f"{mlp}.linear_fc1",
-                    part,
-                    group=f"{hf}.mlp.gate_up",
-                )
-            add(f"{hf}.mlp.down_proj.weight", (hidden, ffn), 1, stage, f"{mlp}.linear_fc2")
+            if dims.num_experts is None:
+                _feed_forward(add, f"{hf}.mlp", stage, f"{core}.mlp", hidden, dims.ffn_hidden_size)
+                continue
+            add(f"{hf}.mlp.gate.weight", (dims.num_experts, hidden), None, stage, f"{core}.mlp.router")
+            for expert in range(dims.num_experts):
+                name, module = f"{hf}.mlp.experts.{expert}", f"{core}.mlp.experts"
+                _feed_forward(add, name, stage, module, hidden, dims.expert_ffn_size, expert=expert)
+    add = partial(put, chunk=vpp_size - 1)
     add(f"{decoder}.norm.weight", (hidden,), None, last, "decoder.final_layernorm")
     if not dims.tie_word_embeddings:
         add("lm_head.weight", (dims.vocab_size, hidden), 0, last, "output_layer")
@@ -120,6 +135,25 @@ def slots(dims: ModelShape, pp_size: int) -> list[Slot]:
         embedding = (dims.vocab_size, hidden)
         add(f"{decoder}.embed_tokens.weight", embedding, 0, last, "output_layer", copy_of_embedding=True)
     return table
+
+
+def _feed_forward(
+    add: Callable[..., None], name: str, stage: int, module: str, hidden: int, ffn: int, **kw: Any
+) -> None:
+    """Gate, up and down of an MLP, or of one expert, which tensor parallelism does not split."""
+    whole = "expert" in kw
+    for part in ("gate", "up"):
+        add(
+            f"{name}.{part}_proj.weight",
+            (ffn, hidden),
+            None if whole else 0,
+            stage,
+            f"{module}.linear_fc1",
+            part,
+            group=f"{name}.gate_up",
+            **kw,
+        )
+    add(f"{name}.down_proj.weight", (hidden, ffn), None if whole else 1, stage, f"{module}.linear_fc2", **kw)
 
 
 def vision_tensors(vision: VisionShape) -> dict[str, tuple[int, ...]]:

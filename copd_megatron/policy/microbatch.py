@@ -39,7 +39,7 @@ class CostModel:
 
 
 def plan_packed(
-    lengths: Sequence[int], *, num_ranks: int, budget_tokens: int, cost: CostModel
+    lengths: Sequence[int], *, num_ranks: int, budget_tokens: int, cost: CostModel, multiple: int = 1
 ) -> list[list[list[int]]]:
     """Assigns rows to ``plan[rank][micro_batch] = [row, ...]``; each row appears exactly once.
 
@@ -47,16 +47,18 @@ def plan_packed(
     ranks and as equal in cost as a greedy assignment (dearest row first, to the cheapest micro-batch with
     room) makes them; a rank's dearest come first, so that micro-batches that run at the same time are alike.
     A row longer than the budget gets a micro-batch of its own. A micro-batch may be empty where there are
-    fewer rows than ranks. Deterministic, and the same on every rank.
+    fewer rows than ranks. Each rank's number of micro-batches is a multiple of ``multiple``. Deterministic,
+    and the same on every rank.
 
     Raises:
         ValueError: no rows, or a non-positive rank count or budget.
     """
     if num_ranks < 1 or budget_tokens < 1 or not lengths:
         raise ValueError(f"cannot plan {len(lengths)} rows on {num_ranks} ranks at {budget_tokens} tokens")
-    count = _round_up(-(-sum(lengths) // budget_tokens), num_ranks)
+    step = num_ranks * multiple
+    count = _round_up(-(-sum(lengths) // budget_tokens), step)
     while (bins := _fill(lengths, count, budget_tokens, cost)) is None:
-        count += num_ranks
+        count += step
     costs = [sum(cost(lengths[row]) for row in rows) for rows in bins]
     plan: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     load = [0.0] * num_ranks

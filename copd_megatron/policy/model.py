@@ -22,9 +22,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import nn
 
 from copd_megatron.config.model_shape import ModelShape
 from copd_megatron.config.schema import ParallelConfig
+from copd_megatron.policy.norm import RMSNorm
 from copd_megatron.policy.packed_attention import PackedAttention
 from copd_megatron.policy.vision import VisionLanguageModel
 
@@ -44,9 +47,17 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # an expert lies whole on its rank
+        virtual_pipeline_model_parallel_size=_virtual(parallel),
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _virtual(parallel: ParallelConfig) -> int | None:
+    """Megatron's way of saying how many model chunks a stage has."""
+    size = parallel.virtual_pipeline_model_parallel_size
+    return size if size > 1 else None
 
 
 def padded_vocab(dims: ModelShape, tp_size: int) -> int:
@@ -80,17 +91,25 @@ def transformer_config(dims: ModelShape, parallel: ParallelConfig, dtype: torch.
         "bf16": dtype is torch.bfloat16,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": _virtual(parallel),
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         # micro-batches differ in length; the stages tell each other the shape
-        "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
+        "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1
+        and (on_cuda or dims.num_experts is None),
         # the loss comes fully normalised (records.TrainRow): Megatron must only sum
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
-        # the all-gather dispatcher refuses micro-batches of different length
-        "moe_token_dispatcher_type": "alltoall",
     }
+    if _virtual(parallel):
+        # with two stages the next one is also the one before: without overlap, Megatron would send forward
+        # and backward tensors at once, to the same rank, and each would be taken for the other
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    # a dense model has no use for it, but Megatron's default refuses micro-batches of different length
+    settings["moe_token_dispatcher_type"] = "alltoall"
+    if dims.num_experts is not None:
+        settings |= _expert_settings(dims, on_cuda)
     if not on_cuda:
         settings |= {
             "use_cpu_initialization": True,
@@ -103,35 +122,107 @@ def transformer_config(dims: ModelShape, parallel: ParallelConfig, dtype: torch.
     return TransformerConfig(**settings)
 
 
-def layer_spec() -> ModuleSpec:
+def _expert_settings(dims: ModelShape, on_cuda: bool) -> dict[str, Any]:
+    """Megatron's configuration of Qwen3's experts: no shared ones, no balancing loss in a policy update."""
+    return {
+        "num_moe_experts": dims.num_experts,
+        "moe_ffn_hidden_size": dims.expert_ffn_size,
+        "moe_router_topk": dims.num_experts_per_token,
+        # softmax over the chosen ones is what normalising their softmax over all comes to
+        "moe_router_pre_softmax": not dims.normalize_expert_weights,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": on_cuda,
+        # The all-to-all dispatcher makes CUDA streams. The all-gather one wants equally many tokens on all
+        # ranks and in all micro-batches, which ``MegatronActor`` sees to.
+        "moe_token_dispatcher_type": "alltoall" if on_cuda else "allgather",
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def layer_spec(
+    config: TransformerConfig, vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers on CUDA, Megatron's own on CPU; the checkpoint keys are the same."""
     if torch.cuda.is_available():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-    # Megatron's own core attention refuses packed sequences
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    return spec
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
+        )
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm"
+    )
+    # Megatron's own core attention refuses packed sequences, its norms sequence parallelism
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts is not None:  # there is no linear layer for the norm's weight to hide in
+        layer.sharded_state_dict_keys_map = {
+            key: value
+            for key, value in layer.sharded_state_dict_keys_map.items()
+            if not key.startswith("pre_mlp")
+        }
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
+    )
 
 
-def build_model(
+class ModelChunks(nn.ModuleList):
+    """The chunks of a pipeline stage under a virtual pipeline, as one module to save and count."""
+
+    def sharded_state_dict(self, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """Every chunk's; the entries' names here say which chunk's they are, their keys do not."""
+        return {
+            f"{prefix}{number}.{name}": entry
+            for number, chunk in enumerate(self)
+            for name, entry in chunk.sharded_state_dict(prefix="", **kwargs).items()
+        }
+
+
+def build_chunks(
     dims: ModelShape,
     config: TransformerConfig,
     max_tokens: int,
     *,
     model_path: str | Path,
     freeze_vision: bool = False,
-) -> GPTModel:
-    """This rank's pipeline stage, uninitialised weights on the right device.
+) -> list[GPTModel]:
+    """This rank's pipeline stage, one model per chunk, uninitialised weights on the right device.
 
     ``model_path`` gives the vision tower's configuration, where the model has one.
     """
+    stages = range(config.virtual_pipeline_model_parallel_size or 1)
+    return [
+        _build_chunk(
+            dims,
+            config,
+            max_tokens,
+            model_path,
+            freeze_vision,
+            vp_stage=stage if config.virtual_pipeline_model_parallel_size else None,
+        )
+        for stage in stages
+    ]
+
+
+def _build_chunk(
+    dims: ModelShape,
+    config: TransformerConfig,
+    max_tokens: int,
+    model_path: str | Path,
+    freeze_vision: bool,
+    *,
+    vp_stage: int | None,
+) -> GPTModel:
     settings: dict[str, Any] = {
         "config": config,
-        "transformer_layer_spec": layer_spec(),
+        "transformer_layer_spec": layer_spec(config, vp_stage),
         "vocab_size": padded_vocab(dims, config.tensor_model_parallel_size),
         "max_sequence_length": max_tokens,
-        "pre_process": parallel_state.is_pipeline_first_stage(),
-        "post_process": parallel_state.is_pipeline_last_stage(),
+        "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        "vp_stage": vp_stage,
         "parallel_output": True,
         "share_embeddings_and_output_weights": dims.tie_word_embeddings,
         "rotary_base": int(dims.rope_theta),

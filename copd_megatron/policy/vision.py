@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
@@ -42,7 +43,8 @@ class VisionLanguageModel(GPTModel):
     """Megatron's GPT decoder with Qwen3-VL's vision tower in front (first pipeline stage only)."""
 
     def __init__(self, *, vision_config: dict[str, Any], freeze_vision: bool, **kwargs: Any) -> None:
-        super().__init__(position_embedding_type="mrope", **kwargs)
+        # The tower's outputs go in before the tokens are split over ranks, so the embedding must not split.
+        super().__init__(position_embedding_type="mrope", scatter_embedding_sequence_parallel=False, **kwargs)
         self.rotary_pos_emb = InterleavedMultimodalRotaryEmbedding(
             kv_channels=self.config.kv_channels,
             rotary_percent=1.0,
@@ -74,7 +76,8 @@ class VisionLanguageModel(GPTModel):
         return output
 
     def _embed(self, input_ids: Tensor, vision: VisionBatch) -> Tensor:
-        """Token embeddings [s, b, H] with the tower's outputs at the placeholders."""
+        """Token embeddings with the tower's outputs at the placeholders: [s, b, H], or under sequence
+        parallelism this rank's share of s."""
         text = self.embedding(input_ids=input_ids, position_ids=None)
         seen = self.visual(vision.pixel_values.to(text.dtype), grid_thw=vision.grid_thw, return_dict=True)
         features = [seen.pooler_output, *seen.deepstack_features]
@@ -83,14 +86,28 @@ class VisionLanguageModel(GPTModel):
         self._deepstack = features[1:]
         self._scatter_index = vision.scatter_index
         flat = text.reshape(-1, text.shape[-1])
-        return flat.index_copy(0, vision.scatter_index, features[0].to(text.dtype)).view_as(text)
+        mixed = flat.index_copy(0, vision.scatter_index, features[0].to(text.dtype)).view_as(text)
+        return self._scatter(mixed)
+
+    def _scatter(self, values_sbh: Tensor) -> Tensor:
+        """This rank's share under sequence parallelism; its gradient is gathered from all ranks, so that the
+        tower, which every rank runs whole, gets the same whole gradient on each."""
+        if not self.config.sequence_parallel:
+            return values_sbh
+        return scatter_to_sequence_parallel_region(values_sbh)
 
     def add_deepstack(self, number: int, hidden_sbh: Tensor) -> Tensor:
         """Adds feature map ``number`` to the hidden states at the visual tokens."""
         if self._scatter_index is None:
             return hidden_sbh
+        feature = self._deepstack[number].to(hidden_sbh.dtype)
+        if self.config.sequence_parallel:
+            ranks = self.config.tensor_model_parallel_size
+            length, rows, width = hidden_sbh.shape
+            whole = hidden_sbh.new_zeros(length * ranks * rows, width)
+            whole = whole.index_add(0, self._scatter_index, feature).view(length * ranks, rows, width)
+            return hidden_sbh + self._scatter(whole)
         flat = hidden_sbh.reshape(-1, hidden_sbh.shape[-1])
-        feature = self._deepstack[number].to(flat.dtype)
         return flat.index_add(0, self._scatter_index, feature).view_as(hidden_sbh)
 
 

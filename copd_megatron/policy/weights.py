@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from copd_megatron.config.model_shape import ModelShape
-from copd_megatron.policy.hf_layout import Slot, slots
+from copd_megatron.policy.hf_layout import Slot, expert_owner, slots
 
 _DTYPE_BYTES = {
     "F64": 8,
@@ -33,13 +33,29 @@ class ShardView:
     """
 
     def __init__(
-        self, model: nn.Module, dims: ModelShape, *, tp_rank: int, tp_size: int, pp_rank: int, pp_size: int
+        self,
+        chunks: Sequence[nn.Module],
+        dims: ModelShape,
+        *,
+        tp_rank: int,
+        tp_size: int,
+        pp_rank: int,
+        pp_size: int,
+        ep_rank: int = 0,
+        ep_size: int = 1,
     ) -> None:
+        """``chunks`` are the model chunks of this rank's pipeline stage, one without virtual pipeline."""
         self.dims, self.tp_rank, self.tp_size = dims, tp_rank, tp_size
         self.pp_rank, self.pp_size = pp_rank, pp_size
-        self._model = model
-        self.table = slots(dims, pp_size)
-        self.local = [slot for slot in self.table if slot.stage == pp_rank]
+        self._chunks = chunks
+        self._first_expert = ep_rank * (dims.num_experts or 0) // ep_size
+        self.table = slots(dims, pp_size, len(chunks))
+        self.local = [
+            slot
+            for slot in self.table
+            if slot.stage == pp_rank
+            and (slot.expert is None or expert_owner(slot.expert, dims.num_experts or 0, ep_size) == ep_rank)
+        ]
 
     def _parameter(self, slot: Slot) -> nn.Parameter:
         """The Megatron parameter behind a slot. Transformer Engine's fused norm-and-linear modules hold the
@@ -48,13 +64,19 @@ class ShardView:
             "input_layernorm": "self_attention.linear_qkv.layer_norm_weight",
             "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm_weight",
         }
+        model = self._chunks[slot.chunk]
         if slot.part == "parameter":
-            return self._model.get_parameter(slot.module)
-        path = f"{slot.module}.weight"
+            return model.get_parameter(slot.module)
         layer, _, leaf = slot.module.rpartition(".")
-        if leaf in fused and not _has_weight(self._model, path):
+        if slot.expert is not None:
+            local = slot.expert - self._first_expert
+            path = f"{layer}.local_experts.{local}.{leaf}.weight"
+            # Transformer Engine's grouped linear holds its experts' weights side by side
+            return model.get_parameter(path if _has_weight(model, path) else f"{slot.module}.weight{local}")
+        path = f"{slot.module}.weight"
+        if leaf in fused and not _has_weight(model, path):
             path = f"{layer}.{fused[leaf]}"
-        return self._model.get_parameter(path)
+        return model.get_parameter(path)
 
     def _view(self, slot: Slot) -> Tensor:
         """A (possibly strided) view whose elements, in order, are this rank's share of the tensor."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from copd_megatron.config.model_shape import ModelShape
-from copd_megatron.policy.hf_layout import Slot, slots
+from copd_megatron.policy.hf_layout import Slot, expert_owner, slots
 
 VLLM_VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this before it splits it."""
@@ -28,7 +28,11 @@ class BranchLayout:
     tp: int
     pp: int
     dp: int
+    """Context times data parallel: each holds a copy of the weights."""
     rollout_tp: int
+    vpp: int = 1
+    ep: int = 1
+    """Expert parallel: which of the tp x dp ranks of a stage share the experts."""
 
     @property
     def world_size(self) -> int:
@@ -105,7 +109,7 @@ def plan_sync(
     _check(dims, layout)
     receivers = range(layout.world_size) if destinations is None else destinations
     groups: dict[str, list[Slot]] = {}
-    for slot in slots(dims, layout.pp):
+    for slot in slots(dims, layout.pp, layout.vpp):
         if not slot.copy_of_embedding:
             groups.setdefault(slot.group, []).append(slot)
     buckets: list[Bucket] = []
@@ -130,9 +134,11 @@ def _bucket(
         for dst in receivers:
             wanted = wanted_range(slot, dims, dst % layout.rollout_tp, layout.rollout_tp)
             if wanted is None:
-                transfers.append(
-                    Transfer(slot=slot, src=_source(slot, None, dst, layout), dst=dst, start=None, stop=None)
-                )
+                src = _source(slot, None, dst, layout)
+                if slot.expert is not None:
+                    owner = expert_owner(slot.expert, dims.num_experts or 0, layout.ep)
+                    src = _expert_source(owner, dst, slot.stage, layout)
+                transfers.append(Transfer(slot=slot, src=src, dst=dst, start=None, stop=None))
                 continue
             for tp in range(layout.tp):
                 owned = slot.range_of(tp, layout.tp)
@@ -151,16 +157,24 @@ def _source(slot: Slot, tp: int | None, dst: int, layout: BranchLayout) -> int:
     return layout.rank_at(own_tp if tp is None else tp, dp, slot.stage)
 
 
+def _expert_source(owner: int, dst: int, stage: int, layout: BranchLayout) -> int:
+    """The rank that serves ``dst`` with an expert of expert-parallel rank ``owner``: the one in the group of
+    ``ep`` neighbours that stands at the destination's place in its stage."""
+    per_stage = layout.tp * layout.dp
+    return stage * per_stage + dst % per_stage // layout.ep * layout.ep + owner
+
+
 def _check(dims: ModelShape, layout: BranchLayout) -> None:
     if layout.rollout_tp < 1 or layout.world_size % layout.rollout_tp:
         raise ValueError(
             f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the branch's "
             f"{layout.world_size} ranks"
         )
-    if dims.num_attention_heads % layout.rollout_tp or dims.ffn_hidden_size % layout.rollout_tp:
+    width = dims.ffn_hidden_size if dims.num_experts is None else dims.expert_ffn_size
+    if dims.num_attention_heads % layout.rollout_tp or width % layout.rollout_tp:
         raise ValueError(
             f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the model's "
-            f"{dims.num_attention_heads} attention heads and {dims.ffn_hidden_size} feed-forward rows"
+            f"{dims.num_attention_heads} attention heads and {width} feed-forward rows"
         )
     fewer, more = sorted((dims.num_query_groups, layout.rollout_tp))
     if more % fewer:

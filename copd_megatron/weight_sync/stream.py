@@ -45,8 +45,10 @@ class ShardStream:
             BranchLayout(
                 tp=parallel.tensor_model_parallel_size,
                 pp=parallel.pipeline_model_parallel_size,
-                dp=parallel.data_parallel_size,
+                dp=parallel.context_parallel_size * parallel.data_parallel_size,
                 rollout_tp=rollout_tp,
+                vpp=parallel.virtual_pipeline_model_parallel_size,
+                ep=parallel.expert_model_parallel_size,
             ),
             bucket_bytes=bucket_bytes,
             element_bytes=self.dtype.itemsize,
