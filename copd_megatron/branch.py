@@ -126,6 +126,8 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
             temperature=settings.rollout.temperature,
             seed=config.run.seed,
             total_steps=num_steps(config.schedule) * config.training.num_mini_batches,
+            precision=config.precision,
+            memory=config.memory if uses_cuda(config) else None,
             freeze_vision=config.model.freeze_vision,
             features=lambda row: None if media is None else media.features(row.media),
         )
@@ -141,6 +143,7 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
                 max_tokens=config.model.max_sequence_tokens,
                 seed=config.run.seed,
                 media=media,
+                can_sleep=config.memory.sleep_rollouts,
             )
         sync = WeightSync(actor, engine, config.weight_sync)
     return Branch(

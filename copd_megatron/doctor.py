@@ -21,6 +21,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from copd_megatron.config.hardware import REQUIREMENTS, Machine, missing_for
+from copd_megatron.config.schema import FP8Recipe
+
 GIB = 1024**3
 
 _MIN_DISK_GIB = 12
@@ -93,6 +96,8 @@ def report() -> Report:
         "Transformer Engine": lambda: _transformer_engine(torch),
         "fused Adam": lambda: _fused_adam(torch),
         "FP8": lambda: _fp8(torch),
+        "flash attention": lambda: _flash_attention(torch),
+        "fused weight gradients": lambda: _fused_gradients(torch),
         "vLLM": lambda: _vllm(torch),
         "video": _video,
         "C++ compiler": _compiler,
@@ -275,24 +280,52 @@ def _fp8(torch: Any) -> list[Finding]:
     """FP8 recipes by compute capability, as Transformer Engine requires them."""
     capability = _gpu_capability(torch)
     has_te = _version("transformer-engine") is not None and _has_module("transformer_engine_torch")
-    recipes = (
-        ("FP8 delayed", lambda c: c >= (8, 9), "sm89 or newer"),
-        ("FP8 tensorwise", lambda c: c >= (8, 9), "sm89 or newer"),
-        ("FP8 blockwise", lambda c: c[0] == 9, "sm90 (Hopper)"),
-        ("MXFP8", lambda c: c >= (10, 0) and c[0] < 12, "sm100 (Blackwell)"),
+    machine = Machine(
+        capability=capability,
+        transformer_engine=_version("transformer-engine") if has_te else None,
+        cuda=torch.version.cuda if torch is not None else None,
     )
     findings = []
-    for name, supports, needs in recipes:
+    for recipe, needs in REQUIREMENTS.items():
+        name = "MXFP8" if recipe is FP8Recipe.mxfp8 else f"FP8 {recipe.value}"
+        reason = missing_for(recipe, machine)
         if capability is None:
-            findings.append(_missing(name, "no GPU", f"needs {needs} and Transformer Engine"))
-        elif not supports(capability):
+            findings.append(_missing(name, "no GPU", f"needs {needs.named} and Transformer Engine"))
+        elif reason is None:
             found = f"sm{capability[0]}{capability[1]}"
-            findings.append(_missing(name, found, f"needs {needs}"))
-        elif not has_te:
-            findings.append(_missing(name, "no Transformer Engine", "the GPU can: install it"))
+            findings.append(_ok(name, found, f"shorter steps on large models: precision.fp8={recipe.value}"))
         else:
-            findings.append(_ok(name, f"sm{capability[0]}{capability[1]}", "shorter steps on large models"))
+            found, _, means = reason.partition("; it ")
+            findings.append(_missing(name, found, means))
     return findings
+
+
+def _flash_attention(torch: Any) -> Finding:
+    """Transformer Engine takes flash-attn where it finds it, else cuDNN's fused attention."""
+    name = "flash attention"
+    on_gpu = _gpu_capability(torch) is not None
+    for distribution in ("flash-attn-3", "flash-attn", "flash_attn"):
+        if version := _version(distribution):
+            use = "packed attention of the actor" if on_gpu else "no use without a GPU"
+            return _ok(name, f"{distribution} {version}", use)
+    if not on_gpu:
+        return _missing(name, "no flash-attn", "only for GPUs; the CPU path uses torch's attention")
+    cudnn = torch.backends.cudnn.version()
+    if cudnn is None:
+        return _problem(
+            name, "neither flash-attn nor cuDNN", "packed sequences need one: pip install flash-attn"
+        )
+    return _ok(name, f"cuDNN {cudnn}", "packed attention of the actor; flash-attn is not installed")
+
+
+def _fused_gradients(torch: Any) -> Finding:
+    """Apex's kernel that adds weight gradients straight into Megatron's float32 buffer."""
+    name = "fused weight gradients"
+    on_gpu = _gpu_capability(torch) is not None
+    if _has_module("fused_weight_gradient_mlp_cuda"):
+        return _ok(name, "NVIDIA Apex", "gradient accumulation fusion" if on_gpu else "no use without a GPU")
+    means = "works; saves a pass over the gradients on GPU: Apex from NVIDIA's repository (not PyPI)"
+    return _missing(name, "not installed", means if on_gpu else "only for GPUs")
 
 
 def _vllm(torch: Any) -> Finding:

@@ -21,6 +21,7 @@ from copd_megatron.config.schema import MismatchCorrection, TeacherMode
 from copd_megatron.opd.behaviour import symmetric_kl, topk_overlap
 from copd_megatron.opd.graph import Edge
 from copd_megatron.opd.records import ScoreRequest, TeacherScore
+from copd_megatron.phase_memory import phase_memory
 from copd_megatron.policy.actor import SequenceScore
 from copd_megatron.records import FloatArray, IntArray, Prompt, Rollout, TrainRow
 from copd_megatron.rollout.engine import SamplingSettings, sample_seed
@@ -102,8 +103,9 @@ def sample_graded(
 ) -> list[Rollout]:
     """``prompts`` sampled over the branch's rollout replicas, graded, and gathered on every rank."""
     assert me.engine is not None
+    me.actor.give_memory(weights=True)
     begin = time.perf_counter()
-    with me.world.watch.operation("rollout.generate"):
+    with me.world.watch.operation("rollout.generate"), phase_memory(me.metrics, "sampling"):
         mine = me.engine.sample_share(prompts, settings, step=step, branch=purpose)
     generated = time.perf_counter()
     with me.world.watch.operation("rewards.grade"):
@@ -144,7 +146,10 @@ def score(
     me: Branch, sequences: Sequence[Rollout | ScoreRequest], states: Sequence[Sequence[int]] | None = None
 ) -> list[SequenceScore]:
     """The actor's log-probabilities, as a named operation."""
-    with me.world.watch.operation("policy.log_probs", ranks=me.world.branch_ranks[me.name]):
+    with (
+        me.world.watch.operation("policy.log_probs", ranks=me.world.branch_ranks[me.name]),
+        phase_memory(me.metrics, "scoring"),
+    ):
         return me.actor.log_probs(sequences, states)
 
 
@@ -293,8 +298,19 @@ def update(me: Branch, rows: Sequence[TrainRow], step: Step) -> None:
     """One training step of the actor: native and cross rows together, in one or more mini-batches."""
     if not me.trains or not rows:
         return
+    if me.engine is not None:
+        me.engine.sleep()
     begin = time.perf_counter()
     ranks = me.world.branch_ranks[me.name]
+    with phase_memory(me.metrics, "update"):
+        _train(me, rows, step, ranks)
+    me.actor.give_memory(weights=False)
+    me.metrics.maximum("timing/update_seconds", time.perf_counter() - begin)
+    me.metrics.value("train/num_rows", float(len(rows)))
+
+
+def _train(me: Branch, rows: Sequence[TrainRow], step: Step, ranks: Sequence[int]) -> None:
+    """The mini-batches of one update."""
     for number, part in enumerate(_mini_batches(me, rows, step)):
         with me.world.watch.operation("policy.forward_backward", ranks=ranks):
             statistics = me.actor.forward_backward(
@@ -312,10 +328,7 @@ def update(me: Branch, rows: Sequence[TrainRow], step: Step) -> None:
         for name, total in statistics.sums.items():
             if name not in ("num_tokens", "gen_kl_error"):
                 me.metrics.mean(f"train/{name}", total, statistics.sums["num_tokens"])
-    me.actor.version += 1
-    seconds = time.perf_counter() - begin
-    me.metrics.maximum("timing/update_seconds", seconds)
-    me.metrics.value("train/num_rows", float(len(rows)))
+    me.actor.finish_update()
 
 
 class DivergedError(RuntimeError):
@@ -366,7 +379,10 @@ def sync_weights(me: Branch) -> None:
     """The new weights into vLLM, live."""
     if me.sync is None:
         return
-    with me.world.watch.operation("weight_sync", ranks=me.world.branch_ranks[me.name]):
+    with (
+        me.world.watch.operation("weight_sync", ranks=me.world.branch_ranks[me.name]),
+        phase_memory(me.metrics, "weight_sync"),
+    ):
         report = me.sync()
     me.metrics.maximum("timing/weight_sync_seconds", report.seconds)
     me.metrics.mean("perf/weight_sync_gb_per_second", report.loaded_bytes / 1e9 / max(report.seconds, 1e-9))

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "copd_megatron"
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "records": set(),
-    "doctor": set(),
+    "doctor": {"config"},
     "schedule": {"config"},
     "advantages": {"config", "records"},
     "losses": {"config", "records", "advantages"},

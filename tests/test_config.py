@@ -324,7 +324,13 @@ def test_a_world_that_does_not_fit_says_how_many_processes_to_start(tmp_path: Pa
             ["branches.text.parallel.expert_model_parallel_size=3"],
             ["expert_model_parallel_size: 3", "divide"],
         ),
-        (["branches.text.parallel.sequence_parallel=true"], ["sequence_parallel: true", "context_parallel_"]),
+        (
+            [
+                "branches.text.parallel.tensor_model_parallel_size=1",
+                "branches.text.parallel.sequence_parallel=true",
+            ],
+            ["sequence_parallel: true", "context_parallel_size for long"],
+        ),
         (
             ["branches.text.parallel.virtual_pipeline_model_parallel_size=2"],
             ["virtual_pipeline_model_parallel_size: 2", "pipeline_model_parallel_size is 1"],

@@ -30,6 +30,8 @@ NAMES = {
     "FP8 tensorwise",
     "FP8 blockwise",
     "MXFP8",
+    "flash attention",
+    "fused weight gradients",
     "vLLM",
     "video",
     "C++ compiler",
@@ -53,6 +55,7 @@ def fake_torch(capability: tuple[int, int] | None, *, cuda_build: str | None = "
             get_device_properties=lambda index: SimpleNamespace(total_memory=80 * 1024**3),
             nccl=SimpleNamespace(version=lambda: (2, 29, 7)),
         ),
+        backends=SimpleNamespace(cudnn=SimpleNamespace(version=lambda: 91300)),
         distributed=SimpleNamespace(
             is_available=lambda: True, is_nccl_available=lambda: True, is_gloo_available=lambda: True
         ),
@@ -157,6 +160,8 @@ def test_fp8_recipes_follow_the_capability(
     recipes = [f for f in found.findings if f.name.startswith(("FP8", "MXFP8"))]
     assert {f.name for f in recipes if f.status is Status.ok} == supported
     assert found.finding("fused Adam").found == "Transformer Engine"
+    assert found.finding("flash attention").found == "cuDNN 91300"
+    assert found.finding("fused weight gradients").status is Status.missing
 
 
 def test_a_gpu_without_transformer_engine_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ def sharded_state(
         teacher: a snapshot to be saved along; when loading, any snapshot says that one is wanted.
         with_rng: random states belong to ranks; they cannot be loaded at another layout.
     """
+    actor.take_memory()
     state: dict[str, Any] = {"model": actor.model.sharded_state_dict(prefix="")}
     if teacher is not None:
         state["teacher"] = _snapshot_state(actor, state["model"], teacher)
@@ -116,6 +117,7 @@ def load_weights(actor: MegatronActor, folder: str) -> None:
     Raises:
         CheckpointError: the folder does not fit the model.
     """
+    actor.take_weights()
     state = {"model": actor.model.sharded_state_dict(prefix="")}
     loaded = _load(state, folder)
     with torch.no_grad():

@@ -25,6 +25,10 @@ WITHOUT_EFFECT: Final = (
     "training.micro_batch_tokens",
     "training.sequence_packing",
     "training.logprob_chunk_tokens",
+    "training.sequence_packing",
+    "training.recompute*",
+    "training.overlap_*",
+    "memory.*",
     "branches.*.parallel.*",
     "branches.*.rollout.tensor_parallel_size",
     "branches.*.rollout.gpu_memory_utilization",
@@ -32,6 +36,7 @@ WITHOUT_EFFECT: Final = (
     "branches.*.rollout.max_num_seqs",
     "branches.*.rollout.enforce_eager",
     "branches.*.rollout.enable_prefix_caching",
+    "branches.*.rollout.enable_chunked_prefill",
     "branches.*.reward.num_workers",
     # the data may have moved; whether it is the same, the stream's own fingerprint says
     "branches.*.data.train",

@@ -79,6 +79,40 @@ class MismatchCorrection(Enum):
     sequence_rejection = "sequence_rejection"
 
 
+class FP8Recipe(Enum):
+    """How Transformer Engine scales FP8 matrices. ``delayed``: by the largest values of earlier steps;
+    ``tensorwise``: of the tensor itself; ``blockwise``: of blocks of 128 (Hopper); ``mxfp8``: of blocks of 32
+    (Blackwell)."""
+
+    none = "none"
+    delayed = "delayed"
+    tensorwise = "tensorwise"
+    blockwise = "blockwise"
+    mxfp8 = "mxfp8"
+
+
+class FP8Format(Enum):
+    """``hybrid``: E4M3 forward, E5M2 for gradients."""
+
+    hybrid = "hybrid"
+    e4m3 = "e4m3"
+
+
+class Recompute(Enum):
+    """Activations computed again in the backward pass: of core attention only, or of whole layers."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class RolloutQuantization(Enum):
+    """What vLLM turns the actor's weights into."""
+
+    none = "none"
+    fp8 = "fp8"
+
+
 class LRSchedule(Enum):
     """Decay after the warm-up."""
 
@@ -215,9 +249,14 @@ class RolloutConfig:
     """KV cache on CPU, in GiB per rank."""
     max_num_seqs: int = 256
     """Sequences that an engine decodes at once."""
-    enforce_eager: bool = True
-    """No CUDA graphs / compilation; set false on GPU for speed."""
+    enforce_eager: bool | None = None
+    """True: no CUDA graphs and no compilation. Null: true on CPU, false on a GPU."""
     enable_prefix_caching: bool = True
+    """The samples of a group share their prompt's KV cache."""
+    enable_chunked_prefill: bool = True
+    """Long prompts are prefilled in pieces beside decoding (GPU; on CPU never)."""
+    quantization: RolloutQuantization = RolloutQuantization.none
+    """``fp8``: vLLM quantises linear layers at every weight sync (GPU)."""
 
 
 @dataclass(kw_only=True)
@@ -340,6 +379,20 @@ class AdvantageConfig:
 
 
 @dataclass(kw_only=True)
+class PrecisionConfig:
+    """FP8 in the actor's decoder layers (GPU). Embedding, output layer and vision tower stay in bfloat16."""
+
+    fp8: FP8Recipe = FP8Recipe.none
+    fp8_format: FP8Format = FP8Format.hybrid
+    num_bf16_layers_at_start: int = 0
+    """First decoder layers that stay in bfloat16; not with ``delayed``."""
+    num_bf16_layers_at_end: int = 0
+    fp8_parameters: bool = False
+    """Keep the layers' weights in FP8 only, and gather them so over data-parallel ranks; the optimizer has
+    its float32 copy."""
+
+
+@dataclass(kw_only=True)
 class OptimizerConfig:
     lr: float = 1e-6
     min_lr: float = 0.0
@@ -351,6 +404,17 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     """Global gradient norm bound; 0: no clipping."""
+    precision_aware: bool = False
+    """Keep gradients, master weights and moments in the types below (Transformer Engine's Adam); false: all
+    in float32."""
+    main_grads_dtype: str = "float32"
+    """float32 or bfloat16."""
+    main_params_dtype: str = "float32"
+    """float32 or float16."""
+    moments_dtype: str = "float32"
+    """float32, bfloat16, float16 or uint8 (FP8 with a scale)."""
+    cpu_offload_fraction: float = 0.0
+    """Share of the optimizer's states that lives, and is stepped, in host memory."""
 
 
 @dataclass(kw_only=True)
@@ -359,6 +423,14 @@ class TrainingConfig:
     """Token budget of one micro-batch (padding included) on one data- and context-parallel rank."""
     sequence_packing: bool = True
     """Rows of a micro-batch lie behind each other without padding; false: padded to the longest."""
+    recompute: Recompute = Recompute.none
+    recompute_num_layers: int = 1
+    """Layers between two kept activations, with ``full``."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights over data-parallel ranks while the next mini-batch's forward pass begins; needs
+    ``overlap_grad_reduce``."""
     num_mini_batches: int = 1
     """Optimizer steps that a step's batch is split into. 1: strictly on-policy."""
     logprob_chunk_tokens: int = 1024
@@ -370,6 +442,20 @@ class TrainingConfig:
     infinity in it always is: weights and optimizer stay as they were. Null: no such bound."""
     max_skipped_updates: int = 3
     """So many updates skipped one after another are borne; one more ends the run. 0: the first ends it."""
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    """Who holds a GPU's memory when. On CPU nothing moves."""
+
+    sleep_rollouts: bool = True
+    """vLLM gives its weights and KV cache back while the actor trains."""
+    offload_optimizer: bool = True
+    """Optimizer states wait in host memory while vLLM has its turn."""
+    offload_gradients: bool = True
+    """Gradient buffers exist during an update only."""
+    offload_weights: bool = False
+    """The actor's weights, too, wait in host memory while vLLM samples."""
 
 
 @dataclass(kw_only=True)
@@ -498,6 +584,8 @@ class Config:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     end: EndConfig = field(default_factory=EndConfig)

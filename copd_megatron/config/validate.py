@@ -6,12 +6,19 @@ read (``model_shape.py``); shards, tokenizers and verifiers by the rooms that ow
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
+from copd_megatron.config.bounds import above, at_least, under, within
 from copd_megatron.config.errors import ConfigError
+from copd_megatron.config.layout_checks import (
+    branch_against_model,
+    branch_layout,
+    packing,
+    precision_against_model,
+    precision_settings,
+)
 from copd_megatron.config.model_shape import ModelShape
 from copd_megatron.config.schema import (
     Aggregation,
@@ -63,7 +70,7 @@ def _problems(
         shape = model.get(name) if isinstance(model, Mapping) else model
         # Sizes below one have been reported; dividing by them would hide that.
         if shape is not None and branch.parallel.world_size > 0 and branch.rollout.tensor_parallel_size > 0:
-            yield from _branch_against_model(name, branch, shape)
+            yield from branch_against_model(name, branch, shape)
     if isinstance(model, Mapping):
         yield from _vocabularies(model)
     yield from _world(config, world_size)
@@ -72,33 +79,13 @@ def _problems(
     yield from _loss(config)
     yield from _optimizer(config)
     yield from _training(config)
-    yield from _packing(config)
+    yield from packing(config)
+    yield from precision_settings(config)
+    if isinstance(model, Mapping):
+        yield from precision_against_model(config, model)
     yield from _media(config)
     yield from _observability(config, world_size)
     yield from _rest(config)
-
-
-def _at_least(minimum: float, **values: float | None) -> Iterator[str]:
-    """Lower bounds; a double underscore in a keyword stands for the dot of the key."""
-    for key, value in values.items():
-        if value is not None and not (value >= minimum and math.isfinite(value)):
-            yield f"{key.replace('__', '.')}: {value} must be at least {minimum:g}"
-
-
-def _above(minimum: float, **values: float | None) -> Iterator[str]:
-    for key, value in values.items():
-        if value is not None and not (value > minimum and math.isfinite(value)):
-            yield f"{key.replace('__', '.')}: {value} must be above {minimum:g}"
-
-
-def _within(low: float, high: float, **values: float | None) -> Iterator[str]:
-    for key, value in values.items():
-        if value is not None and not low <= value <= high:
-            yield f"{key.replace('__', '.')}: {value} must be between {low:g} and {high:g}"
-
-
-def _under(prefix: str, problems: Iterable[str]) -> Iterator[str]:
-    return (f"{prefix}.{problem}" for problem in problems)
 
 
 def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
@@ -110,10 +97,10 @@ def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
             f"'/' separate branches; use letters, digits and underscores"
         )
     rollout, data, parallel = branch.rollout, branch.data, branch.parallel
-    yield from _under(
+    yield from under(
         key,
         [
-            *_at_least(
+            *at_least(
                 1,
                 num_prompts_per_step=branch.num_prompts_per_step,
                 num_generations_per_prompt=branch.num_generations_per_prompt,
@@ -131,7 +118,7 @@ def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
                 rollout__max_new_tokens=rollout.max_new_tokens,
                 rollout__max_num_seqs=rollout.max_num_seqs,
             ),
-            *_above(
+            *above(
                 0,
                 reward__timeout_seconds=branch.reward.timeout_seconds,
                 rollout__temperature=rollout.temperature,
@@ -139,7 +126,7 @@ def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
                 rollout__gpu_memory_utilization=rollout.gpu_memory_utilization,
                 rollout__cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
             ),
-            *_within(
+            *within(
                 0,
                 1,
                 rollout__top_p=rollout.top_p,
@@ -166,7 +153,7 @@ def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
             f"advantage would be 0; use at least 2"
         )
     yield from _branch_batches(config, name, branch)
-    yield from _branch_layout(key, branch)
+    yield from branch_layout(key, branch)
 
 
 def _needs_prompts(config: Config, name: str) -> bool:
@@ -189,125 +176,6 @@ def _branch_batches(config: Config, name: str, branch: BranchConfig) -> Iterator
             f"training.num_mini_batches: {parts} does not divide branches.{name}'s num_prompts_per_step x "
             f"num_generations_per_prompt = {branch.num_prompts_per_step} x "
             f"{branch.num_generations_per_prompt} = {samples}; change one of them"
-        )
-
-
-def _branch_layout(key: str, branch: BranchConfig) -> Iterator[str]:
-    parallel, rollout = branch.parallel, branch.rollout
-    ranks, rollout_tp = parallel.world_size, rollout.tensor_parallel_size
-    if ranks > 0 and rollout_tp > 0 and ranks % rollout_tp:
-        yield (
-            f"{key}.rollout.tensor_parallel_size: {rollout_tp} does not divide the branch's {ranks} ranks "
-            f"({_rank_product(branch)}); use one of {_divisors(ranks)}"
-        )
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        yield (
-            f"{key}.parallel.sequence_parallel: true splits tokens over tensor-parallel ranks, but "
-            f"tensor_model_parallel_size is 1; use false, or context_parallel_size for long sequences"
-        )
-    virtual, pipeline = parallel.virtual_pipeline_model_parallel_size, parallel.pipeline_model_parallel_size
-    if virtual > 1 and pipeline == 1:
-        yield (
-            f"{key}.parallel.virtual_pipeline_model_parallel_size: {virtual} interleaves pipeline stages, "
-            f"but pipeline_model_parallel_size is 1; use 1"
-        )
-    experts = parallel.expert_model_parallel_size
-    per_stage = ranks // pipeline if pipeline > 0 else 0
-    if experts > 0 and per_stage % experts:
-        yield (
-            f"{key}.parallel.expert_model_parallel_size: {experts} does not divide the {per_stage} ranks of "
-            f"a pipeline stage (tensor x context x data); use one of {_divisors(per_stage)}"
-        )
-
-
-def _packing(config: Config) -> Iterator[str]:
-    """Layouts that only packed micro-batches can have."""
-    if config.training.sequence_packing:
-        return
-    for name, branch in config.branches.items():
-        for field in (
-            "context_parallel_size",
-            "expert_model_parallel_size",
-            "virtual_pipeline_model_parallel_size",
-        ):
-            size = getattr(branch.parallel, field)
-            if size > 1:
-                yield (
-                    f"training.sequence_packing: false does not go with branches.{name}.parallel.{field} "
-                    f"{size}, which only packed micro-batches can have; set it to true, or {field}=1"
-                )
-
-
-def _branch_against_model(name: str, branch: BranchConfig, shape: ModelShape) -> Iterator[str]:
-    """Tensor and pipeline parallelism cut the model into equal pieces."""
-    key = f"branches.{name}"
-    tensor = branch.parallel.tensor_model_parallel_size
-    pipeline = branch.parallel.pipeline_model_parallel_size
-    for what, size in (
-        ("attention heads", shape.num_attention_heads),
-        ("query groups (key/value heads)", shape.num_query_groups),
-        *([("feed-forward width", shape.ffn_hidden_size)] if shape.num_experts is None else []),
-    ):
-        if size % tensor:
-            yield (
-                f"{key}.parallel.tensor_model_parallel_size: {tensor} does not divide the model's {what}, "
-                f"{size} (remainder {size % tensor}); use one of {_divisors(size)}"
-            )
-    if shape.num_layers % pipeline:
-        yield (
-            f"{key}.parallel.pipeline_model_parallel_size: {pipeline} does not divide the model's "
-            f"{shape.num_layers} layers (remainder {shape.num_layers % pipeline}); "
-            f"use one of {_divisors(shape.num_layers)}"
-        )
-    yield from _experts_against_model(key, branch, shape)
-    virtual = branch.parallel.virtual_pipeline_model_parallel_size
-    pieces = pipeline * virtual
-    if virtual > 1 and shape.num_layers % pieces:
-        yield (
-            f"{key}.parallel.virtual_pipeline_model_parallel_size: {pipeline} stages x {virtual} chunks do "
-            f"not divide the model's {shape.num_layers} layers (remainder {shape.num_layers % pieces})"
-        )
-    elif virtual > 1 and shape.vision is not None and shape.num_layers // pieces < shape.vision.num_deepstack:
-        yield (
-            f"{key}.parallel.virtual_pipeline_model_parallel_size: {virtual} leaves {shape.num_layers} / "
-            f"{pieces} = {shape.num_layers // pieces} layers in the first chunk, but the vision tower feeds "
-            f"its deepstack features into the first {shape.vision.num_deepstack}; use fewer chunks"
-        )
-    if shape.vision is not None and shape.num_layers // pipeline < shape.vision.num_deepstack:
-        wanted, layers = shape.vision.num_deepstack, shape.num_layers
-        yield (
-            f"{key}.parallel.pipeline_model_parallel_size: {pipeline} leaves {layers} / {pipeline} = "
-            f"{layers // pipeline} layers on the first stage, but the vision tower feeds its deepstack "
-            f"features into the first {wanted}; use at most {layers // wanted}"
-        )
-    rollout_tp = branch.rollout.tensor_parallel_size
-    heads, groups = shape.num_attention_heads, shape.num_query_groups
-    if heads % rollout_tp or (groups % rollout_tp and rollout_tp % groups):
-        yield (
-            f"{key}.rollout.tensor_parallel_size: {rollout_tp} has to divide the model's {heads} attention "
-            f"heads and to divide or be a multiple of its {groups} key/value heads; use one of "
-            f"{[d for d in _divisors(heads) if groups % d == 0 or d % groups == 0]}"
-        )
-
-
-def _experts_against_model(key: str, branch: BranchConfig, shape: ModelShape) -> Iterator[str]:
-    experts, tensor = branch.parallel.expert_model_parallel_size, branch.parallel.tensor_model_parallel_size
-    if shape.num_experts is None:
-        if experts > 1:
-            yield (
-                f"{key}.parallel.expert_model_parallel_size: {experts}, but {shape.architecture} is dense "
-                f"and has no experts to spread; use 1"
-            )
-        return
-    if shape.num_experts % experts:
-        yield (
-            f"{key}.parallel.expert_model_parallel_size: {experts} does not divide the model's "
-            f"{shape.num_experts} experts; use one of {_divisors(shape.num_experts)}"
-        )
-    if tensor > 1 and not branch.parallel.sequence_parallel:
-        yield (
-            f"{key}.parallel.sequence_parallel: false with tensor_model_parallel_size {tensor} would send "
-            f"every token to its experts {tensor} times; set it to true"
         )
 
 
@@ -338,8 +206,8 @@ def _world(config: Config, world_size: int | None) -> Iterator[str]:
 
 def _schedule(config: Config) -> Iterator[str]:
     schedule = config.schedule
-    yield from _under("schedule", _at_least(0, rlvr_steps=schedule.rlvr_steps, opd_steps=schedule.opd_steps))
-    yield from _under("schedule", _at_least(1, cycles=schedule.cycles))
+    yield from under("schedule", at_least(0, rlvr_steps=schedule.rlvr_steps, opd_steps=schedule.opd_steps))
+    yield from under("schedule", at_least(1, cycles=schedule.cycles))
     if schedule.rlvr_steps == 0 and schedule.opd_steps == 0:
         yield "schedule: rlvr_steps and opd_steps are both 0, there is nothing to train; raise one"
     if all(branch.frozen for branch in config.branches.values()):
@@ -348,20 +216,20 @@ def _schedule(config: Config) -> Iterator[str]:
 
 def _opd(config: Config) -> Iterator[str]:
     opd, branches = config.opd, config.branches
-    yield from _under(
+    yield from under(
         "opd",
         [
-            *_at_least(
+            *at_least(
                 1,
                 behaviour__top_k=opd.behaviour.top_k,
                 behaviour__every_steps=opd.behaviour.every_steps,
             ),
-            *_at_least(0, behaviour__num_states=opd.behaviour.num_states),
-            *_above(0, delta_clip=opd.delta_clip),
+            *at_least(0, behaviour__num_states=opd.behaviour.num_states),
+            *above(0, delta_clip=opd.delta_clip),
         ],
     )
     if opd.teacher_mode is TeacherMode.every_n_steps:
-        yield from _under("opd", _at_least(1, snapshot_every_steps=opd.snapshot_every_steps))
+        yield from under("opd", at_least(1, snapshot_every_steps=opd.snapshot_every_steps))
     yield from _graph(config)
     if config.schedule.opd_steps > 0 and len(branches) < 2:
         yield (
@@ -390,13 +258,13 @@ def _graph(config: Config) -> Iterator[str]:
 
 def _loss(config: Config) -> Iterator[str]:
     loss, advantage = config.loss, config.advantage
-    yield from _under(
+    yield from under(
         "loss",
         [
-            *_above(0, ratio_clip_min=loss.ratio_clip_min, ratio_clip_max=loss.ratio_clip_max),
-            *_above(1, dual_clip=loss.dual_clip),
-            *_at_least(0, kl_coefficient=loss.kl_coefficient),
-            *_above(0, constant_divisor=loss.constant_divisor),
+            *above(0, ratio_clip_min=loss.ratio_clip_min, ratio_clip_max=loss.ratio_clip_max),
+            *above(1, dual_clip=loss.dual_clip),
+            *at_least(0, kl_coefficient=loss.kl_coefficient),
+            *above(0, constant_divisor=loss.constant_divisor),
         ],
     )
     if loss.ratio_clip_min >= 1:
@@ -411,7 +279,7 @@ def _loss(config: Config) -> Iterator[str]:
         )
     correction = loss.mismatch_correction
     if correction in (MismatchCorrection.tis_token, MismatchCorrection.tis_sequence):
-        yield from _under("loss", _above(0, mismatch_cap=loss.mismatch_cap))
+        yield from under("loss", above(0, mismatch_cap=loss.mismatch_cap))
     if correction in (MismatchCorrection.icepop, MismatchCorrection.sequence_rejection):
         bounds = loss.mismatch_bounds
         if len(bounds) != 2 or not 0 <= bounds[0] < 1 < bounds[1]:
@@ -419,12 +287,12 @@ def _loss(config: Config) -> Iterator[str]:
                 f"loss.mismatch_bounds: {bounds} must be two numbers, a lower bound in [0, 1) and an upper "
                 f"bound above 1, such as [0.5, 5.0]"
             )
-    yield from _under(
+    yield from under(
         "advantage",
         [
-            *_above(0, std_epsilon=advantage.std_epsilon),
-            *_at_least(1, dynamic_sampling_max_rounds=advantage.dynamic_sampling_max_rounds),
-            *_at_least(
+            *above(0, std_epsilon=advantage.std_epsilon),
+            *at_least(1, dynamic_sampling_max_rounds=advantage.dynamic_sampling_max_rounds),
+            *at_least(
                 0,
                 overlong_buffer_tokens=advantage.overlong_buffer_tokens,
                 overlong_penalty=advantage.overlong_penalty,
@@ -441,18 +309,18 @@ def _loss(config: Config) -> Iterator[str]:
 
 def _optimizer(config: Config) -> Iterator[str]:
     optimizer = config.optimizer
-    yield from _under(
+    yield from under(
         "optimizer",
         [
-            *_above(0, lr=optimizer.lr, adam_eps=optimizer.adam_eps),
-            *_at_least(
+            *above(0, lr=optimizer.lr, adam_eps=optimizer.adam_eps),
+            *at_least(
                 0,
                 min_lr=optimizer.min_lr,
                 lr_warmup_steps=optimizer.lr_warmup_steps,
                 weight_decay=optimizer.weight_decay,
                 clip_grad=optimizer.clip_grad,
             ),
-            *_within(0, 1, adam_beta1=optimizer.adam_beta1, adam_beta2=optimizer.adam_beta2),
+            *within(0, 1, adam_beta1=optimizer.adam_beta1, adam_beta2=optimizer.adam_beta2),
         ],
     )
     if optimizer.lr_schedule is not LRSchedule.constant and optimizer.min_lr > optimizer.lr:
@@ -464,19 +332,19 @@ def _optimizer(config: Config) -> Iterator[str]:
 
 def _training(config: Config) -> Iterator[str]:
     training = config.training
-    yield from _under(
+    yield from under(
         "training",
         [
-            *_at_least(
+            *at_least(
                 1,
                 micro_batch_tokens=training.micro_batch_tokens,
                 num_mini_batches=training.num_mini_batches,
                 logprob_chunk_tokens=training.logprob_chunk_tokens,
             ),
-            *_at_least(
+            *at_least(
                 0, max_weight_lag=training.max_weight_lag, max_skipped_updates=training.max_skipped_updates
             ),
-            *_above(0, max_grad_norm=training.max_grad_norm),
+            *above(0, max_grad_norm=training.max_grad_norm),
         ],
     )
     longest = config.model.max_sequence_tokens
@@ -485,7 +353,7 @@ def _training(config: Config) -> Iterator[str]:
             f"training.micro_batch_tokens: {training.micro_batch_tokens} cannot hold one sequence of "
             f"model.max_sequence_tokens {longest}; raise it to at least {longest}"
         )
-    yield from _under("weight_sync", _at_least(1, bucket_bytes=config.weight_sync.bucket_bytes))
+    yield from under("weight_sync", at_least(1, bucket_bytes=config.weight_sync.bucket_bytes))
 
 
 def _media(config: Config) -> Iterator[str]:
@@ -496,13 +364,13 @@ def _media(config: Config) -> Iterator[str]:
         "video_min_pixels": media.video_min_pixels,
         "video_max_pixels": media.video_max_pixels,
     }
-    yield from _under(
+    yield from under(
         "media",
         [
-            *_above(0, frame_rate=media.frame_rate),
-            *_at_least(1, min_frames=media.min_frames, max_pixels_hard_limit=media.max_pixels_hard_limit),
-            *_at_least(0, num_workers=media.num_workers, cache_bytes=media.cache_bytes),
-            *_at_least(1, **bounds),
+            *above(0, frame_rate=media.frame_rate),
+            *at_least(1, min_frames=media.min_frames, max_pixels_hard_limit=media.max_pixels_hard_limit),
+            *at_least(0, num_workers=media.num_workers, cache_bytes=media.cache_bytes),
+            *at_least(1, **bounds),
         ],
     )
     if media.max_frames < media.min_frames:
@@ -526,21 +394,21 @@ def _rest(config: Config) -> Iterator[str]:
         yield f"logging.level: {config.logging.level!r} must be one of {', '.join(LOG_LEVELS)}"
     if not config.run.name or "/" in config.run.name:
         yield f"run.name: {config.run.name!r} names a folder; use letters without '/', and run.dir for a path"
-    yield from _under("model", _at_least(2, max_sequence_tokens=config.model.max_sequence_tokens))
-    yield from _under(
+    yield from under("model", at_least(2, max_sequence_tokens=config.model.max_sequence_tokens))
+    yield from under(
         "run",
         [
-            *_above(0, collective_timeout_seconds=config.run.collective_timeout_seconds),
-            *_at_least(0, seed=config.run.seed, max_restarts=config.run.max_restarts),
+            *above(0, collective_timeout_seconds=config.run.collective_timeout_seconds),
+            *at_least(0, seed=config.run.seed, max_restarts=config.run.max_restarts),
         ],
     )
-    yield from _under(
+    yield from under(
         "evaluation",
         [
-            *_at_least(
+            *at_least(
                 0, every_steps=config.evaluation.every_steps, temperature=config.evaluation.temperature
             ),
-            *_at_least(
+            *at_least(
                 1,
                 max_prompts=config.evaluation.max_prompts,
                 num_generations_per_prompt=config.evaluation.num_generations_per_prompt,
@@ -548,17 +416,17 @@ def _rest(config: Config) -> Iterator[str]:
         ],
     )
     checkpoint = config.checkpoint
-    yield from _under(
+    yield from under(
         "checkpoint",
         [
-            *_at_least(
+            *at_least(
                 0,
                 save_period=checkpoint.save_period,
                 keep_best=checkpoint.keep_best,
                 save_before_seconds=checkpoint.save_before_seconds,
             ),
-            *_at_least(1, keep_last=checkpoint.keep_last),
-            *_above(0, wall_clock_limit_seconds=checkpoint.wall_clock_limit_seconds),
+            *at_least(1, keep_last=checkpoint.keep_last),
+            *above(0, wall_clock_limit_seconds=checkpoint.wall_clock_limit_seconds),
         ],
     )
     if checkpoint.keep_best and not config.evaluation.every_steps:
@@ -605,15 +473,3 @@ def _observability(config: Config, world_size: int | None) -> Iterator[str]:
     ranks = world_size or sum(branch.parallel.world_size for branch in config.branches.values())
     if outside := [rank for rank in profiling.ranks if not 0 <= rank < ranks]:
         yield f"profiling.ranks: {outside} are not among the job's ranks 0 .. {ranks - 1}; [] means all"
-
-
-def _rank_product(branch: BranchConfig) -> str:
-    parallel = branch.parallel
-    return (
-        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
-        f"context {parallel.context_parallel_size} x data {parallel.data_parallel_size}"
-    )
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]

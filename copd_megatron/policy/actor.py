@@ -32,18 +32,20 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
-from torch import Tensor, nn
+from torch import Tensor
 
-from copd_megatron.advantages import component_counts, mismatch_correction, row_weights
+from copd_megatron.advantages import component_counts, row_weights
+from copd_megatron.config.hardware import FP8_TOKEN_MULTIPLE, check_machine
 from copd_megatron.config.model_shape import read_model_shape
 from copd_megatron.config.schema import (
     LossConfig,
-    MismatchCorrection,
+    MemoryConfig,
     OptimizerConfig,
     ParallelConfig,
+    PrecisionConfig,
     TrainingConfig,
 )
-from copd_megatron.losses import TokenStreams, policy_loss
+from copd_megatron.losses import policy_loss
 from copd_megatron.policy import cpu
 from copd_megatron.policy.batch import (
     Arrangement,
@@ -52,9 +54,13 @@ from copd_megatron.policy.batch import (
     Sequenced,
     Vision,
     build_micro_batch,
-    flatten,
 )
 from copd_megatron.policy.context import GatherContext
+from copd_megatron.policy.megatron_settings import (
+    data_parallel_fields,
+    optimizer_fields,
+    this_machine,
+)
 from copd_megatron.policy.microbatch import CostModel, plan_micro_batches, plan_packed
 from copd_megatron.policy.model import (
     ModelChunks,
@@ -63,9 +69,11 @@ from copd_megatron.policy.model import (
     padded_vocab,
     transformer_config,
 )
+from copd_megatron.policy.offload import Offloader
 from copd_megatron.policy.statistics import BatchStatistics, Tally
+from copd_megatron.policy.streams import corrections, tally_mismatch, token_streams
 from copd_megatron.policy.vocab_parallel import VocabShard, linear_full_logprobs, linear_logprobs
-from copd_megatron.policy.weights import ShardView, load_hf
+from copd_megatron.policy.weights import ShardView, load_hf, plain
 from copd_megatron.records import FloatArray, TrainRow
 
 
@@ -104,6 +112,8 @@ class MegatronActor:
         temperature: float,
         seed: int,
         total_steps: int,
+        precision: PrecisionConfig | None = None,
+        memory: MemoryConfig | None = None,
         freeze_vision: bool = False,
         features: Callable[[Any], Features | None] = lambda row: None,
     ) -> None:
@@ -112,12 +122,18 @@ class MegatronActor:
         ``optimizer`` None makes a frozen actor. ``temperature`` is the sampling temperature, at which all
         log-probabilities are taken. ``total_steps`` is the length of the learning-rate schedule.
         ``features`` gives the processed media of a row to a vision-language model.
+
+        Raises:
+            ConfigError: this machine cannot compute with ``precision`` or keep the optimizer's states so.
         """
         self.on_cuda = torch.cuda.is_available()
         if not self.on_cuda:
             cpu.enable()
         initialize_parallel(parallel, seed)
+        precision = precision or PrecisionConfig()
+        check_machine(precision, optimizer, this_machine(), dtype=str(dtype).removeprefix("torch."))
         self.parallel, self.training, self.temperature = parallel, training, temperature
+        self.precision = precision
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if self.on_cuda else torch.device("cpu")
         )
@@ -130,7 +146,10 @@ class MegatronActor:
             packed=training.sequence_packing,
             cp_size=parallel.context_parallel_size,
             cp_rank=self.cp_rank,
-            multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+            multiple=math.lcm(
+                parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+                FP8_TOKEN_MULTIPLE[precision.fp8],
+            ),
         )
         pipeline = parallel.pipeline_model_parallel_size
         self._round = pipeline if parallel.virtual_pipeline_model_parallel_size > 1 else 1
@@ -151,12 +170,12 @@ class MegatronActor:
         self.last_stage = parallel_state.is_pipeline_last_stage()
         self.version = 0
 
-        self.config = transformer_config(self.dims, parallel, dtype)
+        self.config = transformer_config(self.dims, parallel, dtype, training, precision)
         with cpu.cuda_to_cpu():
             self.chunks: list[GPTModel] = build_chunks(
                 self.dims, self.config, max_tokens, model_path=model_path, freeze_vision=freeze_vision
             )
-        self.model: nn.Module = self.chunks[0] if len(self.chunks) == 1 else ModelChunks(self.chunks)
+        self.model: Any = self.chunks[0] if len(self.chunks) == 1 else ModelChunks(self.chunks)
         self.shard = VocabShard(
             group=parallel_state.get_tensor_model_parallel_group(),
             start=self.tp_rank
@@ -180,35 +199,29 @@ class MegatronActor:
         if dtype is not torch.float32:
             self.modules = [Float16Module(self.config, chunk) for chunk in self.chunks]
         self.optimizer = None
+        self.offloader: Offloader | None = None
+        """None: everything stays on the device."""
         if optimizer is not None:
             self._make_trainable(optimizer, dtype, total_steps)
+            if memory is not None:
+                self.offloader = Offloader(
+                    self.modules,
+                    self.optimizer,
+                    self.device,
+                    gradients=memory.offload_gradients,
+                    states=memory.offload_optimizer,
+                    weights=memory.offload_weights,
+                )
 
     def _make_trainable(self, settings: OptimizerConfig, dtype: torch.dtype, total_steps: int) -> None:
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
-            overlap_grad_reduce=False,
-            check_for_nan_in_grad=False,
-        )
+        ddp = DistributedDataParallelConfig(**data_parallel_fields(self.training, self.precision, settings))
         with cpu.cuda_to_cpu():
             self.modules = [
                 DistributedDataParallel(self.config, ddp, module, disable_bucketing=number > 0)
                 for number, module in enumerate(self.modules)
             ]
             self.optimizer = get_megatron_optimizer(
-                MegatronOptimizerConfig(
-                    optimizer="adam",
-                    lr=settings.lr,
-                    min_lr=settings.min_lr,
-                    weight_decay=settings.weight_decay,
-                    adam_beta1=settings.adam_beta1,
-                    adam_beta2=settings.adam_beta2,
-                    adam_eps=settings.adam_eps,
-                    clip_grad=settings.clip_grad,
-                    bf16=dtype is torch.bfloat16,
-                    params_dtype=dtype,
-                    use_distributed_optimizer=True,
-                ),
+                MegatronOptimizerConfig(**optimizer_fields(settings, self.training, self.precision, dtype)),
                 self.modules,
             )
         self.scheduler = OptimizerParamScheduler(
@@ -247,6 +260,7 @@ class MegatronActor:
         """
         if not sequences:
             return []
+        self.take_weights()
         lengths = [len(seq.token_ids) - seq.prompt_length for seq in sequences]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         num_states = [len(s) for s in states] if states is not None else [0] * len(sequences)
@@ -290,8 +304,10 @@ class MegatronActor:
     @torch.no_grad()
     def snapshot(self) -> WeightSnapshot:
         """A copy of this rank's current weights, in host memory."""
+        self.take_weights()
         return WeightSnapshot(
-            version=self.version, tensors=[p.detach().to("cpu", copy=True) for p in self.model.parameters()]
+            version=self.version,
+            tensors=[plain(p.detach()).to("cpu", copy=True) for p in self.model.parameters()],
         )
 
     @contextlib.contextmanager
@@ -309,8 +325,29 @@ class MegatronActor:
 
     @torch.no_grad()
     def _put(self, snapshot: WeightSnapshot) -> None:
+        self.take_weights()
         for parameter, value in zip(self.model.parameters(), snapshot.tensors, strict=True):
             parameter.copy_(value)
+
+    # ---- device memory between phases ------------------------------------------------------------------
+
+    def give_memory(self, *, weights: bool) -> None:
+        """Lets what only an update needs leave the device, where that is configured; with ``weights``, the
+        weights too. What is called next takes back what it needs."""
+        if self.offloader is not None:
+            self.offloader.release()
+            if weights:
+                self.offloader.release_weights()
+
+    def take_weights(self) -> None:
+        """The weights are on the device."""
+        if self.offloader is not None:
+            self.offloader.restore_weights()
+
+    def take_memory(self) -> None:
+        """Weights, gradients and optimizer states are on the device."""
+        if self.offloader is not None:
+            self.offloader.restore()
 
     # ---- training --------------------------------------------------------------------------------------
 
@@ -325,6 +362,7 @@ class MegatronActor:
         Raises:
             ValueError: a row is staler than ``training.max_weight_lag`` allows.
         """
+        self.take_memory()
         for row in rows:
             if self.version - row.weight_version > self.training.max_weight_lag:
                 raise ValueError(
@@ -332,18 +370,18 @@ class MegatronActor:
                     f"{self.version}: beyond training.max_weight_lag={self.training.max_weight_lag}"
                 )
         weights = row_weights(rows, component_counts(rows), loss, max_new_tokens)
-        correction = _corrections(rows, loss)
+        correction = corrections(rows, loss)
         tally = Tally()
 
         def loss_of(batch: MicroBatch, output: dict[str, Tensor]) -> Tensor:
             logprobs, entropy = output["tokens"]
-            streams = self._token_streams(batch, rows, weights, correction, logprobs, loss)
+            streams = token_streams(batch, rows, weights, correction, logprobs, loss)
             result = policy_loss(logprobs, entropy, streams, loss)
             for prefix, values in (("term/", result.terms), ("sum/", result.statistics)):
                 for name, value in values.items():
                     tally.add(prefix + name, value)
             tally.add("loss", result.loss)
-            self._tally_mismatch(tally, batch, rows, logprobs.detach())
+            tally_mismatch(tally, batch, rows, logprobs.detach())
             return result.loss
 
         for module in self.modules:
@@ -381,6 +419,14 @@ class MegatronActor:
                 self.optimizer.step()
         self.scheduler.step(increment=1)
         return {"grad_norm": grad_norm, "lr": lr, "skipped": float(skip)}
+
+    def finish_update(self) -> None:
+        """Ends a training step: the weights are whole on every rank and have the next version."""
+        if self.training.overlap_param_gather:
+            with cpu.cuda_to_cpu():
+                for module in self.modules:
+                    module.start_param_sync(force_sync=True)
+        self.version += 1
 
     # ---- the way through Megatron's schedules ------------------------------------------------------------
 
@@ -499,62 +545,6 @@ class MegatronActor:
         output["tokens"], output["states"] = tokens, full
         return tokens
 
-    def _token_streams(
-        self,
-        batch: MicroBatch,
-        rows: Sequence[TrainRow],
-        weights: Sequence[FloatArray],
-        correction: Sequence[FloatArray] | None,
-        logprobs: Tensor,
-        loss: LossConfig,
-    ) -> TokenStreams:
-        """The rows' streams of one micro-batch, flattened on the device."""
-
-        def flat(values: Sequence[np.ndarray]) -> Tensor:
-            return flatten(batch.rows, values, self.device)
-
-        now = logprobs.detach()
-        old = self._known_or(batch, [row.old_logprobs for row in rows], now)
-        # without a reference a row has no KL term: against itself it is zero, and so is its gradient
-        references = [row.reference_logprobs for row in rows]
-        has_reference = bool(loss.kl_coefficient) or any(value is not None for value in references)
-        return TokenStreams(
-            old_logprobs=old,
-            advantages=flat([row.advantages for row in rows]),
-            weights=flat(weights),
-            loss_mask=flat([row.loss_mask for row in rows]),
-            row_index=batch.row_index_n,
-            num_rows=max(len(batch.rows), 1),
-            reference_logprobs=self._known_or(batch, references, now) if has_reference else None,
-            correction=None if correction is None else flat(correction),
-        )
-
-    def _known_or(self, batch: MicroBatch, values: Sequence[FloatArray | None], default: Tensor) -> Tensor:
-        """[N] the rows' given values, and ``default`` on the tokens of rows that have none."""
-        known = torch.tensor([values[row] is not None for row in batch.rows], dtype=torch.bool)
-        if not known.any():
-            return default
-        lengths = torch.bincount(batch.row_index_n.cpu(), minlength=len(batch.rows)).tolist()
-        arrays = [
-            value if (value := values[row]) is not None else np.zeros(length, dtype=np.float32)
-            for row, length in zip(batch.rows, lengths, strict=True)
-        ]
-        given = flatten(range(len(arrays)), arrays, self.device)
-        return torch.where(known.to(self.device)[batch.row_index_n], given, default)
-
-    def _tally_mismatch(
-        self, tally: Tally, batch: MicroBatch, rows: Sequence[TrainRow], logprobs: Tensor
-    ) -> None:
-        """How far the trainer's log-probabilities are from the rollout engine's, on one micro-batch."""
-        known = [row.rollout_logprobs for row in rows]
-        if not batch.rows or any(value is None for value in known):
-            return
-        mask = flatten(batch.rows, [row.loss_mask for row in rows], self.device) > 0
-        rollout = flatten(batch.rows, [value for value in known if value is not None], self.device)
-        difference = torch.where(mask, logprobs - rollout, 0.0)
-        tally.add("sum/gen_kl_error", (torch.expm1(difference) - difference).sum())
-        tally.maximum("gen_logprob_error", difference.abs().max())
-
 
 def _packed_parameters(batch: MicroBatch) -> PackedSeqParams | None:
     """What attention and rotary embedding must know of a pack; None for a padded micro-batch."""
@@ -570,21 +560,6 @@ def _packed_parameters(batch: MicroBatch) -> PackedSeqParams | None:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-
-
-def _corrections(rows: Sequence[TrainRow], loss: LossConfig) -> list[FloatArray] | None:
-    """Rollout/trainer mismatch factors [R] per row, or None where the correction is off."""
-    if loss.mismatch_correction is MismatchCorrection.none:
-        return None
-    factors = []
-    for row in rows:
-        if row.old_logprobs is None or row.rollout_logprobs is None:
-            raise ValueError(
-                f"loss.mismatch_correction={loss.mismatch_correction.value} needs old and rollout "
-                f"log-probabilities on every row, a {row.component} row lacks them"
-            )
-        factors.append(mismatch_correction(row.old_logprobs, row.rollout_logprobs, row.loss_mask, loss))
-    return factors
 
 
 def _sum_model_grads(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:

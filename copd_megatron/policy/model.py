@@ -26,7 +26,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import nn
 
 from copd_megatron.config.model_shape import ModelShape
-from copd_megatron.config.schema import ParallelConfig
+from copd_megatron.config.schema import ParallelConfig, PrecisionConfig, TrainingConfig
+from copd_megatron.policy.megatron_settings import (
+    fused_weight_gradient,
+    precision_fields,
+    recompute_fields,
+)
 from copd_megatron.policy.norm import RMSNorm
 from copd_megatron.policy.packed_attention import PackedAttention
 from copd_megatron.policy.vision import VisionLanguageModel
@@ -65,7 +70,13 @@ def padded_vocab(dims: ModelShape, tp_size: int) -> int:
     return math.ceil(dims.vocab_size / tp_size) * tp_size
 
 
-def transformer_config(dims: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    dims: ModelShape,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    training: TrainingConfig | None = None,
+    precision: PrecisionConfig | None = None,
+) -> TransformerConfig:
     """Megatron's configuration of a Qwen3 decoder, for CPU or CUDA by what torch sees."""
     on_cuda = torch.cuda.is_available()
     settings: dict[str, Any] = {
@@ -100,7 +111,9 @@ def transformer_config(dims: ModelShape, parallel: ParallelConfig, dtype: torch.
         and (on_cuda or dims.num_experts is None),
         # the loss comes fully normalised (records.TrainRow): Megatron must only sum
         "calculate_per_token_loss": True,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": on_cuda and fused_weight_gradient(),
+        **recompute_fields(training or TrainingConfig()),
+        **precision_fields(precision or PrecisionConfig()),
     }
     if _virtual(parallel):
         # with two stages the next one is also the one before: without overlap, Megatron would send forward
@@ -110,7 +123,14 @@ def transformer_config(dims: ModelShape, parallel: ParallelConfig, dtype: torch.
     settings["moe_token_dispatcher_type"] = "alltoall"
     if dims.num_experts is not None:
         settings |= _expert_settings(dims, on_cuda)
-    if not on_cuda:
+    if on_cuda:
+        settings |= {
+            "bias_activation_fusion": True,
+            "bias_dropout_fusion": True,
+            # the fused kernel counts each packed sequence's positions from 0: right for text only
+            "apply_rope_fusion": dims.vision is None,
+        }
+    else:
         settings |= {
             "use_cpu_initialization": True,
             "masked_softmax_fusion": False,
@@ -175,7 +195,7 @@ class ModelChunks(nn.ModuleList):
         """Every chunk's; the entries' names here say which chunk's they are, their keys do not."""
         return {
             f"{prefix}{number}.{name}": entry
-            for number, chunk in enumerate(self)
+            for number, chunk in enumerate(list[Any](self))
             for name, entry in chunk.sharded_state_dict(prefix="", **kwargs).items()
         }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -79,8 +80,9 @@ class ShardView:
         return model.get_parameter(path)
 
     def _view(self, slot: Slot) -> Tensor:
-        """A (possibly strided) view whose elements, in order, are this rank's share of the tensor."""
-        weight = self._parameter(slot).data
+        """A (possibly strided) view whose elements, in order, are this rank's share of the tensor; of a copy
+        where the parameter is kept in FP8."""
+        weight = plain(self._parameter(slot))
         dims = self.dims
         if slot.part in ("q", "k", "v"):
             groups = dims.num_query_groups // self.tp_size
@@ -119,8 +121,18 @@ class ShardView:
 
     def write(self, slot: Slot, value: Tensor) -> None:
         """Sets this rank's share (in Hugging Face layout)."""
-        view = self._view(slot)
+        parameter, view = self._parameter(slot), self._view(slot)
         view.copy_(value.reshape(view.shape))
+        if is_float8tensor(parameter):
+            whole = view
+            while whole._base is not None:
+                whole = whole._base
+            parameter.data.copy_(whole)  # quantises
+
+
+def plain(parameter: Tensor) -> Tensor:
+    """A parameter's values: itself, or a copy of what an FP8 one stands for."""
+    return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter.data
 
 
 def _has_weight(model: nn.Module, path: str) -> bool:

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from copd_megatron.config.schema import RolloutConfig
+from copd_megatron.config.hardware import check_quantization
+from copd_megatron.config.schema import RolloutConfig, RolloutQuantization
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout import in_place
@@ -81,12 +82,20 @@ class RolloutEngine:
         max_tokens: int,
         seed: int,
         media: MediaLoader | None = None,
+        can_sleep: bool = False,
     ) -> None:
         """Starts this rank's worker with dummy weights; collective over the branch.
 
         The engine refuses to sample until ``load_weights`` has run. ``run_id`` is part of the name of its
         shared memory, for people who look there. ``media`` gives a vision-language model its pixels.
+        ``can_sleep`` (GPU): ``sleep`` gives the engine's device memory back.
+
+        Raises:
+            ConfigError: this machine cannot sample with the configured quantisation.
         """
+        check_quantization(config.quantization, _capability())
+        self.can_sleep = can_sleep and torch.cuda.is_available()
+        self.asleep = False
         self.config, self.branch, self.run_seed = config, branch, seed
         self.media = media
         self._num_requests = 0
@@ -118,7 +127,13 @@ class RolloutEngine:
 
         from copd_megatron.rollout.executor import external_launcher
 
-        settings: dict[str, Any] = {"gpu_memory_utilization": self.config.gpu_memory_utilization}
+        settings: dict[str, Any] = {
+            "gpu_memory_utilization": self.config.gpu_memory_utilization,
+            "enable_chunked_prefill": self.config.enable_chunked_prefill,
+            "enable_sleep_mode": self.can_sleep,
+        }
+        if self.config.quantization is not RolloutQuantization.none:
+            settings["quantization"] = self.config.quantization.value
         if not on_cuda:
             settings = {
                 "kv_cache_memory_bytes": int(self.config.cpu_kv_cache_gib * 2**30),
@@ -136,7 +151,7 @@ class RolloutEngine:
             dtype=str(dtype).removeprefix("torch."),
             max_model_len=max_tokens,
             max_num_seqs=self.config.max_num_seqs,
-            enforce_eager=self.config.enforce_eager,
+            enforce_eager=not on_cuda if self.config.enforce_eager is None else self.config.enforce_eager,
             enable_prefix_caching=self.config.enable_prefix_caching,
             load_format="dummy",
             # log-probabilities of the distribution that is sampled from, temperature included
@@ -145,6 +160,16 @@ class RolloutEngine:
             disable_log_stats=True,
             **settings,
         )
+
+    # ---- device memory ---------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Gives the device memory of weights and KV cache back, where the engine can; the next
+        ``load_weights`` wakes it. Until then it refuses to sample."""
+        if self.can_sleep and not self.asleep:
+            self.version = None
+            self.llm.sleep(level=2)  # the weights come anew, so nothing is kept
+            self.asleep = True
 
     # ---- weights ---------------------------------------------------------------------------------------
 
@@ -156,12 +181,17 @@ class RolloutEngine:
         """
         self.version = None
         with self._named(f"failed in taking weights of version {version}"):
+            if self.asleep:
+                self.llm.wake_up(tags=["weights"])
             if self.loads_in_place:
                 self.llm.collective_rpc(in_place.load, args=(iter(weights),))
             else:
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
                 if not torch.cuda.is_available():
                     self.llm.collective_rpc(_repack_output_head)
+            if self.asleep:  # only now: the stream's buckets need room, too
+                self.llm.wake_up(tags=["kv_cache"])
+                self.asleep = False
             self.llm.reset_prefix_cache()
         self.version = version
 
@@ -305,6 +335,11 @@ class RolloutEngine:
                 for sample in range(settings.num_generations):
                     rollouts[i * settings.num_generations + sample] = _unpack(next(arrived), prompts[i])
         return [rollout for rollout in rollouts if rollout is not None]
+
+
+def _capability() -> tuple[int, int] | None:
+    """Of this rank's GPU; None without one."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _unlink_shared_memory(identity: str) -> None:

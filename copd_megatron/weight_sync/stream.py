@@ -70,6 +70,7 @@ class ShardStream:
         They may be the actor's own parameters: read them only.
         """
         self.filled_bytes = self.received_bytes = 0
+        self.actor.take_weights()
         arena = _Arena(self.dtype, self.actor.device)
         for bucket in self.buckets:
             arena.reuse(lasting=lasting)

@@ -1,0 +1,185 @@
+"""Checks of parallel layouts and number formats: by themselves, and against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from copd_megatron.config.bounds import at_least, divisors, under, within
+from copd_megatron.config.model_shape import ModelShape
+from copd_megatron.config.schema import BranchConfig, Config, FP8Recipe, Recompute
+
+
+def branch_layout(key: str, branch: BranchConfig) -> Iterator[str]:
+    parallel, rollout = branch.parallel, branch.rollout
+    ranks, rollout_tp = parallel.world_size, rollout.tensor_parallel_size
+    if ranks > 0 and rollout_tp > 0 and ranks % rollout_tp:
+        yield (
+            f"{key}.rollout.tensor_parallel_size: {rollout_tp} does not divide the branch's {ranks} ranks "
+            f"({rank_product(branch)}); use one of {divisors(ranks)}"
+        )
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        yield (
+            f"{key}.parallel.sequence_parallel: true splits tokens over tensor-parallel ranks, but "
+            f"tensor_model_parallel_size is 1; use false, or context_parallel_size for long sequences"
+        )
+    virtual, pipeline = parallel.virtual_pipeline_model_parallel_size, parallel.pipeline_model_parallel_size
+    if virtual > 1 and pipeline == 1:
+        yield (
+            f"{key}.parallel.virtual_pipeline_model_parallel_size: {virtual} interleaves pipeline stages, "
+            f"but pipeline_model_parallel_size is 1; use 1"
+        )
+    experts = parallel.expert_model_parallel_size
+    per_stage = ranks // pipeline if pipeline > 0 else 0
+    if experts > 0 and per_stage % experts:
+        yield (
+            f"{key}.parallel.expert_model_parallel_size: {experts} does not divide the {per_stage} ranks of "
+            f"a pipeline stage (tensor x context x data); use one of {divisors(per_stage)}"
+        )
+
+
+def packing(config: Config) -> Iterator[str]:
+    """Layouts that only packed micro-batches can have."""
+    if config.training.sequence_packing:
+        return
+    for name, branch in config.branches.items():
+        for field in (
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+        ):
+            size = getattr(branch.parallel, field)
+            if size > 1:
+                yield (
+                    f"training.sequence_packing: false does not go with branches.{name}.parallel.{field} "
+                    f"{size}, which only packed micro-batches can have; set it to true, or {field}=1"
+                )
+
+
+def branch_against_model(name: str, branch: BranchConfig, shape: ModelShape) -> Iterator[str]:
+    """Tensor and pipeline parallelism cut the model into equal pieces."""
+    key = f"branches.{name}"
+    tensor = branch.parallel.tensor_model_parallel_size
+    pipeline = branch.parallel.pipeline_model_parallel_size
+    for what, size in (
+        ("attention heads", shape.num_attention_heads),
+        ("query groups (key/value heads)", shape.num_query_groups),
+        *([("feed-forward width", shape.ffn_hidden_size)] if shape.num_experts is None else []),
+    ):
+        if size % tensor:
+            yield (
+                f"{key}.parallel.tensor_model_parallel_size: {tensor} does not divide the model's {what}, "
+                f"{size} (remainder {size % tensor}); use one of {divisors(size)}"
+            )
+    if shape.num_layers % pipeline:
+        yield (
+            f"{key}.parallel.pipeline_model_parallel_size: {pipeline} does not divide the model's "
+            f"{shape.num_layers} layers (remainder {shape.num_layers % pipeline}); "
+            f"use one of {divisors(shape.num_layers)}"
+        )
+    yield from _experts_against_model(key, branch, shape)
+    virtual = branch.parallel.virtual_pipeline_model_parallel_size
+    pieces = pipeline * virtual
+    if virtual > 1 and shape.num_layers % pieces:
+        yield (
+            f"{key}.parallel.virtual_pipeline_model_parallel_size: {pipeline} stages x {virtual} chunks do "
+            f"not divide the model's {shape.num_layers} layers (remainder {shape.num_layers % pieces})"
+        )
+    elif virtual > 1 and shape.vision is not None and shape.num_layers // pieces < shape.vision.num_deepstack:
+        yield (
+            f"{key}.parallel.virtual_pipeline_model_parallel_size: {virtual} leaves {shape.num_layers} / "
+            f"{pieces} = {shape.num_layers // pieces} layers in the first chunk, but the vision tower feeds "
+            f"its deepstack features into the first {shape.vision.num_deepstack}; use fewer chunks"
+        )
+    if shape.vision is not None and shape.num_layers // pipeline < shape.vision.num_deepstack:
+        wanted, layers = shape.vision.num_deepstack, shape.num_layers
+        yield (
+            f"{key}.parallel.pipeline_model_parallel_size: {pipeline} leaves {layers} / {pipeline} = "
+            f"{layers // pipeline} layers on the first stage, but the vision tower feeds its deepstack "
+            f"features into the first {wanted}; use at most {layers // wanted}"
+        )
+    rollout_tp = branch.rollout.tensor_parallel_size
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    if heads % rollout_tp or (groups % rollout_tp and rollout_tp % groups):
+        yield (
+            f"{key}.rollout.tensor_parallel_size: {rollout_tp} has to divide the model's {heads} attention "
+            f"heads and to divide or be a multiple of its {groups} key/value heads; use one of "
+            f"{[d for d in divisors(heads) if groups % d == 0 or d % groups == 0]}"
+        )
+
+
+def _experts_against_model(key: str, branch: BranchConfig, shape: ModelShape) -> Iterator[str]:
+    experts, tensor = branch.parallel.expert_model_parallel_size, branch.parallel.tensor_model_parallel_size
+    if shape.num_experts is None:
+        if experts > 1:
+            yield (
+                f"{key}.parallel.expert_model_parallel_size: {experts}, but {shape.architecture} is dense "
+                f"and has no experts to spread; use 1"
+            )
+        return
+    if shape.num_experts % experts:
+        yield (
+            f"{key}.parallel.expert_model_parallel_size: {experts} does not divide the model's "
+            f"{shape.num_experts} experts; use one of {divisors(shape.num_experts)}"
+        )
+    if tensor > 1 and not branch.parallel.sequence_parallel:
+        yield (
+            f"{key}.parallel.sequence_parallel: false with tensor_model_parallel_size {tensor} would send "
+            f"every token to its experts {tensor} times; set it to true"
+        )
+
+
+_OPTIMIZER_DTYPES = {
+    "main_grads_dtype": ("float32", "bfloat16"),
+    "main_params_dtype": ("float32", "float16"),
+    "moments_dtype": ("float32", "bfloat16", "float16", "uint8"),
+}
+
+
+def precision_settings(config: Config) -> Iterator[str]:
+    precision, optimizer, training = config.precision, config.optimizer, config.training
+    edges = precision.num_bf16_layers_at_start, precision.num_bf16_layers_at_end
+    yield from under(
+        "precision",
+        at_least(0, num_bf16_layers_at_start=edges[0], num_bf16_layers_at_end=edges[1]),
+    )
+    if precision.fp8 is FP8Recipe.delayed and any(edges):
+        yield (
+            f"precision.fp8: delayed keeps one history of scales over all layers and cannot leave "
+            f"{edges[0]} first and {edges[1]} last layers out; set num_bf16_layers_at_start and _at_end to "
+            f"0, or use tensorwise or blockwise"
+        )
+    if precision.fp8_parameters and precision.fp8 is FP8Recipe.none:
+        yield "precision.fp8_parameters: true without precision.fp8; choose a recipe"
+    for field, allowed in _OPTIMIZER_DTYPES.items():
+        value = getattr(optimizer, field)
+        if value not in allowed:
+            yield f"optimizer.{field}: {value!r} must be one of {', '.join(allowed)}"
+        elif value != "float32" and not optimizer.precision_aware:
+            yield f"optimizer.{field}: {value} is used with optimizer.precision_aware=true only; set that"
+    yield from under("optimizer", within(0, 1, cpu_offload_fraction=optimizer.cpu_offload_fraction))
+    yield from under("training", at_least(1, recompute_num_layers=training.recompute_num_layers))
+    if training.overlap_param_gather and not training.overlap_grad_reduce:
+        yield "training.overlap_param_gather: true needs training.overlap_grad_reduce=true; set both"
+
+
+def precision_against_model(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
+    for name, shape in shapes.items():
+        if shape.vision is not None and config.training.recompute is Recompute.full:
+            yield (
+                f"training.recompute: full with {shape.architecture} of branch {name} would compute the "
+                f"first layers again without the vision tower's deepstack features; use selective"
+            )
+        edges = config.precision.num_bf16_layers_at_start + config.precision.num_bf16_layers_at_end
+        if config.precision.fp8 is not FP8Recipe.none and edges >= shape.num_layers:
+            yield (
+                f"precision.num_bf16_layers_at_start + num_bf16_layers_at_end = {edges} leave no FP8 layer "
+                f"of branch {name}'s {shape.num_layers}; lower them"
+            )
+
+
+def rank_product(branch: BranchConfig) -> str:
+    parallel = branch.parallel
+    return (
+        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
+        f"context {parallel.context_parallel_size} x data {parallel.data_parallel_size}"
+    )
