@@ -236,9 +236,8 @@ def test_overlap_and_recomputation_change_no_number(tmp_path: Any) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("recipe", list(REQUIREMENTS))
 def test_fp8_scores_are_near_float32(recipe: FP8Recipe, tmp_path: Any) -> None:
-    from tools.gpu_check import scores_with
-
     from copd_megatron.policy.megatron_settings import this_machine
+    from tools.gpu_parts import scores_with
 
     if reason := missing_for(recipe, this_machine()):
         pytest.skip(reason)
