@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -40,6 +39,7 @@ from tests.merge_folders import make_family, tensors_of, write_folder
 from tests.models_vl import make_vl_model
 
 KINDS = ("text", "text tied", "vision tied")
+TIED: dict[str, Any] = {"tie_word_embeddings": True, "num_hidden_layers": 4}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     large = {"vocab_size": 9000, "hidden_size": 128}  # tensors of several blocks
     return {
         "text": make_family(root / "text", 2, dtype=torch.bfloat16, **large),
-        "text tied": make_family(root / "tied", 2, tie_word_embeddings=True, num_hidden_layers=4),
+        "text tied": make_family(root / "tied", 2, **TIED),
         "vision tied": [make_vl_model(root / f"vl{seed}", seed=seed, tied=True) for seed in range(3)],
     }
 
@@ -166,7 +166,7 @@ def test_a_tied_output_embedding_that_the_base_stores(
     for number, source in enumerate(families["text tied"]):
         tensors = tensors_of(source)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        folders.append(write_folder(tmp_path / f"hf{number}", tensors, tie_word_embeddings=True))
+        folders.append(write_folder(tmp_path / f"hf{number}", tensors, **TIED))
     megatron = [folders[0], tmp_path / "m1", tmp_path / "m2"]
     for source, target in zip(folders[1:], megatron[1:], strict=True):
         hf_to_megatron(source, target)
@@ -363,10 +363,8 @@ def test_what_megatrons_format_cannot_hold_is_refused(
     families: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     tensors = tensors_of(families["text tied"][1])
-    extra = write_folder(tmp_path / "extra", {**tensors, "model.extra": torch.ones(2)})
+    extra = write_folder(tmp_path / "extra", {**tensors, "model.extra": torch.ones(2)}, **TIED)
     recipe = Recipe(method="linear", models=(ModelInput(path=str(extra), parameters={"weight": 1}),))
-    config = json.loads((extra / "config.json").read_text())
-    (extra / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     with pytest.raises(ValueError, match=r"has, beyond it, model\.extra"):
         run_merge(recipe, tmp_path / "out", output_format="megatron")
     mixed = {n: t.half() if n.endswith("q_proj.weight") else t for n, t in tensors.items()}
