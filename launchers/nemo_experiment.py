@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -172,6 +173,18 @@ def nodes_of(task: Task, ranks_per_node: int) -> tuple[int, int]:
     return nodes, per_node
 
 
+def ssh_target(text: str) -> tuple[str, str, int]:
+    """User, host and port of ``user@host[:port]``.
+
+    Raises:
+        ValueError: it is nothing like that.
+    """
+    match = re.fullmatch(r"(?P<user>[^@\s]+)@(?P<host>[^:\s]+)(:(?P<port>\d+))?", text)
+    if match is None:
+        raise ValueError(f"--ssh {text}: give user@host or user@host:port")
+    return match["user"], match["host"], int(match["port"] or 22)
+
+
 def _executor(arguments: argparse.Namespace, task: Task) -> Any:
     import nemo_run as run
 
@@ -179,12 +192,10 @@ def _executor(arguments: argparse.Namespace, task: Task) -> Any:
         return run.LocalExecutor()
     nodes, per_node = nodes_of(task, arguments.ranks_per_node)
     if arguments.ssh:
-        user, _, host = arguments.ssh.rpartition("@")
-        if not user:
-            raise ValueError(f"--ssh {arguments.ssh}: give user@host")
-        if not arguments.job_dir:
-            raise ValueError("--ssh needs --job-dir: NeMo-Run's folder on the cluster's file system")
-        tunnel = run.SSHTunnel(host=host, user=user, job_dir=arguments.job_dir, identity=arguments.identity)
+        user, host, port = ssh_target(arguments.ssh)
+        tunnel = run.SSHTunnel(
+            host=host, user=user, port=port, job_dir=arguments.job_dir, identity=arguments.identity
+        )
     else:
         tunnel = run.LocalTunnel(job_dir="")  # below NEMORUN_HOME, where the experiment is kept
     gpus = {} if arguments.gpus_per_node == 0 else {"gpus_per_node": min(arguments.gpus_per_node, per_node)}
@@ -234,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument("--gpus-per-node", type=int, default=8, help="0: nodes without GPUs")
     slurm.add_argument("--signal-seconds", type=int, default=600, help="left for saving before the limit")
     slurm.add_argument("--retries", type=int, default=20, help="requeues of a job, after limits and failures")
-    slurm.add_argument("--ssh", metavar="USER@HOST", help="login node; default: this machine is one")
+    slurm.add_argument("--ssh", metavar="USER@HOST[:PORT]", help="login node; default: this machine is one")
     slurm.add_argument("--identity", help="key file for --ssh")
     slurm.add_argument("--job-dir", help="for --ssh: NeMo-Run's folder on the cluster")
     slurm.add_argument("--container-image", help="for Pyxis; default: the project's virtual environment")
@@ -246,6 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     arguments.workdir = arguments.workdir or Path.cwd()
     try:
+        if arguments.ssh and not (ssh_target(arguments.ssh) and arguments.job_dir):
+            raise ValueError("--ssh needs --job-dir: NeMo-Run's folder on the cluster's file system")
         config = load_config(arguments.config, arguments.overrides)
         out = arguments.out or Path("runs") / f"{config.run.name}_experiment"
         out = arguments.workdir / out

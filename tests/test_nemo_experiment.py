@@ -96,6 +96,18 @@ def test_sizes_that_nemo_run_cannot_deal_out_are_refused(nemo: ModuleType, confi
         nemo.tasks_of(nemo.tasks_of(load_config(config_path), ["opd"], Path("/o"))[0].config, ["opd"], Path())
 
 
+def test_ssh_targets(nemo: ModuleType, config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert nemo.ssh_target("me@login.cluster:2222") == ("me", "login.cluster", 2222)
+    assert nemo.ssh_target("me@login")[2] == 22
+    for words, says in (
+        (["--ssh", "login"], "--ssh login: give user@host"),
+        (["--ssh", "me@login"], "--ssh needs --job-dir"),
+        (["--ranks-per-node", "2"], "use sbatch launchers/three_branch.sh"),
+    ):
+        assert nemo.main([str(config_path), "--executor", "slurm", *words]) == 2
+        assert says in capsys.readouterr().err
+
+
 # --- whole experiments -------------------------------------------------------------------------------------
 
 
