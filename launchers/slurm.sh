@@ -17,8 +17,8 @@
 #   COPD_SWEEP            for sbatch --array: a file of overrides, element 1 takes its first line, and so on
 #                         (# starts a comment); without it, an element's index becomes run.seed
 #   COPD_PRINT            1: print the srun command, start nothing
-# Without a container, launchers/setup.sh's environment is used (COPD_VENV, COPD_REQUIREMENTS: gpu on nodes
-# with GPUs, else cpu). With one:
+# Without a container, launchers/setup.sh's environment is used (COPD_VENV, COPD_REQUIREMENTS: gpu where there
+# are GPUs, else cpu). With one:
 #   COPD_CONTAINER          image: a registry reference or .sqsh file for Pyxis, a .sif for Apptainer
 #   COPD_CONTAINER_ENGINE   pyxis or apptainer; default pyxis where srun has it
 #   COPD_CONTAINER_MOUNTS   further folders, with commas; the project and the working folder are mounted
@@ -151,7 +151,9 @@ copd_job() {
     overrides=("$@")
     export VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
     if [[ -z ${SLURM_JOB_ID-} ]]; then
-        copd_setup "${COPD_REQUIREMENTS:-cpu}" || return 1
+        local requirements=cpu
+        if [[ -e /dev/nvidiactl ]]; then requirements=gpu; fi
+        copd_setup "${COPD_REQUIREMENTS:-$requirements}" || return 1
         exec copd train "$config" "${overrides[@]}"
     fi
     trap _copd_job_time_is_up USR1
