@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,36 @@ from copd_megatron.checkpoint.compare import compare_runs
 from copd_megatron.checkpoint.manifest import complete_checkpoints
 from tests.checkpoint_runs import BRANCHES, NUM_STEPS, log_of, prepare, train, training, write_config
 
-pytestmark = pytest.mark.slow  # whole runs: minutes on two cores
+
+@pytest.mark.parametrize(
+    ("ends_with", "status", "starts"),
+    [([9, 0], 0, 2), ([75], 75, 1)],
+    ids=["failed", "told to stop"],
+)
+def test_a_local_launch_starts_again_what_failed(
+    tmp_path: Path, ends_with: list[int], status: int, starts: int
+) -> None:
+    """Real torchruns of a rank that ends as it is told, at most one restart."""
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import os, sys\n"
+        "restart = int(os.environ['COPD_RESTART_COUNT'])\n"
+        "open(os.environ['STARTS'], 'a').write('x')\n"
+        f"sys.exit({ends_with}[restart])\n"
+    )
+    launch = subprocess.run(
+        [sys.executable, "-m", "copd_megatron.local_launch", str(tmp_path), "--standalone", str(rank)],
+        env=os.environ | {"COPD_MAX_RESTARTS": "1", "STARTS": str(tmp_path / "starts")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert launch.returncode == status, launch.stderr
+    assert (tmp_path / "starts").read_text() == "x" * starts
+    assert ("copd: ended: rank 0 with 9; restart 1 of 1" in launch.stderr) == (starts == 2)
+
+
+# --- whole runs: minutes on two cores -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -63,6 +93,7 @@ def _fill(folder: Path) -> Path:
             return filler
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_killed_rank_and_a_full_disk_lose_nothing(tmp_path: Path, disk: Path) -> None:
     prepare(tmp_path)
