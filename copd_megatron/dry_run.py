@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 
 from copd_megatron.config import Config, Device, ModelShape, read_model_shapes, to_yaml, validate
@@ -12,6 +11,16 @@ from copd_megatron.topology.layout import Layout
 from copd_megatron.topology.memory import GIB, compute_bytes, estimate_memory
 
 _NVIDIA_DEVICE = Path("/dev/nvidiactl")
+_PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "extra_models",
+    "weight_sync",
+    "rollout",
+)
 
 
 def dry_run(config: Config, world_size: int | None = None) -> str:
@@ -45,11 +54,14 @@ def _describe_memory(config: Config, shapes: Mapping[str, ModelShape]) -> str:
     for name, branch in config.branches.items():
         shape = shapes[name]
         estimate = estimate_memory(config, branch, shape, on_gpu=on_gpu)
-        parts = ", ".join(
-            f"{field.name.replace('_', ' ')} {_size(getattr(estimate, field.name))}"
-            for field in fields(estimate)
+        parts = ", ".join(f"{part.replace('_', ' ')} {_size(getattr(estimate, part))}" for part in _PARTS)
+        turns = ""
+        if estimate.rollout_sleeps:
+            actor, rollout = _size(estimate.training), _size(estimate.sampling)
+            turns = f" ({actor} while the actor works, {rollout} while vLLM does)"
+        lines.append(
+            f"{name}: {shape.num_parameters:,} parameters; {_size(estimate.total)} a rank{turns} = {parts}"
         )
-        lines.append(f"{name}: {shape.num_parameters:,} parameters; {_size(estimate.total)} a rank = {parts}")
         if on_gpu:
             share = branch.rollout.gpu_memory_utilization
             lines.append(f"  of which vLLM's share grows to {share:.0%} of the GPU with its KV cache")

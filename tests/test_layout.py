@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copd_megatron.config import BranchConfig, Config, ModelConfig, ModelShape, ParallelConfig, RolloutConfig
+from copd_megatron.config.schema import Recompute
 from copd_megatron.topology.layout import Layout
-from copd_megatron.topology.memory import estimate_memory, stage_parameters
+from copd_megatron.topology.memory import MemoryEstimate, estimate_memory, stage_parameters
 
 Sizes = tuple[int, int, int, int]
 """tp, cp, dp, pp"""
@@ -186,6 +190,53 @@ def test_memory_falls_with_parallelism_and_follows_the_formula() -> None:
     gpu = estimate_memory(config, config.branches["one"], SHAPE, on_gpu=True)
     assert gpu.weights == 2 * SHAPE.num_parameters
     assert gpu.optimizer == 12 * SHAPE.num_parameters
+
+
+def test_memory_follows_the_options_that_save_it() -> None:
+    def estimate(**changes: Any) -> MemoryEstimate:
+        config = make_config({"one": ((2, 1, 2, 1), 1)})
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            target = config.branches["one"] if section == "branch" else config
+            *path, leaf = (name if section == "branch" else key).split("__")
+            for part in path:
+                target = getattr(target, part)
+            setattr(target, leaf, value)
+        return estimate_memory(config, config.branches["one"], SHAPE, on_gpu=True)
+
+    plain = estimate()
+    # The two take turns: what is needed at once is the larger turn.
+    assert plain.total == max(plain.training, plain.sampling) < plain.training + plain.rollout
+    assert plain.sampling == plain.weights + plain.weight_sync + plain.rollout
+    awake = estimate(memory__sleep_rollouts=False)
+    assert awake.total == plain.training + plain.rollout
+    lighter = estimate(memory__offload_weights=True)
+    assert lighter.sampling == plain.sampling - plain.weights
+    held = estimate(memory__offload_optimizer=False, memory__offload_gradients=False)
+    assert held.sampling == plain.sampling + plain.optimizer + plain.gradients
+    full = estimate(training__recompute=Recompute.full, training__recompute_num_layers=2)
+    layer = plain.activations // SHAPE.num_layers
+    inputs = 2 * 16384 * SHAPE.hidden_size
+    assert full.activations == SHAPE.num_layers // 2 * inputs + 2 * layer
+    assert estimate(branch__parallel__sequence_parallel=True).activations < plain.activations
+    narrow = estimate(
+        optimizer__precision_aware=True,
+        optimizer__main_grads_dtype="bfloat16",
+        optimizer__moments_dtype="uint8",
+    )
+    assert narrow.gradients == plain.gradients // 2
+    assert narrow.optimizer == plain.optimizer // 12 * (4 + 2)
+    assert estimate(optimizer__cpu_offload_fraction=0.5).optimizer == plain.optimizer // 2
+    assert estimate(precision__fp8_parameters=True).weights == plain.weights // 2
+
+
+def test_experts_are_spread_over_expert_parallel_ranks_only() -> None:
+    moe = dataclasses.replace(SHAPE, num_experts=8, num_experts_per_token=2, expert_ffn_size=32)
+    experts = 3 * 8 * 32 * SHAPE.hidden_size * SHAPE.num_layers
+    one = stage_parameters(moe, pipeline=1, tensor=1)
+    assert one == moe.num_parameters
+    assert stage_parameters(moe, pipeline=1, tensor=1, expert=4) == one - experts + experts // 4
+    assert stage_parameters(moe, pipeline=1, tensor=2) == (one - experts) // 2 + experts
 
 
 def test_a_frozen_branch_keeps_no_training_state() -> None:
