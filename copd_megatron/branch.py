@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from copd_megatron.checkpoint.lock import RunLock
 from copd_megatron.config import Config
 from copd_megatron.config.model_shape import read_model_shape
 from copd_megatron.config.schema import BranchConfig
@@ -82,13 +83,16 @@ def start(config: Config, layout: Layout) -> Iterator[Branch]:
     """
     device: Literal["cuda", "cpu"] = "cuda" if uses_cuda(config) else "cpu"
     run_dir = run_directory(config)
-    with init_world(
-        {name: list(layout.ranks_of(name)) for name in layout.branch_names},
-        device=device,
-        timeout_seconds=config.run.collective_timeout_seconds,
-        run_id=os.environ.get("COPD_RUN_ID", "run"),
-        report_dir=run_dir,
-    ) as world:
+    with (
+        init_world(
+            {name: list(layout.ranks_of(name)) for name in layout.branch_names},
+            device=device,
+            timeout_seconds=config.run.collective_timeout_seconds,
+            run_id=os.environ.get("COPD_RUN_ID", "run"),
+            report_dir=run_dir,
+        ) as world,
+        RunLock(run_dir) if world.is_first else contextlib.nullcontext(),
+    ):
         world.adopt_branch_environment()
         branch = _build(config, world, run_dir)
         try:

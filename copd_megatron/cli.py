@@ -141,8 +141,11 @@ def _check_inputs(config: Config) -> None:
 def _check_run_dir(config: Config, folder: Path) -> None:
     """Whether the run directory is free, or holds a run that this configuration can continue."""
     from copd_megatron.checkpoint.compatible import check_compatible
+    from copd_megatron.checkpoint.lock import RunLock
     from copd_megatron.checkpoint.manifest import checkpoints_dir, complete_checkpoints, step_folder
 
+    with RunLock(folder):  # refused, or free: the job's first rank takes it for good
+        pass
     metrics = folder / "metrics.jsonl"
     if starts_anew(config):
         metrics.unlink(missing_ok=True)

@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from copd_megatron.checkpoint.compare import compare_runs, metric_differences
 from copd_megatron.checkpoint.compatible import check_compatible
+from copd_megatron.checkpoint.lock import RunLock
 from copd_megatron.checkpoint.manifest import (
     MANIFEST,
     BranchEntry,
@@ -167,6 +170,35 @@ def test_unfinished_saves_are_removed_and_damaged_ones_put_aside(tmp_path: Path)
     again = _checkpoint(tmp_path, 2)
     assert set_aside(again).name == "step_000002.damaged1"
     assert list(step_folders(tmp_path).values()) == [whole]
+
+
+def test_a_run_directory_belongs_to_one_job(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "run") as held:
+        with (
+            pytest.raises(ConfigError, match=rf"run\.dir: .* in use by process {os.getpid()} on "),
+            RunLock(tmp_path / "run", wait_seconds=0.3),
+        ):
+            pass
+        assert held.path.read_text().startswith("process ")
+    with RunLock(tmp_path / "run", wait_seconds=0):
+        pass
+
+
+def test_a_killed_job_gives_its_run_directory_back(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from copd_megatron.checkpoint.lock import RunLock\n"
+        "with RunLock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError), RunLock(tmp_path, wait_seconds=0):
+        pass
+    holder.kill()
+    with RunLock(tmp_path):
+        pass
+    holder.wait()
 
 
 def test_signals_are_noted() -> None:

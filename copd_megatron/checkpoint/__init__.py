@@ -11,6 +11,7 @@ says. The manifest is renamed into place after every branch has reported that it
 run that dies at any instant leaves a valid checkpoint or a folder without a manifest, which nobody reads.
 
 ``manifest``        what a checkpoint holds, which are valid, which to delete (neither torch nor Megatron)
+``lock``            one job per run directory
 ``stop``            signals and the wall-clock limit
 ``actor_state``     one actor as Megatron's sharded state dict, and back, at any layout
 ``files``           how a rank writes its file: hashed on the way, in the loop's thread or in another

@@ -1,0 +1,74 @@
+"""One job per run directory. Neither torch nor Megatron."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Final, Self
+
+from copd_megatron.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LOCK: Final = "run.lock"
+_WAIT_SECONDS = 10.0
+"""What a job that was killed gets to end, before another that was started at once is refused."""
+_POLL_SECONDS = 0.2
+
+
+class RunLock:
+    """Keeps a second job out of a run directory, in which it would cut metrics and delete unfinished saves.
+
+    A lock of the kernel on ``run.lock``: it is gone when the process is, however that ends.
+    """
+
+    def __init__(self, run_dir: Path, *, wait_seconds: float = _WAIT_SECONDS) -> None:
+        self.path, self.wait_seconds = run_dir / LOCK, wait_seconds
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        """
+        Raises:
+            ConfigError: another process still holds it after ``wait_seconds``.
+            OSError: the run directory cannot be written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+")
+        try:
+            self._take(self._file)
+        except ConfigError:
+            self._file.close()
+            raise
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def _take(self, file: IO[str]) -> None:
+        deadline = time.monotonic() + self.wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    raise ConfigError(
+                        f"run.dir: {self.path.parent} is in use by {file.read().strip() or 'another job'}: "
+                        "end that one first, or choose another run.name or run.dir"
+                    ) from None
+            except OSError as error:
+                logger.warning("%s cannot be locked (%s): nothing keeps a second job out", self.path, error)
+                return
+            time.sleep(_POLL_SECONDS)
