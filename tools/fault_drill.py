@@ -44,7 +44,8 @@ SAVE_OPERATIONS = ("checkpoint.prepare", "checkpoint.collect", "checkpoint.gathe
 WRITE = "checkpoint.write"
 """Among them, unless saves are asynchronous: then a thread writes, of which the watch does not tell."""
 EXCHANGE = ("opd.exchange",)
-WORK = ("rollout.", "policy.", "opd.", "checkpoint.", "weight_sync", "metrics", "rewards.")
+TRAINING = ("rollout.", "policy.", "opd.", "rewards.")
+WORK = (*TRAINING, "checkpoint.", "weight_sync", "metrics")
 TARGETS = ("rank", "branch", "job", "launcher")
 _POLL_SECONDS = 0.0005
 _ORPHAN_SECONDS = 15.0
@@ -276,10 +277,12 @@ def _wait_for_operation(job: Job, kill: Kill, step_seconds: float) -> str | None
 def _wait_for_instant(job: Job, kill: Kill, step_seconds: float) -> str | None:
     steps, part = divmod(kill.after, 1)
     resumed = next(iter(complete_checkpoints(job.run_dir)), 0)
+    # with steps to wait for, only once it trains: until it has resumed, the last attempt's steps are there
+    work = TRAINING if steps else WORK
     begun: float | None = None
     while job.running:
         path = job.operation(kill.rank)
-        if begun is None and path.startswith(WORK) and job.num_steps >= resumed + steps:
+        if begun is None and path.startswith(work) and job.num_steps >= resumed + steps:
             begun = time.monotonic()
         if begun is not None and time.monotonic() - begun >= part * step_seconds:
             return path or "between operations"
