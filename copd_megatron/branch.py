@@ -23,6 +23,7 @@ from copd_megatron.opd.router import Router
 from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
 from copd_megatron.records import Prompt
 from copd_megatron.rewards.grader import Grader
+from copd_megatron.rollout.early_stop import Group
 from copd_megatron.rollout.engine import RolloutEngine
 from copd_megatron.run_dir import run_directory
 from copd_megatron.schedule import num_steps
@@ -63,6 +64,8 @@ class Branch:
     """This step's metrics, named without the branch."""
     num_sampled_tokens: int = 0
     """Response tokens sampled since the last step was written."""
+    begun: list[Group] = field(default_factory=list)
+    """Native groups that the last step left unfinished (``rollout.partial_rollouts``)."""
     num_skipped_updates: int = 0
     """Updates left out one after another, up to now."""
     reference: WeightSnapshot | None = None

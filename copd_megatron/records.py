@@ -86,6 +86,8 @@ class Rollout:
     seed: int
     reward: float | None = None
     """Verifier's grade; None: not graded."""
+    unfinished: bool = False
+    """Sampling was stopped before the response's end (``rollout.early_stop``)."""
 
     @property
     def media(self) -> tuple[MediaRef, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from copd_megatron.opd.records import ScoreRequest, TeacherScore
 from copd_megatron.phase_memory import phase_memory
 from copd_megatron.policy.actor import SequenceScore
 from copd_megatron.records import FloatArray, IntArray, Prompt, Rollout, TrainRow
+from copd_megatron.rollout.early_stop import EarlyStop, carried, continued, num_asked, split_groups
 from copd_megatron.rollout.engine import SamplingSettings, sample_seed
 from copd_megatron.schedule import Phase, Step
 
@@ -57,7 +58,7 @@ def native_batch(me: Branch, step: Step) -> Batch:
         missing = wanted - len({r.prompt.prompt_id for r in rollouts})
         if missing <= 0:
             break
-        fresh = sample_and_grade(me, me.prompts.next(missing), me.settings.num_generations_per_prompt, step)
+        fresh = _fresh_groups(me, missing, step)
         _reward_metrics(me, "train/", fresh)
         if options.dynamic_sampling:
             keep = informative_groups(_rewards(fresh), [r.prompt.prompt_id for r in fresh])
@@ -73,7 +74,35 @@ def native_batch(me: Branch, step: Step) -> Batch:
         old_logprobs=old,
         reference_logprobs=reference,
     )
+    # begun by earlier weights: the ratio is to what sampled each token
+    rows = [
+        replace(row, old_logprobs=row.rollout_logprobs)
+        if row.old_logprobs is None and row.weight_version < me.actor.version
+        else row
+        for row in rows
+    ]
     return Batch(native=rollouts, rows=rows)
+
+
+def _fresh_groups(me: Branch, wanted: int, step: Step) -> list[Rollout]:
+    """All responses to ``wanted`` prompts; with over-sampling, to those that are done first."""
+    assert me.prompts is not None
+    count, options = me.settings.num_generations_per_prompt, me.settings.rollout
+    if not options.over_sampling:
+        return sample_and_grade(me, me.prompts.next(wanted), count, step)
+    asked = num_asked(wanted, options.over_sampling)
+    lag = me.config.training.max_weight_lag
+    begun = carried(me.begun, version=me.actor.version, max_lag=lag)[:asked]
+    prompts = continued(me.prompts.next(asked - len(begun)), begun)
+    stop = EarlyStop(
+        num_prompts=wanted, begun={(r.prompt.prompt_id, r.sample_index): r for g in begun for r in g}
+    )
+    rollouts = sample_and_grade(me, prompts, count, step, stop=stop)
+    complete, left = split_groups(rollouts, count, wanted)
+    me.begun = left if options.partial_rollouts else []
+    me.metrics.value("train/carried_prompts", float(len(begun)))
+    me.metrics.value("train/unfinished_prompts", float(len(left)))
+    return complete
 
 
 def sample_and_grade(
@@ -83,6 +112,7 @@ def sample_and_grade(
     step: Step,
     *,
     purpose: str = "native",
+    stop: EarlyStop | None = None,
 ) -> list[Rollout]:
     """Samples with the branch's weights and grades each response where it was sampled.
 
@@ -95,28 +125,38 @@ def sample_and_grade(
         top_p=rollout.top_p,
         top_k=rollout.top_k,
     )
-    return sample_graded(me, prompts, settings, step=step.index, purpose=f"{me.name}/{purpose}")
+    return sample_graded(me, prompts, settings, step=step.index, purpose=f"{me.name}/{purpose}", stop=stop)
 
 
 def sample_graded(
-    me: Branch, prompts: Sequence[Prompt], settings: SamplingSettings, *, step: int, purpose: str
+    me: Branch,
+    prompts: Sequence[Prompt],
+    settings: SamplingSettings,
+    *,
+    step: int,
+    purpose: str,
+    stop: EarlyStop | None = None,
 ) -> list[Rollout]:
-    """``prompts`` sampled over the branch's rollout replicas, graded, and gathered on every rank."""
+    """``prompts`` sampled over the branch's rollout replicas, graded, and gathered on every rank. With
+    ``stop``, not all are finished, and those that are not have no grade."""
     assert me.engine is not None
     me.actor.give_memory(weights=True)
     begin = time.perf_counter()
     with me.world.watch.operation("rollout.generate"), phase_memory(me.metrics, "sampling"):
-        mine = me.engine.sample_share(prompts, settings, step=step, branch=purpose)
+        mine = me.engine.sample_share(prompts, settings, step=step, branch=purpose, stop=stop)
     generated = time.perf_counter()
     with me.world.watch.operation("rewards.grade"):
         # the ranks of one engine hold the same samples; the first speaks for all
-        mine = me.grader.grade(mine) if me.engine.tp_rank == 0 else mine
-    graded = time.perf_counter()
+        if me.engine.tp_rank == 0:
+            graded = iter(me.grader.grade([r for r in mine if not r.unfinished and r.reward is None]))
+            mine = [r if r.unfinished or r.reward is not None else next(graded) for r in mine]
+    graded_at = time.perf_counter()
     with me.world.watch.operation("rollout.gather", ranks=me.world.branch_ranks[me.name]):
         rollouts = me.engine.gather(mine, prompts, settings)
     me.metrics.maximum("timing/generation_seconds", generated - begin)
-    me.metrics.maximum("timing/grading_seconds", graded - generated)
-    me.num_sampled_tokens += sum(r.response_length for r in rollouts)
+    me.metrics.maximum("timing/grading_seconds", graded_at - generated)
+    before = 0 if stop is None else sum(r.response_length for r in stop.begun.values())
+    me.num_sampled_tokens += sum(r.response_length for r in rollouts) - before
     return rollouts
 
 

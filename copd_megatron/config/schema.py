@@ -255,6 +255,12 @@ class RolloutConfig:
     """The samples of a group share their prompt's KV cache."""
     enable_chunked_prefill: bool = True
     """Long prompts are prefilled in pieces beside decoding (GPU; on CPU never)."""
+    over_sampling: float = 0.0
+    """Share of further prompts that a step begins; it goes on when the wanted number are done. 0: off, every
+    response is waited for. Native prompts only."""
+    partial_rollouts: bool = False
+    """Carry what is unfinished then to the next step; needs ``over_sampling`` and
+    ``training.max_weight_lag``. Not part of checkpoints: a resumed run begins those prompts' successors."""
     quantization: RolloutQuantization = RolloutQuantization.none
     """``fp8``: vLLM quantises linear layers at every weight sync (GPU)."""
 

@@ -118,6 +118,7 @@ def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
                 rollout__max_new_tokens=rollout.max_new_tokens,
                 rollout__max_num_seqs=rollout.max_num_seqs,
             ),
+            *at_least(0, rollout__over_sampling=rollout.over_sampling),
             *above(
                 0,
                 reward__timeout_seconds=branch.reward.timeout_seconds,
@@ -134,6 +135,12 @@ def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
             ),
         ],
     )
+    if rollout.partial_rollouts and (not rollout.over_sampling or not config.training.max_weight_lag):
+        yield (
+            f"{key}.rollout.partial_rollouts: true with over_sampling {rollout.over_sampling:g} and "
+            f"training.max_weight_lag {config.training.max_weight_lag}: only over-sampling leaves responses "
+            f"unfinished, and their first tokens are older than the weights; set both above 0"
+        )
     if rollout.top_k != -1 and rollout.top_k < 1:
         yield f"{key}.rollout.top_k: {rollout.top_k} must be -1 (no limit) or at least 1"
     total = data.max_prompt_tokens + rollout.max_new_tokens

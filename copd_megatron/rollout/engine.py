@@ -12,8 +12,9 @@ import glob
 import hashlib
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from copd_megatron.config.schema import RolloutConfig, RolloutQuantization
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout import in_place
+from copd_megatron.rollout.early_stop import EarlyStop
 from copd_megatron.rollout.media import engine_input, engine_settings
 from copd_megatron.topology.watch import is_collective_failure
 
@@ -66,6 +68,42 @@ class SamplingSettings:
     temperature: float
     top_p: float = 1.0
     top_k: int = -1
+
+
+@dataclass(kw_only=True)
+class _Completion:
+    """What vLLM has said of one request, in one piece or in many."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    """None: not finished."""
+
+    def add(self, output: Any) -> None:
+        """Another piece, or the whole."""
+        tokens = list(output.token_ids)
+        self.token_ids += tokens
+        self.logprobs += [e[token].logprob for token, e in zip(tokens, output.logprobs or (), strict=True)]
+        self.text += output.text
+        self.finish_reason = output.finish_reason
+
+
+def _enough(asked: Sequence[str], quota: int, mine: Sequence[tuple[Prompt, int]]) -> Callable[[int], bool]:
+    """Whether ``quota`` prompts have all their responses; to be told the number of every request that ends.
+
+    ``asked`` are the prompts of the requests; the other samples of ``mine`` are there already.
+    """
+    missing = Counter(asked)
+    done = [sum(missing[prompt_id] == 0 for prompt_id in {prompt.prompt_id for prompt, _ in mine})]
+
+    def ended(number: int) -> bool:
+        prompt_id = asked[number]
+        missing[prompt_id] -= 1
+        done[0] += missing[prompt_id] == 0
+        return done[0] >= quota
+
+    return ended
 
 
 class RolloutEngine:
@@ -233,9 +271,19 @@ class RolloutEngine:
         return self.gather(self.sample_share(prompts, settings, step=step, branch=branch), prompts, settings)
 
     def sample_share(
-        self, prompts: Sequence[Prompt], settings: SamplingSettings, *, step: int, branch: str | None = None
+        self,
+        prompts: Sequence[Prompt],
+        settings: SamplingSettings,
+        *,
+        step: int,
+        branch: str | None = None,
+        stop: EarlyStop | None = None,
     ) -> list[Rollout]:
-        """Samples this replica's share of the prompts (all ranks of the engine call it together)."""
+        """Samples this replica's share of the prompts (all ranks of the engine call it together).
+
+        With ``stop``, sampling ends when this replica's share of the wanted prompts is done; the responses
+        of the others come back as far as they got.
+        """
         if self.version is None:
             raise RuntimeError(
                 f"branch {self.branch}: vLLM holds no valid weights; sync them before sampling"
@@ -248,33 +296,55 @@ class RolloutEngine:
             for i in split_replicas(len(prompts), self.num_replicas)[self.replica]
             for sample in range(settings.num_generations)
         ]
+        begun = {} if stop is None else stop.begun
+        earlier = [begun.get((prompt.prompt_id, sample)) for prompt, sample in mine]
         seeds = [
             sample_seed(self.run_seed, branch or self.branch, step, prompt.prompt_id, sample)
             for prompt, sample in mine
         ]
-        parameters = [
-            SamplingParams(
-                n=1,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                max_tokens=self.config.max_new_tokens,
-                stop=self.config.stop or None,
-                seed=seed,
-                logprobs=0,
-                output_kind=RequestOutputKind.FINAL_ONLY,
+        # what an earlier step has finished needs no request
+        places = [i for i, part in enumerate(earlier) if part is None or part.unfinished]
+        inputs, parameters = [], []
+        for i in places:
+            part = earlier[i]
+            inputs.append(mine[i][0] if part is None else replace(mine[i][0], token_ids=part.token_ids))
+            parameters.append(
+                SamplingParams(
+                    n=1,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    top_k=settings.top_k,
+                    max_tokens=self.config.max_new_tokens - (0 if part is None else part.response_length),
+                    stop=self.config.stop or None,
+                    seed=seeds[i],
+                    logprobs=0,
+                    output_kind=RequestOutputKind.FINAL_ONLY if stop is None else RequestOutputKind.DELTA,
+                )
             )
-            for seed in seeds
-        ]
-        with self._named(f"failed in sampling {len(mine)} responses of step {step + 1}"):
-            outputs = self._generate([prompt for prompt, _ in mine], parameters)
-        return [
-            self._rollout(prompt, sample, seed, output.outputs[0])
-            for (prompt, sample), seed, output in zip(mine, seeds, outputs, strict=True)
-        ]
+        enough = None
+        if stop is not None:
+            quota = len(split_replicas(stop.num_prompts, self.num_replicas)[self.replica])
+            enough = _enough([mine[i][0].prompt_id for i in places], quota, mine)
+        with self._named(f"failed in sampling {len(places)} responses of step {step + 1}"):
+            completions = dict(zip(places, self._generate(inputs, parameters, enough), strict=True))
+        rollouts = []
+        for i, (prompt, sample) in enumerate(mine):
+            part = earlier[i]
+            if i in completions:
+                rollouts.append(self._rollout(prompt, sample, seeds[i], completions[i], part))
+            else:
+                assert part is not None
+                rollouts.append(part)
+        return rollouts
 
-    def _generate(self, prompts: Sequence[Prompt], parameters: Sequence[Any]) -> list[Any]:
-        """Runs the engine until all requests are done; outputs in the order of the requests.
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        parameters: Sequence[Any],
+        enough: Callable[[int], bool] | None = None,
+    ) -> list[_Completion]:
+        """Runs the engine until all requests are done, or until ``enough`` says so, which is told of each
+        request that ends; completions in the order of the requests.
 
         The prompts go in as they are, tokens and pixels: vLLM's own processor never runs.
         """
@@ -285,16 +355,21 @@ class RolloutEngine:
             self._num_requests += 1
             place[name] = number
             engine.add_request(name, self._engine_input(prompt), sampling)
-        outputs: list[Any] = [None] * len(prompts)
-        while engine.has_unfinished_requests():
+        completions = [_Completion() for _ in prompts]
+        stopped = not prompts
+        while engine.has_unfinished_requests() and not stopped:
             for output in engine.step():
                 number = place[output.request_id]
                 if list(output.prompt_token_ids) != prompts[number].token_ids.tolist():
                     raise RuntimeError(
                         f"{prompts[number].prompt_id}: vLLM saw other prompt tokens than the trainer"
                     )
-                outputs[number] = output
-        return outputs
+                completions[number].add(output.outputs[0])
+                if output.finished and enough is not None:
+                    stopped = enough(number) or stopped
+        if stopped:
+            engine.abort_request([n for n, i in place.items() if completions[i].finish_reason is None])
+        return completions
 
     def _engine_input(self, prompt: Prompt) -> Any:
         if self.media is None:
@@ -303,19 +378,25 @@ class RolloutEngine:
         features = self.media.features(prompt.media)
         return engine_input(prompt.token_ids, features, self.media.processor, version=self.version)
 
-    def _rollout(self, prompt: Prompt, sample: int, seed: int, completion: Any) -> Rollout:
-        tokens = list(completion.token_ids)
-        logprobs = [entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)]
+    def _rollout(
+        self, prompt: Prompt, sample: int, seed: int, completion: _Completion, earlier: Rollout | None
+    ) -> Rollout:
+        """A completion as a rollout, behind the tokens of an earlier step where it continues them."""
+        begin = prompt.token_ids if earlier is None else earlier.token_ids
+        logprobs = np.asarray(completion.logprobs, dtype=np.float32)
         assert self.version is not None
         return Rollout(
             prompt=prompt,
             sample_index=sample,
-            token_ids=np.concatenate([prompt.token_ids, np.asarray(tokens, dtype=np.int32)]).astype(np.int32),
-            rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
-            text=completion.text,
+            token_ids=np.concatenate([begin, np.asarray(completion.token_ids, np.int32)]).astype(np.int32),
+            rollout_logprobs=(
+                logprobs if earlier is None else np.concatenate([earlier.rollout_logprobs, logprobs])
+            ),
+            text=("" if earlier is None else earlier.text) + completion.text,
             truncated=completion.finish_reason == "length",
-            weight_version=self.version,
-            seed=seed,
+            weight_version=self.version if earlier is None else earlier.weight_version,
+            seed=seed if earlier is None else earlier.seed,
+            unfinished=completion.finish_reason is None,
         )
 
     def gather(
@@ -370,11 +451,12 @@ def _pack(rollout: Rollout) -> tuple[Any, ...]:
         rollout.weight_version,
         rollout.seed,
         rollout.reward,
+        rollout.unfinished,
     )
 
 
 def _unpack(packed: tuple[Any, ...], prompt: Prompt) -> Rollout:
-    sample, response, logprobs, text, truncated, version, seed, reward = packed
+    sample, response, logprobs, text, truncated, version, seed, reward, unfinished = packed
     return Rollout(
         prompt=prompt,
         sample_index=sample,
@@ -385,4 +467,5 @@ def _unpack(packed: tuple[Any, ...], prompt: Prompt) -> Rollout:
         weight_version=version,
         seed=seed,
         reward=reward,
+        unfinished=unfinished,
     )

@@ -1,0 +1,149 @@
+"""Over-sampling, early stop and carried responses: the bookkeeping, and with the real engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from copd_megatron.config.schema import RolloutConfig
+from copd_megatron.records import MediaRef, Prompt, Rollout
+from copd_megatron.rollout.early_stop import carried, continued, num_asked, split_groups
+from tests.distributed import run_distributed
+from tests.models import make_model, random_texts
+
+
+def _prompt(name: str, *, media: bool = False) -> Prompt:
+    ref = MediaRef(source="s", shard="a", key="k", extension="png", kind="image", content_hash="0")
+    return Prompt(
+        prompt_id=name,
+        domain="d",
+        token_ids=np.array([1, 2], np.int32),
+        answer="",
+        verifier="exact",
+        media=(ref,) if media else (),
+    )
+
+
+def _rollout(prompt: Prompt, sample: int, length: int, *, unfinished: bool, version: int = 0) -> Rollout:
+    return Rollout(
+        prompt=prompt,
+        sample_index=sample,
+        token_ids=np.concatenate([prompt.token_ids, np.full(length, 7, np.int32)]),
+        rollout_logprobs=np.zeros(length, np.float32),
+        text="",
+        truncated=False,
+        weight_version=version,
+        seed=0,
+        unfinished=unfinished,
+    )
+
+
+def test_the_first_complete_groups_are_taken_and_begun_ones_left() -> None:
+    prompts = [_prompt(name) for name in "abcde"]
+    ends = [(False, False), (False, True), (False, False), (True, True), (False, False)]
+    lengths = [(3, 4), (2, 5), (1, 1), (0, 0), (6, 6)]
+    rollouts = [
+        _rollout(prompt, sample, size[sample], unfinished=end[sample])
+        for prompt, end, size in zip(prompts, ends, lengths, strict=True)
+        for sample in range(2)
+    ]
+    taken, left = split_groups(rollouts, 2, 2)
+    assert [r.prompt.prompt_id for r in taken] == ["a", "a", "c", "c"]
+    # d was never begun: there is nothing to carry
+    assert [group[0].prompt.prompt_id for group in left] == ["b", "e"]
+
+
+def test_what_is_too_old_or_has_media_is_not_carried() -> None:
+    groups = [
+        (_rollout(_prompt("a"), 0, 3, unfinished=True, version=4),),
+        (_rollout(_prompt("b"), 0, 3, unfinished=True, version=2),),
+        (_rollout(_prompt("c", media=True), 0, 3, unfinished=True, version=4),),
+    ]
+    assert carried(groups, version=5, max_lag=1) == groups[:1]
+    assert carried(groups, version=5, max_lag=3) == groups[:2]
+    assert carried(groups, version=5, max_lag=0) == []
+
+
+def test_carried_prompts_come_first_and_once() -> None:
+    group = (_rollout(_prompt("b"), 0, 3, unfinished=True),)
+    prompts = continued([_prompt("a"), _prompt("b"), _prompt("c")], [group])
+    assert [prompt.prompt_id for prompt in prompts] == ["b", "a", "c"]
+
+
+def test_number_of_prompts_asked() -> None:
+    assert [num_asked(10, share) for share in (0.0, 0.25, 0.31)] == [10, 13, 14]
+
+
+# ---- with vLLM -------------------------------------------------------------------------------------------
+
+
+def _two_steps(folder: Path) -> dict[str, Any]:
+    """Six prompts, of which two are wanted; the rest is continued under other weights."""
+    from copd_megatron.policy.weights import HFFolder
+    from copd_megatron.rollout.early_stop import EarlyStop
+    from copd_megatron.rollout.engine import RolloutEngine, SamplingSettings
+    from copd_megatron.topology.single import single_process
+
+    with single_process():
+        engine = RolloutEngine(
+            model_path=folder,
+            # random bytes that end at these letters, at random times
+            config=RolloutConfig(max_new_tokens=20, max_num_seqs=12, stop=list(string.printable)),
+            branch="b",
+            run_id="test",
+            dtype=torch.float32,
+            max_tokens=64,
+            seed=1,
+        )
+        engine.load_weights(HFFolder(folder).iterate(), version=3)
+        prompts = [
+            dataclasses.replace(_prompt(str(i)), token_ids=t.token_ids[:6])
+            for i, t in enumerate(random_texts(12, 256, seed=4, longest=40)[1::2])
+        ]
+        settings = SamplingSettings(num_generations=2, temperature=1.0)
+        whole = engine.sample(prompts, settings, step=0)
+        first = engine.sample_share(prompts, settings, step=0, stop=EarlyStop(num_prompts=2))
+        taken, left = split_groups(first, 2, 2)
+        engine.load_weights(((n, t * 0.5) for n, t in HFFolder(folder).iterate()), version=4)
+        begun = {(r.prompt.prompt_id, r.sample_index): r for group in left for r in group}
+        again = continued(prompts[4:], left)
+        second = engine.sample_share(
+            again, settings, step=1, stop=EarlyStop(num_prompts=len(again), begun=begun)
+        )
+        fresh = engine.sample(prompts[:1], settings, step=2)
+    return {"whole": whole, "first": first, "taken": taken, "begun": begun, "second": second, "fresh": fresh}
+
+
+@pytest.mark.slow
+def test_responses_are_stopped_and_continued(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", seed=1)
+    (seen,) = run_distributed(_two_steps, 1, args=(folder,), timeout=400)
+    whole = {(r.prompt.prompt_id, r.sample_index): r for r in seen["whole"]}
+    assert len({r.prompt.prompt_id for r in seen["taken"]}) == 2
+    assert not any(r.unfinished for r in seen["taken"])
+    lengths = [(r.response_length, r.unfinished) for r in seen["first"]]
+    assert any(unfinished and 0 < length < 20 for length, unfinished in lengths), lengths
+    for rollout in seen["first"]:  # the stop changes no token, it only comes between
+        same = whole[rollout.prompt.prompt_id, rollout.sample_index]
+        assert rollout.token_ids.tolist() == same.token_ids[: len(rollout.token_ids)].tolist()
+        np.testing.assert_allclose(
+            rollout.rollout_logprobs, same.rollout_logprobs[: rollout.response_length], atol=1e-5
+        )
+        assert rollout.unfinished or rollout.text == same.text
+    for rollout in seen["second"]:
+        earlier = seen["begun"].get((rollout.prompt.prompt_id, rollout.sample_index))
+        assert not rollout.unfinished
+        assert len(rollout.rollout_logprobs) == rollout.response_length <= 20
+        assert rollout.weight_version == (4 if earlier is None else 3)
+        if earlier is not None:
+            size = len(earlier.token_ids)
+            assert rollout.token_ids[:size].tolist() == earlier.token_ids.tolist()
+            kept = rollout.rollout_logprobs[: earlier.response_length]
+            np.testing.assert_array_equal(kept, earlier.rollout_logprobs)
+    assert all(r.weight_version == 4 for r in seen["fresh"]), "the engine is in order after an abort"
