@@ -108,10 +108,14 @@ def train(config: Path, run_dir: Path, overrides: Sequence[str] = (), *, timeout
         return process.wait(timeout)
 
 
+def load_tool(name: str) -> dict[str, Any]:
+    """What ``tools/<name>.py`` defines."""
+    return runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / f"{name}.py"))
+
+
 def run_tool(name: str, *arguments: object) -> int:
     """``python tools/<name>.py arguments...`` within this process; its exit status."""
-    tool = runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / f"{name}.py"))
-    status: int = tool["main"]([str(argument) for argument in arguments])
+    status: int = load_tool(name)["main"]([str(argument) for argument in arguments])
     return status
 
 

@@ -28,8 +28,10 @@ from copd_megatron.checkpoint.manifest import (
     read_manifest,
     step_folder,
 )
+from copd_megatron.config import BranchConfig, Config, ModelConfig
 from copd_megatron.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
-from tests.checkpoint_runs import run_tool
+from copd_megatron.topology.layout import Layout
+from tests.checkpoint_runs import load_tool, run_tool
 from tests.distributed import run_distributed
 from tests.models import make_model
 
@@ -326,3 +328,16 @@ def test_the_inspector_names_damage(outcome: Any, tmp_path: Path, capsys: pytest
     (folder / MANIFEST).unlink()
     assert run_tool("inspect_checkpoint", tmp_path) == 1
     assert "the save was not finished" in capsys.readouterr().err
+
+
+def test_a_drill_kills_everything_in_saves_and_exchanges_and_fits_into_the_run() -> None:
+    tool = load_tool("fault_drill")
+    config = Config(model=ModelConfig(path="m"), branches={"text": BranchConfig(), "image": BranchConfig()})
+    layout, saves = Layout.from_config(config), tool["SAVE_OPERATIONS"]
+    plans = [tool["plan_kills"](10, layout, seed, 12, saves) for seed in range(20)]
+    assert plans[3] == tool["plan_kills"](10, layout, 3, 12, saves) != plans[4]
+    for plan in plans:
+        assert len(plan) == 10 and {kill.target for kill in plan} == set(tool["TARGETS"])
+        assert sum(kill.operations[:1] in [(name,) for name in saves] for kill in plan) >= 2
+        assert sum(kill.operations == tool["EXCHANGE"] for kill in plan) >= 2
+        assert all(kill.after <= 1.5 * 12 / 10 for kill in plan if not kill.operations)
