@@ -84,12 +84,14 @@ def finish(me: Branch, table: Accuracies) -> None:
     if table:
         text = write_table(me, table)
         if me.world.is_first:
-            logger.info("validation accuracy\n%s", text)
+            logger.info("validation accuracy of %s: see %s", ", ".join(table), me.run_dir / "evaluation.txt")
+            # for the person who waits: lines of a log would be too wide to read
+            print(f"\nvalidation accuracy (%)\n\n{text}\n", flush=True)
     if me.world.is_first and num_steps(config.schedule):
         behaviour, picture = write_report(me.run_dir)
         if behaviour:
-            logger.info("how alike the branches are\n%s", behaviour)
-        logger.info("curves: %s", picture)
+            print(f"how alike the branches are\n\n{behaviour}\n", flush=True)
+        print(f"curves: {picture}", flush=True)
 
 
 def export_branch(me: Branch, folder: Path) -> None:
