@@ -593,12 +593,16 @@ def rollout(options: argparse.Namespace) -> dict[str, Any]:
     on_cuda = torch.cuda.is_available()
     folder = make_folder(options.work, "text-4b" if on_cuda else "tiny")
     count, new_tokens = (256, 512) if on_cuda else (4, 16)
-    plain = json.loads(
-        subprocess.run(
-            [sys.executable, "-c", _PLAIN, str(folder), str(count), str(new_tokens)],
-            cwd=ROOT, check=True, capture_output=True, text=True,
-        ).stdout.splitlines()[-1]
-    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _PLAIN, str(folder), str(count), str(new_tokens)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    # vLLM logs to the same stream
+    (answer,) = [line for line in done.stdout.splitlines() if line.startswith("{")][-1:]
+    plain = json.loads(answer)
     from copd_megatron.rollout.engine import SamplingSettings
     from copd_megatron.weight_sync.sync import WeightSync
 
