@@ -471,6 +471,78 @@ def test_branches_with_other_vocabularies_are_refused(tmp_path: Path) -> None:
         validate(load(tmp_path), None, shapes)
 
 
+MIXTURE = replace(
+    SHAPE, architecture="Qwen3MoeForCausalLM", num_experts=6, num_experts_per_token=2, expert_ffn_size=32
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "overrides", "parts"),
+    [
+        (SHAPE, ["branches.text.parallel.expert_model_parallel_size=2"], ["Qwen3ForCausalLM is dense"]),
+        (
+            MIXTURE,
+            ["branches.text.parallel.sequence_parallel=false"],
+            ["tensor_model_parallel_size 2", "true"],
+        ),
+        (
+            MIXTURE,
+            [
+                "branches.text.parallel.sequence_parallel=true",
+                "branches.text.parallel.data_parallel_size=2",
+                "branches.text.parallel.expert_model_parallel_size=4",
+            ],
+            ["4 does not divide the model's 6 experts", "[1, 2, 3, 6]"],
+        ),
+        (
+            SHAPE,
+            [
+                "branches.text.parallel.pipeline_model_parallel_size=2",
+                "branches.text.parallel.virtual_pipeline_model_parallel_size=3",
+            ],
+            ["2 stages x 3 chunks", "4 layers"],
+        ),
+        (SHAPE, ["precision.fp8=blockwise"], ["blocks of 128", "hidden size is 64"]),
+        (SHAPE, ["precision.fp8=mxfp8", "precision.num_bf16_layers_at_start=4"], ["leave no FP8 layer"]),
+        (SHAPE, ["precision.fp8=delayed", "precision.num_bf16_layers_at_end=1"], ["delayed", "tensorwise"]),
+        (SHAPE, ["precision.fp8_parameters=true"], ["precision.fp8_parameters", "choose a recipe"]),
+        (SHAPE, ["optimizer.moments_dtype=int8"], ["moments_dtype: 'int8'", "bfloat16"]),
+        (SHAPE, ["optimizer.moments_dtype=bfloat16"], ["optimizer.precision_aware=true"]),
+        (SHAPE, ["training.overlap_param_gather=true"], ["overlap_grad_reduce=true"]),
+        (
+            SHAPE,
+            ["branch_defaults.rollout.over_sampling=0.2", "branch_defaults.rollout.partial_rollouts=true"],
+            ["max_weight_lag 0", "above 0"],
+        ),
+    ],
+)
+def test_layouts_and_number_formats_are_checked_against_the_model(
+    tmp_path: Path, shape: ModelShape, overrides: list[str], parts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(load(tmp_path, *overrides), None, {"text": shape, "image": shape})
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_mixture_of_experts_is_read_from_config_json(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "base")
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert read_model_shape(folder) == MIXTURE
+    assert MIXTURE.layer_parameters - MIXTURE.active_layer_parameters == 4 * 3 * 64 * 32
+    (folder / "config.json").write_text(json.dumps(settings | {"mlp_only_layers": [0]}))
+    with pytest.raises(ConfigError, match="mlp_only_layers"):
+        read_model_shape(folder)
+
+
 def test_enum_members_are_the_names_that_yaml_uses() -> None:
     for enum in (Topology, TeacherMode, Aggregation, MismatchCorrection, Device):
         assert all(member.name == member.value for member in enum)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from copd_megatron.config.bounds import at_least, divisors, under, within
+from copd_megatron.config.hardware import FP8_TOKEN_MULTIPLE
 from copd_megatron.config.model_shape import ModelShape
 from copd_megatron.config.schema import BranchConfig, Config, FP8Recipe, Recompute
 
@@ -169,11 +170,29 @@ def precision_against_model(config: Config, shapes: Mapping[str, ModelShape]) ->
                 f"training.recompute: full with {shape.architecture} of branch {name} would compute the "
                 f"first layers again without the vision tower's deepstack features; use selective"
             )
+        yield from _fp8_sizes(config, name, shape)
         edges = config.precision.num_bf16_layers_at_start + config.precision.num_bf16_layers_at_end
         if config.precision.fp8 is not FP8Recipe.none and edges >= shape.num_layers:
             yield (
                 f"precision.num_bf16_layers_at_start + num_bf16_layers_at_end = {edges} leave no FP8 layer "
                 f"of branch {name}'s {shape.num_layers}; lower them"
+            )
+
+
+def _fp8_sizes(config: Config, name: str, shape: ModelShape) -> Iterator[str]:
+    """Every matrix that a rank multiplies in FP8 has sides that its recipe's blocks fill."""
+    unit = FP8_TOKEN_MULTIPLE[config.precision.fp8]
+    tensor = config.branches[name].parallel.tensor_model_parallel_size
+    width = shape.ffn_hidden_size // tensor if shape.num_experts is None else shape.expert_ffn_size
+    for what, size in (
+        ("hidden size", shape.hidden_size),
+        ("feed-forward width of a rank", width),
+        ("query size of a rank", shape.num_attention_heads * shape.head_dim // tensor),
+    ):
+        if size % unit:
+            yield (
+                f"precision.fp8: {config.precision.fp8.value} multiplies blocks of {unit}, branch {name}'s "
+                f"{what} is {size} (remainder {size % unit}); use a recipe of smaller blocks, or none"
             )
 
 
