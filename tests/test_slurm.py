@@ -308,7 +308,7 @@ def test_killed_and_hung_ranks_lose_nothing(cluster: Cluster, runs: Runs, tmp_pa
     report = job.log.split("restart 1 of 3")[1]
     limit = rf"without progress for \d+ s \(limit {TIMEOUT_SECONDS} s\)"
     assert re.search(rf"watch: beta rank 0 \(global rank 1\) in operation '.+' {limit}", report), report
-    assert "waiting for: alpha rank 0 (global rank 0, dead or frozen: no heartbeat" in report
+    assert "waiting for: alpha rank 0 (global rank 0), frozen: it serves the job's store" in report
     assert "stacks of beta rank 0:" in report and '.py", line' in report.split("stacks of beta rank 0:")[1]
     job.ends_well()
     assert cluster.record(job.number, "Restarts") == "0"

@@ -326,6 +326,24 @@ def test_a_stuck_rank_is_named_and_the_job_ends(tmp_path: Path, with_dir: bool, 
     assert max(o.seconds for o in outcomes) < 30
 
 
+def _frozen_store_host() -> None:
+    world = _world({"text": (0, 1), "image": (2,)}, 3.0)
+    if world.rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with world.watch.operation("opd.score image<-text"):
+        world.router.barrier().wait()
+
+
+def test_a_frozen_host_of_the_store_is_named_and_the_others_end() -> None:
+    """Rank 0 serves the store below srun: stopped, it can neither report nor answer."""
+    outcomes = launch_distributed(_frozen_store_host, 3, agent_store=False, stop_on_failure=True)
+    for outcome in outcomes[1:]:
+        assert outcome.exit_code == EXIT_STUCK, outcome.output
+        assert "in operation 'opd.score image<-text' without progress for 3 s (limit 3 s)" in outcome.output
+        assert "waiting for: text rank 0 (global rank 0), frozen: it serves the job's store" in outcome.output
+        assert outcome.seconds < 30
+
+
 def _killed() -> dict[str, Any] | None:
     world = _world({"text": (0, 1), "image": (2, 3)}, 12.0)
     if world.rank == 3:

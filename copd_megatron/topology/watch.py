@@ -255,6 +255,7 @@ class Watch:
         timeout_seconds: limit on one operation without progress.
         report_dir: reports and stacks are also written there (``stuck_rank_00003.txt``).
         hosts_store: this process serves the store, and therefore ends last.
+        store_rank: global rank that serves the store; None: the launcher does.
         heartbeat_seconds: between two heartbeats; None: a sixtieth of the limit, within 0.25 and 2 s.
     """
 
@@ -267,6 +268,7 @@ class Watch:
         timeout_seconds: float,
         report_dir: Path | None = None,
         hosts_store: bool = False,
+        store_rank: int | None = None,
         heartbeat_seconds: float | None = None,
     ) -> None:
         if timeout_seconds <= 0:
@@ -280,6 +282,8 @@ class Watch:
         self.branch, self.branch_rank = self._places[rank]
         self._report_dir = report_dir
         self._hosts_store = hosts_store
+        self._store_rank = store_rank
+        self._store = store
         # torch's type stubs lack Store.clone.
         self._publisher: Store = store.clone()  # type: ignore[attr-defined]
         self._monitor: Store = store.clone()  # type: ignore[attr-defined]
@@ -292,8 +296,14 @@ class Watch:
         """Told of every operation when it is left: its path, and monotonic begin and end."""
         self._publish()
         self._beat(0)
-        self._thread = threading.Thread(target=self._mind, name="copd-watch", daemon=True)
-        self._thread.start()
+        self._aborted = False
+        # A store whose host is frozen answers nobody, so who minds the limits must not ask it.
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._mind, "copd-watch"), (self._keep_in_touch, "copd-watch-store"))
+        ]
+        for thread in self._threads:
+            thread.start()
         atexit.register(self._abandon)
 
     def operation(
@@ -339,8 +349,9 @@ class Watch:
         atexit.unregister(self._abandon)
         self._current = replace(self._current, status=status)
         self._publish()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=5.0)
+        for thread in self._threads:
+            if threading.current_thread() is not thread:
+                thread.join(timeout=5.0)
 
     # Bookkeeping of the thread of use.
 
@@ -424,22 +435,26 @@ class Watch:
             f"watch/beat/{self.rank}", f"{number}\t{current.count}\t{current.status}\t{elapsed:.3f}"
         )
 
-    def _mind(self) -> None:
+    def _keep_in_touch(self) -> None:
+        """Beats, and asks whether another rank has ended the job."""
         number = 0
         while not self._stop.wait(self.heartbeat_seconds):
             number += 1
             try:
                 self._beat(number)
-                aborted = self._monitor.check(["watch/abort"])
+                self._aborted = self._monitor.check(["watch/abort"])
             except RuntimeError:
                 # Reported by the publisher; without the store this rank still minds its own limit.
-                aborted = False
+                self._aborted = False
+
+    def _mind(self) -> None:
+        while not self._stop.wait(self.heartbeat_seconds):
             current = self._current
             expired = time.monotonic() - current.since > current.timeout_seconds
-            if (expired or aborted) and not self._stop.is_set():
-                self._end_process(current, number)
+            if (expired or self._aborted) and not self._stop.is_set():
+                self._end_process(current)
 
-    def _end_process(self, current: _Current, number: int) -> None:
+    def _end_process(self, current: _Current) -> None:
         """Report, dump stacks, and end the process; never returns."""
         me = f"{self.branch} rank {self.branch_rank} (global rank {self.rank})"
         where = f"operation {current.path!r}" if current.path else "no operation"
@@ -447,22 +462,38 @@ class Watch:
         headline = f"watch: {me} in {where} without progress for {waited:.0f} s"
         if current.timeout_seconds != float("inf"):
             headline += f" (limit {current.timeout_seconds:.0f} s)"
-        leader = True
-        mine = self._mine()
-        try:
-            verdict = self._monitor.compare_set("watch/abort", "", headline).decode()
-            leader = verdict == headline
-            # Only one rank reads the table: a thousand at once would swamp the store.
-            if leader:
-                report = format_report(mine, self._read_table(self._monitor, beat=number), current.ranks)
-            else:
-                report = f"asked to stop by: {verdict}"
-                self._sleep(3 * self.heartbeat_seconds, number)
-        except RuntimeError as error:
-            report = f"the job's store does not answer ({error}): its host has ended"
+        patience = 5 * self.heartbeat_seconds + 5.0
+        answer = _answer_within(patience, lambda: self._agree_on_end(headline, current))
+        if isinstance(answer, tuple):
+            leader, report = answer
+        else:
+            leader, report = True, self._silent_store(patience, answer)
         self._emit(f"{headline}\n{report}", stacks_to_stderr=leader or self._report_dir is None)
-        self._wait_for_reports()
+        if isinstance(answer, tuple):
+            seconds = 4 * self.heartbeat_seconds + 2.0
+            _answer_within(seconds + 1.0, lambda: self._wait_for_reports(seconds))
+        if self._hosts_store:
+            time.sleep(1.0)
         os._exit(EXIT_STUCK)
+
+    def _agree_on_end(self, headline: str, current: _Current) -> tuple[bool, str]:
+        """Whether this rank is the one that reports for all, and what it has to say."""
+        mine = self._mine()
+        store: Store = self._store.clone()  # type: ignore[attr-defined]
+        verdict = store.compare_set("watch/abort", "", headline).decode()
+        # Only one rank reads the table: a thousand at once would swamp the store.
+        if verdict == headline:
+            return True, format_report(mine, self._read_table(store), current.ranks)
+        time.sleep(3 * self.heartbeat_seconds)
+        return False, f"asked to stop by: {verdict}"
+
+    def _silent_store(self, seconds: float, error: Exception | None) -> str:
+        """What a report says when the store does not."""
+        if error is not None:
+            return f"the job's store does not answer ({error}): its host has ended"
+        branch, i = self._places.get(-1 if self._store_rank is None else self._store_rank, ("", 0))
+        host = f"{branch} rank {i} (global rank {self._store_rank})" if branch else "the launcher"
+        return f"waiting for: {host}, frozen: it serves the job's store, silent for {seconds:.0f} s"
 
     def _emit(self, text: str, *, stacks_to_stderr: bool) -> None:
         """Log the report and dump all threads' stacks to stderr and to the report directory."""
@@ -488,36 +519,23 @@ class Watch:
             os.write(2, f"stacks of {self.branch} rank {self.branch_rank}:\n".encode())
             faulthandler.dump_traceback(file=2, all_threads=True)
 
-    def _wait_for_reports(self) -> None:
+    def _wait_for_reports(self, seconds: float) -> None:
         """Let every rank write its report before launchers notice the first exit and kill the rest."""
-        deadline = time.monotonic() + 4 * self.heartbeat_seconds + 2.0
-        try:
-            reported = self._monitor.add("watch/reported", 1)
-            while reported < len(self._places) and time.monotonic() < deadline:
-                time.sleep(self.heartbeat_seconds / 4)
-                reported = self._monitor.add("watch/reported", 0)
-        except RuntimeError as error:
-            logger.warning("watch: the job's store ended before every rank had reported: %s", error)
-        if self._hosts_store:
-            time.sleep(1.0)
+        deadline = time.monotonic() + seconds
+        store: Store = self._store.clone()  # type: ignore[attr-defined]
+        reported = store.add("watch/reported", 1)
+        while reported < len(self._places) and time.monotonic() < deadline:
+            time.sleep(self.heartbeat_seconds / 4)
+            reported = store.add("watch/reported", 0)
 
     # Reading others.
 
-    def _read_table(self, store: Store, beat: int | None = None) -> list[RankState]:
+    def _read_table(self, store: Store) -> list[RankState]:
         first = self._read_all(store, "beat")
-        self._sleep(2.5 * self.heartbeat_seconds, beat)
+        time.sleep(2.5 * self.heartbeat_seconds)
         second = self._read_all(store, "beat")
         states = self._read_all(store, "state")
         return [self._state(rank, states[rank], first[rank], second[rank]) for rank in sorted(self._places)]
-
-    def _sleep(self, seconds: float, beat: int | None) -> None:
-        """Sleep; in the heartbeat's own thread (``beat``: its last number) keep beating meanwhile."""
-        deadline = time.monotonic() + seconds
-        while (remaining := deadline - time.monotonic()) > 0:
-            time.sleep(min(remaining, self.heartbeat_seconds / 2))
-            if beat is not None:
-                beat += 1
-                self._beat(beat)
 
     def _read_all(self, store: Store, kind: str) -> dict[int, tuple[str, ...] | None]:
         keys = {rank: f"watch/{kind}/{rank}" for rank in self._places}
@@ -557,6 +575,22 @@ class Watch:
             rank=rank, branch=branch, branch_rank=branch_rank, status=status, path=path, count=count,
             seconds=float(second[3]) if same else 0.0,
         )  # fmt: skip
+
+
+def _answer_within[T](seconds: float, question: Callable[[], T]) -> T | Exception | None:
+    """What ``question`` returns, or the store's error; None if it has done neither in time."""
+    answers: list[T | Exception] = []
+
+    def ask() -> None:
+        try:
+            answers.append(question())
+        except RuntimeError as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
 
 
 def _log_and_flush(text: str) -> None:

@@ -224,8 +224,9 @@ def init_world(
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     watch = Watch(
-        store, rank, ranks, timeout_seconds=timeout_seconds, report_dir=report_dir, hosts_store=hosts_store
-    )
+        store, rank, ranks, timeout_seconds=timeout_seconds, report_dir=report_dir, hosts_store=hosts_store,
+        store_rank=None if _launcher_serves() else 0,
+    )  # fmt: skip
     try:
         with watch.operation(f"init_world branch {branch}", ranks=ranks[branch]):
             dist.init_process_group(
@@ -286,11 +287,15 @@ def _check_cover(branch_ranks: Mapping[str, Sequence[int]], world_size: int) -> 
         )
 
 
+def _launcher_serves() -> bool:
+    """Whether the store is torchrun's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _connect(rank: int, timeout: timedelta) -> tuple[dist.Store, bool]:
     """The job's store under this restart's prefix, and whether this process hosts it."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    hosts = rank == 0 and not agent_hosts
+    hosts = rank == 0 and not _launcher_serves()
     try:
         tcp = dist.TCPStore(host, port, None, hosts, timeout, wait_for_workers=False)
     except RuntimeError as error:

@@ -70,7 +70,8 @@ SlurmdLogFile=$folder/log/slurmd.%n.log
 SlurmctldDebug=info
 SlurmdDebug=info
 JobRequeue=1
-ReturnToService=2
+# a node that was taken down stays down until it is resumed
+ReturnToService=1
 # a cancelled job gets this long to save
 KillWait=30
 OverTimeLimit=0
