@@ -51,11 +51,15 @@ def check_disk(config: Config, shapes: Mapping[str, ModelShape], folder: Path) -
     if free < needed:
         options = config.checkpoint
         raise ConfigError(
-            f"run.dir: {folder} needs up to {needed / GIB:.2f} GiB more (checkpoints of all branches, "
+            f"run.dir: {folder} needs up to {_size(needed)} more (checkpoints of all branches, "
             f"checkpoint.keep_last={options.keep_last} + keep_best={options.keep_best} + the one being "
-            f"written, and the exports), {place} has {free / GIB:.2f} GiB free; free some, name another "
+            f"written, and the exports), {place} has {_size(free)} free; free some, name another "
             "run.dir, or keep fewer checkpoints"
         )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def check_shared_memory(num_ranks: int, folder: Path = Path("/dev/shm")) -> None:

@@ -114,7 +114,7 @@ def test_a_killed_rank_and_a_full_disk_lose_nothing(tmp_path: Path, disk: Path) 
                 assert process.poll() is None and time.monotonic() < deadline, said
                 time.sleep(0.05)
 
-        until(lambda: _steps(run_dir) >= 1)
+        until(lambda: len(complete_checkpoints(run_dir)) >= 2)
         os.kill(_rank(run_dir, 1), signal.SIGKILL)
         until(lambda: "resumed from" in log_of(run_dir).read_text())
         filler = _fill(disk)

@@ -49,7 +49,7 @@ def test_a_disk_that_is_too_small_is_refused(config_path: Path, small_disk: Path
     config = load_config(config_path)
     shapes = read_model_shapes(config)
     preflight.check_disk(config, shapes, tmp_path / "not/there/yet")
-    with pytest.raises(ConfigError, match=rf"needs up to .*{small_disk} has 0\.00 GiB free; free some"):
+    with pytest.raises(ConfigError, match=rf"needs up to .*{small_disk} has 2\.0 MiB free; free some"):
         preflight.check_disk(config, shapes, small_disk / "runs/a")
 
 
