@@ -16,6 +16,7 @@ from copd_megatron.config.schema import ParallelConfig, RolloutConfig, WeightSyn
 from tests.distributed import run_distributed
 from tests.layouts import Job, run_layouts
 from tests.models import make_model, random_texts, reference_logprobs, reference_model
+from tests.test_checkpoint_actor import _either
 from tests.test_policy import OPTIMIZER, TEMPERATURE, VOCAB, Outcome, _exercise, _rows
 from tests.test_weight_sync import _actor, _stream
 
@@ -124,6 +125,31 @@ def test_layouts_reach_every_rank_of_a_sync(folders: dict[str, Path], tmp_path: 
         assert list(exported) == list(original)
         for name, tensor in exported.items():
             assert torch.equal(tensor, original[name] * 2), name
+
+
+@pytest.mark.slow
+def test_checkpoints_of_chunks_and_experts(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """Saved and loaded at the same layout, and chunks without a virtual pipeline."""
+    jobs = []
+    for kind, sizes in (("dense", {"pp": 2, "also": VIRTUAL}), ("mixture", {"dp": 2, "also": EXPERTS})):
+        model, out = folders[kind], tmp_path / kind
+        jobs.append(Job(**sizes, args=(True, model, out)))
+        jobs.append(Job(**sizes, args=(False, model, out, True)))
+    jobs.append(Job(pp=2, args=(False, folders["dense"], tmp_path / "dense", False)))
+    saved_chunks, chunks, saved_experts, experts, plain = run_layouts(_either, jobs)
+    for before, after in ((saved_chunks, chunks), (saved_experts, experts)):
+        for mine, other in zip(after, before, strict=True):
+            assert mine["then"] == other["then"]
+    assert plain[0]["then"] == [pytest.approx(step, rel=1e-5) for step in saved_chunks[0]["then"]]
+
+
+def test_converting_a_mixture_of_experts_is_refused(folders: dict[str, Path]) -> None:
+    from copd_megatron.checkpoint.hf_names import places
+    from copd_megatron.checkpoint.manifest import CheckpointError
+    from copd_megatron.config.model_shape import read_model_shape
+
+    with pytest.raises(CheckpointError, match="mixture of experts"):
+        places(read_model_shape(folders["mixture"]))
 
 
 # ---- with vLLM -------------------------------------------------------------------------------------------

@@ -235,6 +235,15 @@ def _load_optimizer(actor: MegatronActor, loaded: dict[Any, Any]) -> None:
     moments are loaded is passed over, and each parameter then gets a tensor of its own.
     """
     optimizers = list(_optimizers(actor))
+    if ("optimizer" in loaded) != (len(optimizers) == 1):
+        raise CheckpointError(
+            "the checkpoint keeps the optimizer of experts "
+            + ("together with" if "optimizer" in loaded else "apart from")
+            + " the rest, as parallel.expert_model_parallel_size "
+            + ("1" if "optimizer" in loaded else "above 1")
+            + f" does; now it is {actor.parallel.expert_model_parallel_size}: resume with that, or start "
+            "from exported weights"
+        )
     for number, optimizer in enumerate(optimizers):
         state = dict(loaded if len(optimizers) == 1 else loaded[number])
         moments = state.pop("param_state")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from copd_megatron.checkpoint.manifest import CheckpointError
 from copd_megatron.config.model_shape import ModelShape, VisionShape
 from copd_megatron.policy.hf_layout import Slot, slots
 
@@ -71,7 +72,16 @@ class MegatronTensor:
 
 
 def places(dims: ModelShape) -> dict[str, Place]:
-    """Every Hugging Face tensor of the model, in forward order."""
+    """Every Hugging Face tensor of the model, in forward order.
+
+    Raises:
+        CheckpointError: a mixture of experts, whose tensors Megatron stacks along an axis of their own.
+    """
+    if dims.num_experts is not None:
+        raise CheckpointError(
+            f"{dims.architecture}: converting checkpoints of a mixture of experts is not supported; the "
+            "run's own export (end.export) writes them in Hugging Face's format"
+        )
     return {slot.name: _place(slot, dims) for slot in slots(dims, 1)}
 
 
