@@ -140,6 +140,7 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
         )
     engine = sync = None
     if not settings.frozen:
+        actor.give_memory(weights=False)  # the engine takes its share of what is free
         with world.watch.operation("startup.rollout"):
             engine = RolloutEngine(
                 model_path=model_path,

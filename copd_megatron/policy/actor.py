@@ -559,6 +559,7 @@ def _packed_parameters(batch: MicroBatch) -> PackedSeqParams | None:
         cu_seqlens_kv_padded=where,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        pad_between_seqs=False,  # else Transformer Engine compares the boundaries in every layer
     )
 
 
