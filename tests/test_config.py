@@ -480,6 +480,7 @@ MIXTURE = replace(
     ("shape", "overrides", "parts"),
     [
         (SHAPE, ["branches.text.parallel.expert_model_parallel_size=2"], ["Qwen3ForCausalLM is dense"]),
+        (MIXTURE, [], ["branches.text: Qwen3MoeForCausalLM cannot sample", "frozen: true"]),
         (
             MIXTURE,
             ["branches.text.parallel.sequence_parallel=false"],

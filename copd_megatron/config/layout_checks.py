@@ -120,8 +120,8 @@ def _experts_against_model(key: str, branch: BranchConfig, shape: ModelShape) ->
     if not branch.frozen:
         yield (
             f"{key}: {shape.architecture} cannot sample: after a weight sync, vLLM's log-probabilities of a "
-            f"mixture of experts do not agree with the actor's yet (tests/test_policy_layouts.py); set frozen: "
-            f"true to teach with it, or use a dense model"
+            f"mixture of experts do not agree with the actor's yet (tests/test_policy_layouts.py); set "
+            f"frozen: true to teach with it, or use a dense model"
         )
     if shape.num_experts % experts:
         yield (
