@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,7 +25,13 @@ from copd_megatron.topology.slurm import step_environment
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse leaves key=value behind an option unread
+    if rest and hasattr(arguments, "overrides") and all(re.match(r"[^-=]+=", word) for word in rest):
+        arguments.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status: int = arguments.run(arguments)
     except (ConfigError, FileNotFoundError, ValueError) as error:

@@ -25,6 +25,7 @@ from copd_megatron.config import to_yaml
 from copd_megatron.data import PromptStream
 from copd_megatron.evaluate import Accuracies
 from copd_megatron.observe import Observer
+from copd_megatron.rollout.early_stop import from_state, to_state
 from copd_megatron.schedule import Step, num_steps
 
 logger = logging.getLogger(__name__)
@@ -175,6 +176,7 @@ class Checkpoints:
             "graded": dict(counts),
             "table": self.progress.table,
             "teacher_version": None if me.teacher is None else me.teacher.version,
+            "begun": to_state(me.begun),
         }
 
     def _restore(self, state: dict[str, Any], where: str) -> None:
@@ -187,6 +189,7 @@ class Checkpoints:
                 logger.warning("%s has no data position of %s: it starts from its beginning", where, name)
         if saved and me.world.is_branch_first:
             logger.warning("%s: data positions of %s are no longer used", where, ", ".join(saved))
+        me.begun = from_state(state.get("begun", ()))
         if me.world.is_branch_first:  # the counters are summed over the branch
             me.grader.restore_counters(state["graded"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import torch
 
 from copd_megatron.config.schema import RolloutConfig
 from copd_megatron.records import MediaRef, Prompt, Rollout
-from copd_megatron.rollout.early_stop import carried, continued, num_asked, split_groups
+from copd_megatron.rollout.early_stop import (
+    carried,
+    continued,
+    from_state,
+    num_asked,
+    split_groups,
+    to_state,
+)
 from tests.distributed import run_distributed
 from tests.models import make_model, random_texts
 
@@ -147,3 +155,30 @@ def test_responses_are_stopped_and_continued(tmp_path: Path) -> None:
             kept = rollout.rollout_logprobs[: earlier.response_length]
             np.testing.assert_array_equal(kept, earlier.rollout_logprobs)
     assert all(r.weight_version == 4 for r in seen["fresh"]), "the engine is in order after an abort"
+
+
+def test_carried_groups_survive_a_checkpoint_bit_for_bit() -> None:
+    noise = np.random.default_rng(3).standard_normal(9).astype(np.float32)
+    prompt = dataclasses.replace(_prompt("a"), metadata={"digits": [1, 2], "unit": "m"})
+    groups = [
+        tuple(
+            dataclasses.replace(
+                _rollout(prompt, sample, 9, unfinished=bool(sample), version=4),
+                rollout_logprobs=noise * (sample + 1),
+                reward=None if sample else 1.0,
+            )
+            for sample in range(2)
+        ),
+        (_rollout(_prompt("with an image", media=True), 0, 2, unfinished=True),),
+    ]
+    (restored,) = from_state(json.loads(json.dumps(to_state(groups))))
+    for before, after in zip(groups[0], restored, strict=True):
+        for item in dataclasses.fields(Rollout):
+            one, other = getattr(before, item.name), getattr(after, item.name)
+            if isinstance(one, np.ndarray):
+                assert one.dtype == other.dtype and one.tobytes() == other.tobytes(), item.name
+            elif item.name != "prompt":
+                assert one == other, item.name
+        assert after.prompt.metadata == prompt.metadata and after.prompt.prompt_id == "a"
+        assert after.prompt.token_ids.tobytes() == prompt.token_ids.tobytes()
+    assert from_state(to_state([])) == []

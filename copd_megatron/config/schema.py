@@ -260,7 +260,7 @@ class RolloutConfig:
     response is waited for. Native prompts only."""
     partial_rollouts: bool = False
     """Carry what is unfinished then to the next step; needs ``over_sampling`` and
-    ``training.max_weight_lag``. Not part of checkpoints: a resumed run begins those prompts' successors."""
+    ``training.max_weight_lag``."""
     quantization: RolloutQuantization = RolloutQuantization.none
     """``fp8``: vLLM quantises linear layers at every weight sync (GPU)."""
 

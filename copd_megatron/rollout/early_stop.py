@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
 
 from copd_megatron.records import Prompt, Rollout
 
@@ -61,3 +64,50 @@ def continued(prompts: Sequence[Prompt], groups: Sequence[Group]) -> list[Prompt
     first = [group[0].prompt for group in groups]
     known = {prompt.prompt_id for prompt in first}
     return first + [prompt for prompt in prompts if prompt.prompt_id not in known]
+
+
+def to_state(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Groups as plain values for a checkpoint (JSON keeps every float32 as it is). Those with media, which
+    are never continued, are left out."""
+    return [
+        {
+            "prompt": _plain(group[0].prompt, without=("media",)),
+            "samples": [_plain(rollout, without=("prompt",)) for rollout in group],
+        }
+        for group in groups
+        if not group[0].media
+    ]
+
+
+def from_state(state: Sequence[Mapping[str, Any]]) -> list[Group]:
+    """What ``to_state`` was given."""
+    groups = []
+    for entry in state:
+        tokens = np.asarray(entry["prompt"]["token_ids"], dtype=np.int32)
+        prompt = Prompt(**{**entry["prompt"], "token_ids": tokens})
+        groups.append(
+            tuple(
+                Rollout(
+                    **{
+                        **sample,
+                        "prompt": prompt,
+                        "token_ids": np.asarray(sample["token_ids"], dtype=np.int32),
+                        "rollout_logprobs": np.asarray(sample["rollout_logprobs"], dtype=np.float32),
+                    }
+                )
+                for sample in entry["samples"]
+            )
+        )
+    return groups
+
+
+def _plain(record: Prompt | Rollout, without: Sequence[str]) -> dict[str, Any]:
+    values = {item.name: getattr(record, item.name) for item in fields(record) if item.name not in without}
+    return {
+        name: value.tolist()
+        if isinstance(value, np.ndarray)
+        else dict(value)
+        if isinstance(value, Mapping)
+        else value
+        for name, value in values.items()
+    }
