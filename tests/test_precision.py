@@ -207,6 +207,7 @@ def _train(parallel: ParallelConfig, folder: Any, rows: Any, training: TrainingC
     return steps, [p.detach().numpy().copy() for p in actor.model.parameters()]
 
 
+@pytest.mark.slow
 def test_overlap_and_recomputation_change_no_number(tmp_path: Any) -> None:
     import numpy as np
 
@@ -227,7 +228,7 @@ def test_overlap_and_recomputation_change_no_number(tmp_path: Any) -> None:
     plain, *others = run_layouts(_train, [Job(dp=2, args=(folder, rows, s)) for s in settings])
     for ranks in others:
         for (steps, weights), (expected, expected_weights) in zip(ranks, plain, strict=True):
-            assert steps == pytest.approx(expected, rel=1e-6)
+            np.testing.assert_allclose(steps, expected, rtol=1e-6)
             for mine, other in zip(weights, expected_weights, strict=True):
                 np.testing.assert_allclose(mine, other, atol=1e-6)
 

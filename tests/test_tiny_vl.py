@@ -50,8 +50,6 @@ from copd_megatron.tiny.vl_recipe import (
 )
 from copd_megatron.tiny.warm_up import reproducible
 
-pytestmark = pytest.mark.slow  # makes models of the visual base: minutes on two cores
-
 ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = dataclasses.replace(
