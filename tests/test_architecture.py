@@ -58,6 +58,7 @@ WITHOUT_TORCH = [
     "copd_megatron.topology.layout",
     "copd_megatron.topology.memory",
     "copd_megatron.topology.placement",
+    "copd_megatron.topology.who_waits",
     "copd_megatron.topology.slurm",
     "copd_megatron.slurm_launch",
     "copd_megatron.preflight",

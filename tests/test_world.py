@@ -15,15 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copd_megatron.topology.watch import (
-    EXIT_STUCK,
-    CollectiveError,
-    RankState,
-    Watch,
-    format_report,
-    is_collective_failure,
-    waited_for,
-)
+from copd_megatron.topology.watch import EXIT_STUCK, CollectiveError, Watch, is_collective_failure
+from copd_megatron.topology.who_waits import RankState, format_report, waited_for
 from copd_megatron.topology.world import World, WorldError, init_world
 from tests.distributed import DistributedTestError, launch_distributed, run_distributed
 

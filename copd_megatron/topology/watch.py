@@ -31,21 +31,22 @@ from typing import Final, Self
 
 from torch.distributed import DistError, Store
 
+from copd_megatron.topology.who_waits import (
+    CLOSED,
+    DEAD,
+    EXITED,
+    FAILED,
+    RUNNING,
+    UNKNOWN,
+    RankState,
+    format_report,
+)
+
 logger = logging.getLogger(__name__)
 
 EXIT_STUCK: Final = 86
 """Exit code of a process that the watch ended."""
 
-_MAX_NAMED = 8
-_RUNNING, _FAILED, _CLOSED, _EXITED, _DEAD, _UNKNOWN = (
-    "running",
-    "failed",
-    "closed",
-    "exited",
-    "dead",
-    "unknown",
-)
-_GONE_ORDER = {_DEAD: 0, _EXITED: 1, _FAILED: 2, _UNKNOWN: 3, _RUNNING: 4, _CLOSED: 5}
 _BACKEND_MARKS = (
     "gloo",
     "NCCL",
@@ -54,46 +55,6 @@ _BACKEND_MARKS = (
     "Connection reset",
     "Broken pipe",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankState:
-    """What one rank was doing when the table was read."""
-
-    rank: int
-    """Global rank."""
-    branch: str
-    branch_rank: int
-    status: str
-    """``running``, ``failed`` (left an operation by an exception), ``closed`` (ended in good order),
-    ``exited``
-    (ended without closing), ``dead`` (heartbeat stopped: killed,
-    or stuck in native code that never lets Python run), ``unknown`` (never seen)."""
-    path: str
-    """Open operations, outermost first, joined by `` > ``; empty: between operations."""
-    count: int
-    """Operations entered so far; ranks of one branch run the same ones, so a lower count is behind."""
-    seconds: float
-    """Since it last entered or left an operation."""
-
-    @property
-    def label(self) -> str:
-        return f"{self.branch} rank {self.branch_rank}"
-
-    @property
-    def activity(self) -> str:
-        """``in rollout.generate for 613 s``, with the status where it is not ``running``."""
-        where = f"in {self.path}" if self.path else "between operations"
-        if self.status == _UNKNOWN:
-            return "never reported"
-        if self.status == _CLOSED:
-            return "finished"
-        if self.status == _DEAD:
-            return f"dead or frozen: no heartbeat, last seen {where}"
-        if self.status == _EXITED:
-            return f"exited, last seen {where}"
-        prefix = "failed " if self.status == _FAILED else ""
-        return f"{prefix}{where} for {self.seconds:.0f} s"
 
 
 class CollectiveError(RuntimeError):
@@ -123,79 +84,6 @@ def is_collective_failure(error: BaseException) -> bool:
     if isinstance(error, DistError):
         return True
     return type(error) is RuntimeError and any(mark in str(error) for mark in _BACKEND_MARKS)
-
-
-def waited_for(
-    mine: RankState, table: Sequence[RankState], ranks: Iterable[int] | None = None
-) -> list[RankState]:
-    """Ranks that keep ``mine`` waiting, likeliest culprit first.
-
-    ``ranks`` (global; None: everybody) take part in the operation. A participant keeps others waiting when it
-    is gone, is in another operation, or, in one's own branch, has entered fewer operations. Gone ranks come
-    first, then those that have been where they are the longest.
-    """
-    participants = None if ranks is None else set(ranks)
-    waiting = []
-    for state in table:
-        if state.rank == mine.rank or (participants is not None and state.rank not in participants):
-            continue
-        behind = state.branch == mine.branch and state.count < mine.count
-        if state.status != _RUNNING or state.path != mine.path or behind:
-            waiting.append(state)
-    return sorted(waiting, key=lambda s: (_GONE_ORDER[s.status], -s.seconds, s.rank))
-
-
-def format_report(mine: RankState, table: Sequence[RankState], ranks: Iterable[int] | None = None) -> str:
-    """Who waits for whom, as text: the culprits, one's own branch's stragglers, then every rank."""
-    culprits = waited_for(mine, table, ranks)
-    lines = []
-    if culprits:
-        named = [f"{s.label} (global rank {s.rank}, {s.activity})" for s in culprits[:_MAX_NAMED]]
-        if len(culprits) > _MAX_NAMED:
-            named.append(f"and {len(culprits) - _MAX_NAMED} more")
-        lines.append("waiting for: " + "; ".join(named))
-    else:
-        lines.append(
-            "waiting for: nobody; every rank taking part is in the same operation, so look for a broken link "
-            "between them or for collectives that do not match"
-        )
-    for word, ranks_there in (
-        ("behind", [s for s in table if s.branch == mine.branch and s.count < mine.count]),
-        ("ahead", [s for s in table if s.branch == mine.branch and s.count > mine.count]),
-    ):
-        if ranks_there:
-            steps = [f"rank {s.branch_rank} at operation {s.count}" for s in ranks_there[:_MAX_NAMED]]
-            lines.append(f"{word} in branch {mine.branch}: {', '.join(steps)} (this rank: {mine.count})")
-    lines.append("all ranks:")
-    lines += [f"  {line}" for line in _grouped(table)]
-    return "\n".join(lines)
-
-
-def _grouped(table: Sequence[RankState]) -> list[str]:
-    """One line per set of ranks of a branch that do the same."""
-    groups: dict[tuple[str, str, str], list[RankState]] = {}
-    for state in table:
-        groups.setdefault((state.branch, state.status, state.path), []).append(state)
-    lines = []
-    for (branch, _, _), states in groups.items():
-        numbers = _ranges([s.branch_rank for s in states])
-        slowest = max(states, key=lambda s: s.seconds)
-        noun = "rank" if len(states) == 1 else "ranks"
-        lines.append(
-            f"{branch} {noun} {numbers} (global {_ranges([s.rank for s in states])}): {slowest.activity}"
-        )
-    return lines
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +178,7 @@ class Watch:
         self._store_lost = False
         self._stack: list[Operation] = []
         self._thread_id = threading.get_ident()
-        self._current = _Current(0, "", time.monotonic(), timeout_seconds, None, _RUNNING)
+        self._current = _Current(0, "", time.monotonic(), timeout_seconds, None, RUNNING)
         self._stop = threading.Event()
         self.recorder: Callable[[str, float, float], None] | None = None
         """Told of every operation when it is left: its path, and monotonic begin and end."""
@@ -333,14 +221,14 @@ class Watch:
 
     def close(self) -> None:
         """Stop the thread; others see this rank as finished. Safe to call twice."""
-        self._end(_CLOSED)
+        self._end(CLOSED)
 
     def fail(self) -> None:
         """Stop the thread; others see this rank as failed in its current operation."""
-        self._end(_FAILED)
+        self._end(FAILED)
 
     def _abandon(self) -> None:
-        self._end(_EXITED)
+        self._end(EXITED)
 
     def _end(self, status: str) -> None:
         if self._stop.is_set():
@@ -362,7 +250,7 @@ class Watch:
                 "a watch belongs to the thread that made it; run the collective there"
             )
         self._stack.append(operation)
-        self._set_current(_RUNNING, entered=1)
+        self._set_current(RUNNING, entered=1)
 
     def _leave(self, operation: Operation, *, failed: bool) -> None:
         assert self._stack and self._stack[-1] is operation
@@ -370,7 +258,7 @@ class Watch:
         if self.recorder is not None:
             self.recorder(path, operation.started, time.monotonic())
         self._stack.pop()
-        self._set_current(_FAILED if failed else _RUNNING)
+        self._set_current(FAILED if failed else RUNNING)
         if failed:
             # Others shall read where it failed, whatever the exception unwinds on its way.
             self._current = replace(self._current, path=path)
@@ -386,7 +274,7 @@ class Watch:
             top.ranks if top else None,
             status,
         )
-        if status != _FAILED:
+        if status != FAILED:
             self._publish()
 
     def _publish(self) -> None:
@@ -561,14 +449,14 @@ class Watch:
                 rank=rank,
                 branch=branch,
                 branch_rank=branch_rank,
-                status=_UNKNOWN,
+                status=UNKNOWN,
                 path="",
                 count=0,
                 seconds=0.0,
             )
         count, status, path = int(state[0]), state[1], state[2]
-        if status in (_RUNNING, _FAILED) and first is not None and first[0] == second[0]:
-            status = _DEAD
+        if status in (RUNNING, FAILED) and first is not None and first[0] == second[0]:
+            status = DEAD
         # The beat's seconds belong to the state it was written in.
         same = int(second[1]) == count and second[2] == state[1]
         return RankState(
