@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,8 +24,12 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from copd_megatron.config.schema import ParallelConfig, TrainingConfig
 from copd_megatron.data.make import Family, WrittenDomain, write_domain
 from copd_megatron.records import IntArray
+
+if TYPE_CHECKING:  # Megatron takes seconds to import, and most tests that make a model do without
+    from copd_megatron.policy.actor import MegatronActor
 
 END_OF_TURN = "<|im_end|>"
 PADDING = "<|endoftext|>"
@@ -162,3 +166,30 @@ def warm_up(
         loss.backward()
         optimizer.step()
     model.save_pretrained(folder)
+
+
+def load_and_compare(
+    parallel: ParallelConfig, model: Path, checkpoint: Path
+) -> tuple[MegatronActor, list[str]]:
+    """An actor of a Hugging Face folder, loaded anew by Megatron from a checkpoint of the same weights; and
+    the tensors that differ afterwards. Runs on every rank."""
+    from copd_megatron.checkpoint.actor_state import load_weights
+    from copd_megatron.policy.actor import MegatronActor
+
+    actor = MegatronActor(
+        model_path=model,
+        parallel=parallel,
+        training=TrainingConfig(),
+        optimizer=None,
+        dtype=torch.float32,
+        max_tokens=64,
+        temperature=1.0,
+        seed=3,
+        total_steps=1,
+    )
+    direct = {slot.name: actor.view.read(slot).clone() for slot in actor.view.local}
+    with torch.no_grad():
+        for parameter in actor.model.parameters():
+            parameter.fill_(7.0)
+    load_weights(actor, str(checkpoint))
+    return actor, [s.name for s in actor.view.local if not torch.equal(actor.view.read(s), direct[s.name])]

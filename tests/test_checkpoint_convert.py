@@ -18,10 +18,10 @@ from copd_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from copd_megatron.checkpoint.folder import MegatronFolder
 from copd_megatron.checkpoint.hf_files import file_layouts
 from copd_megatron.checkpoint.manifest import CheckpointError, hash_file
-from copd_megatron.config.schema import ParallelConfig, TrainingConfig
+from copd_megatron.config.schema import ParallelConfig
 from tests.checkpoint_runs import run_tool
 from tests.layouts import Job, run_layouts
-from tests.models import make_model
+from tests.models import load_and_compare, make_model
 from tests.models_vl import make_vl_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,28 +78,10 @@ def _through_megatron(parallel: ParallelConfig, model: Path, converted: Path, ou
     """Loads the converted folder with Megatron itself, compares with direct loading, and saves again."""
     import torch.distributed as dist
 
-    from copd_megatron.checkpoint.actor_state import load_weights
     from copd_megatron.checkpoint.distcp import write_metadata
     from copd_megatron.checkpoint.joint import plan_save
-    from copd_megatron.policy.actor import MegatronActor
 
-    actor = MegatronActor(
-        model_path=model,
-        parallel=parallel,
-        training=TrainingConfig(),
-        optimizer=None,
-        dtype=torch.float32,
-        max_tokens=64,
-        temperature=1.0,
-        seed=3,
-        total_steps=1,
-    )
-    direct = {slot.name: actor.view.read(slot).clone() for slot in actor.view.local}
-    with torch.no_grad():
-        for parameter in actor.model.parameters():
-            parameter.fill_(7.0)
-    load_weights(actor, str(converted))
-    wrong = [s.name for s in actor.view.local if not torch.equal(actor.view.read(s), direct[s.name])]
+    actor, wrong = load_and_compare(parallel, model, converted)
     if dist.get_rank() == 0:
         out.mkdir(parents=True)
     dist.barrier()

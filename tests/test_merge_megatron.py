@@ -29,13 +29,14 @@ from copd_megatron.checkpoint.manifest import (
 )
 from copd_megatron.cli import main
 from copd_megatron.config.model_shape import read_sizes
-from copd_megatron.config.schema import ParallelConfig, TrainingConfig
+from copd_megatron.config.schema import ParallelConfig
 from copd_megatron.merge.check import MismatchError
 from copd_megatron.merge.engine import run_merge
 from copd_megatron.merge.recipe import ModelInput, Recipe
 from copd_megatron.merge.report import branch_distances
 from tests.layouts import Job, run_layouts
 from tests.merge_folders import make_family, tensors_of, write_folder
+from tests.models import load_and_compare
 from tests.models_vl import make_vl_model
 
 KINDS = ("text", "text tied", "vision tied")
@@ -263,26 +264,8 @@ def test_an_interrupted_merge_goes_on_and_a_damaged_file_is_merged_again(
 
 def _wrong_after_loading(parallel: ParallelConfig, merged_hf: Path, merged: Path) -> str:
     """Loads a merged folder with Megatron itself; the tensors that are not those of the Hugging Face one."""
-    from copd_megatron.checkpoint.actor_state import load_weights
-    from copd_megatron.policy.actor import MegatronActor
-
-    actor = MegatronActor(
-        model_path=merged_hf,
-        parallel=parallel,
-        training=TrainingConfig(),
-        optimizer=None,
-        dtype=torch.float32,
-        max_tokens=64,
-        temperature=1.0,
-        seed=3,
-        total_steps=1,
-    )
-    direct = {slot.name: actor.view.read(slot).clone() for slot in actor.view.local}
-    with torch.no_grad():
-        for parameter in actor.model.parameters():
-            parameter.fill_(7.0)
-    load_weights(actor, str(merged))
-    return ", ".join(s.name for s in actor.view.local if not torch.equal(actor.view.read(s), direct[s.name]))
+    _, wrong = load_and_compare(parallel, merged_hf, merged)
+    return ", ".join(wrong)
 
 
 @pytest.mark.slow
