@@ -480,7 +480,16 @@ MIXTURE = replace(
     ("shape", "overrides", "parts"),
     [
         (SHAPE, ["branches.text.parallel.expert_model_parallel_size=2"], ["Qwen3ForCausalLM is dense"]),
-        (MIXTURE, [], ["branches.text: Qwen3MoeForCausalLM cannot sample", "frozen: true"]),
+        (
+            MIXTURE,
+            ["run.device=cpu", "branch_defaults.rollout.tensor_parallel_size=2"],
+            ["blocks of 32, a rank's share of an expert is 16"],
+        ),
+        (
+            replace(MIXTURE, expert_ffn_size=33),
+            ["branch_defaults.rollout.tensor_parallel_size=2"],
+            ["2 does not divide the 33 feed-forward rows of an expert", "[1, 3, 11, 33]"],
+        ),
         (
             MIXTURE,
             ["branches.text.parallel.sequence_parallel=false"],

@@ -191,7 +191,6 @@ def _sample_and_score(folder: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="differs by 2 nats: not yet understood; validation refuses it", strict=True)
 def test_vllm_agrees_on_a_mixture_of_experts(folders: dict[str, Path]) -> None:
     for difference in run_distributed(_sample_and_score, 2, args=(folders["mixture"],), timeout=400):
         assert difference < 1e-3

@@ -9,9 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
-from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from copd_megatron.config.schema import (
+    LossConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recompute,
+    TrainingConfig,
+)
 from copd_megatron.policy.positions import multimodal_positions
 from copd_megatron.records import FloatArray, IntArray, TrainRow
 from tests.layouts import Job, run_layouts
@@ -20,6 +32,22 @@ from tests.models import save_tokenizer
 IMAGE, VIDEO, START, END = 300, 301, 302, 303
 PATCH_VALUES = 3 * 2 * 8 * 8
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]
+SEQUENCE = {"sequence_parallel": True}
+EXPERTS = {"expert_model_parallel_size": 2}
+FURTHER: dict[tuple[str, str], dict[str, Any]] = {
+    ("untied", "sequence"): {"tp": 2, "also": SEQUENCE},
+    ("untied", "context"): {"cp": 2},
+    ("mixture", "one"): {},
+    ("mixture", "experts over data"): {"dp": 2, "also": EXPERTS},
+    ("mixture", "experts over tensor"): {"tp": 2, "also": EXPERTS | SEQUENCE},
+    ("mixture", "experts and pipeline"): {"pp": 2, "dp": 2, "also": EXPERTS},
+}
+RECOMPUTED: dict[tuple[str, str], dict[str, Any]] = {
+    ("untied", "recomputed"): {},
+    ("untied", "recomputed, sequence"): {"tp": 2, "also": SEQUENCE},
+    ("untied", "recomputed, pipeline"): {"pp": 2},
+    ("mixture", "recomputed"): {},
+}
 STEP = 1e4
 """Adam's first update is lr * g / (|g| + eps): with both at 1e4 it is the gradient, to 1e-4 relative."""
 
@@ -41,10 +69,13 @@ class Sample:
     media: Media | None
 
 
-def make_vl_model(folder: Path, *, tied: bool) -> Path:
-    """A random Qwen3-VL of 4 decoder layers and 3 vision layers, two of them deepstack."""
+def make_vl_model(folder: Path, *, tied: bool, mixture: bool = False) -> Path:
+    """A random Qwen3-VL of 4 decoder layers and 3 vision layers, two of them deepstack; or a mixture of 4
+    experts of it, two at a time."""
     torch.manual_seed(0)
-    config = Qwen3VLConfig(
+    kind = Qwen3VLMoeConfig if mixture else Qwen3VLConfig
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64} if mixture else {}
+    config: Any = kind(
         text_config={
             "hidden_size": 64,
             "intermediate_size": 128,
@@ -57,6 +88,7 @@ def make_vl_model(folder: Path, *, tied: bool) -> Path:
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [8, 4, 4]},
             "tie_word_embeddings": tied,
             "pad_token_id": 322,
+            **experts,
         },
         vision_config={
             "depth": 3,
@@ -76,7 +108,8 @@ def make_vl_model(folder: Path, *, tied: bool) -> Path:
         vision_end_token_id=END,
         tie_word_embeddings=tied,
     )
-    model = Qwen3VLForConditionalGeneration(config).float()
+    model: Any = (Qwen3VLMoeForConditionalGeneration if mixture else Qwen3VLForConditionalGeneration)(config)
+    model = model.float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -150,7 +183,7 @@ def _reference_inputs(sample: Sample) -> dict[str, torch.Tensor]:
 
 def _reference(folder: Path, samples: list[Sample]) -> tuple[list[FloatArray], dict[str, FloatArray]]:
     """transformers' log-probabilities, and the gradient of the seq-mean-token-mean policy gradient loss."""
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     logprobs, loss = [], torch.zeros(())
     for index, sample in enumerate(samples):
         inputs = _reference_inputs(sample)
@@ -161,20 +194,38 @@ def _reference(folder: Path, samples: list[Sample]) -> tuple[list[FloatArray], d
         loss = loss - (picked * torch.from_numpy(_advantages(index, sample))).mean() / len(samples)
     loss.backward()
     gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    return logprobs, gradients
+    return logprobs, _by_expert(gradients)
+
+
+def _by_expert(tensors: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    """What transformers keeps for all experts together, expert by expert."""
+    single: dict[str, FloatArray] = {}
+    for name, value in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        if not stem.endswith(".experts"):
+            single[name] = value
+            continue
+        for expert, matrix in enumerate(value):
+            if leaf == "down_proj":
+                single[f"{stem}.{expert}.down_proj.weight"] = matrix
+            else:
+                gate, up = np.split(matrix, 2)
+                single |= {f"{stem}.{expert}.gate_proj.weight": gate, f"{stem}.{expert}.up_proj.weight": up}
+    return single
 
 
 def _exercise(
-    parallel: ParallelConfig, folder: Path, samples: list[Sample], freeze: bool, packed: bool = True
+    parallel: ParallelConfig, folder: Path, samples: list[Sample], freeze: bool, settings: dict[str, Any]
 ) -> Any:
-    """Log-probabilities and this rank's shares of the gradient (weights before minus after one step)."""
+    """Log-probabilities and this rank's shares of the gradient (weights before minus after one step);
+    ``settings`` are further fields of TrainingConfig."""
     from copd_megatron.policy.actor import MegatronActor
 
     media = {sample.token_ids.tobytes(): sample.media for sample in samples}
     actor = MegatronActor(
         model_path=folder,
         parallel=parallel,
-        training=TrainingConfig(micro_batch_tokens=150, logprob_chunk_tokens=16, sequence_packing=packed),
+        training=TrainingConfig(micro_batch_tokens=150, logprob_chunk_tokens=16, **settings),
         optimizer=OptimizerConfig(lr=STEP, adam_eps=STEP, clip_grad=0.0),
         dtype=torch.float32,
         max_tokens=256,
@@ -211,23 +262,23 @@ def _exercise(
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folders = {
-        kind: make_vl_model(tmp_path_factory.mktemp(kind), tied=kind == "tied") for kind in ("tied", "untied")
+        kind: make_vl_model(tmp_path_factory.mktemp(kind), tied=kind == "tied", mixture=kind == "mixture")
+        for kind in ("tied", "untied", "mixture")
     }
     samples = make_samples()
     jobs: list[Job] = []
     names: list[tuple[Any, ...]] = []
     for tp, pp, dp in LAYOUTS:
         kind = "tied" if tp == pp else "untied"
-        jobs.append(Job(tp=tp, pp=pp, dp=dp, args=(folders[kind], samples, False)))
+        jobs.append(Job(tp=tp, pp=pp, dp=dp, args=(folders[kind], samples, False, {})))
         names.append((kind, tp, pp, dp))
-    for name, sizes in {
-        "sequence": {"tp": 2, "also": {"sequence_parallel": True}},
-        "context": {"cp": 2},
-    }.items():
-        jobs.append(Job(**sizes, args=(folders["untied"], samples, False)))
-        names.append(("untied", name))
-    jobs.append(Job(args=(folders["tied"], samples, False, False)))
-    jobs.append(Job(args=(folders["tied"], samples, True)))
+    again = {"recompute": Recompute.full}
+    for further, settings in ((FURTHER, {}), (RECOMPUTED, again)):
+        for (kind, name), sizes in further.items():
+            jobs.append(Job(**sizes, args=(folders[kind], samples, False, settings)))
+            names.append((kind, name))
+    jobs.append(Job(args=(folders["tied"], samples, False, {"sequence_packing": False})))
+    jobs.append(Job(args=(folders["tied"], samples, True, again)))
     results = run_layouts(_exercise, jobs)
     references = {kind: _reference(folder, samples) for kind, folder in folders.items()}
     return {

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from copd_megatron.config.bounds import at_least, divisors, under, within
 from copd_megatron.config.hardware import FP8_TOKEN_MULTIPLE
 from copd_megatron.config.model_shape import ModelShape
-from copd_megatron.config.schema import BranchConfig, Config, FP8Recipe, Recompute
+from copd_megatron.config.schema import BranchConfig, Config, Device, FP8Recipe, Recompute
 
 
 def branch_layout(key: str, branch: BranchConfig) -> Iterator[str]:
@@ -56,7 +56,7 @@ def packing(config: Config) -> Iterator[str]:
                 )
 
 
-def branch_against_model(name: str, branch: BranchConfig, shape: ModelShape) -> Iterator[str]:
+def branch_against_model(name: str, branch: BranchConfig, shape: ModelShape, device: Device) -> Iterator[str]:
     """Tensor and pipeline parallelism cut the model into equal pieces."""
     key = f"branches.{name}"
     tensor = branch.parallel.tensor_model_parallel_size
@@ -77,7 +77,7 @@ def branch_against_model(name: str, branch: BranchConfig, shape: ModelShape) -> 
             f"{shape.num_layers} layers (remainder {shape.num_layers % pipeline}); "
             f"use one of {divisors(shape.num_layers)}"
         )
-    yield from _experts_against_model(key, branch, shape)
+    yield from _experts_against_model(key, branch, shape, device)
     virtual = branch.parallel.virtual_pipeline_model_parallel_size
     pieces = pipeline * virtual
     if virtual > 1 and shape.num_layers % pieces:
@@ -108,7 +108,13 @@ def branch_against_model(name: str, branch: BranchConfig, shape: ModelShape) -> 
         )
 
 
-def _experts_against_model(key: str, branch: BranchConfig, shape: ModelShape) -> Iterator[str]:
+_CPU_EXPERT_BLOCK = 32
+"""vLLM pads narrower shares when it starts, which fresh weights would then not fit."""
+
+
+def _experts_against_model(
+    key: str, branch: BranchConfig, shape: ModelShape, device: Device
+) -> Iterator[str]:
     experts, tensor = branch.parallel.expert_model_parallel_size, branch.parallel.tensor_model_parallel_size
     if shape.num_experts is None:
         if experts > 1:
@@ -117,12 +123,20 @@ def _experts_against_model(key: str, branch: BranchConfig, shape: ModelShape) ->
                 f"and has no experts to spread; use 1"
             )
         return
-    if not branch.frozen:
+    width, rollout_tp = shape.expert_ffn_size, branch.rollout.tensor_parallel_size
+    if width % rollout_tp:
         yield (
-            f"{key}: {shape.architecture} cannot sample: after a weight sync, vLLM's log-probabilities of a "
-            f"mixture of experts do not agree with the actor's yet (tests/test_policy_layouts.py); set "
-            f"frozen: true to teach with it, or use a dense model"
+            f"{key}.rollout.tensor_parallel_size: {rollout_tp} does not divide the {width} feed-forward rows "
+            f"of an expert (remainder {width % rollout_tp}); use one of {divisors(width)}"
         )
+    elif device is Device.cpu and not branch.frozen:
+        for what, size in (("hidden size", shape.hidden_size), ("share of an expert", width // rollout_tp)):
+            if size % _CPU_EXPERT_BLOCK:
+                yield (
+                    f"{key}.rollout.tensor_parallel_size: {rollout_tp}: on a CPU, vLLM multiplies experts in "
+                    f"blocks of {_CPU_EXPERT_BLOCK}, a rank's {what} is {size} (remainder "
+                    f"{size % _CPU_EXPERT_BLOCK}); use a smaller one, or a model with wider experts"
+                )
     if shape.num_experts % experts:
         yield (
             f"{key}.parallel.expert_model_parallel_size: {experts} does not divide the model's "
@@ -171,10 +185,16 @@ def precision_settings(config: Config) -> Iterator[str]:
 
 def precision_against_model(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
     for name, shape in shapes.items():
-        if shape.vision is not None and config.training.recompute is Recompute.full:
+        training = config.training
+        if (
+            shape.vision is not None
+            and training.recompute is Recompute.full
+            and not training.sequence_packing
+        ):
             yield (
-                f"training.recompute: full with {shape.architecture} of branch {name} would compute the "
-                f"first layers again without the vision tower's deepstack features; use selective"
+                f"training.recompute: full with {shape.architecture} of branch {name} needs "
+                f"training.sequence_packing=true: a layer that is computed again finds the vision tower's "
+                f"deepstack features with the boundaries of its pack; set it, or use selective"
             )
         yield from _fp8_sizes(config, name, shape)
         edges = config.precision.num_bf16_layers_at_start + config.precision.num_bf16_layers_at_end

@@ -11,7 +11,12 @@ from typing import Any
 from copd_megatron.config.errors import ConfigError
 from copd_megatron.config.schema import Config
 
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3VLForConditionalGeneration")
+SUPPORTED_ARCHITECTURES = (
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+)
 
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -80,6 +85,11 @@ class ModelShape:
     def decoder_prefix(self) -> str:
         """Of the decoder's tensors in a Hugging Face folder."""
         return "model" if self.vision is None else "model.language_model"
+
+    @property
+    def stacks_experts(self) -> bool:
+        """A Hugging Face folder holds all experts of a layer in one tensor, each transposed (Qwen3-VL)."""
+        return self.num_experts is not None and self.vision is not None
 
     @property
     def layer_parameters(self) -> int:
@@ -221,6 +231,8 @@ def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelSha
         )
     vision = config.get("vision_config")
     experts = _expert_settings(text, size, where) if "Moe" in architecture else {}
+    if experts and vision is not None:
+        experts["normalize_expert_weights"] = True  # Qwen3-VL always does, and need not say so
     section = rope.get("mrope_section") or (24, 20, 20)
     return ModelShape(
         architecture=architecture,
@@ -251,7 +263,7 @@ def _expert_settings(text: Mapping[str, Any], size: _Sizes, where: str) -> dict[
             "models whose every layer has experts are supported"
         )
     return {
-        # transformers 5 writes num_local_experts, earlier versions num_experts
+        # transformers 5 writes num_local_experts, earlier versions and the published folders num_experts
         "num_experts": size("num_local_experts" if "num_local_experts" in text else "num_experts"),
         "num_experts_per_token": size("num_experts_per_tok"),
         "expert_ffn_size": size("moe_intermediate_size"),

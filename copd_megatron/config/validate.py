@@ -70,7 +70,7 @@ def _problems(
         shape = model.get(name) if isinstance(model, Mapping) else model
         # Sizes below one have been reported; dividing by them would hide that.
         if shape is not None and branch.parallel.world_size > 0 and branch.rollout.tensor_parallel_size > 0:
-            yield from branch_against_model(name, branch, shape)
+            yield from branch_against_model(name, branch, shape, config.run.device)
     if isinstance(model, Mapping):
         yield from _vocabularies(model)
     yield from _world(config, world_size)

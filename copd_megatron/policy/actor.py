@@ -72,6 +72,7 @@ from copd_megatron.policy.model import (
 from copd_megatron.policy.offload import Offloader
 from copd_megatron.policy.statistics import BatchStatistics, Tally
 from copd_megatron.policy.streams import corrections, tally_mismatch, token_streams
+from copd_megatron.policy.vision import MediaSeqParams
 from copd_megatron.policy.vocab_parallel import VocabShard, linear_full_logprobs, linear_logprobs
 from copd_megatron.policy.weights import ShardView, load_hf, plain
 from copd_megatron.records import FloatArray, TrainRow
@@ -547,11 +548,12 @@ class MegatronActor:
 
 
 def _packed_parameters(batch: MicroBatch) -> PackedSeqParams | None:
-    """What attention and rotary embedding must know of a pack; None for a padded micro-batch."""
+    """What attention and rotary embedding (and with media, the layers) must know of a pack; None for a padded
+    micro-batch."""
     if batch.boundaries is None:
         return None
     where, longest = batch.boundaries.cu_seqlens, batch.boundaries.max_length
-    return PackedSeqParams(
+    return MediaSeqParams(
         qkv_format="thd",
         cu_seqlens_q=where,
         cu_seqlens_kv=where,

@@ -19,6 +19,38 @@ from copd_megatron.config.model_shape import ModelShape, VisionShape
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A tensor of a Hugging Face folder that holds a matrix of every expert of a layer (Qwen3-VL's mixtures).
+
+    As published, each lies transposed in it: expert ``e``'s is ``tensor[e, :, columns].T``.
+    """
+
+    prefix: str
+    """Of the layer's two stacks, ``gate_up_proj`` and ``down_proj``."""
+    num_experts: int
+    hidden: int
+    ffn: int
+    part: str
+    """gate, up or down."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.prefix}.{'down' if self.part == 'down' else 'gate_up'}_proj"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[experts, inputs, outputs]; gate and up share the outputs of one tensor."""
+        sides = (self.ffn, self.hidden) if self.part == "down" else (self.hidden, 2 * self.ffn)
+        return (self.num_experts, *sides)
+
+    @property
+    def columns(self) -> slice:
+        """This part's outputs."""
+        first = self.ffn if self.part == "up" else 0
+        return slice(first, first + (self.hidden if self.part == "down" else self.ffn))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Slot:
     """A Hugging Face tensor's place on a pipeline stage."""
 
@@ -36,12 +68,14 @@ class Slot:
     """Which part of the module's weight: whole, q, k, v, gate or up; ``parameter``: ``module`` names the
     parameter itself."""
     group: str
-    """Tensors of one group belong to one fused rollout parameter and travel together."""
+    """Tensors of one group belong to one fused rollout parameter, or to one stack, and travel together."""
     chunk: int = 0
     """Model chunk of that stage (virtual pipeline)."""
     expert: int | None = None
     """Number of the expert that it belongs to: only the expert-parallel ranks that hold that expert own
     it, whole."""
+    stack: Stack | None = None
+    """How a Hugging Face folder holds it, where that is not under ``name``, which vLLM takes all the same."""
     copy_of_embedding: bool = False
     """The tied output weight on the last stage: loaded from the embedding, never exported."""
 
@@ -124,9 +158,13 @@ def slots(dims: ModelShape, pp_size: int, vpp_size: int = 1) -> list[Slot]:
                 _feed_forward(add, f"{hf}.mlp", stage, f"{core}.mlp", hidden, dims.ffn_hidden_size)
                 continue
             add(f"{hf}.mlp.gate.weight", (dims.num_experts, hidden), None, stage, f"{core}.mlp.router")
+            experts, module, ffn = f"{hf}.mlp.experts", f"{core}.mlp.experts", dims.expert_ffn_size
+            stacks = None
+            if dims.stacks_experts:
+                stacks = partial(Stack, prefix=experts, num_experts=dims.num_experts, hidden=hidden, ffn=ffn)
             for expert in range(dims.num_experts):
-                name, module = f"{hf}.mlp.experts.{expert}", f"{core}.mlp.experts"
-                _feed_forward(add, name, stage, module, hidden, dims.expert_ffn_size, expert=expert)
+                name = f"{experts}.{expert}"
+                _feed_forward(add, name, stage, module, hidden, ffn, stacks=stacks, expert=expert)
     add = partial(put, chunk=vpp_size - 1)
     add(f"{decoder}.norm.weight", (hidden,), None, last, "decoder.final_layernorm")
     if not dims.tie_word_embeddings:
@@ -138,22 +176,36 @@ def slots(dims: ModelShape, pp_size: int, vpp_size: int = 1) -> list[Slot]:
 
 
 def _feed_forward(
-    add: Callable[..., None], name: str, stage: int, module: str, hidden: int, ffn: int, **kw: Any
+    add: Callable[..., None],
+    name: str,
+    stage: int,
+    module: str,
+    hidden: int,
+    ffn: int,
+    *,
+    stacks: Callable[..., Stack] | None = None,
+    **kw: Any,
 ) -> None:
-    """Gate, up and down of an MLP, or of one expert, which tensor parallelism does not split."""
-    whole = "expert" in kw
-    for part in ("gate", "up"):
+    """Gate, up and down of an MLP, or of one expert, which tensor parallelism does not split.
+
+    ``stacks`` makes the stack of a part, where a Hugging Face folder holds the experts so.
+    """
+    for part in ("gate", "up", "down"):
+        down = part == "down"
+        own: dict[str, Any] = {"part": "whole" if down else part}
+        if not down:
+            own["group"] = f"{name}.gate_up"
+        if stacks is not None:
+            own |= {"stack": (stack := stacks(part=part)), "group": stack.prefix}
         add(
             f"{name}.{part}_proj.weight",
-            (ffn, hidden),
-            None if whole else 0,
+            (hidden, ffn) if down else (ffn, hidden),
+            None if "expert" in kw else int(down),
             stage,
-            f"{module}.linear_fc1",
-            part,
-            group=f"{name}.gate_up",
+            f"{module}.linear_fc2" if down else f"{module}.linear_fc1",
+            **own,
             **kw,
         )
-    add(f"{name}.down_proj.weight", (hidden, ffn), None if whole else 1, stage, f"{module}.linear_fc2", **kw)
 
 
 def vision_tensors(vision: VisionShape) -> dict[str, tuple[int, ...]]:

@@ -11,11 +11,13 @@ Shape legend: ``b`` rows, ``s`` tokens, ``H`` hidden, ``M`` visual tokens of the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
@@ -39,6 +41,24 @@ class InterleavedMultimodalRotaryEmbedding(MultimodalRotaryEmbedding):
         return torch.cat((mixed, mixed), dim=-1).transpose(0, 1)[:, :, None, :].contiguous()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deepstack:
+    """What one micro-batch adds to the hidden states inside the first decoder layers."""
+
+    features: Sequence[Tensor]
+    """[m, H] per layer."""
+    scatter_index: Tensor
+    """[m] places in the flattened [s * b] hidden states."""
+
+
+@dataclass
+class MediaSeqParams(PackedSeqParams):
+    """Boundaries of a pack, which Megatron hands to every layer, also to one that is computed again in the
+    backward pass; with them goes what the layer needs of the pack's media."""
+
+    deepstack: Deepstack | None = None
+
+
 class VisionLanguageModel(GPTModel):
     """Megatron's GPT decoder with Qwen3-VL's vision tower in front (first pipeline stage only)."""
 
@@ -50,44 +70,54 @@ class VisionLanguageModel(GPTModel):
             rotary_percent=1.0,
             rotary_base=self.rotary_base,
         )
-        self._deepstack: list[Tensor] = []
-        self._scatter_index: Tensor | None = None
+        self.deepstack: Deepstack | None = None
+        """Of the padded micro-batch that is in the forward pass."""
         if not self.pre_process:
             return
-        settings = Qwen3VLVisionConfig(**vision_config)
+        # a mixture's tower has the fields and modules of a dense model's
+        sizes = {name: value for name, value in vision_config.items() if name != "model_type"}
+        settings = Qwen3VLVisionConfig(**sizes)
         self.visual = Qwen3VLVisionModel(settings).to(self.config.params_dtype)
         use_packed_attention(self.visual)
         if freeze_vision:
             self.visual.requires_grad_(False)
         for number, layer in enumerate(self.decoder.layers[: len(settings.deepstack_visual_indexes)]):
-            layer.register_forward_hook(_DeepstackHook(self, number))
+            layer.register_forward_hook(_DeepstackHook(self, number), with_kwargs=True)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As ``GPTModel.forward``, with ``position_ids`` [3, b, s] and ``vision``: a VisionBatch or None.
+        A pack's boundaries are ``MediaSeqParams``.
 
         Without media the tower is skipped, and its gradient is zero.
         """
         vision: VisionBatch | None = kwargs.pop("vision", None)
-        self._deepstack, self._scatter_index = [], None
+        deepstack = None
         if self.pre_process and vision is not None:
-            kwargs["decoder_input"] = self._embed(input_ids, vision)
+            kwargs["decoder_input"], deepstack = self._embed(input_ids, vision)
+        packed: MediaSeqParams | None = kwargs.get("packed_seq_params")
+        if packed is None:
+            self.deepstack = deepstack
+        else:
+            packed.deepstack = deepstack
         output: Tensor = super().forward(input_ids, position_ids, *args, **kwargs)
-        self._deepstack, self._scatter_index = [], None
+        self.deepstack = None
         return output
 
-    def _embed(self, input_ids: Tensor, vision: VisionBatch) -> Tensor:
+    def _embed(self, input_ids: Tensor, vision: VisionBatch) -> tuple[Tensor, Deepstack]:
         """Token embeddings with the tower's outputs at the placeholders: [s, b, H], or under sequence
-        parallelism this rank's share of s."""
+        parallelism this rank's share of s; and what goes in later."""
         text = self.embedding(input_ids=input_ids, position_ids=None)
         seen = self.visual(vision.pixel_values.to(text.dtype), grid_thw=vision.grid_thw, return_dict=True)
         features = [seen.pooler_output, *seen.deepstack_features]
         if vision.taken is not None:  # context parallelism: the tower sees whole images, the decoder a part
             features = [feature.index_select(0, vision.taken) for feature in features]
-        self._deepstack = features[1:]
-        self._scatter_index = vision.scatter_index
         flat = text.reshape(-1, text.shape[-1])
         mixed = flat.index_copy(0, vision.scatter_index, features[0].to(text.dtype)).view_as(text)
-        return self._scatter(mixed)
+        mixed, later = self._scatter(mixed), features[1:]
+        if self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+            leaves = [feature.detach().requires_grad_(feature.requires_grad) for feature in later]
+            mixed, later = _GatherGradients.apply(mixed, leaves, *later), leaves
+        return mixed, Deepstack(features=later, scatter_index=vision.scatter_index)
 
     def _scatter(self, values_sbh: Tensor) -> Tensor:
         """This rank's share under sequence parallelism; its gradient is gathered from all ranks, so that the
@@ -96,19 +126,35 @@ class VisionLanguageModel(GPTModel):
             return values_sbh
         return scatter_to_sequence_parallel_region(values_sbh)
 
-    def add_deepstack(self, number: int, hidden_sbh: Tensor) -> Tensor:
+    def add_deepstack(self, deepstack: Deepstack, number: int, hidden_sbh: Tensor) -> Tensor:
         """Adds feature map ``number`` to the hidden states at the visual tokens."""
-        if self._scatter_index is None:
-            return hidden_sbh
-        feature = self._deepstack[number].to(hidden_sbh.dtype)
+        feature, places = deepstack.features[number].to(hidden_sbh.dtype), deepstack.scatter_index
         if self.config.sequence_parallel:
             ranks = self.config.tensor_model_parallel_size
             length, rows, width = hidden_sbh.shape
             whole = hidden_sbh.new_zeros(length * ranks * rows, width)
-            whole = whole.index_add(0, self._scatter_index, feature).view(length * ranks, rows, width)
+            whole = whole.index_add(0, places, feature).view(length * ranks, rows, width)
             return hidden_sbh + self._scatter(whole)
         flat = hidden_sbh.reshape(-1, hidden_sbh.shape[-1])
-        return flat.index_add(0, self._scatter_index, feature).view_as(hidden_sbh)
+        return flat.index_add(0, places, feature).view_as(hidden_sbh)
+
+
+class _GatherGradients(torch.autograd.Function):
+    """Hands on to the tower what recomputed layers left in leaves that stand for its feature maps.
+
+    A layer that is computed again has a backward pass of its own, which must end at the layer: run on into
+    the tower, it would do so once per layer. This function's backward comes after all layers', since the
+    hidden states of the first pass through it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, leaves: Sequence[Tensor], *features: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return (gradients[0], None, *(leaf.grad for leaf in ctx.leaves))
 
 
 class _DeepstackHook:
@@ -117,6 +163,12 @@ class _DeepstackHook:
     def __init__(self, model: VisionLanguageModel, number: int) -> None:
         self.model, self.number = model, number
 
-    def __call__(self, layer: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def __call__(
+        self, layer: Any, inputs: Any, named: dict[str, Any], output: tuple[Tensor, Any]
+    ) -> tuple[Tensor, Any]:
+        packed: MediaSeqParams | None = named["packed_seq_params"]
+        deepstack = self.model.deepstack if packed is None else packed.deepstack
+        if deepstack is None:
+            return output
         hidden, *rest = output
-        return (self.model.add_deepstack(self.number, hidden), *rest)
+        return (self.model.add_deepstack(deepstack, self.number, hidden), *rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from copd_megatron.config.model_shape import ModelShape
-from copd_megatron.policy.hf_layout import Slot, expert_owner, slots
+from copd_megatron.config.model_shape import ModelShape, read_sizes
+from copd_megatron.policy.hf_layout import Slot, Stack, expert_owner, slots
 
 _DTYPE_BYTES = {
     "F64": 8,
@@ -165,16 +166,52 @@ class HFFolder:
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """One tensor, or its range [start, stop) along ``dim``, read from disk without the rest."""
+        with safe_open(self._file(name), framework="pt") as handle:
+            if dim is None:
+                return handle.get_tensor(name)
+            index = [slice(None)] * dim + [slice(start, stop)]
+            return handle.get_slice(name)[tuple(index)]
+
+    def read_expert(self, stack: Stack, expert: int) -> Tensor:
+        """One expert's matrix of a stack, [outputs, inputs], read from disk without the rest."""
+        transposed = self.transposes_experts(stack)
+        with safe_open(self._where[stack.name], framework="pt") as handle:
+            view = handle.get_slice(stack.name)
+            if transposed:
+                return view[expert : expert + 1, :, stack.columns][0].t()
+            return view[expert : expert + 1, stack.columns][0]
+
+    def transposes_experts(self, stack: Stack) -> bool:
+        """Whether a layer's stacks are as published, or as transformers 5 saves them: not transposed. One of
+        the two is never square, and tells.
+
+        Raises:
+            KeyError, ValueError: they are not there, or of another shape.
+        """
+        both = [replace(stack, part=part) for part in ("gate", "down")]
+        found = [self.shape(one.name) for one in both]
+        if found == [one.shape for one in both]:
+            return True
+        plain = [(experts, outputs, inputs) for experts, inputs, outputs in (one.shape for one in both)]
+        if found != plain:
+            raise ValueError(
+                f"{self.folder}: {' and '.join(one.name for one in both)} are {found}, config.json implies "
+                f"{plain} or, as published, {[one.shape for one in both]}"
+            )
+        return False
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor, without reading it."""
+        with safe_open(self._file(name), framework="pt") as handle:
+            return tuple(handle.get_slice(name).get_shape())
+
+    def _file(self, name: str) -> Path:
         if name not in self._where:
             raise KeyError(
                 f"{self.folder}: no tensor {name}; the folder holds {len(self._where)} tensors and does not "
                 "match its config.json"
             )
-        with safe_open(self._where[name], framework="pt") as handle:
-            if dim is None:
-                return handle.get_tensor(name)
-            index = [slice(None)] * dim + [slice(start, stop)]
-            return handle.get_slice(name)[tuple(index)]
+        return self._where[name]
 
     def num_bytes(self, name: str) -> int:
         """Size of one tensor in bytes, without reading it."""
@@ -183,9 +220,14 @@ class HFFolder:
             return math.prod(piece.get_shape()) * _DTYPE_BYTES[piece.get_dtype()]
 
     def iterate(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, one at a time."""
+        """All tensors as published, one at a time."""
+        shape = read_sizes(self.folder)
+        stacks = {slot.stack.name: slot.stack for slot in slots(shape, 1) if slot.stack is not None}
         for name in self.names():
-            yield name, self.read(name)
+            value = self.read(name)
+            if name in stacks and not self.transposes_experts(stacks[name]):
+                value = value.transpose(1, 2)
+            yield name, value
 
 
 @torch.no_grad()
@@ -197,7 +239,9 @@ def load_hf(view: ShardView, folder: str | Path) -> None:
     """
     source = HFFolder(folder)
     for slot in view.local:
-        if slot.dim is None:
+        if slot.stack is not None and slot.expert is not None:
+            value = source.read_expert(slot.stack, slot.expert)
+        elif slot.dim is None:
             value = source.read(slot.name)
         else:
             start, stop = slot.range_of(view.tp_rank, view.tp_size)

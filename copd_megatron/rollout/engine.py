@@ -226,7 +226,7 @@ class RolloutEngine:
             else:
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
                 if not torch.cuda.is_available():
-                    self.llm.collective_rpc(_repack_output_head)
+                    self.llm.collective_rpc(_repack)
             if self.asleep:  # only now: the stream's buckets need room, too
                 self.llm.wake_up(tags=["kv_cache"])
                 self.asleep = False
@@ -430,14 +430,22 @@ def _unlink_shared_memory(identity: str) -> None:
         file.unlink(missing_ok=True)
 
 
-def _repack_output_head(worker: Any) -> None:
-    """On CPU, vLLM's output head multiplies by a prepacked copy of its weight. A head tied to the embedding
-    is not itself in the weight stream, so reloading leaves that copy stale: make it anew."""
+def _repack(worker: Any) -> None:
+    """On CPU, vLLM multiplies by prepacked copies of weights. A reload leaves two stale: make them anew.
+
+    A head tied to the embedding is not itself in the weight stream. Experts are packed for the grouped
+    product the first time only (``UnquantizedFusedMoEMethod._setup_kernel`` of vLLM 0.30): after a reload
+    the kernel would read plain weights as packed ones.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in worker.get_model().modules():
+        method = getattr(module, "quant_method", None)
         if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
+            method.process_weights_after_loading(module)
+        elif isinstance(method, UnquantizedFusedMoEMethod):
+            method.moe_kernel.fused_experts.process_weights_after_loading(module)
 
 
 def _pack(rollout: Rollout) -> tuple[Any, ...]:

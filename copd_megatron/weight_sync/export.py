@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch import Tensor
 
 from copd_megatron.policy.actor import MegatronActor
+from copd_megatron.policy.hf_layout import Slot
 from copd_megatron.weight_sync.stream import ShardStream
 
 INDEX = "model.safetensors.index.json"
@@ -37,13 +41,12 @@ def export_hf(
         copy_companions(source, partial)
     where: dict[str, str] = {}
     total = 0
-    for number, tensors in enumerate(stream.buckets_filled(), start=1):
+    for number, (bucket, filled) in enumerate(zip(stream.buckets, stream.buckets_filled(), strict=True), 1):
         if not first:
             continue
         file = shard_name(number, len(stream.buckets))
-        save_file(
-            {name: t.cpu().contiguous() for name, t in tensors.items()}, partial / file, {"format": "pt"}
-        )
+        tensors = as_stored(bucket.slots, filled)
+        save_file(tensors, partial / file, {"format": "pt"})
         where |= dict.fromkeys(tensors, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     if first:
@@ -52,6 +55,20 @@ def export_hf(
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     dist.barrier()
+
+
+def as_stored(slots: Sequence[Slot], filled: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A bucket's tensors in host memory, under the names and in the shapes of a Hugging Face folder."""
+    stored: dict[str, Tensor] = {}
+    for slot in slots:
+        value, stack = filled[slot.name], slot.stack
+        if stack is None:
+            stored[slot.name] = value.cpu().contiguous()
+            continue
+        if stack.name not in stored:  # a bucket has all experts of a stack
+            stored[stack.name] = torch.empty(stack.shape, dtype=value.dtype)
+        stored[stack.name][slot.expert, :, stack.columns] = value.t()
+    return stored
 
 
 def shard_name(number: int, count: int) -> str:
