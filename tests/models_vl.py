@@ -17,6 +17,8 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -88,12 +90,23 @@ def make_processor() -> Qwen3VLProcessor:
     )
 
 
-def make_config(*, tied: bool, text: dict[str, Any] | None = None, **vision: Any) -> Qwen3VLConfig:
-    """About 1.1 M parameters; ``text`` and ``vision`` replace single fields.
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+
+
+def make_config(
+    *, tied: bool, mixture: bool = False, text: dict[str, Any] | None = None, **vision: Any
+) -> Qwen3VLConfig | Qwen3VLMoeConfig:
+    """About 1.1 M parameters; ``text`` and ``vision`` replace single fields; with ``mixture``, four small
+    experts a layer.
 
     The untied vocabulary, 323, is odd: tensor parallelism pads it.
     """
-    return Qwen3VLConfig(
+    return (Qwen3VLMoeConfig if mixture else Qwen3VLConfig)(
         text_config={
             "hidden_size": 128,
             "intermediate_size": 256,
@@ -112,6 +125,7 @@ def make_config(*, tied: bool, text: dict[str, Any] | None = None, **vision: Any
             "tie_word_embeddings": tied,
             "eos_token_id": TOKEN_IDS[END_OF_TURN],
             "pad_token_id": TOKEN_IDS[PADDING],
+            **(EXPERTS if mixture else {}),
             **(text or {}),
         },
         vision_config={
@@ -141,12 +155,17 @@ def make_vl_model(
     tied: bool = False,
     seed: int = 0,
     scale: float = 2.5,
+    mixture: bool = False,
     text: dict[str, Any] | None = None,
     **vision: Any,
 ) -> Path:
-    """Writes a random Qwen3-VL with its processor; ``text`` and ``vision`` are fields of its configs."""
+    """Writes a random Qwen3-VL with its processor; ``text`` and ``vision`` are fields of its configs.
+
+    A ``mixture`` lies as transformers 5 saves it: its stacks of experts are not transposed.
+    """
     generator = torch.Generator().manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(make_config(tied=tied, text=text, **vision)).float()
+    kind: Any = Qwen3VLMoeForConditionalGeneration if mixture else Qwen3VLForConditionalGeneration
+    model = kind(make_config(tied=tied, mixture=mixture, text=text, **vision)).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors import safe_open
 
 from copd_megatron.data.write import NewSample, write_shards
 from tests.models_vl import make_vl_model
@@ -86,6 +87,7 @@ def _write_domain(folder: Path, name: str, kind: str, seed: int) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("media")
     make_vl_model(root / "base", tied=True)
+    make_vl_model(root / "mixture", mixture=True)
     for seed, (name, kind) in enumerate(
         (("text", "text"), ("image", "image"), ("video", "video"), ("more", "text"))
     ):
@@ -93,10 +95,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _run(root: Path, name: str, branches: dict[str, dict[str, int]], opd: dict[str, Any]) -> dict[str, Any]:
+def _run(
+    root: Path, name: str, branches: dict[str, dict[str, int]], opd: dict[str, Any], base: str = "base"
+) -> dict[str, Any]:
     config = {
         "run": {"name": name, "dir": str(root / name), "device": "cpu", "collective_timeout_seconds": 300},
-        "model": {"path": str(root / "base"), "max_sequence_tokens": 128},
+        "model": {"path": str(root / base), "max_sequence_tokens": 128},
         "media": {"frame_rate": 4.0, "num_workers": 1},
         "branch_defaults": {
             "num_prompts_per_step": 26,  # more than a shard holds: every sample is met, the bad ones too
@@ -171,3 +175,14 @@ def test_four_branches_of_unequal_layout_around_a_hub(root: Path) -> None:
     outcome = _run(root, "four", layouts, {"topology": "hub_and_spoke", "hub": "text"})
     spokes = ["image", "video", "more"]
     _check(outcome, list(layouts), {f"text<-{s}" for s in spokes} | {f"{s}<-text" for s in spokes})
+
+
+@pytest.mark.slow
+def test_branches_of_a_mixture_of_experts(root: Path) -> None:
+    """Experts spread over data-parallel ranks, or all on one; the merged folder is as published."""
+    layouts = {"text": {"data_parallel_size": 2, "expert_model_parallel_size": 2}, "image": {}}
+    outcome = _run(root, "mixture_run", layouts, {}, base="mixture")
+    _check(outcome, list(layouts), {"text<-image", "image<-text"})
+    with safe_open(outcome["folder"] / "export/merged/model.safetensors", "pt") as merged:
+        stack = merged.get_slice("model.language_model.layers.0.mlp.experts.gate_up_proj")
+        assert stack.get_shape() == [4, 128, 64], "experts, inputs, outputs"

@@ -332,6 +332,30 @@ def test_a_full_disk_does_not_silence_the_console() -> None:
     assert len(said) == 4
 
 
+_ENDS_BY_AN_EXCEPTION = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from copd_megatron.metrics import rank_log
+place = rank_log.RankPlace(rank=1, branch="text", branch_rank=1, branch_size=2)
+rank_log.start_logging(place, "INFO", folder=Path(sys.argv[1]))
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # it has a hook of its own
+raise ValueError("no weights")
+"""
+
+
+def test_the_exception_that_ends_a_rank_is_in_its_log(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _ENDS_BY_AN_EXCEPTION, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "ValueError: no weights" in done.stderr
+    lines = list(merged(tmp_path, Selection(level="CRITICAL")))
+    assert lines[0].endswith(
+        "[text 1/2, rank 1] copd_megatron.metrics.rank_log: this rank ends by an exception"
+    )
+    assert lines[-1].endswith("CRITICAL [text 1/2, rank 1] ValueError: no weights")
+
+
 # ---- timeline ---------------------------------------------------------------------------------------------
 
 

@@ -28,19 +28,20 @@ from copd_megatron.policy.positions import multimodal_positions
 from copd_megatron.records import FloatArray, IntArray, TrainRow
 from tests.layouts import Job, run_layouts
 from tests.models import save_tokenizer
+from tests.models_vl import EXPERTS
 
 IMAGE, VIDEO, START, END = 300, 301, 302, 303
 PATCH_VALUES = 3 * 2 * 8 * 8
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]
 SEQUENCE = {"sequence_parallel": True}
-EXPERTS = {"expert_model_parallel_size": 2}
+SPREAD = {"expert_model_parallel_size": 2}
 FURTHER: dict[tuple[str, str], dict[str, Any]] = {
     ("untied", "sequence"): {"tp": 2, "also": SEQUENCE},
     ("untied", "context"): {"cp": 2},
     ("mixture", "one"): {},
-    ("mixture", "experts over data"): {"dp": 2, "also": EXPERTS},
-    ("mixture", "experts over tensor"): {"tp": 2, "also": EXPERTS | SEQUENCE},
-    ("mixture", "experts and pipeline"): {"pp": 2, "dp": 2, "also": EXPERTS},
+    ("mixture", "experts over data"): {"dp": 2, "also": SPREAD},
+    ("mixture", "experts over tensor"): {"tp": 2, "also": SPREAD | SEQUENCE},
+    ("mixture", "experts and pipeline"): {"pp": 2, "dp": 2, "also": SPREAD},
 }
 RECOMPUTED: dict[tuple[str, str], dict[str, Any]] = {
     ("untied", "recomputed"): {},
@@ -74,7 +75,7 @@ def make_vl_model(folder: Path, *, tied: bool, mixture: bool = False) -> Path:
     experts of it, two at a time."""
     torch.manual_seed(0)
     kind = Qwen3VLMoeConfig if mixture else Qwen3VLConfig
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64} if mixture else {}
+    experts = EXPERTS | {"moe_intermediate_size": 64} if mixture else {}
     config: Any = kind(
         text_config={
             "hidden_size": 64,

@@ -231,8 +231,12 @@ def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelSha
         )
     vision = config.get("vision_config")
     experts = _expert_settings(text, size, where) if "Moe" in architecture else {}
-    if experts and vision is not None:
-        experts["normalize_expert_weights"] = True  # Qwen3-VL always does, and need not say so
+    if experts and vision is not None and not experts["normalize_expert_weights"]:
+        raise ConfigError(
+            f"{where}: config.json: text_config.norm_topk_prob is {text.get('norm_topk_prob', 'missing')}; "
+            "Qwen3-VL always normalises the weights of the chosen experts and vLLM wants to be told: set it "
+            "to true, as the published folders have it"
+        )
     section = rope.get("mrope_section") or (24, 20, 20)
     return ModelShape(
         architecture=architecture,

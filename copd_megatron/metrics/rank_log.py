@@ -13,10 +13,11 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 from typing import IO
 
 LOGS = "logs"
@@ -92,6 +93,23 @@ def start_logging(place: RankPlace, level: str, *, folder: Path | None, append: 
     for handler in handlers:
         handler.setFormatter(formatter)
     logging.basicConfig(level=number, handlers=handlers)
+    _keep_last_words(handlers[1:])
+
+
+def _keep_last_words(files: Sequence[logging.Handler]) -> None:
+    """The exception that ends this rank goes to its file too, beside the console, where it may be one of
+    many."""
+    usual = sys.excepthook
+
+    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        what = (__name__, logging.CRITICAL, __file__, 0, "this rank ends by an exception", (), None)
+        record = logging.LogRecord(*what)
+        record.exc_info = (kind, error, trace)
+        for file in files:
+            file.handle(record)
+        usual(kind, error, trace)
+
+    sys.excepthook = told
 
 
 def log_file(folder: Path, rank: int) -> Path:

@@ -441,7 +441,7 @@ def _repack(worker: Any) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in worker.get_model().modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if isinstance(module, ParallelLMHead):
             method.process_weights_after_loading(module)
         elif isinstance(method, UnquantizedFusedMoEMethod):
