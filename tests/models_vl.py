@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import (
@@ -180,3 +181,17 @@ def make_vl_model(
     model.save_pretrained(folder)
     make_processor().save_pretrained(folder)
     return folder
+
+
+def publish(folder: Path) -> None:
+    """Turns a mixture's stacks of experts as published folders have them: transposed."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(
+        {
+            name: value.transpose(1, 2).contiguous() if ".experts." in name else value
+            for name, value in tensors.items()
+        },
+        path,
+        {"format": "pt"},
+    )

@@ -22,10 +22,12 @@ from copd_megatron.config.schema import ParallelConfig
 from tests.checkpoint_runs import run_tool
 from tests.layouts import Job, run_layouts
 from tests.models import load_and_compare, make_model
-from tests.models_vl import make_vl_model
+from tests.models_vl import make_vl_model, publish
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("text tied", "text untied", "vision tied", "vision untied")
+KINDS = ("text tied", "text untied", "vision tied", "vision untied", "text mixture", "vision mixture")
+EXPERTS = {"sequence_parallel": True, "expert_model_parallel_size": 2}
+"""Of mixtures, where tokens are split over two ranks."""
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1)]
 
 
@@ -35,12 +37,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("models")
     found = {}
     for kind in KINDS:
-        what, tied = kind.split()
+        what, how = kind.split()
         folder = base / kind.replace(" ", "_")
         if what == "text":
-            found[kind] = make_model(folder, tie_word_embeddings=tied == "tied")
+            experts = {"num_experts": 4, "num_experts_per_tok": 2} if how == "mixture" else {}
+            found[kind] = make_model(folder, tie_word_embeddings=how == "tied", **experts)
         else:
-            found[kind] = make_vl_model(folder, tied=tied == "tied")
+            found[kind] = make_vl_model(folder, tied=how == "tied", mixture=how == "mixture")
+    publish(found["vision mixture"])
     _split(found["text untied"])
     return found
 
@@ -107,7 +111,8 @@ def saved(
         hf_to_megatron(models[kind], converted)
         for tp, pp, dp in LAYOUTS:
             out = base / f"{kind.replace(' ', '_')}_{tp}_{pp}"
-            jobs.append(Job(tp=tp, pp=pp, dp=dp, args=(models[kind], converted, out)))
+            also = EXPERTS if "mixture" in kind and tp > 1 else {}
+            jobs.append(Job(tp=tp, pp=pp, dp=dp, args=(models[kind], converted, out), also=also))
             keys.append((kind, (tp, pp, dp), out))
     results = run_layouts(_through_megatron, jobs, timeout=500)
     return {(kind, at): (wrong, out) for (kind, at, out), wrong in zip(keys, results, strict=True)}
@@ -133,9 +138,10 @@ def test_megatron_loads_and_saves_the_same_tensors(
     assert _files(tmp_path / "back") == _files(models[kind])
 
 
-def test_ranges_of_a_tensor_are_what_the_whole_has_there(saved: Any) -> None:
-    _, out = saved["vision tied", (2, 2, 1)]
-    source = MegatronFolder(out, dims=MegatronFolder(out.parent / "vision_tied").dims)
+@pytest.mark.parametrize("kind", ["vision tied", "vision mixture"])
+def test_ranges_of_a_tensor_are_what_the_whole_has_there(saved: Any, kind: str) -> None:
+    _, out = saved[kind, (2, 2, 1)]
+    source = MegatronFolder(out, dims=MegatronFolder(out.parent / kind.replace(" ", "_")).dims)
     generator = torch.Generator().manual_seed(1)
     for name in source.names():
         whole = source.read(name).view(-1)
@@ -166,6 +172,25 @@ def test_what_does_not_fit_is_refused(models: dict[str, Path], tmp_path: Path) -
     (broken / "model.safetensors").write_bytes((models["text tied"] / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(ValueError, match="its header says"):
         hf_to_megatron(broken, tmp_path / "out")
+
+
+def test_experts_that_are_not_transposed_come_back_as_published(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """As transformers 5 saves them."""
+    folder = make_vl_model(tmp_path / "saved", mixture=True)
+    hf_to_megatron(folder, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    publish(folder)
+    expected, found = load_file(folder / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    save_file(
+        {n: t[:, :-1].contiguous() for n, t in expected.items() if t.ndim == 3}
+        | {n: t for n, t in expected.items() if t.ndim != 3},
+        folder / "model.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"gate_up_proj and .*down_proj are \[\(4, 127, 64\)"):
+        hf_to_megatron(folder, tmp_path / "out")
 
 
 def test_a_tied_output_embedding_may_be_stored(models: dict[str, Path], tmp_path: Path) -> None:

@@ -143,15 +143,6 @@ def test_checkpoints_of_chunks_and_experts(tmp_path: Path, folders: dict[str, Pa
     assert plain[0]["then"] == [pytest.approx(step, rel=1e-5) for step in saved_chunks[0]["then"]]
 
 
-def test_converting_a_mixture_of_experts_is_refused(folders: dict[str, Path]) -> None:
-    from copd_megatron.checkpoint.hf_names import places
-    from copd_megatron.checkpoint.manifest import CheckpointError
-    from copd_megatron.config.model_shape import read_model_shape
-
-    with pytest.raises(CheckpointError, match="mixture of experts"):
-        places(read_model_shape(folders["mixture"]))
-
-
 # ---- with vLLM -------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -44,8 +45,9 @@ from copd_megatron.checkpoint.hf_files import (
     write_file,
     write_index,
 )
-from copd_megatron.checkpoint.hf_names import MegatronTensor, megatron_tensors, num_stacked_layers, places
+from copd_megatron.checkpoint.hf_names import MegatronTensor, Place, megatron_tensors, places, stack_sizes
 from copd_megatron.config.model_shape import ModelShape, read_sizes
+from copd_megatron.policy.hf_layout import as_published
 
 SHARD_BYTES: Final = 4 * 2**30
 FILE_BYTES: Final = 4 * 2**30
@@ -83,15 +85,16 @@ class TensorTable:
         """Takes note of a tensor.
 
         Returns:
-            By which index it is found, and the shape it is stored in: a layer has an axis of its own.
+            By which index it is found, and the shape it is stored in: layers and experts have axes of their
+            own.
 
         Raises:
             ValueError: it belongs to a stack of another type.
         """
-        layers = num_stacked_layers(self._dims, tensor.key)
-        shape = torch.Size((*(() if layers is None else (1,)), *tensor.shape))
-        whole = torch.Size((*(() if layers is None else (layers,)), *tensor.shape))
-        offset = torch.Size((*(() if tensor.layer is None else (tensor.layer,)), *(0 for _ in tensor.shape)))
+        stacked = stack_sizes(self._dims, tensor.key)
+        shape = torch.Size((*(1 for _ in stacked), *tensor.shape))
+        whole = torch.Size((*stacked, *tensor.shape))
+        offset = torch.Size((*tensor.at, *(0 for _ in tensor.shape)))
         entry = self.described.setdefault(
             tensor.key,
             TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=whole, chunks=[]),
@@ -99,7 +102,7 @@ class TensorTable:
         assert isinstance(entry, TensorStorageMetadata)
         if entry.properties.dtype is not dtype:
             raise ValueError(
-                f"layer {tensor.layer} of {tensor.key} is {dtype}, another {entry.properties.dtype}: "
+                f"layer {tensor.at[0]} of {tensor.key} is {dtype}, another {entry.properties.dtype}: "
                 "stacked tensors must have one type; convert with --dtype"
             )
         entry.chunks.append(ChunkStorageMetadata(offsets=offset, sizes=shape))
@@ -156,9 +159,11 @@ def _check_tensors(reader: SafetensorsReader, dims: ModelShape, source: Path) ->
             f"{source} has {len(extra)} tensors that a {dims.architecture} of config.json's sizes has not, "
             f"{extra[0]} for one"
         )
-    for name, place in known.items():
-        if specs[name].shape != place.shape:
-            raise ValueError(f"{source}: {name} is {specs[name].shape}, config.json implies {place.shape}")
+    for name, parts in known.items():
+        if parts[0].stack is not None:
+            as_published(parts[0].stack, lambda name: specs[name].shape)
+        elif specs[name].shape != parts[0].shape:
+            raise ValueError(f"{source}: {name} is {specs[name].shape}, config.json implies {parts[0].shape}")
     for tied, original in tied_copy(dims).items():
         if tied in specs and not _equal(reader, tied, original):
             raise ValueError(
@@ -222,6 +227,9 @@ def _assemble(reader: SafetensorsReader, tensor: MegatronTensor, dtype: torch.dt
     wanted = dtype or next(iter(types))
     out = torch.empty(tensor.shape, dtype=wanted)
     for name, place in tensor.parts:
+        if place.stack is not None:
+            out.copy_(_expert(reader, name, place))
+            continue
         done = 0
         width = torch.Size(place.shape[1:]).numel()
         for start, stop in place.rows:
@@ -234,6 +242,20 @@ def _assemble(reader: SafetensorsReader, tensor: MegatronTensor, dtype: torch.dt
                 target.copy_(piece)
             done += stop - start
     return out
+
+
+def _expert(reader: SafetensorsReader, name: str, place: Place) -> Tensor:
+    """One expert of a stack, [outputs, inputs]."""
+    assert place.stack is not None
+    specs = reader.specs()
+    inputs, outputs = place.shape
+    if as_published(place.stack, lambda name: specs[name].shape):
+        stored = torch.empty(inputs, outputs, dtype=specs[name].dtype)
+        reader.read_into(name, place.begin, stored)
+        return stored.t()
+    stored = torch.empty(outputs, inputs, dtype=specs[name].dtype)
+    reader.read_into(name, place.begin, stored)
+    return stored
 
 
 # ---- Megatron to Hugging Face ----------------------------------------------------------------------------
@@ -314,7 +336,8 @@ def _layouts(
     layouts = []
     for layout in template:
         now = tuple(
-            Spec(name=s.name, shape=s.shape, dtype=specs[tied.get(s.name, s.name)].dtype)
+            # a stack of experts that was not as published will be
+            replace(specs[tied.get(s.name, s.name)], name=s.name)
             for s in layout.specs
             if tied.get(s.name, s.name) in specs
         )

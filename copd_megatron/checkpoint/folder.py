@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from copd_megatron.checkpoint.distcp import METADATA
 from copd_megatron.checkpoint.hf_files import Spec, bytes_of, read_exactly
-from copd_megatron.checkpoint.hf_names import Place, places, shape_from_record
+from copd_megatron.checkpoint.hf_names import Place, full_shape, places, shape_from_record
 from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest
 from copd_megatron.config.model_shape import ModelShape, read_sizes
 
@@ -91,7 +91,7 @@ class MegatronFolder:
                 f"{HF_FILES}/config.json in it; give the Hugging Face folder that the model came from"
             )
         self._places = places(self.dims)
-        missing = [name for name, place in self._places.items() if place.key not in self._tensors]
+        missing = [name for name, parts in self._places.items() if parts[0].key not in self._tensors]
         if missing:
             raise CheckpointError(
                 f"{self.folder} lacks {len(missing)} of {len(self._places)} tensors, {missing[0]} for one: "
@@ -125,16 +125,16 @@ class MegatronFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises KeyError when there is no such tensor."""
-        return self._places[name].shape
+        return full_shape(self._places[name])
 
     def dtype(self, name: str) -> torch.dtype:
         """Raises KeyError when there is no such tensor."""
-        dtype: torch.dtype = self._tensors[self._places[name].key].properties.dtype
+        dtype: torch.dtype = self._tensors[self._places[name][0].key].properties.dtype
         return dtype
 
     def specs(self) -> dict[str, Spec]:
         """All Hugging Face tensors, in forward order."""
-        return {n: Spec(name=n, shape=p.shape, dtype=self.dtype(n)) for n, p in self._places.items()}
+        return {n: Spec(name=n, shape=self.shape(n), dtype=self.dtype(n)) for n in self._places}
 
     def read(self, name: str) -> Tensor:
         """A whole tensor."""
@@ -158,7 +158,22 @@ class MegatronFolder:
             KeyError: no such tensor.
             OSError: a file is truncated or cannot be read.
         """
-        place = self._places[name]
+        parts = self._places[name]
+        if parts[0].stack is None:
+            self._read_plain(parts[0], start, out)
+            return
+        size = math.prod(parts[0].shape)
+        for place in parts:
+            low, high = max(start, place.begin), min(start + out.numel(), place.begin + size)
+            if low < high:  # whole experts, since they lie transposed
+                inputs, outputs = place.shape
+                expert = torch.empty(outputs, inputs, dtype=out.dtype)
+                self._read_rows(place, 0, outputs, expert)
+                out[low - start : high - start] = expert.t().reshape(-1)[
+                    low - place.begin : high - place.begin
+                ]
+
+    def _read_plain(self, place: Place, start: int, out: Tensor) -> None:
         width = max(math.prod(place.shape[1:]), 1)
         stop = start + out.numel()
         first, last = start // width, -(-stop // width)
@@ -187,17 +202,14 @@ class MegatronFolder:
 
     def _read_box(self, place: Place, start: int, stop: int, out: Tensor) -> None:
         """Rows [start, stop) of the (layer of the) Megatron tensor, from the chunks that hold them."""
-        stacked = place.layer is not None
+        depth = len(place.at)
         filled = 0
         for chunk in self._chunks[place.key]:
-            offsets, sizes = chunk.offsets, chunk.sizes
-            skipped = 0
-            if stacked:
-                inside = place.layer - offsets[0]  # type: ignore[operator]
-                if not 0 <= inside < sizes[0]:
-                    continue
-                skipped = inside * math.prod(sizes[1:])
-                offsets, sizes = offsets[1:], sizes[1:]
+            inside = [at - offset for at, offset in zip(place.at, chunk.offsets, strict=False)]
+            if any(not 0 <= i < size for i, size in zip(inside, chunk.sizes, strict=False)):
+                continue
+            skipped = sum(i * math.prod(chunk.sizes[axis + 1 :]) for axis, i in enumerate(inside))
+            offsets, sizes = chunk.offsets[depth:], chunk.sizes[depth:]
             low, high = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
             if low >= high:
                 continue

@@ -1,9 +1,10 @@
 """Hugging Face tensors inside Megatron's. Pure: no torch.
 
-Megatron's distributed format knows neither tensor nor pipeline parallelism: a tensor is whole, layers are
-stacked along a first axis, q, k and v of each query group lie together in ``linear_qkv``, gate and up in
-``linear_fc1``. Every Hugging Face tensor is therefore some rows of one layer of one Megatron tensor, and
-nothing else is needed to convert in either direction.
+Megatron's distributed format knows neither tensor nor pipeline parallelism: a tensor is whole, layers (and
+their experts) are stacked along first axes, q, k and v of each query group lie together in ``linear_qkv``,
+gate and up in ``linear_fc1``. Every Hugging Face tensor is therefore some rows of one layer of one Megatron
+tensor, or, where a folder stacks experts too, such rows of one expert after the other, each transposed.
+Nothing else is needed to convert in either direction.
 
     model.layers.3.self_attn.k_proj.weight  =  decoder.layers.self_attention.linear_qkv.weight[3, rows]
 
@@ -18,9 +19,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from copd_megatron.checkpoint.manifest import CheckpointError
 from copd_megatron.config.model_shape import ModelShape, VisionShape
-from copd_megatron.policy.hf_layout import Slot, slots
+from copd_megatron.policy.hf_layout import Slot, Stack, slots
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _FUSED_NORMS = {
@@ -36,12 +36,16 @@ class Place:
 
     key: str
     """Megatron's name."""
-    layer: int | None
-    """Index along the first axis; None: the tensor is not stacked."""
+    at: tuple[int, ...]
+    """Index along the first axes: layer, then expert; empty: the tensor is not stacked."""
     rows: tuple[tuple[int, int], ...]
-    """[start, stop) ranges of rows (behind the layer axis) that make it up, in order."""
+    """[start, stop) ranges of rows (behind those axes) that make it up, in order."""
     shape: tuple[int, ...]
-    """The Hugging Face tensor's."""
+    """The Hugging Face tensor's, or [inputs, outputs] of one expert in a ``stack``."""
+    stack: Stack | None = None
+    """The rows lie transposed in it."""
+    begin: int = 0
+    """Element of the Hugging Face tensor at which they begin."""
 
     @property
     def num_rows(self) -> int:
@@ -61,65 +65,100 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronTensor:
-    """A whole Megatron tensor, or one layer of a stacked one, and what it is made of."""
+    """A whole Megatron tensor, or one layer (and expert) of a stacked one, and what it is made of."""
 
     key: str
-    layer: int | None
+    at: tuple[int, ...]
     shape: tuple[int, ...]
-    """Without the layer axis."""
+    """Without the axes of ``at``."""
     parts: tuple[tuple[str, Place], ...]
     """Hugging Face tensors that together cover its rows."""
 
 
-def places(dims: ModelShape) -> dict[str, Place]:
-    """Every Hugging Face tensor of the model, in forward order.
-
-    Raises:
-        CheckpointError: a mixture of experts, whose tensors Megatron stacks along an axis of their own.
-    """
-    if dims.num_experts is not None:
-        raise CheckpointError(
-            f"{dims.architecture}: converting checkpoints of a mixture of experts is not supported; the "
-            "run's own export (end.export) writes them in Hugging Face's format"
-        )
-    return {slot.name: _place(slot, dims) for slot in slots(dims, 1)}
+def places(dims: ModelShape) -> dict[str, tuple[Place, ...]]:
+    """Every Hugging Face tensor of the model, in forward order; a stack has a place for every expert."""
+    table: dict[str, tuple[Place, ...]] = {}
+    for slot in slots(dims, 1):
+        if slot.stack is None:
+            table[slot.name] = (_place(slot, dims),)
+        elif slot.part != "up":  # gate and up are the rows of one Megatron tensor and of one stack
+            before = table.get(slot.stack.name, ())
+            table[slot.stack.name] = (*before, _expert_place(slot, slot.stack, len(before)))
+    return table
 
 
-def num_stacked_layers(dims: ModelShape, key: str) -> int | None:
-    """Size of the layer axis of a Megatron tensor; None: it has none."""
-    return dims.num_layers if key.startswith("decoder.layers.") else None
+def full_shape(parts: tuple[Place, ...]) -> tuple[int, ...]:
+    """The Hugging Face tensor's, a stack's as published."""
+    stack = parts[0].stack
+    return parts[0].shape if stack is None else stack.shape
+
+
+def stack_sizes(dims: ModelShape, key: str) -> tuple[int, ...]:
+    """Sizes of a Megatron tensor's first axes: layers, then experts."""
+    if not key.startswith("decoder.layers."):
+        return ()
+    if ".experts." in key and dims.num_experts is not None:
+        return (dims.num_layers, dims.num_experts)
+    return (dims.num_layers,)
 
 
 def megatron_tensors(dims: ModelShape) -> list[MegatronTensor]:
-    """Every Megatron tensor (each layer of it), in forward order, with the Hugging Face tensors in it.
+    """Every Megatron tensor (each layer and expert of it), in forward order, with the Hugging Face tensors in
+    it.
 
     Gate and up are two chunks of ``linear_fc1`` in a checkpoint; here they are parts of one.
     """
-    groups: dict[tuple[str, int | None], list[tuple[str, Place]]] = {}
-    for name, place in places(dims).items():
-        groups.setdefault((place.key, place.layer), []).append((name, place))
+    groups: dict[tuple[str, tuple[int, ...]], list[tuple[str, Place]]] = {}
+    for name, parts_of_name in places(dims).items():
+        for place in parts_of_name:
+            groups.setdefault((place.key, place.at), []).append((name, place))
     tensors = []
-    for (key, layer), parts in groups.items():
+    for (key, at), parts in groups.items():
         covered = sorted(r for _, place in parts for r in place.rows)
         assert covered[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(covered)), key
-        shape = (covered[-1][1], *parts[0][1].shape[1:])
-        tensors.append(MegatronTensor(key=key, layer=layer, shape=shape, parts=tuple(parts)))
+        first = parts[0][1]
+        inner = first.shape[1:] if first.stack is None else first.shape[:1]
+        tensors.append(MegatronTensor(key=key, at=at, shape=(covered[-1][1], *inner), parts=tuple(parts)))
     return tensors
 
 
 def _place(slot: Slot, dims: ModelShape) -> Place:
-    key, layer = _key(slot)
-    return Place(key=key, layer=layer, rows=_rows(slot, dims), shape=slot.shape)
+    key, at = _key(slot, dims)
+    return Place(key=key, at=at, rows=_rows(slot, dims), shape=slot.shape)
 
 
-def _key(slot: Slot) -> tuple[str, int | None]:
+def _expert_place(slot: Slot, stack: Stack, number: int) -> Place:
+    key, at = _expert_key(slot)
+    _, inputs, outputs = stack.shape
+    return Place(
+        key=key,
+        at=at,
+        rows=((0, outputs),),
+        shape=(inputs, outputs),
+        stack=stack,
+        begin=number * inputs * outputs,
+    )
+
+
+def _key(slot: Slot, dims: ModelShape) -> tuple[str, tuple[int, ...]]:
     if slot.part == "parameter":
-        return slot.module, None
+        return slot.module, ()
+    if slot.expert is not None:
+        return _expert_key(slot)
     match = _LAYER.fullmatch(slot.module)
     if match is None:
-        return f"{slot.module}.weight", None
-    inner = _FUSED_NORMS.get(match[2], f"{match[2]}.weight")
-    return f"decoder.layers.{inner}", int(match[1])
+        return f"{slot.module}.weight", ()
+    inner = f"{match[2]}.weight"
+    if dims.num_experts is None or match[2] != "pre_mlp_layernorm":  # no linear layer comes behind that one
+        inner = _FUSED_NORMS.get(match[2], inner)
+    return f"decoder.layers.{inner}", (int(match[1]),)
+
+
+def _expert_key(slot: Slot) -> tuple[str, tuple[int, ...]]:
+    match = _LAYER.fullmatch(slot.module)
+    assert match is not None and slot.expert is not None
+    experts, leaf = match[2].rsplit(".", 1)
+    return f"decoder.layers.{experts}.experts.{leaf}.weight", (int(match[1]), slot.expert)
 
 
 def _rows(slot: Slot, dims: ModelShape) -> tuple[tuple[int, int], ...]:

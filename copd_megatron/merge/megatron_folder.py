@@ -25,7 +25,7 @@ from copd_megatron.checkpoint.convert import TensorTable, common_state, tied_cop
 from copd_megatron.checkpoint.distcp import write_metadata
 from copd_megatron.checkpoint.folder import HF_FILES, MegatronFolder, recorded_headers
 from copd_megatron.checkpoint.hf_files import file_layouts, specs_of_header
-from copd_megatron.checkpoint.hf_names import MegatronTensor, Place, megatron_tensors, places
+from copd_megatron.checkpoint.hf_names import MegatronTensor, Place, full_shape, megatron_tensors, places
 from copd_megatron.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -287,7 +287,13 @@ class _Recorder(io.RawIOBase):
 
 
 def _check_names(specs: Mapping[str, TensorSpec], dims: ModelShape) -> None:
-    wanted = {name: place.shape for name, place in places(dims).items()}
+    if dims.stacks_experts:
+        raise ValueError(
+            f"merge: a {dims.architecture} cannot be written in Megatron's format straight away, since its "
+            "experts lie transposed there: write Hugging Face's (--format hf), then "
+            "tools/convert_hf_to_megatron.py"
+        )
+    wanted = {name: full_shape(parts) for name, parts in places(dims).items()}
     extra = sorted(specs.keys() - wanted.keys() - tied_copy(dims).keys())
     missing = sorted(wanted.keys() - specs.keys())
     if extra or missing:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,29 @@ class Stack:
         """This part's outputs."""
         first = self.ffn if self.part == "up" else 0
         return slice(first, first + (self.hidden if self.part == "down" else self.ffn))
+
+
+def as_published(stack: Stack, shape_of: Callable[[str], tuple[int, ...]]) -> bool:
+    """Whether a folder's stacks of this layer are as published, or as transformers 5 saves them: not
+    transposed. One of the two is never square, and tells.
+
+    Args:
+        shape_of: shape of a tensor of the folder by name.
+
+    Raises:
+        ValueError: they are of another shape.
+    """
+    both = [replace(stack, part=part) for part in ("gate", "down")]
+    found = [shape_of(one.name) for one in both]
+    if found == [one.shape for one in both]:
+        return True
+    plain = [(experts, outputs, inputs) for experts, inputs, outputs in (one.shape for one in both)]
+    if found != plain:
+        raise ValueError(
+            f"{' and '.join(one.name for one in both)} are {found}, config.json implies "
+            f"{[one.shape for one in both]} as published, or {plain}"
+        )
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)

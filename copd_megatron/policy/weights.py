@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from copd_megatron.config.model_shape import ModelShape, read_sizes
-from copd_megatron.policy.hf_layout import Slot, Stack, expert_owner, slots
+from copd_megatron.policy.hf_layout import Slot, Stack, as_published, expert_owner, slots
 
 _DTYPE_BYTES = {
     "F64": 8,
@@ -182,23 +181,11 @@ class HFFolder:
             return view[expert : expert + 1, stack.columns][0]
 
     def transposes_experts(self, stack: Stack) -> bool:
-        """Whether a layer's stacks are as published, or as transformers 5 saves them: not transposed. One of
-        the two is never square, and tells.
-
-        Raises:
-            KeyError, ValueError: they are not there, or of another shape.
-        """
-        both = [replace(stack, part=part) for part in ("gate", "down")]
-        found = [self.shape(one.name) for one in both]
-        if found == [one.shape for one in both]:
-            return True
-        plain = [(experts, outputs, inputs) for experts, inputs, outputs in (one.shape for one in both)]
-        if found != plain:
-            raise ValueError(
-                f"{self.folder}: {' and '.join(one.name for one in both)} are {found}, config.json implies "
-                f"{plain} or, as published, {[one.shape for one in both]}"
-            )
-        return False
+        """As ``as_published``, of this folder."""
+        try:
+            return as_published(stack, self.shape)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor, without reading it."""
