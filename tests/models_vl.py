@@ -183,7 +183,7 @@ def make_vl_model(
     return folder
 
 
-def publish(folder: Path) -> None:
+def publish(folder: Path) -> Path:
     """Turns a mixture's stacks of experts as published folders have them: transposed."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -195,3 +195,4 @@ def publish(folder: Path) -> None:
         path,
         {"format": "pt"},
     )
+    return folder

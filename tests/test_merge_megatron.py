@@ -36,10 +36,11 @@ from copd_megatron.merge.recipe import ModelInput, Recipe
 from copd_megatron.merge.report import branch_distances
 from tests.layouts import Job, run_layouts
 from tests.merge_folders import make_family, tensors_of, write_folder
-from tests.models import load_and_compare
-from tests.models_vl import make_vl_model
+from tests.models import load_and_compare, make_model
+from tests.models_vl import make_vl_model, publish
 
-KINDS = ("text", "text tied", "vision tied")
+KINDS = ("text", "text tied", "vision tied", "text mixture")
+MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
 TIED: dict[str, Any] = {"tie_word_embeddings": True, "num_hidden_layers": 4}
 
 
@@ -52,6 +53,10 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
         "text": make_family(root / "text", 2, dtype=torch.bfloat16, **large),
         "text tied": make_family(root / "tied", 2, **TIED),
         "vision tied": [make_vl_model(root / f"vl{seed}", seed=seed, tied=True) for seed in range(3)],
+        "text mixture": [make_model(root / f"moe{seed}", seed=seed, **MIXTURE) for seed in range(3)],
+        "vision mixture": [
+            publish(make_vl_model(root / f"vl_moe{seed}", seed=seed, mixture=True)) for seed in range(3)
+        ],
     }
 
 
@@ -112,7 +117,7 @@ def joint_checkpoint(
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "vision mixture"])
 def test_the_format_of_the_inputs_does_not_matter(
     families: dict[str, list[Path]],
     converted: dict[str, list[Path]],
@@ -203,6 +208,13 @@ def test_the_result_in_megatrons_format_is_the_same_model(
     expected, found = (read_by_torch(tmp_path / name) for name in ("expected", "out"))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_stacks_of_experts_are_not_written_in_megatrons_format(
+    families: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"Qwen3VLMoeFor.*--format hf"):
+        run_merge(recipe_of(families["vision mixture"]), tmp_path / "out", output_format="megatron")
 
 
 def read_by_torch(folder: Path) -> dict[str, Tensor]:
