@@ -515,6 +515,17 @@ MIXTURE = replace(
         (SHAPE, ["precision.fp8=blockwise"], ["blocks of 128", "hidden size is 64"]),
         (SHAPE, ["precision.fp8=mxfp8", "precision.num_bf16_layers_at_start=4"], ["leave no FP8 layer"]),
         (SHAPE, ["precision.fp8=delayed", "precision.num_bf16_layers_at_end=1"], ["delayed", "tensorwise"]),
+        (
+            SHAPE,
+            ["training.recompute=selective", "training.recompute_modules=[mlp,moe]"],
+            ["moe is no part of branch text's Qwen3ForCausalLM", "core_attn, mlp"],
+        ),
+        (
+            MIXTURE,
+            ["run.device=cpu", "training.recompute=selective", "training.recompute_modules=[moe_act]"],
+            ["only a GPU has", "use moe"],
+        ),
+        (SHAPE, ["training.recompute_modules=[attention]"], ["'attention' is none of core_attn"]),
         (SHAPE, ["precision.fp8_parameters=true"], ["precision.fp8_parameters", "choose a recipe"]),
         (SHAPE, ["optimizer.moments_dtype=int8"], ["moments_dtype: 'int8'", "bfloat16"]),
         (SHAPE, ["optimizer.moments_dtype=bfloat16"], ["optimizer.precision_aware=true"]),

@@ -218,6 +218,9 @@ def test_memory_follows_the_options_that_save_it() -> None:
     layer = plain.activations // SHAPE.num_layers
     inputs = 2 * 16384 * SHAPE.hidden_size
     assert full.activations == SHAPE.num_layers // 2 * inputs + 2 * layer
+    parts = estimate(training__recompute=Recompute.selective, training__recompute_modules=["mlp"])
+    ffn = 2 * 16384 * 4 * SHAPE.ffn_hidden_size // 2  # of a rank
+    assert parts.activations == plain.activations - (SHAPE.num_layers - 1) * ffn
     assert estimate(branch__parallel__sequence_parallel=True).activations < plain.activations
     narrow = estimate(
         optimizer__precision_aware=True,

@@ -223,6 +223,7 @@ def test_overlap_and_recomputation_change_no_number(tmp_path: Any) -> None:
         TrainingConfig(**budget, overlap_grad_reduce=True),
         TrainingConfig(**budget, overlap_grad_reduce=True, overlap_param_gather=True),
         TrainingConfig(**budget, recompute=Recompute.selective),
+        TrainingConfig(**budget, recompute=Recompute.selective, recompute_modules=["core_attn", "mlp"]),
         TrainingConfig(**budget, recompute=Recompute.full, recompute_num_layers=2),
     ]
     plain, *others = run_layouts(_train, [Job(dp=2, args=(folder, rows, s)) for s in settings])

@@ -179,6 +179,9 @@ def precision_settings(config: Config) -> Iterator[str]:
             yield f"optimizer.{field}: {value} is used with optimizer.precision_aware=true only; set that"
     yield from under("optimizer", within(0, 1, cpu_offload_fraction=optimizer.cpu_offload_fraction))
     yield from under("training", at_least(1, recompute_num_layers=training.recompute_num_layers))
+    for part in training.recompute_modules:
+        if part not in _RECOMPUTED_PARTS:
+            yield f"training.recompute_modules: {part!r} is none of {', '.join(_RECOMPUTED_PARTS)}"
     if training.overlap_param_gather and not training.overlap_grad_reduce:
         yield "training.overlap_param_gather: true needs training.overlap_grad_reduce=true; set both"
 
@@ -196,12 +199,34 @@ def precision_against_model(config: Config, shapes: Mapping[str, ModelShape]) ->
                 f"training.sequence_packing=true: a layer that is computed again finds the vision tower's "
                 f"deepstack features with the boundaries of its pack; set it, or use selective"
             )
+        if training.recompute is Recompute.selective:
+            yield from _recomputed_parts(config, name, shape)
         yield from _fp8_sizes(config, name, shape)
         edges = config.precision.num_bf16_layers_at_start + config.precision.num_bf16_layers_at_end
         if config.precision.fp8 is not FP8Recipe.none and edges >= shape.num_layers:
             yield (
                 f"precision.num_bf16_layers_at_start + num_bf16_layers_at_end = {edges} leave no FP8 layer "
                 f"of branch {name}'s {shape.num_layers}; lower them"
+            )
+
+
+_RECOMPUTED_PARTS = ("core_attn", "mlp", "moe", "moe_act")
+
+
+def _recomputed_parts(config: Config, name: str, shape: ModelShape) -> Iterator[str]:
+    """Parts that the model has, and that this machine can compute again."""
+    absent = ("moe", "moe_act") if shape.num_experts is None else ("mlp",)
+    for part in config.training.recompute_modules:
+        if part in absent:
+            others = [other for other in _RECOMPUTED_PARTS if other not in absent]
+            yield (
+                f"training.recompute_modules: {part} is no part of branch {name}'s {shape.architecture}; use "
+                f"some of {', '.join(others)}"
+            )
+        elif part == "moe_act" and config.run.device is Device.cpu:
+            yield (
+                "training.recompute_modules: moe_act is a part of the grouped product of experts that only a "
+                "GPU has; use moe"
             )
 
 

@@ -99,7 +99,7 @@ class FP8Format(Enum):
 
 
 class Recompute(Enum):
-    """Activations computed again in the backward pass: of core attention only, or of whole layers."""
+    """Activations computed again in the backward pass: of parts of a layer, or of whole layers."""
 
     none = "none"
     selective = "selective"
@@ -259,8 +259,7 @@ class RolloutConfig:
     """Share of further prompts that a step begins; it goes on when the wanted number are done. 0: off, every
     response is waited for. Native prompts only."""
     partial_rollouts: bool = False
-    """Carry what is unfinished then to the next step; needs ``over_sampling`` and
-    ``training.max_weight_lag``."""
+    """Carry the unfinished to the next step; needs ``over_sampling`` and ``training.max_weight_lag``."""
     quantization: RolloutQuantization = RolloutQuantization.none
     """``fp8``: vLLM quantises linear layers at every weight sync (GPU)."""
 
@@ -430,13 +429,14 @@ class TrainingConfig:
     sequence_packing: bool = True
     """Rows of a micro-batch lie behind each other without padding; false: padded to the longest."""
     recompute: Recompute = Recompute.none
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """For ``selective``: core_attn, mlp; of mixtures moe, moe_act. (GPUs' fused attention keeps little.)"""
     recompute_num_layers: int = 1
     """Layers between two kept activations, with ``full``."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while the backward pass goes on."""
     overlap_param_gather: bool = False
-    """Gather updated weights over data-parallel ranks while the next mini-batch's forward pass begins; needs
-    ``overlap_grad_reduce``."""
+    """Gather updated weights while the next forward pass begins; needs ``overlap_grad_reduce``."""
     num_mini_batches: int = 1
     """Optimizer steps that a step's batch is split into. 1: strictly on-policy."""
     logprob_chunk_tokens: int = 1024

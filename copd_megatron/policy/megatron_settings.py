@@ -66,7 +66,7 @@ def recompute_fields(training: TrainingConfig) -> dict[str, Any]:
     if training.recompute is Recompute.none:
         return {}
     if training.recompute is Recompute.selective:
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        return {"recompute_granularity": "selective", "recompute_modules": list(training.recompute_modules)}
     return {
         "recompute_granularity": "full",
         "recompute_method": "uniform",

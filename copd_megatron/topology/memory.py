@@ -20,6 +20,8 @@ micro_batch_tokens, ``S`` max_sequence_tokens.
     acts    = L layer                               1F1B keeps up to p micro-batches of L/p layers on the
                                                     first stage, hence L
               L / n b T h / s + n layer             with training.recompute full and n recompute_num_layers
+              L (layer - ffn) + ffn                 with selective and mlp or moe among recompute_modules: ffn
+                                                    is the term 4 f of one layer
     logits  = 3 * 4 * logprob_chunk_tokens V / t    float32 logits, softmax and gradient of one chunk
     extras  = b P for the reference model (kl_coefficient > 0) and for a teacher snapshot, each
     sync    = 2 bucket_bytes
@@ -185,6 +187,9 @@ def _activation_bytes(
     layer = size * training.micro_batch_tokens * per_token
     if branch.frozen:
         return layer
+    if training.recompute is Recompute.selective and {"mlp", "moe"} & set(training.recompute_modules):
+        again = size * training.micro_batch_tokens * 4 * ffn // tensor
+        return shape.num_layers * (layer - again) + again
     if training.recompute is Recompute.full:
         inputs = size * training.micro_batch_tokens * shape.hidden_size // shared
         count = training.recompute_num_layers
