@@ -242,6 +242,17 @@ def test_experts_are_spread_over_expert_parallel_ranks_only() -> None:
     assert stage_parameters(moe, pipeline=1, tensor=2) == (one - experts) // 2 + experts
 
 
+def test_states_of_experts_lie_on_fewer_ranks() -> None:
+    """Four ranks hold each expert twice: its states are spread over two ranks, the others' over all four."""
+    moe = dataclasses.replace(SHAPE, num_experts=8, num_experts_per_token=2, expert_ffn_size=32)
+    config = make_config({"one": ((1, 1, 4, 1), 1)})
+    config.branches["one"].parallel.expert_model_parallel_size = 2
+    experts = 3 * 8 * 32 * SHAPE.hidden_size * SHAPE.num_layers
+    estimate = estimate_memory(config, config.branches["one"], moe, on_gpu=False)
+    assert estimate.optimizer == 8 * ((moe.num_parameters - experts) // 4 + experts // 2 // 2)
+    assert estimate.weights == 4 * (moe.num_parameters - experts + experts // 2)
+
+
 def test_a_frozen_branch_keeps_no_training_state() -> None:
     config = make_config({"one": ((1, 1, 1, 1), 1)})
     config.branches["one"].frozen = True

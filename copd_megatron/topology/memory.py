@@ -11,8 +11,9 @@ micro_batch_tokens, ``S`` max_sequence_tokens.
     weights = b P                                   (layers in FP8 with precision.fp8_parameters: 1 byte)
     grads   = 4 P                                   (2 P with optimizer.main_grads_dtype bfloat16)
     adam    = 8 P / (d c)  (+ 4 P / (d c) with b = 2)   two moments, and the float32 master weights; the
-                                                    distributed optimizer spreads both over d and c. Other
-                                                    types with optimizer.precision_aware; less what
+                                                    distributed optimizer spreads both over d and c (those of
+                                                    experts over t d c / e). Other types with
+                                                    optimizer.precision_aware; less what
                                                     optimizer.cpu_offload_fraction keeps in host memory
     layer   = b T (4 h / s + (4 q + 4 g + 4 f) / t)  what a decoder layer keeps for the backward pass; s = t
                                                     with sequence parallelism, else 1
@@ -24,7 +25,7 @@ micro_batch_tokens, ``S`` max_sequence_tokens.
                                                     is the term 4 f of one layer
     logits  = 3 * 4 * logprob_chunk_tokens V / t    float32 logits, softmax and gradient of one chunk
     extras  = b P for the reference model (kl_coefficient > 0) and for a teacher snapshot, each
-    sync    = 2 bucket_bytes
+    sync    = 2 bucket_bytes                        or of one layer's experts, where a folder stacks them
     vLLM    = b weights / rollout_tp + KV cache on CPU; on a GPU, gpu_memory_utilization of it covers both
               (1 byte a weight with rollout.quantization fp8)
 
@@ -101,6 +102,10 @@ def compute_bytes(config: Config, *, on_gpu: bool) -> int:
 
 def stage_parameters(shape: ModelShape, *, pipeline: int, tensor: int, expert: int = 1) -> int:
     """``P``: weights on one rank of the fullest pipeline stage."""
+    return sum(_dense_and_experts(shape, pipeline=pipeline, tensor=tensor, expert=expert))
+
+
+def _dense_and_experts(shape: ModelShape, *, pipeline: int, tensor: int, expert: int) -> tuple[int, int]:
     experts = _expert_parameters(shape)
     layers = shape.num_layers // pipeline
     embeddings = shape.embedding_parameters
@@ -108,7 +113,7 @@ def stage_parameters(shape: ModelShape, *, pipeline: int, tensor: int, expert: i
         embeddings *= 2
     dense = layers * (shape.layer_parameters - experts) + embeddings + shape.hidden_size
     vision = 0 if shape.vision is None else shape.vision.num_parameters
-    return dense // tensor + layers * experts // expert + vision
+    return dense // tensor + vision, layers * experts // expert
 
 
 def _expert_parameters(shape: ModelShape) -> int:
@@ -128,12 +133,11 @@ def estimate_memory(
         on_gpu: bfloat16 by default and fused attention; otherwise float32 and attention scores kept.
     """
     parallel, memory = branch.parallel, config.memory
-    parameters = stage_parameters(
-        shape,
-        pipeline=parallel.pipeline_model_parallel_size,
-        tensor=parallel.tensor_model_parallel_size,
-        expert=parallel.expert_model_parallel_size,
+    tensor, experts_over = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    dense, experts = _dense_and_experts(
+        shape, pipeline=parallel.pipeline_model_parallel_size, tensor=tensor, expert=experts_over
     )
+    parameters, copies = dense + experts, parallel.data_parallel_size * parallel.context_parallel_size
     size = compute_bytes(config, on_gpu=on_gpu)
     trains = not branch.frozen
 
@@ -147,8 +151,9 @@ def estimate_memory(
 
     weights = (1 if config.precision.fp8_parameters else size) * parameters
     gradients = _gradient_bytes(config) * parameters if trains else 0
-    optimizer = int(_optimizer_bytes(config, size) * parameters) if trains else 0
-    optimizer //= parallel.data_parallel_size * parallel.context_parallel_size
+    spread = dense / copies + experts * experts_over / (tensor * copies)
+    optimizer = int(_optimizer_bytes(config, size) * spread) if trains else 0
+    bucket = max(config.weight_sync.bucket_bytes, size * _expert_parameters(shape) * shape.stacks_experts)
     given = 0
     if on_gpu:
         given += weights if memory.offload_weights else 0
@@ -159,13 +164,9 @@ def estimate_memory(
         gradients=gradients,
         optimizer=optimizer,
         activations=_activation_bytes(config, branch, shape, size, on_gpu=on_gpu),
-        logits=3
-        * 4
-        * config.training.logprob_chunk_tokens
-        * shape.vocab_size
-        // parallel.tensor_model_parallel_size,
+        logits=3 * 4 * config.training.logprob_chunk_tokens * shape.vocab_size // tensor,
         extra_models=size * parameters * extra_models,
-        weight_sync=2 * config.weight_sync.bucket_bytes,
+        weight_sync=2 * bucket,
         rollout=rollout,
         given_to_rollout=given,
         rollout_sleeps=on_gpu and memory.sleep_rollouts,
