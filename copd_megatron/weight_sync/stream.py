@@ -54,6 +54,11 @@ class ShardStream:
             element_bytes=self.dtype.itemsize,
             destinations=destinations,
         )
+        self._transfers = [
+            [transfer for transfer in bucket.transfers if self.rank in (transfer.src, transfer.dst)]
+            for bucket in self.buckets
+        ]
+        """This rank's part of each bucket: a mixture on many ranks has hundreds of thousands in all."""
         self.receives = destinations is None or self.rank in destinations
         self._slots = {slot.name: slot for slot in actor.view.local if not slot.copy_of_embedding}
         self.filled_bytes = 0
@@ -72,21 +77,21 @@ class ShardStream:
         self.filled_bytes = self.received_bytes = 0
         self.actor.take_weights()
         arena = _Arena(self.dtype, self.actor.device)
-        for bucket in self.buckets:
+        for bucket, transfers in zip(self.buckets, self._transfers, strict=True):
             arena.reuse(lasting=lasting)
-            yield self._fill(bucket, arena)
+            yield self._fill(bucket, transfers, arena)
 
     def tensors(self, *, lasting: bool = False) -> Iterator[tuple[str, Tensor]]:
         """``buckets_filled``, one tensor at a time."""
         for bucket in self.buckets_filled(lasting=lasting):
             yield from bucket.items()
 
-    def _fill(self, bucket: Bucket, arena: _Arena) -> dict[str, Tensor]:
+    def _fill(self, bucket: Bucket, transfers: Sequence[Transfer], arena: _Arena) -> dict[str, Tensor]:
         filled: dict[str, Tensor] = {}
         shares: dict[str, Tensor] = {}
         operations: list[dist.P2POp] = []
         arriving: list[tuple[Tensor, Tensor]] = []
-        for transfer in bucket.transfers:
+        for transfer in transfers:
             name = transfer.slot.name
             if transfer.src == self.rank:
                 piece = self._piece(shares, transfer, arena)
