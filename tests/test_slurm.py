@@ -1,12 +1,13 @@
 """Jobs on a real SLURM of three virtual nodes on this machine (``tests/slurm/cluster.sh``).
 
-The runs are ``sbatch launchers/two_branch.sh`` as a user submits it, from a folder of its own; what they
-must equal is a local run by the same launcher that nothing happens to. Needs root and Debian's slurm-wlm and
-munge.
+The runs are ``sbatch launchers/two_branch.sh`` and ``three_branch.sh`` as a user submits them, from a folder
+of their own; what they must equal is a local run by the same launcher that nothing happens to. Needs root and
+Debian's slurm-wlm and munge.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -22,14 +23,19 @@ import pytest
 
 from copd_megatron.checkpoint.compare import compare_runs
 from copd_megatron.checkpoint.manifest import complete_checkpoints
+from copd_megatron.tiny.vl import make_visual_base, make_visual_data
+from copd_megatron.tiny.vl_recipe import VL_RECIPE
 from tests.checkpoint_runs import BRANCHES, prepare, write_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "tests/slurm/cluster.sh"
 LAUNCHER = ROOT / "launchers/two_branch.sh"
+THREE_BRANCH_LAUNCHER = ROOT / "launchers/three_branch.sh"
 NUM_NODES = 3
 NUM_CYCLES = 20
 """Of three steps: for a minute or so after the first there are more to come."""
+NUM_VISUAL_CYCLES = 18
+"""Of three steps, of a second or more."""
 TIMEOUT_SECONDS = 75
 """Of a collective; longer than any part of the start takes on a busy machine."""
 
@@ -150,7 +156,7 @@ def test_jobs_are_checked_and_dealt_to_nodes(cluster: Cluster, tiny_config: Path
         COPD_CONTAINER="reg#img:1", COPD_CONTAINER_ENGINE="pyxis", COPD_CONTAINER_MOUNTS="/data:/d",
     )  # fmt: skip
     three = cluster.submit(
-        "--nodes=3", "--export=ALL,COPD_PRINT=1", str(LAUNCHER.with_name("three_branch.sh")),
+        "--nodes=3", "--export=ALL,COPD_PRINT=1", str(THREE_BRANCH_LAUNCHER),
         "configs/three_branch_tiny.yaml", f"model.path={tiny_config.parent / 'base'}",
     )  # fmt: skip
     for job in (wrong, tight, sweep, seeds, image, three):
@@ -171,27 +177,55 @@ def test_jobs_are_checked_and_dealt_to_nodes(cluster: Cluster, tiny_config: Path
 # --- whole runs ---------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Runs:
-    """A configuration, and what it gives when nothing happens."""
+    """What a job is given, and what that gives when nothing happens to it."""
 
-    config: Path
+    words: tuple[str, ...]
+    """The launcher and its arguments."""
+    folder: Path
+    """Where it is started: relative paths begin here."""
     undisturbed: Path
+    num_nodes: int
     num_steps: int
+
+    def make_undisturbed(self, cluster: Cluster) -> None:
+        """The run directory to compare with, by the same launcher outside SLURM."""
+        environment = {k: v for k, v in cluster.environment.items() if k != "SLURM_CONF"}
+        local = subprocess.run(
+            [*self.words, f"run.dir={self.undisturbed}"],
+            cwd=self.folder, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            timeout=600,
+        )  # fmt: skip
+        assert local.returncode == 0, local.stdout + local.stderr
+
+
+def _folder_of(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """COPD_TEST_RUNS names a folder that keeps what is made between invocations, for work on these tests."""
+    kept = os.environ.get("COPD_TEST_RUNS")
+    if kept is None:
+        return tmp_path_factory.mktemp(name)
+    folder = Path(kept) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """The undisturbed run is made by the same launcher, outside SLURM. COPD_TEST_RUNS names a folder that
-    keeps it between invocations, for work on these tests."""
-    kept = os.environ.get("COPD_TEST_RUNS")
-    root = Path(kept) if kept else tmp_path_factory.mktemp("runs")
-    made = Runs(root / "run_0.yaml", root / "undisturbed", num_steps=3 * NUM_CYCLES)
+    """Of two branches that read text."""
+    root = _folder_of("two_branch", tmp_path_factory)
+    config = root / "run_0.yaml"
+    made = Runs(
+        words=(str(LAUNCHER), str(config)),
+        folder=cluster.folder,
+        undisturbed=root / "undisturbed",
+        num_nodes=2,
+        num_steps=3 * NUM_CYCLES,
+    )
     if (made.undisturbed / "export/merged").exists():
         return made
-    root.mkdir(exist_ok=True)
     prepare(root)
-    config = write_config(
+    written = write_config(
         root,
         {name: {} for name in BRANCHES},
         run={"collective_timeout_seconds": TIMEOUT_SECONDS},
@@ -199,13 +233,47 @@ def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         evaluation={"every_steps": 0},
         checkpoint={"save_period": 1, "keep_last": 3, "wall_clock_limit_seconds": 1e6},
     )
-    assert config == made.config
-    environment = {k: v for k, v in cluster.environment.items() if k != "SLURM_CONF"}
-    local = subprocess.run(
-        [str(LAUNCHER), str(config), f"run.dir={made.undisturbed}"],
-        cwd=root, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert local.returncode == 0, local.stdout + local.stderr
+    assert written == config
+    made.make_undisturbed(cluster)
+    return made
+
+
+@pytest.fixture(scope="module")
+def visual_runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Of the quickstart's three branches, text, image and video, with less of everything: a base that is
+    right now and then, and small steps of its recipe's own tasks."""
+    root = _folder_of("three_branch", tmp_path_factory)
+    recipe = dataclasses.replace(
+        VL_RECIPE,
+        pool_size=120,
+        num_train=60,
+        num_validation=12,
+        warm_up=dataclasses.replace(VL_RECIPE.warm_up, num_steps=150, batch_size=18),
+    )
+    # where the configuration, which the job takes as it is shipped, looks for them
+    make_visual_data(root / ".cache/tiny_vl_data", recipe)
+    make_visual_base(root / ".cache/tiny_vl", recipe)
+    overrides = (
+        "branch_defaults.num_prompts_per_step=3",
+        "opd.num_prompts_per_step=2",
+        f"schedule.cycles={NUM_VISUAL_CYCLES}",
+        "schedule.rlvr_steps=1",
+        "schedule.opd_steps=2",
+        "evaluation.max_prompts=6",
+        "checkpoint.save_period=1",
+        "checkpoint.keep_last=3",
+        "checkpoint.wall_clock_limit_seconds=1e6",
+        "logging.console=false",
+    )
+    made = Runs(
+        words=(str(THREE_BRANCH_LAUNCHER), "configs/three_branch_tiny.yaml", *overrides),
+        folder=root,
+        undisturbed=root / "undisturbed",
+        num_nodes=3,
+        num_steps=3 * NUM_VISUAL_CYCLES,
+    )
+    if not (made.undisturbed / "export/merged").exists():
+        made.make_undisturbed(cluster)
     return made
 
 
@@ -230,23 +298,17 @@ def _ranks(run_dir: Path) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def _end_well(cluster: Cluster, job: str, runs: Runs, run_dir: Path) -> None:
-    assert cluster.end_of(job, 400) == ("COMPLETED", "0:0"), cluster.log(job)[-6000:]
-    assert compare_runs(runs.undisturbed, run_dir) == []
-    assert (run_dir / "export/merged/model.safetensors").exists()
-    assert _steps(run_dir) == runs.num_steps
-
-
 class Job:
     """A submitted run whose steps can be waited for."""
 
     def __init__(self, cluster: Cluster, runs: Runs, run_dir: Path) -> None:
-        self.cluster, self.runs, self.run_dir = cluster, runs, run_dir
+        self.cluster = dataclasses.replace(cluster, folder=runs.folder)
+        self.runs, self.run_dir = runs, run_dir
         self.number = self._submit()
 
     def _submit(self) -> str:
         return self.cluster.submit(
-            "--time=30", "--signal=B:USR1@25", str(LAUNCHER), str(self.runs.config),
+            "--time=30", "--signal=B:USR1@25", f"--nodes={self.runs.num_nodes}", *self.runs.words,
             f"run.dir={self.run_dir}", OMP_NUM_THREADS="1", COPD_WAIT_SECONDS="10",
         )  # fmt: skip
 
@@ -267,8 +329,31 @@ class Job:
     def log(self) -> str:
         return self.cluster.log(self.number)
 
+    def restarts(self, count: int) -> Callable[[], bool]:
+        return lambda: self.cluster.record(self.number, "Restarts") == str(count)
+
+    def meets_its_time_limit(self) -> None:
+        """Brings the limit near, and waits until the job is in the queue again, with another limit."""
+        # SLURM looks every half minute: the signal comes up to 30 s before the 25 that are asked for
+        self.cluster.command("scontrol", "update", f"jobid={self.number}", "endtime=now+45")
+        self.until(self.restarts(1), 120)
+        self.cluster.command("scontrol", "update", f"jobid={self.number}", "timelimit=30")
+
+    def is_cancelled(self) -> int:
+        """Ends the job by ``scancel``; the step of its newest checkpoint."""
+        self.cluster.command("scancel", self.number)
+        assert self.cluster.end_of(self.number, 90)[0] == "CANCELLED"
+        newest = next(iter(complete_checkpoints(self.run_dir)))
+        said = f"stopping after step {newest} of {self.runs.num_steps}: SIGTERM"
+        assert said in self.log, self.log
+        return newest
+
     def ends_well(self) -> None:
-        _end_well(self.cluster, self.number, self.runs, self.run_dir)
+        assert self.cluster.end_of(self.number, 400) == ("COMPLETED", "0:0"), self.log[-6000:]
+        assert compare_runs(self.runs.undisturbed, self.run_dir) == []
+        assert (self.run_dir / "export/merged/model.safetensors").exists()
+        lines = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").open()]
+        assert [line["step"] for line in lines] == list(range(1, self.runs.num_steps + 1))
 
 
 @pytest.mark.slow
@@ -277,12 +362,7 @@ def test_a_time_limit_is_survived(cluster: Cluster, runs: Runs, tmp_path: Path) 
     """SLURM signals, the ranks save, the job goes back into the queue by itself and on to the same end."""
     job = Job(cluster, runs, tmp_path / "run")
     job.steps_more(1)
-    hours, minutes, seconds = map(int, cluster.record(job.number, "RunTime").split(":"))
-    # the limit is whole minutes; leave a little more than the signal's 25 seconds
-    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)
-    cluster.command("scontrol", "update", f"jobid={job.number}", f"timelimit={limit}")
-    job.until(lambda: cluster.record(job.number, "Restarts") == "1", 120)
-    cluster.command("scontrol", "update", f"jobid={job.number}", "timelimit=30")
+    job.meets_its_time_limit()
     job.ends_well()
     assert "the time limit is near: asking the ranks to save and stop" in job.log
     assert re.search(rf"stopping after step \d+ of {runs.num_steps}: SIGUSR1", job.log), job.log
@@ -323,19 +403,42 @@ def test_a_revoked_node_and_scancel_lose_nothing(cluster: Cluster, runs: Runs, t
     nodes = cluster.command("scontrol", "show", "hostnames", cluster.record(job.number, "NodeList")).split()
     cluster.command("scontrol", "update", f"nodename={nodes[1]}", "state=down", "reason=revoked")
     try:
-        job.until(lambda: cluster.record(job.number, "Restarts") == "1", 60)
+        job.until(job.restarts(1), 60)
         job.steps_more(2)
         left = cluster.command("scontrol", "show", "hostnames", cluster.record(job.number, "NodeList"))
         assert nodes[1] not in left.split()
     finally:
         cluster.command("scontrol", "update", f"nodename={nodes[1]}", "state=resume")
 
-    cluster.command("scancel", job.number)
-    assert cluster.end_of(job.number, 90)[0] == "CANCELLED"
-    newest = next(iter(complete_checkpoints(job.run_dir)))
-    assert f"stopping after step {newest} of {runs.num_steps}: SIGTERM" in job.log, job.log
+    newest = job.is_cancelled()
     job.submit_again()
     job.ends_well()
     assert f"step_{newest:06d}, {newest} of {runs.num_steps} steps done" in job.log
-    lines = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").open()]
-    assert [line["step"] for line in lines] == list(range(1, runs.num_steps + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_three_branches_survive_a_time_limit_and_scancel(
+    cluster: Cluster, visual_runs: Runs, tmp_path: Path
+) -> None:
+    """Text, image and video on a node each, with real images and videos."""
+    job = Job(cluster, visual_runs, tmp_path / "run")
+    job.steps_more(1)
+    job.meets_its_time_limit()
+    job.steps_more(2)
+    newest = job.is_cancelled()
+    first = job.log
+    job.submit_again()
+    job.ends_well()
+    assert "3 ranks on 3 x 1: text on 1 node, image on 1 node, video on 1 node" in first
+    assert "the ranks have saved; back into the queue" in first
+    saved, resumed = (
+        re.search(rf"{said} of {visual_runs.num_steps}", first)
+        for said in (r"stopping after step (\d+)", r"resumed from .*, (\d+)")
+    )
+    assert saved is not None and resumed is not None and saved[1] == resumed[1], first
+    assert f"step_{newest:06d}, {newest} of {visual_runs.num_steps} steps done" in job.log
+    assert {path.name for path in (job.run_dir / "export").iterdir()} == {"text", "image", "video", "merged"}
+    last = json.loads((job.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    for branch in ("image", "video"):
+        assert last[f"{branch}/media/decoded"] > 0 and last[f"{branch}/media/failed"] == 0
