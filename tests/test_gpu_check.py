@@ -47,9 +47,10 @@ def test_scores_run_and_a_recipe_without_its_gpu_is_skipped(tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_correctness_parts_run(tmp_path: Path) -> None:
-    results, output = run(tmp_path, "--recipes", "none")
+    results, output = run(tmp_path)
     assert not [name for name, result in results.items() if "error" in result], output
-    assert results["scores text none"]["max_logprob_error"] < 1e-4
+    for kind in ("text", "vl", "moe"):
+        assert results[f"scores {kind} none"]["max_logprob_error"] < 1e-4
     for kind in ("text", "vl"):
         assert results["packing"][f"{kind}_max_logprob_difference"] < 2e-5
         assert results["packing"][f"{kind}_grad_norm_relative_difference"] < 1e-5
@@ -64,7 +65,7 @@ def test_correctness_parts_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_speed_parts_run(tmp_path: Path) -> None:
-    results, output = run(tmp_path, "--group", "speed", "rollout", "memory", "--recipes", "none")
+    results, output = run(tmp_path, "--group", "speed", "rollout", "memory")
     assert not [name for name, result in results.items() if "error" in result], output
     assert results["training tiny none"]["tokens_per_second"] > 0
     assert results["training tiny none"]["profile"]["top"]
@@ -154,12 +155,20 @@ def running(process: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def test_groups_fit_into_eight_minutes_each() -> None:
+def test_groups_fit_into_eight_minutes_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "compute_capability", lambda: (9, 0))
     for group in gpu_check.GROUPS:
         planned = gpu_check.jobs(options("--group", group))
         assert 0 < sum(job.seconds for job in planned) <= 480, group
     assert sum(job.seconds for job in gpu_check.jobs(options())) <= 1800
     assert {job.part for job in gpu_check.jobs(options())} == set(gpu_check.PARTS)
+
+
+def test_recipes_are_those_of_the_gpu() -> None:
+    assert gpu_check.recipes_of((9, 0)) == ["none", "delayed", "tensorwise", "blockwise"]
+    assert gpu_check.recipes_of((10, 0)) == ["none", "delayed", "tensorwise", "mxfp8"]
+    assert gpu_check.recipes_of((8, 0)) == ["none"]
+    assert gpu_check.recipes_of(None) == list(gpu_check.RECIPES)
 
 
 def test_training_is_a_process_per_shape_and_recipe() -> None:
@@ -170,11 +179,13 @@ def test_training_is_a_process_per_shape_and_recipe() -> None:
     ]
 
 
-def test_scores_of_the_vision_tower_take_one_recipe_unless_asked() -> None:
-    planned = [job.name for job in gpu_check.jobs(options("--part", "scores"))]
-    assert planned[-1] == "scores vl none" and len(planned) == 6
-    asked = gpu_check.jobs(options("--part", "scores", "--kinds", "vl", "--recipes", "none", "delayed"))
-    assert [job.name for job in asked] == ["scores vl none", "scores vl delayed"]
+def test_scores_of_other_models_take_one_recipe_unless_asked() -> None:
+    planned = [
+        job.name for job in gpu_check.jobs(options("--part", "scores", "--recipes", "none", "delayed"))
+    ]
+    assert planned == ["scores text none", "scores text delayed", "scores vl none", "scores moe none"]
+    asked = options("--part", "scores", "--kinds", "vl", "--recipes", "none", "delayed")
+    assert [job.name for job in gpu_check.jobs(asked)] == ["scores vl none", "scores vl delayed"]
 
 
 def test_figures_are_on_disk_as_soon_as_they_are_found(tmp_path: Path) -> None:

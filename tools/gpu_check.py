@@ -9,12 +9,13 @@
 
 group correctness
   environment  versions, device, rates of its memory and of its link to the host
-  scores       log-probabilities in bfloat16 and under each FP8 recipe against transformers in float32
+  scores       log-probabilities in bfloat16 and under each FP8 recipe against transformers in float32: text;
+               in bfloat16 vision-language and mixture of experts
   packing      packed against padded micro-batches, text and vision-language: log-probabilities, gradient norm
   context      context parallelism: not on one GPU
 group agreement
   sync         vLLM against the actor after a live sync and after sleep: text, vision-language, mixture of
-               experts; seconds and GB/s beside the device's copy rate
+               experts, FP8 rollouts; seconds and GB/s beside the device's copy rate
   cycle        a two-branch CoPD run (two worlds of one rank) to its merged model; gen_kl_error
 group speed
   training     MFU and tokens/s of the actor's update by recipe, 8k packs, text-4b and vl-4b shapes
@@ -61,12 +62,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 PARTS = tuple(part for parts in GROUPS.values() for part in parts)
 SECONDS = {
-    "environment": 20, "scores": 40, "packing": 60, "context": 0, "sync": 85, "cycle": 170, "training": 50,
-    "rollout": 240, "steps": 330,
+    "environment": 20, "scores": 40, "packing": 60, "context": 0, "sync": 75, "cycle": 170, "training": 50,
+    "rollout": 210, "steps": 330,
 }  # fmt: skip
 """Of one process of a part on an H200, estimated."""
-_SKIP_SECONDS = 12
-"""Of one that finds its recipe is not for this GPU."""
 _CPU_SECONDS = 600
 CONTEXT = (
     "needs two GPUs: NCCL refuses two ranks of one group on one; tests/test_policy_layouts.py runs it on CPU"
@@ -83,8 +82,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--part", "--parts", nargs="+", choices=PARTS, default=[], help="default: all (cpu: correctness)"
     )
     parser.add_argument("--shape", nargs="+", help="shapes of training: tiny, text-0.6b, text-4b, vl-4b ...")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--kinds", nargs="+", choices=("text", "vl", "moe"), help="of scores and sync")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="default: those of this GPU")
+    parser.add_argument("--kinds", nargs="+", choices=("text", "vl", "moe", "fp8"), help="of scores and sync")
     parser.add_argument("--cycles", type=int, default=50, help="steps: turns whose leftovers are measured")
     parser.add_argument("--minutes", type=float, help="limit of one part; default: 2.5 times its estimate")
     parser.add_argument(
@@ -120,13 +119,38 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     on_cpu = options.device == "cpu"
     if not asked:
         asked = {*GROUPS["correctness"], *GROUPS["agreement"]} if on_cpu else {*PARTS}
+    if options.recipes is None:
+        options.recipes = recipes_of(compute_capability()) if options.device == "cuda" else ["none"]
     found: list[Job] = []
     for part in (part for part in PARTS if part in asked):
         for words, extra in _variants(part, options):
-            name, skips = " ".join([part, *words]), words[-1:] == ["mxfp8"]
-            seconds = _SKIP_SECONDS if skips else SECONDS[part]
-            found.append(Job(name=name, part=part, extra=tuple(extra), seconds=seconds))
+            found.append(
+                Job(name=" ".join([part, *words]), part=part, extra=tuple(extra), seconds=SECONDS[part])
+            )
     return found
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of the first GPU, without torch, which takes seconds to import; None where the driver does not say."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+        major, minor = said.split()[0].split(".")
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None
+    return int(major), int(minor)
+
+
+def recipes_of(capability: tuple[int, int] | None) -> list[str]:
+    """Precisions that such a GPU has; all of them where it is not known."""
+    from copd_megatron.config.hardware import REQUIREMENTS
+
+    lacking = {
+        recipe.value
+        for recipe, needs in REQUIREMENTS.items()
+        if capability is not None and not needs.lowest <= capability < needs.below
+    }
+    return [recipe for recipe in RECIPES if recipe not in lacking]
 
 
 def _variants(part: str, options: argparse.Namespace) -> Iterator[tuple[list[str], list[str]]]:
@@ -137,13 +161,13 @@ def _variants(part: str, options: argparse.Namespace) -> Iterator[tuple[list[str
             for recipe in options.recipes:
                 yield [shape, recipe], ["--shape", shape, "--recipes", recipe]
     elif part == "scores":
-        for kind in options.kinds or ["text", "vl"]:
-            # the vision tower stays in bfloat16: one recipe is enough to see it
+        for kind in [kind for kind in options.kinds or ["text", "vl", "moe"] if kind != "fp8"]:
+            # what these models have besides text's is no other under a recipe: one is enough to see it
             recipes = options.recipes if kind == "text" or options.kinds else options.recipes[:1]
             for recipe in recipes:
                 yield [kind, recipe], ["--kind", kind, "--recipes", recipe]
     elif part == "sync":
-        for kind in options.kinds or ["text", "vl", "moe"]:
+        for kind in options.kinds or ["text", "vl", "moe", "fp8"]:
             yield [kind], ["--kind", kind]
     else:
         yield [], []
@@ -221,6 +245,7 @@ def _run(command: list[str], log: Path, seconds: float) -> int | None:
     paths = [str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
@@ -294,7 +319,7 @@ AIMS = (
     Aim(results="sync text", figure="share_of_copy_rate", says=">= 0.5", met=lambda value: value >= 0.5),
     *(
         Aim(results=part, figure=f"{kind}gen_kl_error{when}", says="<= 1e-3", met=lambda value: value <= 1e-3)
-        for part in ("sync", "cycle")
+        for part in ("sync text", "sync vl", "sync moe", "cycle")
         for kind in ("", "image_")
         for when in ("", "_after_sleep")
     ),

@@ -38,7 +38,7 @@ from gpu_measure import GIB, Figures, difference, profile_summary, release, time
 
 from copd_megatron.config.hardware import missing_for
 from copd_megatron.config.model_shape import read_model_shape
-from copd_megatron.config.schema import FP8Recipe, LossConfig, WeightSyncConfig
+from copd_megatron.config.schema import FP8Recipe, LossConfig, RolloutQuantization, WeightSyncConfig
 from copd_megatron.records import FloatArray
 
 
@@ -71,37 +71,64 @@ def environment(options: argparse.Namespace, figures: Figures) -> None:
 # ---- scores ----------------------------------------------------------------------------------------------
 
 
+_SCORE_SHAPES = {
+    "text": ("text-0.6b", "tiny"),
+    "vl": ("vl-small", "tiny-vl"),
+    "moe": ("moe-small", "tiny-moe"),
+}
+"""On a GPU, on CPU."""
+
+
 def scores(options: argparse.Namespace, figures: Figures) -> None:
     """The actor's log-probabilities against transformers' in float32."""
     from copd_megatron.policy.megatron_settings import this_machine
 
-    recipe, vision = FP8Recipe(options.recipes[0]), options.kind == "vl"
+    recipe = FP8Recipe(options.recipes[0])
     if reason := missing_for(recipe, this_machine()):
         figures.add(skipped=reason)
         return
-    figures.add(**scores_with(recipe, options.work, vision=vision))
+    figures.add(**scores_with(recipe, options.work, kind=options.kind))
 
 
-def scores_with(recipe: FP8Recipe, work: Path, *, vision: bool = False) -> dict[str, Any]:
+def scores_with(recipe: FP8Recipe, work: Path, *, kind: str = "text") -> dict[str, Any]:
     """Differences over the response tokens of a few sequences; with those of transformers in bfloat16, which
-    say what that type costs."""
+    say what that type costs.
+
+    The delayed recipe has no scales until gradients have been computed, so it is measured after that;
+    ``cold``: before, as an actor scores that has not been trained, or never is.
+    """
     on_cuda = torch.cuda.is_available()
-    large = "vl-small" if vision else "text-0.6b"
-    folder = make_folder(work, large if on_cuda else "tiny" + "-vl" * vision, weights=True)
+    folder = make_folder(work, _SCORE_SHAPES[kind][0 if on_cuda else 1], weights=True)
     media = media_of(folder)
     lengths = [700, 300, 1200, 430] if on_cuda else [40, 17, 25, 29]
     sequences = make_sequences(
         read_model_shape(folder), lengths, seed=3, media=media, patches=(20, 28) if on_cuda else (4, 6)
     )
     expected = reference_logprobs(folder, sequences, media, torch.float32)
+    found: dict[str, Any] = {"reference_std": float(np.concatenate(expected).std())}
+    delayed = recipe is FP8Recipe.delayed
     with one_rank():
-        scored = make_actor(folder, media=media, recipe=recipe).log_probs(sequences)
-    found: dict[str, Any] = difference([s.logprobs for s in scored], expected)
-    found["reference_std"] = float(np.concatenate(expected).std())
+        actor = make_actor(folder, media=media, recipe=recipe, trains=delayed)
+        ours = difference([s.logprobs for s in actor.log_probs(sequences)], expected)
+        if delayed:
+            found |= {f"cold_{key}": value for key, value in ours.items()}
+            for _ in range(3):
+                actor.forward_backward(train_rows(sequences), LossConfig(), max_new_tokens=1024)
+            ours = difference([s.logprobs for s in actor.log_probs(sequences)], expected)
     if on_cuda:
         half = reference_logprobs(folder, sequences, media, torch.bfloat16)
         found |= {f"transformers_bfloat16_{key}": v for key, v in difference(half, expected).items()}
-    return found
+        found["attention"] = _attention_backend()
+    return ours | found
+
+
+def _attention_backend() -> str:
+    """Which attention Transformer Engine chose last in this process."""
+    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
+
+    chosen: dict[str, Any] = getattr(dot_product_attention, "_attention_backends", {})
+    used = [name.removeprefix("use_") for name, value in chosen.items() if name.startswith("use_") and value]
+    return ", ".join(used) or "not known"
 
 
 @torch.no_grad()
@@ -175,8 +202,9 @@ _SYNC_SHAPES = {
     "text": ("text-4b", "tiny"),
     "vl": ("vl-small", "tiny-vl"),
     "moe": ("moe-small", "tiny-moe"),
+    "fp8": ("text-0.6b", "tiny"),
 }
-"""On a GPU, on CPU."""
+"""On a GPU, on CPU. ``fp8``: vLLM quantises what it takes in."""
 
 
 def sync(options: argparse.Namespace, figures: Figures) -> None:
@@ -185,6 +213,10 @@ def sync(options: argparse.Namespace, figures: Figures) -> None:
     from copd_megatron.weight_sync.sync import WeightSync
 
     on_cuda = torch.cuda.is_available()
+    quantization = RolloutQuantization.fp8 if options.kind == "fp8" else RolloutQuantization.none
+    if quantization is not RolloutQuantization.none and not on_cuda:
+        figures.add(skipped="no GPU; FP8 rollouts need one")
+        return
     folder = make_folder(options.work, _SYNC_SHAPES[options.kind][0 if on_cuda else 1])
     media = media_of(folder)
     with one_rank():
@@ -198,6 +230,7 @@ def sync(options: argparse.Namespace, figures: Figures) -> None:
             max_new_tokens=128 if on_cuda else 16,
             enforce_eager=True,
             can_sleep=True,
+            quantization=quantization,
         )
         sync_now = WeightSync(actor, engine, WeightSyncConfig())
         sync_now()

@@ -171,13 +171,14 @@ class _Draw:
 @contextlib.contextmanager
 def random_weights() -> Iterator[None]:
     """Actors made inside have random weights, drawn on the device, in place of a folder's."""
+    from copd_megatron.policy import actor
 
     def fill(view: Any, folder: str | Path) -> None:
         draw = _Draw(view.dims)
         for slot in view.local:
             view.write(slot, draw(slot.name, view.local_shape(slot)))
 
-    with mock.patch("copd_megatron.policy.actor.load_hf", fill):
+    with mock.patch.object(actor, "load_hf", fill):
         yield
 
 

@@ -159,7 +159,7 @@ def _best_rate(sample: Callable[[int], int]) -> float:
 
 def plain_rollouts() -> None:
     """The same prompts through ``vllm.LLM`` as anybody would call it; prints its figures as one line of JSON.
-    With a seed for every request beside it, as our rollouts have, and without log-probabilities."""
+    Beside it the same with a seed for every request, as our rollouts have."""
     import vllm
 
     folder, on_cuda = sys.argv[1], torch.cuda.is_available()
@@ -196,7 +196,6 @@ def plain_rollouts() -> None:
     found = {
         "plain_tokens_per_second": _best_rate(sampler(logprobs=0)),
         "plain_seeded_tokens_per_second": _best_rate(sampler(logprobs=0, seed=0)),
-        "plain_without_logprobs_tokens_per_second": _best_rate(sampler()),
     }
     print(json.dumps(found), flush=True)
 
