@@ -1,4 +1,5 @@
-"""A local run that loses a rank, then its disk: it starts again by itself, says what happened, loses nothing.
+"""A local run that loses a rank, its disk, or its vLLM: it starts again by itself, says what happened, loses
+nothing.
 
 The same faults on a cluster, and more of them: ``test_slurm.py``.
 """
@@ -6,18 +7,27 @@ The same faults on a cluster, and more of them: ``test_slurm.py``.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from copd_megatron.checkpoint.compare import compare_runs
 from copd_megatron.checkpoint.manifest import complete_checkpoints
-from tests.checkpoint_runs import BRANCHES, NUM_STEPS, log_of, prepare, train, training, write_config
+from tests.checkpoint_runs import BRANCHES, log_of, prepare, train, training, write_config
+
+VLLM_FAULT = Path(__file__).with_name("vllm_fault")
+NUM_CYCLES = 4
+NUM_STEPS = 3 * NUM_CYCLES
+"""For seconds after the first checkpoint there are more to come."""
+TIMEOUT_SECONDS = 75
+"""Of a collective; longer than any part of the start takes on a busy machine."""
 
 
 @pytest.mark.parametrize(
@@ -49,6 +59,29 @@ def test_a_local_launch_starts_again_what_failed(
 
 
 # --- whole runs: minutes on two cores -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """A configuration, and what it gives when nothing happens."""
+
+    config: Path
+    undisturbed: Path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root = tmp_path_factory.mktemp("runs")
+    prepare(root)
+    config = write_config(
+        root,
+        {name: {} for name in BRANCHES},
+        schedule={"cycles": NUM_CYCLES},
+        checkpoint={"save_period": 1, "keep_last": 2},
+    )
+    undisturbed = root / "undisturbed"
+    assert train(config, undisturbed) == 0, log_of(undisturbed).read_text()[-4000:]
+    return Runs(config=config, undisturbed=undisturbed)
 
 
 @pytest.fixture
@@ -93,30 +126,26 @@ def _fill(folder: Path) -> Path:
             return filler
 
 
+def _until(condition: Callable[[], bool], process: subprocess.Popen[str], run_dir: Path) -> None:
+    """Waits for something in a run that must not end before."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        said = log_of(run_dir).read_text()[-4000:]
+        assert process.poll() is None and time.monotonic() < deadline, said
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_killed_rank_and_a_full_disk_lose_nothing(tmp_path: Path, disk: Path) -> None:
-    prepare(tmp_path)
-    config = write_config(
-        tmp_path, {name: {} for name in BRANCHES}, checkpoint={"save_period": 1, "keep_last": 2}
-    )
-    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
+def test_a_killed_rank_and_a_full_disk_lose_nothing(runs: Runs, tmp_path: Path, disk: Path) -> None:
+    run_dir = tmp_path / "run"
     (disk / "run").mkdir()
     run_dir.symlink_to(disk / "run")  # the log beside it is elsewhere
-    assert train(config, undisturbed) == 0, log_of(undisturbed).read_text()[-4000:]
 
-    with training(config, run_dir, ["run.max_restarts=1"]) as process:
-
-        def until(condition: Callable[[], bool]) -> None:
-            deadline = time.monotonic() + 240
-            while not condition():
-                said = log_of(run_dir).read_text()[-4000:]
-                assert process.poll() is None and time.monotonic() < deadline, said
-                time.sleep(0.05)
-
-        until(lambda: len(complete_checkpoints(run_dir)) >= 2)
+    with training(runs.config, run_dir, ["run.max_restarts=1"]) as process:
+        _until(lambda: len(complete_checkpoints(run_dir)) >= 2, process, run_dir)
         os.kill(_rank(run_dir, 1), signal.SIGKILL)
-        until(lambda: "resumed from" in log_of(run_dir).read_text())
+        _until(lambda: "resumed from" in log_of(run_dir).read_text(), process, run_dir)
         filler = _fill(disk)
         assert process.wait(300) != 0
     said = log_of(run_dir).read_text()
@@ -125,9 +154,64 @@ def test_a_killed_rank_and_a_full_disk_lose_nothing(tmp_path: Path, disk: Path) 
     newest = next(iter(complete_checkpoints(run_dir)))
     assert 1 <= newest < NUM_STEPS
 
-    assert train(config, run_dir) == 2, "there is no room for the run"
+    assert train(runs.config, run_dir) == 2, "there is no room for the run"
     assert "free some, name another run.dir" in log_of(run_dir).read_text()
     filler.unlink()
-    assert train(config, run_dir) == 0, log_of(run_dir).read_text()[-4000:]
+    assert train(runs.config, run_dir) == 0, log_of(run_dir).read_text()[-4000:]
     assert f"step_{newest:06d}, {newest} of {NUM_STEPS} steps done" in log_of(run_dir).read_text()
-    assert compare_runs(undisturbed, run_dir) == []
+    assert compare_runs(runs.undisturbed, run_dir) == []
+
+
+def _disturbed(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, *overrides: str
+) -> tuple[Path, str]:
+    """A run whose rank 1, the only one of branch beta, has ``fault`` in its vLLM after the first checkpoint,
+    and that ends as if it had not; its directory and what it has said."""
+    path = [str(VLLM_FAULT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    monkeypatch.setenv("VLLM_FAULT_DIR", str(tmp_path))
+    run_dir, trigger = tmp_path / "run", tmp_path / f"rank_1.{fault}"
+    with training(runs.config, run_dir, ["run.max_restarts=1", *overrides]) as process:
+        _until(lambda: len(complete_checkpoints(run_dir)) >= 1, process, run_dir)
+        trigger.touch()
+        _until(lambda: not trigger.exists(), process, run_dir)
+        assert process.wait(300) == 0, log_of(run_dir).read_text()[-6000:]
+    said = log_of(run_dir).read_text()
+    before, _, after = said.partition("restart 1 of 1")
+    assert re.search(rf"resumed from .*, \d+ of {NUM_STEPS} steps done", after), said
+    # the processor itself changes nothing: the undisturbed run had none
+    assert compare_runs(runs.undisturbed, run_dir) == []
+    return run_dir, before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_vllm_that_fails_is_named_and_loses_nothing(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, said = _disturbed(runs, tmp_path, monkeypatch, "raise")
+    assert re.search(
+        r"RolloutError: branch beta, rollout replica 0 \(branch rank 0\): vLLM failed in sampling \d+ "
+        r"responses of step \d+: RuntimeError: the logits could not be processed",
+        said,
+    ), said
+    assert "vllm_fault.py" in said, "vLLM's own traceback"
+    assert re.search(r"copd: ended: .*rank 1 with 1", said), said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_vllm_that_hangs_is_named_and_loses_nothing(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = f"run.collective_timeout_seconds={TIMEOUT_SECONDS}"
+    run_dir, said = _disturbed(runs, tmp_path, monkeypatch, "hang", limit)
+    assert re.search(r"beta rank 0 \(global rank 1\) in operation 'rollout.generate' without progress", said)
+    report, _, stacks = (run_dir / "stuck_rank_00001.txt").read_text().partition("stacks:")
+    headline = (
+        r"watch: beta rank 0 \(global rank 1\) in operation 'rollout.generate' without progress for \d+ s "
+        rf"\(limit {TIMEOUT_SECONDS} s\)"
+    )
+    assert re.match(headline, report), report
+    assert "in _never_return" in stacks and "v1/sample/sampler.py" in stacks, stacks
+    assert re.search(r"copd: ended: .*rank \d with 86", said), said
