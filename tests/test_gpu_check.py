@@ -268,3 +268,24 @@ def test_tower_flops_count_mergers_once_per_merged_patch() -> None:
     mergers = 3 * 128 * (128 + 64) / 4
     image = 2 * 24 * (blocks + mergers) + 4 * 3 * 32 * 24**2
     assert model_flops(dims, [seen], patches=24) - model_flops(dims, [plain]) == pytest.approx(image)
+
+
+def test_a_gpu_trains_as_many_layers_as_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch
+    from gpu_material import make_folder
+    from gpu_measure import GIB, layers_that_fit
+
+    from copd_megatron.config.model_shape import read_model_shape
+
+    text, vision = (read_model_shape(make_folder(tmp_path, shape)) for shape in ("text-4b", "vl-4b"))
+    assert text.num_parameters == pytest.approx(4.02e9, rel=0.01)
+    assert vision.num_parameters == pytest.approx(4.44e9, rel=0.01)
+
+    def fits(gib: float, dims: Any, **more: Any) -> int:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(gib * GIB), int(gib * GIB)))
+        return layers_that_fit(dims, tokens=8192, **more)
+
+    assert fits(139, text) == fits(139, text, fp8=True) == fits(139, vision) == 36
+    assert 18 <= fits(78, text, fp8=True) < fits(78, text) < 24
+    assert 15 <= fits(78, vision) < fits(78, text)
+    assert fits(10, text) == 1

@@ -53,6 +53,8 @@ def environment(options: argparse.Namespace, figures: Figures) -> None:
         processor=torch.cuda.get_device_name(0) if on_cuda else platform.processor() or "CPU",
         findings={f.name: f"{f.status.value}: {f.found}" for f in found.findings},
         **{f.name: f.found for f in found.findings if f.name in ("torch", "Transformer Engine", "vLLM")},
+        host_memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
+        shared_memory_gib=shutil.disk_usage("/dev/shm").total / GIB,
     )
     if not on_cuda:
         return
@@ -123,9 +125,11 @@ def scores_with(recipe: FP8Recipe, work: Path, *, kind: str = "text") -> dict[st
 
 
 def _attention_backend() -> str:
-    """Which attention Transformer Engine chose last in this process."""
-    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
-
+    """Which attention Transformer Engine chose last in this process; it has no public way to say so."""
+    try:
+        from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
+    except ImportError:
+        return "not known"
     chosen: dict[str, Any] = getattr(dot_product_attention, "_attention_backends", {})
     used = [name.removeprefix("use_") for name, value in chosen.items() if name.startswith("use_") and value]
     return ", ".join(used) or "not known"

@@ -130,12 +130,13 @@ def device_memory() -> dict[str, float]:
     }
 
 
-def layers_that_fit(dims: ModelShape, *, tokens: int, fp8: bool = False, reserve_gib: float = 8.0) -> int:
+def layers_that_fit(dims: ModelShape, *, tokens: int, fp8: bool = False, reserve_gib: float = 12.0) -> int:
     """Decoder layers of that shape that one GPU trains, at most the shape's own.
 
     A parameter takes 18 bytes (bfloat16 weight; float32 gradient, master weight and two moments), in FP8 two
     more. A token's activations take about 7 hidden states, projections before and after norm and rotary
-    embedding, and three feed-forward widths, in bfloat16. ``tokens``: of one micro-batch.
+    embedding, and three feed-forward widths, in bfloat16. ``tokens``: of one micro-batch. ``reserve_gib``:
+    for logits, workspaces and what lies between blocks.
     """
     free, _ = torch.cuda.mem_get_info()
     query = dims.num_attention_heads * dims.head_dim
