@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -76,6 +76,13 @@ class Branch:
     @property
     def trains(self) -> bool:
         return not self.settings.frozen
+
+    @property
+    def engine_ranks(self) -> Sequence[int]:
+        """Global ranks of the rollout engine that this rank is a part of."""
+        assert self.engine is not None
+        first = self.engine.replica * self.engine.tp_size
+        return self.world.branch_ranks[self.name][first : first + self.engine.tp_size]
 
 
 @contextlib.contextmanager

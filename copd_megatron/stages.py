@@ -142,16 +142,17 @@ def sample_graded(
     assert me.engine is not None
     me.actor.give_memory(weights=True)
     begin = time.perf_counter()
-    with me.world.watch.operation("rollout.generate"), phase_memory(me.metrics, "sampling"):
+    watch, ranks = me.world.watch, me.engine_ranks
+    with watch.operation("rollout.generate", ranks=ranks), phase_memory(me.metrics, "sampling"):
         mine = me.engine.sample_share(prompts, settings, step=step, branch=purpose, stop=stop)
     generated = time.perf_counter()
-    with me.world.watch.operation("rewards.grade"):
+    with watch.operation("rewards.grade", ranks=(me.world.rank,)):
         # the ranks of one engine hold the same samples; the first speaks for all
         if me.engine.tp_rank == 0:
             graded = iter(me.grader.grade([r for r in mine if not r.unfinished and r.reward is None]))
             mine = [r if r.unfinished or r.reward is not None else next(graded) for r in mine]
     graded_at = time.perf_counter()
-    with me.world.watch.operation("rollout.gather", ranks=me.world.branch_ranks[me.name]):
+    with watch.operation("rollout.gather", ranks=me.world.branch_ranks[me.name]):
         rollouts = me.engine.gather(mine, prompts, settings)
     me.metrics.maximum("timing/generation_seconds", generated - begin)
     me.metrics.maximum("timing/grading_seconds", graded_at - generated)

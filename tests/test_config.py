@@ -520,6 +520,15 @@ MIXTURE = replace(
             ["run.device=cpu", "training.recompute=selective", "training.recompute_modules=[moe_act]"],
             ["only a GPU has", "use moe"],
         ),
+        (
+            MIXTURE,
+            [
+                "precision.fp8=delayed",
+                "training.recompute=selective",
+                "training.recompute_modules=[moe_act]",
+            ],
+            ["moe_act cannot be computed again under precision.fp8=delayed"],
+        ),
         (SHAPE, ["training.recompute_modules=[attention]"], ["'attention' is none of core_attn"]),
         (SHAPE, ["precision.fp8_parameters=true"], ["precision.fp8_parameters", "choose a recipe"]),
         (SHAPE, ["optimizer.moments_dtype=int8"], ["moments_dtype: 'int8'", "bfloat16"]),

@@ -220,8 +220,10 @@ def test_report_names_who_is_waited_for_and_who_is_behind() -> None:
     assert "image rank 1 (global rank 3, in rollout.generate for 613 s)" in report
     assert "behind in branch text: rank 1 at operation 9 (this rank: 10)" in report
     assert "text ranks 0-1 (global 0-1): in opd.score image<-text for 600 s" in report
-    alone = format_report(mine, [mine, table[2]])
-    assert "waiting for: nobody" in alone
+    together = format_report(mine, [mine, table[2]])
+    assert "waiting for: nobody; every rank taking part is in the same operation" in together
+    alone = format_report(mine, table, ranks=(0,))
+    assert "waiting for: nobody; no other rank takes part in this" in alone
 
 
 def test_only_backend_failures_become_collective_errors() -> None:

@@ -223,6 +223,11 @@ def _recomputed_parts(config: Config, name: str, shape: ModelShape) -> Iterator[
                 f"training.recompute_modules: {part} is no part of branch {name}'s {shape.architecture}; use "
                 f"some of {', '.join(others)}"
             )
+        elif part == "moe_act" and config.precision.fp8 is FP8Recipe.delayed:
+            yield (
+                "training.recompute_modules: moe_act cannot be computed again under precision.fp8=delayed, "
+                "whose scales it would count twice; use moe, or another recipe"
+            )
         elif part == "moe_act" and config.run.device is Device.cpu:
             yield (
                 "training.recompute_modules: moe_act is a part of the grouped product of experts that only a "

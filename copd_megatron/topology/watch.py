@@ -455,7 +455,8 @@ class Watch:
                 seconds=0.0,
             )
         count, status, path = int(state[0]), state[1], state[2]
-        if status in (RUNNING, FAILED) and first is not None and first[0] == second[0]:
+        # one that failed ends soon after, and how it failed is what one wants to know
+        if status == RUNNING and first is not None and first[0] == second[0]:
             status = DEAD
         # The beat's seconds belong to the state it was written in.
         same = int(second[1]) == count and second[2] == state[1]

@@ -80,6 +80,11 @@ def format_report(mine: RankState, table: Sequence[RankState], ranks: Iterable[i
         if len(culprits) > _MAX_NAMED:
             named.append(f"and {len(culprits) - _MAX_NAMED} more")
         lines.append("waiting for: " + "; ".join(named))
+    elif ranks is not None and set(ranks) <= {mine.rank}:
+        lines.append(
+            "waiting for: nobody; no other rank takes part in this, so this one is stuck by itself: its "
+            "stacks say where"
+        )
     else:
         lines.append(
             "waiting for: nobody; every rank taking part is in the same operation, so look for a broken link "
