@@ -257,6 +257,11 @@ def _exercise(
         start, stop = slot.range_of(actor.tp_rank, actor.view.tp_size) if slot.dim is not None else (0, 0)
         gradients[slot.name] = (slot.dim, start, stop, (old - actor.view.read(slot)).numpy())
     text_only = actor.log_probs([sample for sample in samples if sample.media is None])
+    if actor.pp_rank == 0:
+        rotary = actor.chunks[0].visual.rotary_pos_emb
+        before, _ = rotary.inv_freq.clone(), actor.modules[0].bfloat16()
+        assert rotary.inv_freq.dtype is torch.float32 and torch.equal(rotary.inv_freq, before)
+        assert actor.chunks[0].visual.patch_embed.proj.weight.dtype is torch.bfloat16
     return [s.logprobs for s in scores], gradients, len(text_only)
 
 

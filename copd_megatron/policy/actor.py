@@ -56,6 +56,7 @@ from copd_megatron.policy.batch import (
     build_micro_batch,
 )
 from copd_megatron.policy.context import GatherContext
+from copd_megatron.policy.media_sequences import MediaSeqParams
 from copd_megatron.policy.megatron_settings import (
     data_parallel_fields,
     optimizer_fields,
@@ -72,7 +73,6 @@ from copd_megatron.policy.model import (
 from copd_megatron.policy.offload import Offloader
 from copd_megatron.policy.statistics import BatchStatistics, Tally
 from copd_megatron.policy.streams import corrections, tally_mismatch, token_streams
-from copd_megatron.policy.vision import MediaSeqParams
 from copd_megatron.policy.vocab_parallel import VocabShard, linear_full_logprobs, linear_logprobs
 from copd_megatron.policy.weights import ShardView, load_hf, plain
 from copd_megatron.records import FloatArray, TrainRow

@@ -104,8 +104,8 @@ class MicroBatch:
     input_ids_bs: Tensor
     """[b, s] int64; of this context-parallel rank"""
     position_ids: Tensor
-    """[b, s] int64, or [3, b, s] (time, height, width) for a vision-language model; these of the whole
-    pack, from which the rotary embedding takes its rank's"""
+    """[b, s] int64 of the whole pack; for a vision-language model [3, b, s] (time, height, width) of this
+    context-parallel rank"""
     boundaries: Boundaries | None
     """None: padded."""
     vision: VisionBatch | None
@@ -164,29 +164,29 @@ def build_micro_batch(
     for start, room in zip(frame.start, frame.room, strict=True):
         positions[start + np.arange(room) * frame.stride] = np.arange(room)
     media: VisionBatch | None = None
-    axes: tuple[np.ndarray, ...] = (positions,)
+    axes: tuple[np.ndarray, ...] = ()
     if vision is not None:
         axes, media = _with_vision(rows, sequences, vision, positions, frame, device)
-    # hidden states are [s, b, H]: places run over b fastest, tokens are given as [b, s]
-    shape = (frame.num_places // frame.stride, frame.stride)
-    whole = torch.stack([torch.from_numpy(axis.reshape(shape)).t() for axis in axes])
-    tokens_bs = (
-        torch.from_numpy(ids.reshape(shape)).t() if frame.held is None else _tensor(ids[frame.held])[None]
-    )
+        if frame.held is not None:
+            axes = tuple(axis[frame.held] for axis in axes)
 
     def send(array: np.ndarray) -> Tensor:
         return _tensor(array).to(device)
 
+    def by_row(places: np.ndarray) -> Tensor:
+        """Hidden states are [s, b, H]: places run over b fastest, tokens are given as [b, s]."""
+        return send(places.reshape(-1, frame.stride).T)
+
     partial = frame.held is not None
     return MicroBatch(
         rows=tuple(rows),
-        input_ids_bs=tokens_bs.contiguous().to(device),
-        position_ids=(whole if vision is not None else whole[0]).contiguous().to(device),
+        input_ids_bs=by_row(ids if frame.held is None else ids[frame.held]),
+        position_ids=by_row(positions) if vision is None else torch.stack([by_row(axis) for axis in axes]),
         boundaries=None
         if frame.boundaries is None
         else Boundaries(
             cu_seqlens=torch.tensor(frame.boundaries, dtype=torch.int32, device=device),
-            max_length=max(np.diff(frame.boundaries)),
+            max_length=int(max(np.diff(frame.boundaries))),
         ),
         vision=media,
         hidden_index_n=send(local),

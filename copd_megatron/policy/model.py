@@ -27,6 +27,7 @@ from torch import nn
 
 from copd_megatron.config.model_shape import ModelShape
 from copd_megatron.config.schema import ParallelConfig, PrecisionConfig, TrainingConfig
+from copd_megatron.policy.media_sequences import turning
 from copd_megatron.policy.megatron_settings import (
     fused_weight_gradient,
     precision_fields,
@@ -127,8 +128,7 @@ def transformer_config(
         settings |= {
             "bias_activation_fusion": True,
             "bias_dropout_fusion": True,
-            # the fused kernel counts each packed sequence's positions from 0: right for text only
-            "apply_rope_fusion": dims.vision is None,
+            "apply_rope_fusion": True,
         }
     else:
         settings |= {
@@ -165,16 +165,21 @@ def layer_spec(
     config: TransformerConfig, vp_stage: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers on CUDA, Megatron's own on CPU; the checkpoint keys are the same."""
+    multimodal = config.mrope_section is not None
     if torch.cuda.is_available():
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
         )
+        attention = spec.submodules.self_attention.submodules
+        if multimodal:
+            attention.core_attention = turning(attention.core_attention)
+        return spec
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm"
     )
     # Megatron's own core attention refuses packed sequences, its norms sequence parallelism
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
+    attention.core_attention = turning(PackedAttention) if multimodal else PackedAttention
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.num_moe_experts is not None:  # there is no linear layer for the norm's weight to hide in

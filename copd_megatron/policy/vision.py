@@ -11,18 +11,17 @@ Shape legend: ``b`` rows, ``s`` tokens, ``H`` hidden, ``M`` visual tokens of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
+from copd_megatron.policy.media_sequences import Deepstack, MediaSeqParams
 from copd_megatron.policy.positions import VisionBatch
 from copd_megatron.policy.vision_attention import use_packed_attention
 
@@ -39,24 +38,6 @@ class InterleavedMultimodalRotaryEmbedding(MultimodalRotaryEmbedding):
             where = slice(axis, 3 * mrope_section[axis], 3)
             mixed[..., where] = freqs[axis][..., where]
         return torch.cat((mixed, mixed), dim=-1).transpose(0, 1)[:, :, None, :].contiguous()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deepstack:
-    """What one micro-batch adds to the hidden states inside the first decoder layers."""
-
-    features: Sequence[Tensor]
-    """[m, H] per layer."""
-    scatter_index: Tensor
-    """[m] places in the flattened [s * b] hidden states."""
-
-
-@dataclass
-class MediaSeqParams(PackedSeqParams):
-    """Boundaries of a pack, which Megatron hands to every layer, also to one that is computed again in the
-    backward pass; with them goes what the layer needs of the pack's media."""
-
-    deepstack: Deepstack | None = None
 
 
 class VisionLanguageModel(GPTModel):
@@ -77,12 +58,29 @@ class VisionLanguageModel(GPTModel):
         # a mixture's tower has the fields and modules of a dense model's
         sizes = {name: value for name, value in vision_config.items() if name != "model_type"}
         settings = Qwen3VLVisionConfig(**sizes)
-        self.visual = Qwen3VLVisionModel(settings).to(self.config.params_dtype)
+        tower = Qwen3VLVisionModel(settings)
+        self._tower_frequencies = tower.rotary_pos_emb.inv_freq.clone()
+        self.visual = tower
+        self.visual.to(self.config.params_dtype)
+        self._keep_frequencies()
         use_packed_attention(self.visual)
         if freeze_vision:
             self.visual.requires_grad_(False)
         for number, layer in enumerate(self.decoder.layers[: len(settings.deepstack_visual_indexes)]):
             layer.register_forward_hook(_DeepstackHook(self, number), with_kwargs=True)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> VisionLanguageModel:
+        """What ``to``, ``cuda`` and ``bfloat16`` go through, Megatron's ``Float16Module`` too."""
+        super()._apply(*args, **kwargs)
+        self._keep_frequencies()
+        return self
+
+    def _keep_frequencies(self) -> None:
+        """The tower's rotary frequencies stay in float32: in bfloat16, angles of far patches are off by a
+        tenth."""
+        if "visual" in self._modules:
+            rotary = self.visual.rotary_pos_emb
+            rotary.inv_freq = self._tower_frequencies.to(rotary.inv_freq.device)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As ``GPTModel.forward``, with ``position_ids`` [3, b, s] and ``vision``: a VisionBatch or None.
@@ -102,6 +100,16 @@ class VisionLanguageModel(GPTModel):
         output: Tensor = super().forward(input_ids, position_ids, *args, **kwargs)
         self.deepstack = None
         return output
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """As ``GPTModel``'s; a pack's rotary angles go with its boundaries, to attention that ``turning``
+        makes, not to Megatron's layers."""
+        hidden, angles, *rest = super()._preprocess(*args, **kwargs)
+        packed: MediaSeqParams | None = kwargs["packed_seq_params"]
+        if packed is None:
+            return (hidden, angles, *rest)
+        packed.angles = angles
+        return (hidden, None, *rest)
 
     def _embed(self, input_ids: Tensor, vision: VisionBatch) -> tuple[Tensor, Deepstack]:
         """Token embeddings with the tower's outputs at the placeholders: [s, b, H], or under sequence

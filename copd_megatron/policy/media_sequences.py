@@ -1,0 +1,60 @@
+"""What a pack of multimodal sequences takes along to every layer: rotary angles and deepstack features.
+
+Megatron's rotary embedding of a pack counts each sequence's positions from 0 in its fused kernel, which is
+wrong for images; its unfused one takes a tensor apart by sequence lengths, which it fetches from the device
+once a sequence, for queries and keys, in every layer. Here the angles of all tokens of this rank come with
+the pack, and attention turns queries and keys in one call, fused where Transformer Engine is.
+
+Megatron hands a pack's boundaries to every layer, also to one that is computed again in the backward pass;
+what the layers need goes with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deepstack:
+    """What one micro-batch adds to the hidden states inside the first decoder layers."""
+
+    features: Sequence[Tensor]
+    """[m, H] per layer."""
+    scatter_index: Tensor
+    """[m] places in the flattened [s * b] hidden states."""
+
+
+@dataclass
+class MediaSeqParams(PackedSeqParams):
+    """A pack's boundaries and, of a vision-language model, what its layers need besides."""
+
+    deepstack: Deepstack | None = None
+    """None: no media, or not on this pipeline stage."""
+    angles: Tensor | None = None
+    """[t, 1, 1, head_dim] of this rank's tokens; None: the layers have them from Megatron."""
+
+
+@cache
+def turning(attention: type[Any]) -> type[Any]:
+    """Core attention (Megatron's interface) that first turns queries and keys by a pack's angles."""
+
+    class Turning(attention):
+        def forward(
+            self, query: Tensor, key: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+        ) -> Any:
+            """``query`` [t, n, d] and ``key`` [t, g, d] of a pack; otherwise as they are."""
+            if packed_seq_params is not None:
+                query, key = (self.turned(heads, packed_seq_params.angles) for heads in (query, key))
+            return super().forward(query, key, *args, packed_seq_params=packed_seq_params, **kwargs)
+
+        def turned(self, heads: Tensor, angles: Tensor) -> Tensor:
+            return apply_rotary_pos_emb(heads.unsqueeze(1), angles, config=self.config).squeeze(1)
+
+    return Turning
