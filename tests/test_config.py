@@ -529,6 +529,16 @@ MIXTURE = replace(
             ],
             ["moe_act cannot be computed again under precision.fp8=delayed"],
         ),
+        (
+            SHAPE,
+            ["precision.fp8=delayed", "branches.image.frozen=true"],
+            ["the frozen branch image never makes", "use tensorwise"],
+        ),
+        (
+            SHAPE,
+            ["precision.fp8=tensorwise", "precision.fp8_parameters=true", "memory.offload_weights=true"],
+            ["memory.offload_weights", "cannot be parked"],
+        ),
         (SHAPE, ["training.recompute_modules=[attention]"], ["'attention' is none of core_attn"]),
         (SHAPE, ["precision.fp8_parameters=true"], ["precision.fp8_parameters", "choose a recipe"]),
         (SHAPE, ["optimizer.moments_dtype=int8"], ["moments_dtype: 'int8'", "bfloat16"]),

@@ -169,6 +169,17 @@ def precision_settings(config: Config) -> Iterator[str]:
             f"{edges[0]} first and {edges[1]} last layers out; set num_bf16_layers_at_start and _at_end to "
             f"0, or use tensorwise or blockwise"
         )
+    frozen = [name for name, branch in config.branches.items() if branch.frozen]
+    if precision.fp8 is FP8Recipe.delayed and frozen:
+        yield (
+            f"precision.fp8: delayed learns its scales in updates, which the frozen branch {frozen[0]} never "
+            f"makes: it would teach with scales of 1; use tensorwise or blockwise"
+        )
+    if precision.fp8_parameters and config.memory.offload_weights:
+        yield (
+            "memory.offload_weights: weights that are kept in FP8 (precision.fp8_parameters) cannot be "
+            "parked in host memory; set one of the two to false"
+        )
     if precision.fp8_parameters and precision.fp8 is FP8Recipe.none:
         yield "precision.fp8_parameters: true without precision.fp8; choose a recipe"
     for field, allowed in _OPTIMIZER_DTYPES.items():

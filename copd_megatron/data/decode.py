@@ -13,7 +13,6 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-import av
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
@@ -100,6 +99,8 @@ def decode_video(data: bytes, where: str, config: MediaConfig) -> VideoFrames:
     Raises BadSampleError: ``corrupt_video`` (not a video, no frames, damaged frames), ``truncated_video``
     (it ends before its index or header says), ``too_many_pixels`` (in the frames to be taken).
     """
+    import av  # not on top: runs without videos, on a machine without PyAV, come through here too
+
     try:
         with av.open(io.BytesIO(data), mode="r") as container:
             if not container.streams.video:
@@ -153,6 +154,8 @@ def _take(container: Any, stream: Any, indices: tuple[int, ...], total: int, whe
 
 def _count_frames(data: bytes) -> int:
     """Frames of a container whose header does not say: its packets, without decoding them."""
+    import av
+
     with av.open(io.BytesIO(data), mode="r") as container:
         return sum(1 for packet in container.demux(container.streams.video[0]) if packet.size)
 

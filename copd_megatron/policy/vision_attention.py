@@ -38,8 +38,6 @@ def packed_attention(
 
     The signature is transformers' (``ALL_ATTENTION_FUNCTIONS``); ``attention_mask`` is None here.
     """
-    bounds = cu_seq_lens_q.tolist()
-    lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
 
     def attend(length: int, *parts: Tensor) -> Tensor:
         """Sequences of one length, one behind the other; [heads, n * length, head_dim] each."""
@@ -47,18 +45,34 @@ def packed_attention(
         seen = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         return seen.transpose(0, 1).flatten(1, 2)
 
-    sizes = sorted(set(lengths) - {0})
-    if len(sizes) == 1:
-        output = attend(sizes[0], query[0], key[0], value[0])
+    groups = _by_length(cu_seq_lens_q)
+    if len(groups) == 1:
+        output = attend(groups[0][0], query[0], key[0], value[0])
     else:
         output = torch.zeros_like(query[0])
-        for size in sizes:
-            begins = torch.tensor([b for b, length in zip(bounds, lengths, strict=False) if length == size])
-            here = (begins[:, None] + torch.arange(size)).flatten().to(query.device)
+        for size, here in groups:
             output = output.index_copy(
                 1, here, attend(size, query[0, :, here], key[0, :, here], value[0, :, here])
             )
     return output[None].transpose(1, 2), None
+
+
+def _by_length(cu_seq_lens: Tensor) -> list[tuple[int, Tensor]]:
+    """Each length of a sequence, and the patches [n * length] of all sequences that have it. Every layer gets
+    the same tensor, so that the device is asked once for all of them."""
+    known: list[tuple[int, Tensor]] | None = getattr(cu_seq_lens, "_copd_by_length", None)
+    if known is None:
+        bounds = cu_seq_lens.tolist()
+        begins: dict[int, list[int]] = {}
+        for begin, end in itertools.pairwise(bounds):
+            if end > begin:
+                begins.setdefault(end - begin, []).append(begin)
+        known = [
+            (size, (torch.tensor(found)[:, None] + torch.arange(size)).flatten().to(cu_seq_lens.device))
+            for size, found in sorted(begins.items())
+        ]
+        cu_seq_lens._copd_by_length = known  # type: ignore[attr-defined]
+    return known
 
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, packed_attention)

@@ -221,6 +221,7 @@ class RolloutEngine:
         with self._named(f"failed in taking weights of version {version}"):
             if self.asleep:
                 self.llm.wake_up(tags=["weights"])
+                self.llm.collective_rpc(_clear_deepstack)
             if self.loads_in_place:
                 self.llm.collective_rpc(in_place.load, args=(iter(weights),))
             else:
@@ -230,7 +231,10 @@ class RolloutEngine:
             if self.asleep:  # only now: the stream's buckets need room, too
                 self.llm.wake_up(tags=["kv_cache"])
                 self.asleep = False
-            self.llm.reset_prefix_cache()
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError(
+                    "vLLM keeps cached prefixes of the old weights: requests are still running"
+                )
         self.version = version
 
     @contextlib.contextmanager
@@ -349,7 +353,7 @@ class RolloutEngine:
         The prompts go in as they are, tokens and pixels: vLLM's own processor never runs.
         """
         engine = self.llm.llm_engine
-        place = {}
+        place, seen = {}, set()
         for number, (prompt, sampling) in enumerate(zip(prompts, parameters, strict=True)):
             name = str(self._num_requests)
             self._num_requests += 1
@@ -360,7 +364,9 @@ class RolloutEngine:
         while engine.has_unfinished_requests() and not stopped:
             for output in engine.step():
                 number = place[output.request_id]
-                if list(output.prompt_token_ids) != prompts[number].token_ids.tolist():
+                fresh = number not in seen  # pieces of one response repeat its prompt
+                seen.add(number)
+                if fresh and list(output.prompt_token_ids) != prompts[number].token_ids.tolist():
                     raise RuntimeError(
                         f"{prompts[number].prompt_id}: vLLM saw other prompt tokens than the trainer"
                     )
@@ -428,6 +434,13 @@ def _unlink_shared_memory(identity: str) -> None:
     ends, nothing stays behind."""
     for file in Path("/dev/shm").glob(f"{glob.escape(identity)}-*cpushm*"):
         file.unlink(missing_ok=True)
+
+
+def _clear_deepstack(worker: Any) -> None:
+    """A sleeping Qwen3-VL loses the content of its deepstack buffers, which are neither weights nor
+    registered buffers: fresh, they hold zeros, and a batch without media relies on that."""
+    for buffer in getattr(worker.get_model(), "deepstack_input_embeds", None) or ():
+        buffer.zero_()
 
 
 def _repack(worker: Any) -> None:
