@@ -306,10 +306,12 @@ class MegatronActor:
     def snapshot(self) -> WeightSnapshot:
         """A copy of this rank's current weights, in host memory."""
         self.take_weights()
-        return WeightSnapshot(
-            version=self.version,
-            tensors=[plain(p.detach()).to("cpu", copy=True) for p in self.model.parameters()],
-        )
+        tensors = []
+        for parameter in self.model.parameters():
+            values = plain(parameter.detach())
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=self.on_cuda)
+            tensors.append(host.copy_(values))
+        return WeightSnapshot(version=self.version, tensors=tensors)
 
     @contextlib.contextmanager
     def using(self, snapshot: WeightSnapshot | None) -> Iterator[int]:
@@ -317,18 +319,20 @@ class MegatronActor:
         if snapshot is None:
             yield self.version
             return
-        live = self.snapshot()
-        self._put(snapshot)
+        self._exchange(snapshot)
         try:
             yield snapshot.version
         finally:
-            self._put(live)
+            self._exchange(snapshot)
 
     @torch.no_grad()
-    def _put(self, snapshot: WeightSnapshot) -> None:
+    def _exchange(self, snapshot: WeightSnapshot) -> None:
+        """Weights and snapshot change places: the live weights need no memory of their own meanwhile."""
         self.take_weights()
-        for parameter, value in zip(self.model.parameters(), snapshot.tensors, strict=True):
-            parameter.copy_(value)
+        for parameter, held in zip(self.model.parameters(), snapshot.tensors, strict=True):
+            live = plain(parameter.detach()).clone()
+            parameter.copy_(held)
+            held.copy_(live)
 
     # ---- device memory between phases ------------------------------------------------------------------
 

@@ -37,7 +37,11 @@ class VocabShard:
 
 def _chunk_logits(hidden_nh: Tensor, weight_vh: Tensor, shard: VocabShard, temperature: float) -> Tensor:
     """Float32 logits [n, Vp] of a chunk; padding rows at -inf."""
-    logits = torch.matmul(hidden_nh, weight_vh.t()).float()
+    if hidden_nh.is_cuda and hidden_nh.dtype is not torch.float32:
+        # sums are float32 anyway: rounded to bfloat16, a logit of 16 would be off by up to 0.06
+        logits = torch.mm(hidden_nh, weight_vh.t(), out_dtype=torch.float32)
+    else:
+        logits = torch.matmul(hidden_nh, weight_vh.t()).float()
     if temperature != 1.0:
         logits.div_(temperature)
     valid = shard.vocab_size - shard.start
