@@ -4,6 +4,9 @@ vLLM's own ``reload_weights`` builds every layer anew, loads, processes and copi
 quantised or shuffled layout, but several times the bytes in traffic and memory. A dense, unquantised model
 needs none of that: its loaders can write into the live parameters.
 
+They find each tensor's place anew, by names and prefixes, which for hundreds of tensors takes far longer than
+copying 8 GB within a GPU. So the first time, what they copy where is recorded, and from then on repeated.
+
 On CPU, vLLM packs each linear layer's weight for oneDNN and throws the plain one away. ``prepare`` gives the
 layers their plain weights back, and ``load`` packs them again once they are new. (Going without the packing
 would cost a tiny model a sixth of its sampling speed.)
@@ -12,10 +15,13 @@ would cost a tiny model a sixth of its sampling speed.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def prepare(worker: Any) -> bool:
@@ -52,8 +58,12 @@ def load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
         RuntimeError: the stream ended without something that the model has.
     """
     model: nn.Module = worker.get_model()
-    loaded = model.load_weights(weights)  # type: ignore[operator]
-    if missing := sorted({name for name, _ in model.named_parameters()} - loaded):
+    known = _PLACES.get(model)
+    if known is not None and known.addresses == _addresses(model):
+        missing = _repeat(known, weights)
+    else:
+        missing = _load_and_record(model, weights)
+    if missing:
         raise RuntimeError(
             f"the weight stream ended without {len(missing)} of vLLM's parameters, the first: "
             f"{', '.join(missing[:5])}; does the model in the folder fit its config.json?"
@@ -64,6 +74,126 @@ def load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
         for module in _multiplying(model):
             module.cpu_linear = torch.nn.functional.linear  # gives the old packing's memory back first
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+# ---- where tensors go ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Copy:
+    """Part of a streamed tensor, and the part of a parameter that it goes to."""
+
+    target: Tensor
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    """Elements, from the streamed tensor's first."""
+
+
+@dataclass(kw_only=True)
+class _Places:
+    """All that a model's loaders do with a stream of contiguous tensors."""
+
+    addresses: list[int]
+    """Of the parameters then."""
+    copies: dict[str, list[_Copy]] = field(default_factory=dict)
+    """By Hugging Face name; empty: this rank keeps nothing of it."""
+    fills: list[tuple[Tensor, float]] = field(default_factory=list)
+    """Padding, which a sleep loses as it does the weights."""
+
+
+_PLACES: WeakKeyDictionary[nn.Module, _Places] = WeakKeyDictionary()
+
+
+def _addresses(model: nn.Module) -> list[int]:
+    return [parameter.data_ptr() for parameter in model.parameters()]
+
+
+def _repeat(known: _Places, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The recorded copies; names that should have come and did not."""
+    awaited = set(known.copies)
+    for name, value in weights:
+        if name not in known.copies:
+            raise RuntimeError(f"the weight stream holds {name}, which the first stream did not")
+        awaited.discard(name)
+        tensor = value.contiguous()
+        for copy in known.copies[name]:
+            part = tensor.as_strided(copy.shape, copy.stride, tensor.storage_offset() + copy.offset)
+            copy.target.copy_(part)
+    for target, number in known.fills:
+        target.fill_(number)
+    return sorted(awaited)
+
+
+def _load_and_record(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """vLLM's loaders; the parameters that they did not fill. What they did is kept, if it was copies only."""
+    recorder = _Recorder(model)
+    with recorder:
+        loaded = model.load_weights(recorder.watched(weights))  # type: ignore[operator]
+    if recorder.complete:
+        _PLACES[model] = recorder.places
+    return sorted({name for name, _ in model.named_parameters()} - loaded)
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every copy into a parameter while it is active."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.places = _Places(addresses=_addresses(model))
+        self._missing = {p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}
+        """Elements of each parameter that nothing was written to."""
+        self._name, self._tensor = "", torch.empty(0)
+        self._only_copies = True
+
+    @property
+    def complete(self) -> bool:
+        """Whether the record says where every element of every parameter comes from."""
+        return self._only_copies and not any(self._missing.values())
+
+    def watched(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The stream, taken note of."""
+        for name, value in weights:
+            self._name, self._tensor = name, value.contiguous()
+            self.places.copies[name] = []
+            yield name, self._tensor
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # every operation that writes in place ends in an underscore
+        if func.__name__.split(".")[0].endswith("_") and isinstance(args[0], Tensor):
+            storage = args[0].untyped_storage().data_ptr()
+            if storage in self._missing:
+                self._missing[storage] -= args[0].numel()
+                self._note(func, *args)
+        return result
+
+    def _note(self, func: Any, target: Tensor, *rest: Any) -> None:
+        if func is torch.ops.aten.copy_.default and _within(rest[0], self._tensor):
+            source = rest[0]
+            copy = _Copy(
+                target=target,
+                shape=tuple(source.shape),
+                stride=tuple(source.stride()),
+                offset=source.storage_offset() - self._tensor.storage_offset(),
+            )
+            self.places.copies[self._name].append(copy)
+        elif func is torch.ops.aten.fill_.Scalar:
+            self.places.fills.append((target, float(rest[0])))
+        elif func is torch.ops.aten.zero_.default:
+            self.places.fills.append((target, 0.0))
+        else:
+            self._only_copies = False
+
+
+def _within(part: Tensor, whole: Tensor) -> bool:
+    """Whether ``part`` is a view of ``whole``, which may itself lie among others in one storage."""
+    first = part.storage_offset() - whole.storage_offset()
+    last = first + sum((size - 1) * step for size, step in zip(part.shape, part.stride(), strict=True))
+    same = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    return same and first >= 0 and last < whole.numel()
 
 
 def _multiplying(model: nn.Module) -> Iterator[Any]:
