@@ -10,9 +10,10 @@
 
 FROM python:3.12.12-slim-bookworm AS cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
-# vLLM's CPU kernels are linked against it
+# g++: some packages come as source, and torch.compile needs it (rollout.enforce_eager=false). libnuma1: vLLM's CPU
+# kernels are linked against it.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libnuma1=2.0.16-1 \
+    && apt-get install --yes --no-install-recommends g++=4:12.2.0-3 libnuma1=2.0.16-1 \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/copd-megatron
 COPY requirements-cpu.txt ./
@@ -23,31 +24,36 @@ RUN python -m pip install --no-deps --no-build-isolation --editable . \
     && copd doctor
 CMD ["copd", "doctor"]
 
-# PyTorch 2.13, CUDA 13.3, Python 3.12, NCCL, Transformer Engine and Apex, built for each other
+# PyTorch 2.13 (a pre-release of it), CUDA 13.3, Python 3.12, NCCL, Transformer Engine and Apex, built for each other
 FROM nvcr.io/nvidia/pytorch:26.07-py3 AS gpu
-SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
 # the container's own constraints pin what requirements-gpu.txt pins otherwise
 ENV PIP_CONSTRAINT=""
-# compute capabilities that vLLM is compiled for, and how many compilers run at once
-ARG TORCH_CUDA_ARCH_LIST="9.0 10.0"
-ARG MAX_JOBS=16
+# The wheel's DeepGEMM alone needs the very torch that it was compiled against; vLLM has other FP8 kernels.
+ENV VLLM_USE_DEEP_GEMM=0
+# An environment over the container's packages: they are hidden where ours differ, not removed, which pip cannot do to
+# those that came from Ubuntu.
+ENV PATH=/opt/env/bin:${PATH}
+RUN python3 -m venv --system-site-packages --without-pip /opt/env
 WORKDIR /opt/copd-megatron
 COPY requirements-gpu.txt ./
-# All but what the container has of its own, and what was compiled against another torch than the container's;
-# vLLM is compiled against the container's.
-RUN grep -vE '^(#|torch|triton==|nvidia-(cublas|cuda-|cudnn-cu|cuf|cur|cusolver|cusparse|nccl|nv)|cuda-toolkit|transformer-engine|vllm==)' \
+# All but what the container has of its own, and what is compiled for another torch or CUDA than the container's.
+RUN grep -vE '^(#|torch|triton==|nvidia-(cublas|cuda-|cudnn-cu|cuf|cur|cusolver|cusparse|nccl|nv)|cuda-toolkit|transformer-engine)' \
         requirements-gpu.txt >/tmp/requirements.txt \
     && python3 -m pip install --no-deps -r /tmp/requirements.txt \
-    && rm /tmp/requirements.txt \
-    && grep '^vllm==' requirements-gpu.txt >/tmp/vllm.txt \
-    && MAX_JOBS="${MAX_JOBS}" TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST}" \
-        python3 -m pip install --no-deps --no-build-isolation --no-binary vllm -r /tmp/vllm.txt \
-    && rm /tmp/vllm.txt
+    && rm /tmp/requirements.txt
+# vLLM's wheel uses torch through its stable interface, of 2.11 and later: this torch has to have all that it wants
+RUN vllm=$(python3 -c "import importlib.util; print(*importlib.util.find_spec('vllm').submodule_search_locations)") \
+    && torch=$(python3 -c "import torch; print(*torch.__path__)") \
+    && find "${vllm}" -name '*.so' -not -path '*/deep_gemm/*' -exec \
+        env "LD_LIBRARY_PATH=${torch}/lib:${LD_LIBRARY_PATH-}" ldd -r {} + >/tmp/links.txt 2>&1 \
+    && grep -q 'libtorch_cuda.so => /' /tmp/links.txt \
+    && ! grep -E 'undefined symbol: (torch_|aoti_)|(torch|c10).* => not found' /tmp/links.txt \
+    && rm /tmp/links.txt
 COPY . .
 # amp_C: Apex with its CUDA extensions, not its namesake on the package registry
 RUN python3 -m pip install --no-deps --no-build-isolation --editable . \
-    && python3 -c "import torch; assert torch.__version__.startswith('2.13.'), torch.__version__" \
+    && python3 -c "import torch; assert torch.__version__.startswith('2.13.'), torch.__version__; torch.ones(1).numpy()" \
     && python3 -c "import amp_C, apex.optimizers, transformer_engine.pytorch, megatron.core, vllm" \
     && python3 -c "import copd_megatron.train"
 CMD ["copd", "doctor"]

@@ -158,10 +158,20 @@ def test_the_gpu_image_takes_torch_and_what_is_built_for_it_from_its_base() -> N
     found = re.search(r"grep -vE '([^']+)'", (ROOT / "Dockerfile").read_text())
     assert found is not None
     left_out = {name for name, version in pins("gpu").items() if re.search(found[1], f"{name}=={version}")}
-    assert {"torch", "triton", "transformer-engine-torch", "nvidia-nccl-cu13", "vllm"} <= left_out
+    assert {"torch", "triton", "transformer-engine-torch", "nvidia-nccl-cu13"} <= left_out
     kept = set(pins("gpu")) - left_out
-    assert {"megatron-core", "transformers", "numpy", "flashinfer-python", "nvidia-cutlass-dsl"} <= kept
+    assert {"megatron-core", "vllm", "transformers", "numpy", "flashinfer-python"} <= kept
+    assert {"nvidia-cutlass-dsl", "nvidia-cudnn-frontend", "nvidia-ml-py", "tokenspeed-triton"} <= kept
     assert len(left_out) < 40
+
+
+def test_images_hold_nothing_that_git_ignores() -> None:
+    ignored, left_out = (
+        {line.strip("/").removeprefix("**/") for line in (ROOT / name).read_text().split()}
+        for name in (".gitignore", ".dockerignore")
+    )
+    assert ignored <= left_out
+    assert ".git" in left_out
 
 
 def _tool(name: str) -> str:
