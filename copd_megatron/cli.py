@@ -185,7 +185,8 @@ def _torchrun(config: Config, arguments: Sequence[str]) -> int:
     os.environ["COPD_MAX_RESTARTS"] = str(config.run.max_restarts)
     os.environ["COPD_RUN_ID"] = uuid.uuid4().hex[:12]
     command = [sys.executable, "-m", "copd_megatron.local_launch", str(run_directory(config))]
-    command += ["--standalone", f"--nproc-per-node={ranks}"]
+    # torchrun would give the ranks this machine's name as address, which need not resolve (containers)
+    command += ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
     command += [
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         "-m",

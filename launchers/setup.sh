@@ -128,6 +128,11 @@ _copd_setup_locked() {
     if [ "$list" != launch ] && [ ! -e "$venv" ] && [ "${free_kib:-99999999}" -lt 12000000 ]; then
         _copd_say "only $((free_kib / 1000000)) GB free beside $venv; the packages take about 8 GB, set COPD_VENV"
     fi
+    if [ "$list" != launch ] && ! command -v cc >/dev/null 2>&1 && ! command -v gcc >/dev/null 2>&1; then
+        _copd_say "a C compiler is needed for packages that come as source; on Debian and Ubuntu:" \
+            "sudo apt-get install gcc python3.12-dev"
+        return 1
+    fi
     _copd_say "installing requirements-$list.txt into $venv (Python: $python)"
     uv=$(_copd_make_venv "$venv" "$python") || return 1
     _copd_install "$venv" "$list" "$uv" || return 1
