@@ -231,11 +231,17 @@ class RolloutEngine:
             if self.asleep:  # only now: the stream's buckets need room, too
                 self.llm.wake_up(tags=["kv_cache"])
                 self.asleep = False
-            if not self.llm.reset_prefix_cache():
-                raise RuntimeError(
-                    "vLLM keeps cached prefixes of the old weights: requests are still running"
-                )
+            self._drop_prefixes()
         self.version = version
+
+    def _drop_prefixes(self) -> None:
+        """Nothing cached under the old weights is used again. vLLM refuses while it counts a request as
+        running, as it may one that was ended early in the middle of a step: that step is finished."""
+        for _ in range(3):
+            if self.llm.reset_prefix_cache():
+                return
+            self.llm.llm_engine.step()
+        raise RuntimeError("vLLM keeps cached prefixes of the old weights: requests are still running")
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Iterator[None]:
