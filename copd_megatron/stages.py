@@ -273,7 +273,7 @@ def _refresh_teacher(me: Branch, step: Step) -> None:
     if mode is TeacherMode.every_n_steps:
         due = due or step.index_in_phase % opd.snapshot_every_steps == 0
     if mode is not TeacherMode.live and due:
-        me.teacher = me.actor.snapshot()
+        me.teacher = me.actor.snapshot(into=me.teacher)
 
 
 def _request(row_id: int, rollout: Rollout, states: Sequence[int]) -> ScoreRequest:

@@ -26,6 +26,7 @@ from copd_megatron.config import (
     to_yaml,
     validate,
 )
+from copd_megatron.config.model_shape import VisionShape
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -466,6 +467,18 @@ def test_branches_with_other_vocabularies_are_refused(tmp_path: Path) -> None:
         validate(load(tmp_path), None, shapes)
 
 
+TOWER = VisionShape(
+    depth=2,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    in_channels=3,
+    patch_size=8,
+    temporal_patch_size=2,
+    spatial_merge_size=2,
+    out_hidden_size=64,
+    num_positions=64,
+    num_deepstack=1,
+)
 MIXTURE = replace(
     SHAPE, architecture="Qwen3MoeForCausalLM", num_experts=6, num_experts_per_token=2, expert_ffn_size=32
 )
@@ -538,6 +551,11 @@ MIXTURE = replace(
             SHAPE,
             ["precision.fp8=tensorwise", "precision.fp8_parameters=true", "memory.offload_weights=true"],
             ["memory.offload_weights", "cannot be parked"],
+        ),
+        (
+            replace(SHAPE, vision=TOWER),
+            ["training.overlap_grad_reduce=true"],
+            ["overlap_grad_reduce: true with the trained vision tower", "model.freeze_vision=true"],
         ),
         (SHAPE, ["training.recompute_modules=[attention]"], ["'attention' is none of core_attn"]),
         (SHAPE, ["precision.fp8_parameters=true"], ["precision.fp8_parameters", "choose a recipe"]),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -125,6 +126,10 @@ def test_a_record_repeats_slices_and_padding() -> None:
         model.kept.fill_(9.0)
         assert in_place._repeat(places, _stream(100)) == []
         assert in_place._repeat(places, _stream(100)[1:]) == ["other"]
+        with pytest.raises(RuntimeError, match=r"whole \(2, 4\), the first stream had \(3, 4\)"):
+            in_place._repeat(places, [("whole", torch.zeros(2, 4))])
+        with pytest.raises(RuntimeError, match=r"new .* no such tensor"):
+            in_place._repeat(places, [("new", torch.zeros(2, 4))])
     assert model.kept.tolist() == [[114.0, 115.0], [118.0, 119.0], [122.0, 123.0], [0.0, 0.0]]
 
 

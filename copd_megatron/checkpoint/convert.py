@@ -161,7 +161,10 @@ def _check_tensors(reader: SafetensorsReader, dims: ModelShape, source: Path) ->
         )
     for name, parts in known.items():
         if parts[0].stack is not None:
-            as_published(parts[0].stack, lambda name: specs[name].shape)
+            try:
+                as_published(parts[0].stack, lambda name: specs[name].shape)
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from None
         elif specs[name].shape != parts[0].shape:
             raise ValueError(f"{source}: {name} is {specs[name].shape}, config.json implies {parts[0].shape}")
     for tied, original in tied_copy(dims).items():

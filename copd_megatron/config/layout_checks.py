@@ -200,6 +200,12 @@ def precision_settings(config: Config) -> Iterator[str]:
 def precision_against_model(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
     for name, shape in shapes.items():
         training = config.training
+        if shape.vision is not None and training.overlap_grad_reduce and not config.model.freeze_vision:
+            yield (
+                f"training.overlap_grad_reduce: true with the trained vision tower of branch {name}: a "
+                f"micro-batch without media leaves the tower out, and Megatron would wait for its gradients; "
+                f"set it to false, or model.freeze_vision=true"
+            )
         if (
             shape.vision is not None
             and training.recompute is Recompute.full

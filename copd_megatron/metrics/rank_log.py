@@ -105,7 +105,7 @@ def _keep_last_words(files: Sequence[logging.Handler]) -> None:
         what = (__name__, logging.CRITICAL, __file__, 0, "this rank ends by an exception", (), None)
         record = logging.LogRecord(*what)
         record.exc_info = (kind, error, trace)
-        for file in files:
+        for file in files if issubclass(kind, Exception) else ():
             file.handle(record)
         usual(kind, error, trace)
 

@@ -170,6 +170,8 @@ class MegatronActor:
             )
         self.last_stage = parallel_state.is_pipeline_last_stage()
         self.version = 0
+        self._exchanged = False
+        """Whether a snapshot has the weights' place, and holds them meanwhile."""
 
         self.config = transformer_config(self.dims, parallel, dtype, training, precision)
         with cpu.cuda_to_cpu():
@@ -303,13 +305,18 @@ class MegatronActor:
         ]
 
     @torch.no_grad()
-    def snapshot(self) -> WeightSnapshot:
-        """A copy of this rank's current weights, in host memory."""
+    def snapshot(self, *, into: WeightSnapshot | None = None) -> WeightSnapshot:
+        """A copy of this rank's current weights, in host memory: that of an older snapshot, which is lost, or
+        fresh (page-locked memory is not given back, so a refreshed snapshot should take its old place)."""
         self.take_weights()
+        old = [] if into is None else into.tensors
         tensors = []
-        for parameter in self.model.parameters():
+        for number, parameter in enumerate(self.model.parameters()):
             values = plain(parameter.detach())
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=self.on_cuda)
+            if old:
+                host = old[number]
+            else:
+                host = torch.empty(values.shape, dtype=values.dtype, pin_memory=self.on_cuda)
             tensors.append(host.copy_(values))
         return WeightSnapshot(version=self.version, tensors=tensors)
 
@@ -319,6 +326,7 @@ class MegatronActor:
         if snapshot is None:
             yield self.version
             return
+        assert not self._exchanged, "one snapshot at a time has the weights' place"
         self._exchange(snapshot)
         try:
             yield snapshot.version
@@ -333,6 +341,7 @@ class MegatronActor:
             live = plain(parameter.detach()).clone()
             parameter.copy_(held)
             held.copy_(live)
+        self._exchanged = not self._exchanged
 
     # ---- device memory between phases ------------------------------------------------------------------
 

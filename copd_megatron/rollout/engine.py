@@ -238,7 +238,7 @@ class RolloutEngine:
         """Nothing cached under the old weights is used again. vLLM refuses while it counts a request as
         running, as it may one that was ended early in the middle of a step: that step is finished."""
         for _ in range(3):
-            if self.llm.reset_prefix_cache():
+            if self.llm.reset_prefix_cache() is not False:
                 return
             self.llm.llm_engine.step()
         raise RuntimeError("vLLM keeps cached prefixes of the old weights: requests are still running")

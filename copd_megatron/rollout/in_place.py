@@ -98,7 +98,9 @@ class _Places:
     """Of the parameters then."""
     copies: dict[str, list[_Copy]] = field(default_factory=dict)
     """By Hugging Face name; empty: this rank keeps nothing of it."""
-    fills: list[tuple[Tensor, float]] = field(default_factory=list)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    """Of the streamed tensors."""
+    zeros: list[Tensor] = field(default_factory=list)
     """Padding, which a sleep loses as it does the weights."""
 
 
@@ -113,15 +115,18 @@ def _repeat(known: _Places, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
     """The recorded copies; names that should have come and did not."""
     awaited = set(known.copies)
     for name, value in weights:
-        if name not in known.copies:
-            raise RuntimeError(f"the weight stream holds {name}, which the first stream did not")
+        if value.shape != known.shapes.get(name):
+            raise RuntimeError(
+                f"the weight stream holds {name} {tuple(value.shape)}, the first stream had "
+                f"{tuple(known.shapes.get(name, ())) or 'no such tensor'}"
+            )
         awaited.discard(name)
         tensor = value.contiguous()
         for copy in known.copies[name]:
             part = tensor.as_strided(copy.shape, copy.stride, tensor.storage_offset() + copy.offset)
             copy.target.copy_(part)
-    for target, number in known.fills:
-        target.fill_(number)
+    for target in known.zeros:
+        target.zero_()
     return sorted(awaited)
 
 
@@ -144,7 +149,8 @@ class _Recorder(TorchDispatchMode):
         self._missing = {p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}
         """Elements of each parameter that nothing was written to."""
         self._name, self._tensor = "", torch.empty(0)
-        self._only_copies = True
+        # parameters that share memory could not be told apart
+        self._only_copies = len(self._missing) == len(self.places.addresses)
 
     @property
     def complete(self) -> bool:
@@ -155,7 +161,7 @@ class _Recorder(TorchDispatchMode):
         """The stream, taken note of."""
         for name, value in weights:
             self._name, self._tensor = name, value.contiguous()
-            self.places.copies[name] = []
+            self.places.copies[name], self.places.shapes[name] = [], value.shape
             yield name, self._tensor
 
     def __torch_dispatch__(
@@ -180,10 +186,8 @@ class _Recorder(TorchDispatchMode):
                 offset=source.storage_offset() - self._tensor.storage_offset(),
             )
             self.places.copies[self._name].append(copy)
-        elif func is torch.ops.aten.fill_.Scalar:
-            self.places.fills.append((target, float(rest[0])))
-        elif func is torch.ops.aten.zero_.default:
-            self.places.fills.append((target, 0.0))
+        elif func is torch.ops.aten.zero_.default or (func is torch.ops.aten.fill_.Scalar and rest[0] == 0):
+            self.places.zeros.append(target)
         else:
             self._only_copies = False
 

@@ -47,8 +47,9 @@ class RankState:
             return f"dead or frozen: no heartbeat, last seen {where}"
         if self.status == EXITED:
             return f"exited, last seen {where}"
-        prefix = "failed " if self.status == FAILED else ""
-        return f"{prefix}{where} for {self.seconds:.0f} s"
+        if self.status == FAILED:
+            return f"failed {where}"
+        return f"{where} for {self.seconds:.0f} s"
 
 
 def waited_for(
