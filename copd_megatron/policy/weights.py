@@ -154,6 +154,7 @@ class HFFolder:
                 f"model.path: {folder} has no *.safetensors; convert the weights to safetensors first"
             )
         self._where: dict[str, Path] = {}
+        self._transposes: dict[str, bool] = {}
         for file in files:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -181,11 +182,13 @@ class HFFolder:
             return view[expert : expert + 1, stack.columns][0]
 
     def transposes_experts(self, stack: Stack) -> bool:
-        """As ``as_published``, of this folder."""
-        try:
-            return as_published(stack, self.shape)
-        except ValueError as error:
-            raise ValueError(f"{self.folder}: {error}") from None
+        """As ``as_published``, of this folder; looked up once a layer."""
+        if stack.prefix not in self._transposes:
+            try:
+                self._transposes[stack.prefix] = as_published(stack, self.shape)
+            except ValueError as error:
+                raise ValueError(f"{self.folder}: {error}") from None
+        return self._transposes[stack.prefix]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor, without reading it."""
