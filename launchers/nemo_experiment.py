@@ -34,8 +34,8 @@ from typing import Any
 
 from copd_megatron.config import Config, ConfigError, load_config, to_yaml, validate
 from copd_megatron.config.schema import Topology
+from copd_megatron.launch.placement import PlacementError, place
 from copd_megatron.topology.layout import Layout
-from copd_megatron.topology.placement import PlacementError, place
 
 PROJECT = Path(__file__).resolve().parents[1]
 RECIPES = ("copd", "opd")

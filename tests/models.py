@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from copd_megatron.config.schema import ParallelConfig, TrainingConfig
-from copd_megatron.data.make import Family, WrittenDomain, write_domain
+from copd_megatron.data.convert.write import WrittenDomain
 from copd_megatron.records import IntArray
+from copd_megatron.tiny.tasks.text import Family, write_domain
 
 if TYPE_CHECKING:  # Megatron takes seconds to import, and most tests that make a model do without
     from copd_megatron.policy.actor import MegatronActor

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copd_megatron import advantages as adv
 from copd_megatron.config.schema import (
     AdvantageConfig,
     Aggregation,
@@ -23,7 +22,22 @@ from copd_megatron.config.schema import (
     LossConfig,
     MismatchCorrection,
 )
-from copd_megatron.losses import TokenStreams, policy_loss
+from copd_megatron.objectives.denominators import (
+    ComponentCounts,
+    component_counts,
+    row_weights,
+    token_weights,
+)
+from copd_megatron.objectives.distill import cross_rows, opd_advantages
+from copd_megatron.objectives.grpo import (
+    grpo_advantages,
+    informative_groups,
+    kl_penalised_advantages,
+    native_rows,
+    overlong_penalty,
+)
+from copd_megatron.objectives.mismatch import mismatch_correction
+from copd_megatron.objectives.policy_loss import TokenStreams, policy_loss
 from copd_megatron.records import Prompt, Rollout, TrainRow
 
 MAX_NEW_TOKENS = 8
@@ -92,7 +106,7 @@ rewards_and_groups = st.lists(
 def test_grpo_advantages_equal_eq_11(pairs: list[tuple[float, str]], normalize: bool) -> None:
     rewards, groups = [p[0] for p in pairs], [p[1] for p in pairs]
     config = AdvantageConfig(normalize_std=normalize)
-    result = adv.grpo_advantages(rewards, groups, config)
+    result = grpo_advantages(rewards, groups, config)
     assert result.dtype == np.float32
     expected = slow_grpo(rewards, groups, normalize=normalize, epsilon=config.std_epsilon)
     np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-7)
@@ -102,27 +116,27 @@ def test_grpo_advantages_equal_eq_11(pairs: list[tuple[float, str]], normalize: 
 
 def test_grpo_worked_example() -> None:
     """Rewards 1, 0, 0, 0: mean 1/4, sample standard deviation 1/2."""
-    result = adv.grpo_advantages([1, 0, 0, 0], [4, 4, 4, 4], AdvantageConfig(std_epsilon=0.0))
+    result = grpo_advantages([1, 0, 0, 0], [4, 4, 4, 4], AdvantageConfig(std_epsilon=0.0))
     np.testing.assert_allclose(result, [1.5, -0.5, -0.5, -0.5], rtol=1e-7)
 
 
 def test_groups_without_spread_get_exactly_zero() -> None:
     """0.1 has no exact mean of three: dividing the rounding error by epsilon must not make a signal."""
-    result = adv.grpo_advantages([0.1, 0.1, 0.1, 5.0], [0, 0, 0, 1], AdvantageConfig(std_epsilon=1e-30))
+    result = grpo_advantages([0.1, 0.1, 0.1, 5.0], [0, 0, 0, 1], AdvantageConfig(std_epsilon=1e-30))
     assert result.tolist() == [0.0] * 4
 
 
 def test_informative_groups() -> None:
-    kept = adv.informative_groups([1, 1, 0, 1, 0], ["x", "y", "x", "y", "z"])
+    kept = informative_groups([1, 1, 0, 1, 0], ["x", "y", "x", "y", "z"])
     assert kept.tolist() == [True, False, True, False, False]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_rewards_must_be_finite(bad: float) -> None:
     with pytest.raises(ValueError, match=r"rewards: 1 of 3 values are not finite.*at index 1"):
-        adv.grpo_advantages([0, bad, 1], [0, 0, 0], AdvantageConfig())
+        grpo_advantages([0, bad, 1], [0, 0, 0], AdvantageConfig())
     with pytest.raises(ValueError, match="group_ids"):
-        adv.grpo_advantages([0, 1], [0, 0, 0], AdvantageConfig())
+        grpo_advantages([0, 1], [0, 0, 0], AdvantageConfig())
 
 
 # ------------------------------------------------------------------------------------- OPD advantages
@@ -141,14 +155,14 @@ def test_opd_advantages_equal_eq_8(pairs: list[tuple[float, float]], beta: float
         if clip is not None:
             delta = max(-clip, min(clip, delta))
         expected.append(beta * delta)
-    result = adv.opd_advantages(teacher, student, beta, clip)
+    result = opd_advantages(teacher, student, beta, clip)
     np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-30)
-    np.testing.assert_array_equal(adv.opd_advantages(student, teacher, beta, clip), -result)
+    np.testing.assert_array_equal(opd_advantages(student, teacher, beta, clip), -result)
 
 
 def test_opd_advantage_is_positive_where_the_teacher_likes_the_token_better() -> None:
     teacher, student = np.log([0.9, 0.1]), np.log([0.3, 0.2])
-    result = adv.opd_advantages(teacher, student, 2.0)
+    result = opd_advantages(teacher, student, 2.0)
     np.testing.assert_allclose(result, [2 * math.log(3), 2 * math.log(0.5)], rtol=1e-6)
 
 
@@ -165,7 +179,7 @@ def test_opd_advantage_is_positive_where_the_teacher_likes_the_token_better() ->
 )
 def test_opd_refuses(teacher: list, student: list, kwargs: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        adv.opd_advantages(teacher, student, **kwargs)
+        opd_advantages(teacher, student, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------- weights
@@ -177,7 +191,7 @@ masks_strategy = st.lists(st.lists(st.integers(0, 1), max_size=6), min_size=1, m
 @given(masks=masks_strategy, aggregation=st.sampled_from(Aggregation))
 def test_token_weights_equal_the_formulas(masks: list[list[int]], aggregation: Aggregation) -> None:
     sequences, tokens = sum(any(mask) for mask in masks), sum(map(sum, masks))
-    result = adv.token_weights(aggregation, masks, sequences, tokens, 16.0)
+    result = token_weights(aggregation, masks, sequences, tokens, 16.0)
     for mask, weights in zip(masks, result, strict=True):
         assert weights.dtype == np.float32
         for m, weight in zip(mask, weights, strict=True):
@@ -210,22 +224,22 @@ def test_components_are_normalised_by_their_own_global_counts(
     """Weights do not depend on how rows are dealt to ranks, nor on what other components are there."""
     all_rows = [make_row(component, mask) for component, mask in rows]
     config = LossConfig(aggregation=aggregation)
-    counts = adv.component_counts(all_rows)
-    whole = adv.row_weights(all_rows, counts, config, MAX_NEW_TOKENS)
+    counts = component_counts(all_rows)
+    whole = row_weights(all_rows, counts, config, MAX_NEW_TOKENS)
     parts = [all_rows[:cut], all_rows[cut:]]
     for component, total in counts.items():
-        summed = adv.ComponentCounts()
+        summed = ComponentCounts()
         for part in parts:
-            summed += adv.component_counts(part).get(component, adv.ComponentCounts())
+            summed += component_counts(part).get(component, ComponentCounts())
         assert summed == total
         alone = [row for row in all_rows if row.component == component]
-        expected = adv.row_weights(alone, adv.component_counts(alone), config, MAX_NEW_TOKENS)
+        expected = row_weights(alone, component_counts(alone), config, MAX_NEW_TOKENS)
         mine = [w for row, w in zip(all_rows, whole, strict=True) if row.component == component]
         for a, b in zip(mine, expected, strict=True):
             np.testing.assert_array_equal(a, b)
         if total.num_tokens and aggregation in (Aggregation.seq_mean_token_mean, Aggregation.token_mean):
             assert sum(float(w.sum()) for w in mine) == pytest.approx(1.0, rel=1e-5)
-    in_parts = [w for part in parts for w in adv.row_weights(part, counts, config, MAX_NEW_TOKENS)]
+    in_parts = [w for part in parts for w in row_weights(part, counts, config, MAX_NEW_TOKENS)]
     for a, b in zip(in_parts, whole, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -237,31 +251,31 @@ def test_component_counts_leave_out_masked_rows() -> None:
         make_row("cross:a", [1]),
         make_row("x", []),
     ]
-    assert adv.component_counts(rows) == {
-        "native": adv.ComponentCounts(num_sequences=1, num_tokens=2),
-        "cross:a": adv.ComponentCounts(num_sequences=1, num_tokens=1),
-        "x": adv.ComponentCounts(),
+    assert component_counts(rows) == {
+        "native": ComponentCounts(num_sequences=1, num_tokens=2),
+        "cross:a": ComponentCounts(num_sequences=1, num_tokens=1),
+        "x": ComponentCounts(),
     }
 
 
 def test_component_weight_and_constant_divisor() -> None:
     rows = [make_row("native", [1, 1], weight=0.5)]
-    counts = adv.component_counts(rows)
+    counts = component_counts(rows)
     config = LossConfig(aggregation=Aggregation.constant)
-    np.testing.assert_allclose(adv.row_weights(rows, counts, config, 8)[0], [0.5 / 8] * 2)
+    np.testing.assert_allclose(row_weights(rows, counts, config, 8)[0], [0.5 / 8] * 2)
     config = LossConfig(aggregation=Aggregation.constant, constant_divisor=4.0)
-    np.testing.assert_allclose(adv.row_weights(rows, counts, config, 8)[0], [0.5 / 4] * 2)
+    np.testing.assert_allclose(row_weights(rows, counts, config, 8)[0], [0.5 / 4] * 2)
 
 
 def test_weights_refuse() -> None:
     with pytest.raises(ValueError, match="global counts say 1 and 2"):
-        adv.token_weights(Aggregation.token_mean, [[1, 1], [1]], 1, 2)
+        token_weights(Aggregation.token_mean, [[1, 1], [1]], 1, 2)
     with pytest.raises(ValueError, match="positive constant_divisor, got None"):
-        adv.token_weights(Aggregation.constant, [[1]], 1, 1)
+        token_weights(Aggregation.constant, [[1]], 1, 1)
     with pytest.raises(ValueError, match="0 or 1 only"):
-        adv.token_weights(Aggregation.token_mean, [[0.5]], 1, 1)
+        token_weights(Aggregation.token_mean, [[0.5]], 1, 1)
     with pytest.raises(ValueError, match=r"no counts for component 'cross:a', only for \['native'\]"):
-        adv.row_weights([make_row("cross:a", [1])], {"native": adv.ComponentCounts()}, LossConfig(), 8)
+        row_weights([make_row("cross:a", [1])], {"native": ComponentCounts()}, LossConfig(), 8)
 
 
 # ------------------------------------------------------------------------------- mismatch correction
@@ -299,7 +313,7 @@ def test_mismatch_correction_equals_the_formulas(kind: MismatchCorrection) -> No
         old = [generator.uniform(-3, 0) for _ in range(length)]
         rollout = [o + generator.gauss(0, 0.4) for o in old]
         mask = [generator.randint(0, 1) for _ in range(length)]
-        result = adv.mismatch_correction(old, rollout, mask, config)
+        result = mismatch_correction(old, rollout, mask, config)
         expected = slow_correction(old, rollout, mask, config)
         np.testing.assert_allclose(result, expected, rtol=1e-5)
         seen |= {e for e, m in zip(expected, mask, strict=True) if m}
@@ -317,24 +331,24 @@ def test_mismatch_correction_is_neutral_when_engines_agree_and_safe_when_they_do
 ) -> None:
     config = LossConfig(mismatch_correction=kind)
     logprobs = np.array([-0.5, -2.0, -1.0])
-    np.testing.assert_array_equal(adv.mismatch_correction(logprobs, logprobs, [1, 1, 1], config), 1.0)
+    np.testing.assert_array_equal(mismatch_correction(logprobs, logprobs, [1, 1, 1], config), 1.0)
     masked = np.array([-0.5, -math.inf, math.nan])
-    np.testing.assert_array_equal(adv.mismatch_correction(masked, logprobs, [1, 0, 0], config), 1.0)
-    apart = adv.mismatch_correction([0.0] * 3, [-1e4] * 3, [1, 1, 1], config)
+    np.testing.assert_array_equal(mismatch_correction(masked, logprobs, [1, 0, 0], config), 1.0)
+    apart = mismatch_correction([0.0] * 3, [-1e4] * 3, [1, 1, 1], config)
     assert np.isfinite(apart).all() and apart.max() <= 2.0
 
 
 def test_mismatch_correction_refuses() -> None:
     tis = LossConfig(mismatch_correction=MismatchCorrection.tis_token)
     with pytest.raises(ValueError, match="rollout_logprobs: 1 of 2 values are not finite"):
-        adv.mismatch_correction([0, 0], [0, -math.inf], [1, 1], tis)
+        mismatch_correction([0, 0], [0, -math.inf], [1, 1], tis)
     with pytest.raises(ValueError, match="must agree"):
-        adv.mismatch_correction([0, 0], [0], [1, 1], tis)
+        mismatch_correction([0, 0], [0], [1, 1], tis)
     with pytest.raises(ValueError, match="mismatch_cap"):
-        adv.mismatch_correction([0], [0], [1], replace(tis, mismatch_cap=0.0))
+        mismatch_correction([0], [0], [1], replace(tis, mismatch_cap=0.0))
     icepop = LossConfig(mismatch_correction=MismatchCorrection.icepop, mismatch_bounds=[2.0, 1.0])
     with pytest.raises(ValueError, match="mismatch_bounds"):
-        adv.mismatch_correction([0], [0], [1], icepop)
+        mismatch_correction([0], [0], [1], icepop)
 
 
 # ------------------------------------------------------------------------------ overlong, KL in reward
@@ -353,20 +367,20 @@ def test_mismatch_correction_refuses() -> None:
 )
 def test_overlong_penalty(length: int, truncated: bool, expected: float) -> None:
     config = AdvantageConfig(overlong_buffer_tokens=4, overlong_penalty=0.5)
-    assert adv.overlong_penalty(length, truncated, 16, config) == pytest.approx(expected)
-    assert adv.overlong_penalty(length, truncated, 16, AdvantageConfig()) == 0.0
+    assert overlong_penalty(length, truncated, 16, config) == pytest.approx(expected)
+    assert overlong_penalty(length, truncated, 16, AdvantageConfig()) == 0.0
 
 
 def test_overlong_buffer_must_fit() -> None:
     with pytest.raises(ValueError, match=r"overlong_buffer_tokens = 17.*max_new_tokens = 16"):
-        adv.overlong_penalty(1, False, 16, AdvantageConfig(overlong_buffer_tokens=17))
+        overlong_penalty(1, False, 16, AdvantageConfig(overlong_buffer_tokens=17))
 
 
 @pytest.mark.parametrize("estimator", KLEstimator)
 def test_kl_in_reward(estimator: KLEstimator) -> None:
     config = LossConfig(kl_coefficient=0.3, kl_estimator=estimator, kl_placement=KLPlacement.reward)
     old, reference, advantages = [-1.0, -2.5, math.nan], [-1.2, -0.3, -math.inf], [0.5, -1.0, 2.0]
-    result = adv.kl_penalised_advantages(advantages, old, reference, [1, 1, 0], config)
+    result = kl_penalised_advantages(advantages, old, reference, [1, 1, 0], config)
     for t in range(2):
         x = old[t] - reference[t]
         kl = {KLEstimator.k1: x, KLEstimator.k2: x * x / 2, KLEstimator.k3: math.exp(-x) - 1 + x}[estimator]
@@ -385,7 +399,7 @@ def test_native_rows() -> None:
         make_rollout("s/2", 1, 5, 0.0),
     ]
     config = AdvantageConfig(overlong_filtering=True, overlong_buffer_tokens=4, overlong_penalty=1.0)
-    rows = adv.native_rows(rollouts, config, LossConfig(), MAX_NEW_TOKENS)
+    rows = native_rows(rollouts, config, LossConfig(), MAX_NEW_TOKENS)
     shaped = [1.0, 0.0, -1.0, -0.25]
     expected = slow_grpo(shaped, ["1", "2", "1", "2"], normalize=True, epsilon=1e-6)
     for rollout, row, advantage in zip(rollouts, rows, expected, strict=True):
@@ -395,15 +409,15 @@ def test_native_rows() -> None:
         assert row.rollout_logprobs is rollout.rollout_logprobs
         assert row.prompt_length == 2 and row.old_logprobs is None
         assert row.loss_mask.tolist() == [0.0 if rollout.truncated else 1.0] * rollout.response_length
-    assert adv.component_counts(rows)["native"] == adv.ComponentCounts(num_sequences=3, num_tokens=10)
-    assert adv.native_rows([], config, LossConfig(), MAX_NEW_TOKENS) == []
+    assert component_counts(rows)["native"] == ComponentCounts(num_sequences=3, num_tokens=10)
+    assert native_rows([], config, LossConfig(), MAX_NEW_TOKENS) == []
 
 
 @pytest.mark.parametrize("reward", [None, math.nan])
 def test_native_rows_need_rewards(reward: float | None) -> None:
     rollouts = [make_rollout("s/1", 0, 3, 1.0), make_rollout("s/1", 1, 3, reward)]
     with pytest.raises(ValueError, match=f"rollout s/1 #1: reward is {reward}"):
-        adv.native_rows(rollouts, AdvantageConfig(), LossConfig(), MAX_NEW_TOKENS)
+        native_rows(rollouts, AdvantageConfig(), LossConfig(), MAX_NEW_TOKENS)
 
 
 def test_native_rows_with_kl_in_the_reward() -> None:
@@ -412,9 +426,9 @@ def test_native_rows_with_kl_in_the_reward() -> None:
     reference = [np.full(3, -1.5, dtype=np.float32)] * 2
     loss = LossConfig(kl_coefficient=0.2, kl_placement=KLPlacement.reward, kl_estimator=KLEstimator.k1)
     with pytest.raises(ValueError, match="kl_placement 'reward' needs old_logprobs and reference_logprobs"):
-        adv.native_rows(rollouts, AdvantageConfig(), loss, MAX_NEW_TOKENS)
-    plain = adv.native_rows(rollouts, AdvantageConfig(), LossConfig(), MAX_NEW_TOKENS)
-    rows = adv.native_rows(
+        native_rows(rollouts, AdvantageConfig(), loss, MAX_NEW_TOKENS)
+    plain = native_rows(rollouts, AdvantageConfig(), LossConfig(), MAX_NEW_TOKENS)
+    rows = native_rows(
         rollouts, AdvantageConfig(), loss, MAX_NEW_TOKENS, old_logprobs=old, reference_logprobs=reference
     )
     for row, without in zip(rows, plain, strict=True):
@@ -427,7 +441,7 @@ def test_cross_rows() -> None:
     rollouts = [make_rollout("i/1", 0, 2, None), make_rollout("i/2", 0, 3, None)]
     teacher = [np.array([-0.5, -1.0]), np.array([-3.0, -0.1, -0.2])]
     student = [np.array([-1.0, -1.0]), np.array([-0.5, -0.5, -0.5])]
-    rows = adv.cross_rows(rollouts, teacher, student, teacher="image", beta=2.0, delta_clip=1.0)
+    rows = cross_rows(rollouts, teacher, student, teacher="image", beta=2.0, delta_clip=1.0)
     np.testing.assert_allclose(rows[0].advantages, [1.0, 0.0], rtol=1e-6)
     np.testing.assert_allclose(rows[1].advantages, [-2.0, 0.8, 0.6], rtol=1e-6)
     for row, mine in zip(rows, student, strict=True):
@@ -440,14 +454,14 @@ def test_cross_rows_name_what_is_wrong() -> None:
     rollouts = [make_rollout("i/1", 3, 2, None)]
     good = [np.zeros(2)]
     with pytest.raises(ValueError, match=r"rollout i/1 #3, scored by teacher 'image': teacher_logprobs"):
-        adv.cross_rows(rollouts, [np.array([0.0, np.nan])], good, teacher="image", beta=1.0)
+        cross_rows(rollouts, [np.array([0.0, np.nan])], good, teacher="image", beta=1.0)
     with pytest.raises(ValueError, match=r"rollout i/1 #3: teacher_logprobs has shape \[3\] for 2 response"):
-        adv.cross_rows(rollouts, [np.zeros(3)], good, teacher="image", beta=1.0)
+        cross_rows(rollouts, [np.zeros(3)], good, teacher="image", beta=1.0)
     with pytest.raises(ValueError, match="2 teacher_logprobs for 1 rollouts"):
-        adv.cross_rows(rollouts, good * 2, good, teacher="image", beta=1.0)
+        cross_rows(rollouts, good * 2, good, teacher="image", beta=1.0)
     torn = [replace(rollouts[0], rollout_logprobs=np.zeros(1, dtype=np.float32))]
     with pytest.raises(ValueError, match="1 rollout_logprobs for 2 response tokens"):
-        adv.cross_rows(torn, good, good, teacher="image", beta=1.0)
+        cross_rows(torn, good, good, teacher="image", beta=1.0)
 
 
 # --------------------------------------------------- rewards and scores to loss, as Alg. 1 lines 9-12
@@ -514,18 +528,18 @@ def test_one_update_of_native_and_cross_rows_equals_the_paper(seed: int, num_ran
     slow_gradients = torch.autograd.grad(slow, list(theta.values()))
 
     config = LossConfig()
-    rows = adv.native_rows(
+    rows = native_rows(
         native, AdvantageConfig(), config, MAX_NEW_TOKENS, old_logprobs=[old[id(r)] for r in native]
     )
-    rows += adv.cross_rows(
+    rows += cross_rows(
         cross, [teacher[id(r)] for r in cross], [old[id(r)] for r in cross], teacher="image", beta=0.7
     )
     order = {id(row): theta[id(r)] for row, r in zip(rows, native + cross, strict=True)}
-    counts = adv.component_counts(rows)
+    counts = component_counts(rows)
     total = torch.zeros((), dtype=torch.float64)
     for rank in range(num_ranks):
         mine = rows[rank::num_ranks]
-        weights = adv.row_weights(mine, counts, config, MAX_NEW_TOKENS)
+        weights = row_weights(mine, counts, config, MAX_NEW_TOKENS)
         streams = TokenStreams(
             old_logprobs=torch.tensor(np.concatenate([row.old_logprobs for row in mine])),
             advantages=torch.tensor(np.concatenate([row.advantages for row in mine])),
@@ -542,7 +556,7 @@ def test_one_update_of_native_and_cross_rows_equals_the_paper(seed: int, num_ran
 
 def test_advantages_import_neither_torch_nor_engines() -> None:
     code = (
-        "import sys, copd_megatron.advantages; "
+        "import sys, copd_megatron.objectives.advantages; "
         "print([m for m in ('torch', 'megatron', 'vllm', 'transformers') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

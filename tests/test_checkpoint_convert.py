@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from copd_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from copd_megatron.checkpoint.folder import MegatronFolder
-from copd_megatron.checkpoint.hf_files import file_layouts
 from copd_megatron.checkpoint.manifest import CheckpointError, hash_file
 from copd_megatron.config.schema import ParallelConfig
+from copd_megatron.formats.convert import hf_to_megatron, megatron_to_hf
+from copd_megatron.formats.megatron_reader import MegatronFolder
+from copd_megatron.hf.files import file_layouts
 from tests.checkpoint_runs import run_tool
 from tests.layouts import Job, run_layouts
 from tests.models import load_and_compare, make_model
@@ -230,7 +230,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     script = f"""
 import resource, sys
 from pathlib import Path
-from copd_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from copd_megatron.formats.convert import hf_to_megatron, megatron_to_hf
 root = Path({str(tmp_path)!r})
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 
-from copd_megatron.checkpoint.hf_files import file_layouts
 from copd_megatron.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -30,6 +29,7 @@ from copd_megatron.checkpoint.manifest import (
 )
 from copd_megatron.config import BranchConfig, Config, ModelConfig
 from copd_megatron.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
+from copd_megatron.hf.files import file_layouts
 from copd_megatron.topology.layout import Layout
 from tests.checkpoint_runs import load_tool, run_tool
 from tests.distributed import run_distributed

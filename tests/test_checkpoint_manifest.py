@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from copd_megatron.checkpoint.compare import compare_runs, metric_differences
 from copd_megatron.checkpoint.compatible import check_compatible
-from copd_megatron.checkpoint.lock import RunLock
 from copd_megatron.checkpoint.manifest import (
     MANIFEST,
     BranchEntry,
@@ -40,6 +39,7 @@ from copd_megatron.checkpoint.manifest import (
 )
 from copd_megatron.checkpoint.stop import StopSignals, deadline, must_save_now
 from copd_megatron.config import BranchConfig, Config, ConfigError, ModelConfig, to_yaml
+from copd_megatron.launch.lock import RunLock
 
 
 def _checkpoint(run_dir: Path, step: int, *, accuracy: float | None = None) -> Path:
@@ -186,7 +186,7 @@ def test_a_run_directory_belongs_to_one_job(tmp_path: Path) -> None:
 
 def test_a_killed_job_gives_its_run_directory_back(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from copd_megatron.checkpoint.lock import RunLock\n"
+        "import sys, time; from pathlib import Path; from copd_megatron.launch.lock import RunLock\n"
         "with RunLock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

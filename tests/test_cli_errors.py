@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from copd_megatron.data.write import NewSample, write_shards
+from copd_megatron.data.convert.write import NewSample, write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 

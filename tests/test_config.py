@@ -26,7 +26,7 @@ from copd_megatron.config import (
     to_yaml,
     validate,
 )
-from copd_megatron.config.model_shape import VisionShape
+from copd_megatron.model.shape import VisionShape
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from copd_megatron.data import DataError, Sample, ShardSet, check_shards
-from copd_megatron.data.convert_public import Conversion, PublicDomain, convert_public
+from copd_megatron.data.convert.public import Conversion, PublicDomain, convert_public
+from copd_megatron.data.convert.public_sets import INSTRUCTIONS
 from copd_megatron.data.decode import decode_image
-from copd_megatron.data.layouts import INSTRUCTIONS
-from copd_megatron.data.visual_tasks.encode import mp4, png
 from copd_megatron.rewards import registry
 from copd_megatron.rewards.verifiers.box_iou import box_iou, iou
+from copd_megatron.tiny.tasks.encode import mp4, png
 from tests.test_data_tools import run_tool
 from tests.test_media import encoded
 

@@ -36,10 +36,10 @@ from copd_megatron.data import (
     load_validation,
     split_evenly,
 )
+from copd_megatron.data.convert.write import NewSample, write_shards
 from copd_megatron.data.shards import shard_names
 from copd_megatron.data.stream import epoch_order
 from copd_megatron.data.tar_scan import scan_tar
-from copd_megatron.data.write import NewSample, write_shards
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from copd_megatron.data import DataError, Sample, check_shards
-from copd_megatron.data.convert import FieldMap, convert_jsonl
-from copd_megatron.data.make import Family, WrittenDomain, write_domain
+from copd_megatron.data.convert.jsonl import FieldMap, convert_jsonl
+from copd_megatron.data.convert.write import WrittenDomain
 from copd_megatron.rewards import registry
+from copd_megatron.tiny.tasks.text import Family, write_domain
 
 ROOT = Path(__file__).resolve().parents[1]
 TWO_TERMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from copd_megatron import doctor
-from copd_megatron.doctor import Finding, Report, Status, report
+from copd_megatron.launch import doctor
+from copd_megatron.launch.doctor import Finding, Report, Status, report
 
 NAMES = {
     "Python",
@@ -108,7 +108,7 @@ def test_json_holds_the_same() -> None:
 
 def test_it_is_quick_and_leaves_slow_imports_alone() -> None:
     script = (
-        "import sys, copd_megatron.doctor as d; d.report(); "
+        "import sys, copd_megatron.launch.doctor as d; d.report(); "
         "print([m for m in ('vllm', 'megatron', 'transformer_engine', 'transformers') if m in sys.modules])"
     )
     started = time.monotonic()

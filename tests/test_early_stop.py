@@ -93,7 +93,7 @@ def test_number_of_prompts_asked() -> None:
 
 def _two_steps(folder: Path) -> dict[str, Any]:
     """Six prompts, of which two are wanted; the rest is continued under other weights."""
-    from copd_megatron.policy.weights import HFFolder
+    from copd_megatron.hf.folder import HFFolder
     from copd_megatron.rollout.early_stop import EarlyStop
     from copd_megatron.rollout.engine import RolloutEngine, SamplingSettings
     from copd_megatron.topology.single import single_process

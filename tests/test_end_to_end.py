@@ -23,7 +23,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from copd_megatron.cli import main
+from copd_megatron.cli.main import main
 from copd_megatron.data import check_shards
 from copd_megatron.metrics.rank_log import merged as merged_logs
 from copd_megatron.metrics.timeline import read_timelines, seconds_by_phase, write_trace
@@ -96,7 +96,15 @@ def _train(config: Path, run_dir: Path, layout: str) -> str:
     ]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
-        [sys.executable, "-m", "copd_megatron.cli", "train", str(config), f"run.dir={run_dir}", *overrides],
+        [
+            sys.executable,
+            "-m",
+            "copd_megatron.cli",
+            "train",
+            str(config),
+            f"run.dir={run_dir}",
+            *overrides,
+        ],
         capture_output=True,
         text=True,
         timeout=550,

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from copd_megatron.config.graph import Edge, Graph, build_graph
 from copd_megatron.config.schema import BranchConfig, Config, OPDConfig, Topology
-from copd_megatron.opd.graph import Edge, Graph, build_graph
-from copd_megatron.opd.plan import edge_count, plan_exchange, router_bytes, split_rows
+from copd_megatron.opd.plan import plan_exchange, split_rows
+from copd_megatron.planner.traffic import edge_count, router_bytes
 
 TOPOLOGIES = [Topology.hub_and_spoke, Topology.all_to_all]
 

@@ -47,7 +47,7 @@ def test_a_local_launch_starts_again_what_failed(
         f"sys.exit({ends_with}[restart])\n"
     )
     launch = subprocess.run(
-        [sys.executable, "-m", "copd_megatron.local_launch", str(tmp_path), "--standalone", str(rank)],
+        [sys.executable, "-m", "copd_megatron.launch.local", str(tmp_path), "--standalone", str(rank)],
         env=os.environ | {"COPD_MAX_RESTARTS": "1", "STARTS": str(tmp_path / "starts")},
         capture_output=True,
         text=True,

@@ -210,7 +210,7 @@ def test_model_flops_of_a_known_shape() -> None:
     from gpu_material import Sample, make_sequences
     from gpu_measure import model_flops
 
-    from copd_megatron.config.model_shape import ModelShape
+    from copd_megatron.model.shape import ModelShape
 
     dims = ModelShape(
         architecture="Qwen3ForCausalLM",
@@ -234,7 +234,7 @@ def test_tower_flops_count_mergers_once_per_merged_patch() -> None:
     from gpu_material import Sample, make_sequences
     from gpu_measure import model_flops
 
-    from copd_megatron.config.model_shape import ModelShape, VisionShape
+    from copd_megatron.model.shape import ModelShape, VisionShape
     from copd_megatron.records import MediaRef
 
     tower = VisionShape(
@@ -275,7 +275,7 @@ def test_a_gpu_trains_as_many_layers_as_fit(monkeypatch: pytest.MonkeyPatch, tmp
     from gpu_material import make_folder
     from gpu_measure import GIB, layers_that_fit
 
-    from copd_megatron.config.model_shape import read_model_shape
+    from copd_megatron.model.shape import read_model_shape
 
     text, vision = (read_model_shape(make_folder(tmp_path, shape)) for shape in ("text-4b", "vl-4b"))
     assert text.num_parameters == pytest.approx(4.02e9, rel=0.01)

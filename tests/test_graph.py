@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from copd_megatron.config.errors import ConfigError
+from copd_megatron.config.graph import build_graph
 from copd_megatron.config.schema import BranchConfig, Config, EdgeConfig, OPDConfig, Topology
-from copd_megatron.opd.graph import build_graph
-from copd_megatron.opd.plan import edge_count
+from copd_megatron.errors import ConfigError
+from copd_megatron.planner.traffic import edge_count
 
 
 def _config(*branches: str, frozen: tuple[str, ...] = (), **opd: Any) -> Config:

@@ -27,12 +27,13 @@ def make_folders(root: Path) -> list[Path]:
 def check_places(folder: Path) -> None:
     """Loads a folder into the layers, reads it back, and compares names and shapes with what the converter,
     which knows no layers, expects of a checkpoint."""
-    from copd_megatron.checkpoint.hf_names import megatron_tensors, stack_sizes
-    from copd_megatron.config.model_shape import read_model_shape
     from copd_megatron.config.schema import ParallelConfig
+    from copd_megatron.hf.folder import HFFolder
+    from copd_megatron.model.places import megatron_tensors, stack_sizes
+    from copd_megatron.model.shape import read_model_shape
     from copd_megatron.policy import cpu
-    from copd_megatron.policy.model import build_chunks, transformer_config
-    from copd_megatron.policy.weights import HFFolder, ShardView, load_hf
+    from copd_megatron.policy.megatron.model import build_chunks, transformer_config
+    from copd_megatron.policy.shard import ShardView, load_hf
 
     dims, source = read_model_shape(folder), HFFolder(folder)
     config = transformer_config(dims, ParallelConfig(), torch.float32)
@@ -65,7 +66,7 @@ def check_places(folder: Path) -> None:
 def _check(folders: list[Path]) -> None:
     from copd_megatron.config.schema import ParallelConfig
     from copd_megatron.policy import cpu
-    from copd_megatron.policy.model import initialize_parallel
+    from copd_megatron.policy.megatron.model import initialize_parallel
 
     if not torch.cuda.is_available():
         cpu.enable()

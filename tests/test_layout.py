@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from copd_megatron.config import BranchConfig, Config, ModelConfig, ModelShape, ParallelConfig, RolloutConfig
 from copd_megatron.config.schema import Recompute
+from copd_megatron.planner.memory import MemoryEstimate, estimate_memory, stage_parameters
 from copd_megatron.topology.layout import Layout
-from copd_megatron.topology.memory import MemoryEstimate, estimate_memory, stage_parameters
 
 Sizes = tuple[int, int, int, int]
 """tp, cp, dp, pp"""

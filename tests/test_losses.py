@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from copd_megatron.config.schema import KLEstimator, KLPlacement, LossConfig, RatioLevel
-from copd_megatron.losses import TokenStreams, kl_penalty, policy_loss
+from copd_megatron.objectives.policy_loss import TokenStreams, kl_penalty, policy_loss
 
 F64 = torch.float64
 

@@ -28,14 +28,14 @@ from copd_megatron.config import (
     validate,
 )
 from copd_megatron.data import BadSampleError, DataError, PromptStream, ShardSet, load_validation
+from copd_megatron.data.convert.write import NewSample, write_shards
 from copd_megatron.data.decode import decode_image, decode_video, sample_indices
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.media import MediaMismatchError, MediaPlace, content_hash, media_members, place_of
 from copd_megatron.data.media_prompts import MediaPrompts
 from copd_megatron.data.processing import MediaFeatures, MultimodalProcessor
-from copd_megatron.data.visual_tasks.encode import mp4, png
-from copd_megatron.data.write import NewSample, write_shards
 from copd_megatron.records import Prompt
+from copd_megatron.tiny.tasks.encode import mp4, png
 from tests.models_vl import make_processor
 
 RNG = np.random.default_rng(0)

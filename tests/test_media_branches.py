@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from copd_megatron.data.write import NewSample, write_shards
+from copd_megatron.data.convert.write import NewSample, write_shards
 from tests.models_vl import make_vl_model
 
 TRUNCATED, CORRUPT = "truncated", "corrupt"

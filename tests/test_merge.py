@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from copd_megatron.formats.tensors import BLOCK_ELEMENTS
 from copd_megatron.merge.methods import Settings, merge_tensors
 from copd_megatron.merge.sparsify import Magnitude, RandomMask
-from copd_megatron.merge.tensors import BLOCK_ELEMENTS
 from tests import merge_reference as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -19,13 +19,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from copd_megatron.cli import main
+from copd_megatron.cli.main import main
+from copd_megatron.formats.safetensors import SafetensorsSource
 from copd_megatron.merge.check import MismatchError
 from copd_megatron.merge.engine import MergeOutcome, run_merge
 from copd_megatron.merge.methods import Settings, merge_tensors
 from copd_megatron.merge.recipe import ModelInput, Recipe
-from copd_megatron.merge.report import branch_distances
-from copd_megatron.merge.safetensors_io import SafetensorsSource
+from copd_megatron.report.merge_distance import branch_distances
 from tests import merge_reference as reference
 from tests.merge_folders import make_family, tensors_of, write_folder
 

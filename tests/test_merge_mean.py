@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from copd_megatron.hf.folder import HFFolder
 from copd_megatron.merge.mean import merge_mean
-from copd_megatron.policy.weights import HFFolder
 from tests.distributed import run_distributed
 from tests.models import make_model, random_texts, reference_model
 

@@ -16,8 +16,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
 
-from copd_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from copd_megatron.checkpoint.folder import megatron_tensors_of
 from copd_megatron.checkpoint.manifest import (
     BranchEntry,
     CheckpointError,
@@ -27,13 +25,15 @@ from copd_megatron.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from copd_megatron.cli import main
-from copd_megatron.config.model_shape import read_sizes
+from copd_megatron.cli.main import main
 from copd_megatron.config.schema import ParallelConfig
+from copd_megatron.formats.convert import hf_to_megatron, megatron_to_hf
+from copd_megatron.formats.megatron_reader import megatron_tensors_of
 from copd_megatron.merge.check import MismatchError
 from copd_megatron.merge.engine import run_merge
 from copd_megatron.merge.recipe import ModelInput, Recipe
-from copd_megatron.merge.report import branch_distances
+from copd_megatron.model.shape import read_sizes
+from copd_megatron.report.merge_distance import branch_distances
 from tests.layouts import Job, run_layouts
 from tests.merge_folders import make_family, tensors_of, write_folder
 from tests.models import load_and_compare, make_model

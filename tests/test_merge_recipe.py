@@ -282,8 +282,8 @@ def test_recipes_need_no_torch() -> None:
 def test_every_method_is_merged_by_the_engine() -> None:
     import torch
 
+    from copd_megatron.formats.tensors import TensorSpec
     from copd_megatron.merge.methods import Settings, start
-    from copd_megatron.merge.tensors import TensorSpec
 
     for method in METHODS:
         start(method, TensorSpec("x", (2,), torch.float32), Settings(weights=(1.0,), densities=(0.5,)))

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from copd_megatron.evaluation.table import render_table, save_table
 from copd_megatron.metrics.console import ConsoleView
 from copd_megatron.metrics.reduction import Metrics
-from copd_megatron.metrics.table import render_table, save_table
 from copd_megatron.metrics.writers import JsonlWriter, TensorBoardWriter
 from tests.distributed import run_distributed
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copd_megatron.policy.batch import Arrangement, build_micro_batch, flatten
-from copd_megatron.policy.context import context_shard
-from copd_megatron.policy.microbatch import CostModel, plan_micro_batches, plan_packed
+from copd_megatron.policy.batch.balance import CostModel, plan_micro_batches, plan_packed
+from copd_megatron.policy.batch.context import context_shard
+from copd_megatron.policy.batch.micro_batch import Arrangement, build_micro_batch, flatten
 from tests.models import Text, random_texts
 
 lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=60)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from copd_megatron.config import ConfigError, load_config, read_model_shape, read_model_shapes
-from copd_megatron.dry_run import dry_run
-from copd_megatron.topology.memory import estimate_memory
+from copd_megatron.launch.dry_run import dry_run
+from copd_megatron.planner.memory import estimate_memory
 from tests.test_config import HF_CONFIG, MIXTURE, ROOT, SHAPE, load, write_model
 
 # --- the model's folder ------------------------------------------------------------------------------------

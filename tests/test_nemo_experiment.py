@@ -18,7 +18,7 @@ from types import ModuleType
 import pytest
 
 from copd_megatron.config import ConfigError, load_config, validate
-from copd_megatron.topology.placement import PlacementError
+from copd_megatron.launch.placement import PlacementError
 from tests.checkpoint_runs import BRANCHES, prepare, write_config
 from tests.models import make_model
 from tests.test_slurm import Cluster, cluster, needs_slurm

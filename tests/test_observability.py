@@ -23,7 +23,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from torch.distributed import HashStore
 
-from copd_megatron.cli import main
+from copd_megatron.cli.main import main
 from copd_megatron.config import Config, ConfigError, WandbConfig
 from copd_megatron.config.schema import LoggingConfig, ProfilingConfig
 from copd_megatron.metrics.packages import check_packages, is_installed

@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from copd_megatron.launch.placement import PlacementError, host_list, place
 from copd_megatron.topology.layout import BranchLayout, Layout
-from copd_megatron.topology.placement import PlacementError, host_list, place
 from copd_megatron.topology.slurm import first_host, step_environment
 from tests.models import make_model
 
@@ -128,7 +128,7 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The launcher's check, in a process where torch cannot be imported."""
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "from copd_megatron.slurm_launch import main; sys.exit(main(sys.argv[1:]))"
+        "from copd_megatron.launch.slurm import main; sys.exit(main(sys.argv[1:]))"
     )
     return subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60

@@ -24,7 +24,7 @@ from copd_megatron.config.schema import (
     Recompute,
     TrainingConfig,
 )
-from copd_megatron.policy.positions import multimodal_positions
+from copd_megatron.policy.batch.positions import multimodal_positions
 from copd_megatron.records import FloatArray, IntArray, TrainRow
 from tests.layouts import Job, run_layouts
 from tests.models import save_tokenizer

@@ -118,7 +118,7 @@ def _build_every_config() -> int:
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.transformer import TransformerConfig
 
-    from copd_megatron.policy.megatron_settings import (
+    from copd_megatron.policy.megatron.settings import (
         data_parallel_fields,
         optimizer_fields,
         precision_fields,
@@ -238,7 +238,7 @@ def test_overlap_and_recomputation_change_no_number(tmp_path: Any) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("recipe", list(REQUIREMENTS))
 def test_fp8_scores_are_near_float32(recipe: FP8Recipe, tmp_path: Any) -> None:
-    from copd_megatron.policy.megatron_settings import this_machine
+    from copd_megatron.policy.megatron.settings import this_machine
     from tools.gpu_parts import scores_with
 
     if reason := missing_for(recipe, this_machine()):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from copd_megatron import preflight
 from copd_megatron.config import ConfigError, load_config, read_model_shapes
+from copd_megatron.launch import preflight
+from copd_megatron.planner.disk import run_bytes
 from tests.checkpoint_runs import BRANCHES, write_config
 from tests.models import make_model
 
@@ -40,9 +41,9 @@ def test_the_bound_is_what_the_header_says(config_path: Path) -> None:
     config = load_config(config_path)
     shapes = read_model_shapes(config)
     parameters = shapes["alpha"].num_parameters
-    assert preflight.run_bytes(config, shapes) == (3 + 1) * 2 * parameters * 16 + 3 * parameters * 4
+    assert run_bytes(config, shapes) == (3 + 1) * 2 * parameters * 16 + 3 * parameters * 4
     config = load_config(config_path, ["checkpoint.save_period=0", "end.merge=false", "end.export=false"])
-    assert preflight.run_bytes(config, shapes) == 2 * parameters * 16
+    assert run_bytes(config, shapes) == 2 * parameters * 16
 
 
 def test_a_disk_that_is_too_small_is_refused(config_path: Path, small_disk: Path, tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_what_a_run_has_written_already_counts(config_path: Path, small_disk: Pa
     config = load_config(config_path)
     shapes = read_model_shapes(config)
     (small_disk / "checkpoint").write_bytes(b"")
-    os.truncate(small_disk / "checkpoint", preflight.run_bytes(config, shapes))  # sparse
+    os.truncate(small_disk / "checkpoint", run_bytes(config, shapes))  # sparse
     preflight.check_disk(config, shapes, small_disk)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from copd_megatron.cli import main
-from copd_megatron.metrics.report import behaviour_lines, read_run, save_plots, sparkline, write_report
-from copd_megatron.metrics.table import save_table
+from copd_megatron.cli.main import main
+from copd_megatron.evaluation.table import save_table
+from copd_megatron.report.curves import behaviour_lines, read_run, save_plots, sparkline, write_report
 
 
 def write_run(folder: Path, num_steps: int = 20, **extra: list[float]) -> Path:

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from copd_megatron.config.graph import Edge, Graph, build_graph
 from copd_megatron.config.schema import BranchConfig, Config, EdgeConfig, OPDConfig, Topology
-from copd_megatron.opd.graph import Edge, Graph, build_graph
-from copd_megatron.opd.plan import router_bytes, split_rows
+from copd_megatron.opd.plan import split_rows
 from copd_megatron.opd.records import ScoreRequest, TeacherScore
 from copd_megatron.opd.router import Router
 from copd_megatron.opd.wire import (
@@ -33,6 +33,7 @@ from copd_megatron.opd.wire import (
     unpack_requests,
     unpack_scores,
 )
+from copd_megatron.planner.traffic import router_bytes
 from copd_megatron.topology.watch import EXIT_STUCK, CollectiveError
 from copd_megatron.topology.world import World, init_world
 from tests.distributed import launch_distributed, run_distributed

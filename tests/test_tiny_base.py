@@ -16,7 +16,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from copd_megatron.data import ShardSet, encode_prompt
-from copd_megatron.data.make import Family
 from copd_megatron.rewards import registry
 from copd_megatron.tiny.base import (
     MARKER,
@@ -29,6 +28,7 @@ from copd_megatron.tiny.base import (
 from copd_megatron.tiny.demonstrations import WORKINGS, columns, demonstrations, running_total
 from copd_megatron.tiny.muon import Muon, orthogonalize
 from copd_megatron.tiny.recipe import TEXT_RECIPE, Domain, Recipe, WarmUpSettings, base_digest, data_digest
+from copd_megatron.tiny.tasks.text import Family
 from copd_megatron.tiny.tokenizer import build_tokenizer
 from copd_megatron.tiny.warm_up import IGNORED, imitation_loss, lr_factor, pad_batch, reproducible, warm_up
 

@@ -20,10 +20,10 @@ from copd_megatron.config import load_config
 from copd_megatron.config.schema import MediaConfig
 from copd_megatron.data import ShardSet
 from copd_megatron.data.processing import MultimodalProcessor
-from copd_megatron.data.visual_tasks.tasks import VisualTask, family
 from copd_megatron.rewards import registry
 from copd_megatron.tiny.base import MARKER
 from copd_megatron.tiny.demonstrations import running_total
+from copd_megatron.tiny.tasks.families import VisualTask, family
 from copd_megatron.tiny.vl import (
     build_processor,
     build_visual_model,

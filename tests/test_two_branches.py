@@ -60,21 +60,16 @@ def _drive(config_path: Path, exports: Path) -> dict[str, Any]:
     """Three OPD steps of this rank's branch; teachers live in the first, snapshots after that."""
     import torch.distributed as dist
 
-    from copd_megatron.branch import start
+    from copd_megatron.branch.cross import cross_batch
+    from copd_megatron.branch.native import native_batch, score
+    from copd_megatron.branch.probes import _behaviour_probes
+    from copd_megatron.branch.sampling import sample_and_grade
+    from copd_megatron.branch.schedule import Phase, Step
+    from copd_megatron.branch.start import start
+    from copd_megatron.branch.update import DivergedError, sync_weights, update
     from copd_megatron.config import load_config
     from copd_megatron.config.schema import TeacherMode
     from copd_megatron.rollout.engine import RolloutError, SamplingSettings
-    from copd_megatron.schedule import Phase, Step
-    from copd_megatron.stages import (
-        DivergedError,
-        _behaviour_probes,
-        cross_batch,
-        native_batch,
-        sample_and_grade,
-        score,
-        sync_weights,
-        update,
-    )
     from copd_megatron.topology.layout import Layout
     from copd_megatron.weight_sync.export import export_hf
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from copd_megatron.policy.vision_attention import use_packed_attention
+from copd_megatron.policy.megatron.vision_attention import use_packed_attention
 from copd_megatron.tiny.vl import build_processor, build_visual_model
 from copd_megatron.tiny.vl_recipe import VL_RECIPE
 

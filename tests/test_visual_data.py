@@ -15,10 +15,10 @@ import pytest
 from copd_megatron.config.schema import MediaConfig
 from copd_megatron.data import DataError, Sample, ShardSet, check_shards
 from copd_megatron.data.decode import VideoFrames, decode_image, decode_video
-from copd_megatron.data.visual_tasks.canvas import COLORS, DIGIT_COLUMNS, DIGIT_ROWS, blank, draw_digit
-from copd_megatron.data.visual_tasks.make import VisualShare, write_visual_domain
-from copd_megatron.data.visual_tasks.tasks import VisualTask, families, family
 from copd_megatron.rewards import registry
+from copd_megatron.tiny.tasks.canvas import COLORS, DIGIT_COLUMNS, DIGIT_ROWS, blank, draw_digit
+from copd_megatron.tiny.tasks.families import VisualTask, families, family
+from copd_megatron.tiny.tasks.visual import VisualShare, write_visual_domain
 from tests.test_data_tools import run_tool
 
 ALL_FRAMES = MediaConfig(frame_rate=1000.0)

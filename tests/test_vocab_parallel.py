@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from copd_megatron.policy.vocab_parallel import (
+from copd_megatron.policy.head import (
     VocabShard,
     linear_full_logprobs,
     linear_logprobs,

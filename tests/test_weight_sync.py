@@ -18,10 +18,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from copd_megatron.config.model_shape import ModelShape, read_model_shape
 from copd_megatron.config.schema import ParallelConfig, TrainingConfig
-from copd_megatron.policy.hf_layout import slots
-from copd_megatron.policy.weights import HFFolder
+from copd_megatron.hf.folder import HFFolder
+from copd_megatron.model.shape import ModelShape, read_model_shape
+from copd_megatron.model.slots import slots
 from copd_megatron.weight_sync.plan import BranchLayout, plan_sync, wanted_range
 from tests.layouts import Job, run_layouts
 from tests.models import make_model, random_texts, reference_model

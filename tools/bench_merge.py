@@ -113,8 +113,8 @@ def make_checkpoint(folder: Path, size_bytes: float, shard_bytes: float, *, bran
     the values do not matter, their spread does."""
     import torch
 
-    from copd_megatron.merge.safetensors_io import SafetensorsSink
-    from copd_megatron.merge.tensors import TensorSpec, block_range
+    from copd_megatron.formats.safetensors import SafetensorsSink
+    from copd_megatron.formats.tensors import TensorSpec, block_range
 
     folder.mkdir(parents=True)
     tensors = dict(shapes(size_bytes))

@@ -178,8 +178,8 @@ def measure(arguments: argparse.Namespace, folder: Path, rollout_tp: int) -> Mea
     import torch.distributed as dist
 
     from copd_megatron.config.schema import ParallelConfig, RolloutConfig, TrainingConfig, WeightSyncConfig
+    from copd_megatron.hf.folder import HFFolder
     from copd_megatron.policy.actor import MegatronActor
-    from copd_megatron.policy.weights import HFFolder
     from copd_megatron.rollout.engine import RolloutEngine
     from copd_megatron.weight_sync.export import export_hf
     from copd_megatron.weight_sync.sync import WeightSync
@@ -298,8 +298,8 @@ def make_model(folder: Path, *, size_bytes: int, hidden: int, vocab: int, tied: 
     from safetensors.torch import save_file
     from transformers import Qwen3Config
 
-    from copd_megatron.config.model_shape import read_model_shape
-    from copd_megatron.policy.hf_layout import slots
+    from copd_megatron.model.shape import read_model_shape
+    from copd_megatron.model.slots import slots
     from copd_megatron.tiny.tokenizer import build_tokenizer
 
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32

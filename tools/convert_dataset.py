@@ -6,7 +6,7 @@
     python tools/convert_dataset.py --layout onethinker onethinker_rl_train.json --media-root OneThinker \\
         --kind video --out data --name video --validation 500
 
-Layouts, and the fields they assume: copd_megatron/data/layouts.py.
+Layouts, and the fields they assume: copd_megatron/data/convert/public_sets.py.
 Rows that cannot be graded by a verifier are skipped; the counts by reason are printed.
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from copd_megatron.data.convert_public import Conversion, convert_public
-from copd_megatron.data.layouts import LAYOUTS
+from copd_megatron.data.convert.public import Conversion, convert_public
+from copd_megatron.data.convert.public_sets import LAYOUTS
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

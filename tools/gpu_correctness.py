@@ -37,14 +37,14 @@ from gpu_material import (
 from gpu_measure import GIB, Figures, difference, profile_summary, release, timed
 
 from copd_megatron.config.hardware import missing_for
-from copd_megatron.config.model_shape import read_model_shape
 from copd_megatron.config.schema import FP8Recipe, LossConfig, RolloutQuantization, WeightSyncConfig
+from copd_megatron.model.shape import read_model_shape
 from copd_megatron.records import FloatArray
 
 
 def environment(options: argparse.Namespace, figures: Figures) -> None:
     """Where this ran, and how fast its memory and its link to the host are."""
-    from copd_megatron.doctor import report
+    from copd_megatron.launch.doctor import report
 
     found = report()
     on_cuda = torch.cuda.is_available()
@@ -83,7 +83,7 @@ _SCORE_SHAPES = {
 
 def scores(options: argparse.Namespace, figures: Figures) -> None:
     """The actor's log-probabilities against transformers' in float32."""
-    from copd_megatron.policy.megatron_settings import this_machine
+    from copd_megatron.policy.megatron.settings import this_machine
 
     recipe = FP8Recipe(options.recipes[0])
     if reason := missing_for(recipe, this_machine()):
@@ -386,7 +386,7 @@ def branch_rank() -> int:
     whole device, takes for its own what another process takes meanwhile, and ends if there is less free
     after it went to sleep than before. In a job every rank has its device for itself.
     """
-    from copd_megatron.cli import main
+    from copd_megatron.cli.main import main
     from copd_megatron.rollout.engine import RolloutEngine
 
     def in_turn(method: Callable[..., Any]) -> Callable[..., Any]:

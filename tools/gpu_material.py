@@ -20,7 +20,6 @@ from unittest import mock
 import numpy as np
 import torch
 
-from copd_megatron.config.model_shape import ModelShape, read_model_shape
 from copd_megatron.config.schema import (
     FP8Recipe,
     MediaConfig,
@@ -31,6 +30,7 @@ from copd_megatron.config.schema import (
     RolloutConfig,
     TrainingConfig,
 )
+from copd_megatron.model.shape import ModelShape, read_model_shape
 from copd_megatron.records import IntArray, MediaRef, Prompt, TrainRow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +126,7 @@ def make_folder(work: Path, shape: str, *, weights: bool = False, layers: int | 
 def _write_weights(folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from copd_megatron.policy.hf_layout import slots
+    from copd_megatron.model.slots import slots
     from copd_megatron.weight_sync.export import shard_name, write_index
 
     draw, dtype = _Draw(read_model_shape(folder)), compute_dtype()

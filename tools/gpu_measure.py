@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from copd_megatron.config.model_shape import ModelShape
+from copd_megatron.model.shape import ModelShape
 from copd_megatron.records import FloatArray, IntArray, MediaRef
 
 GIB = 2**30

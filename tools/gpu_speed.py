@@ -39,15 +39,15 @@ from gpu_measure import (
 )
 
 from copd_megatron.config.hardware import missing_for
-from copd_megatron.config.model_shape import read_model_shape
 from copd_megatron.config.schema import FP8Recipe, LossConfig, MemoryConfig, WeightSyncConfig
+from copd_megatron.model.shape import read_model_shape
 
 # ---- training --------------------------------------------------------------------------------------------
 
 
 def training(options: argparse.Namespace, figures: Figures) -> None:
     """An update of four packs of 8k tokens, gradient and optimizer step; and a scoring pass over them."""
-    from copd_megatron.policy.megatron_settings import this_machine
+    from copd_megatron.policy.megatron.settings import this_machine
 
     recipe = FP8Recipe(options.recipes[0])
     if reason := missing_for(recipe, this_machine()):

@@ -80,7 +80,7 @@ def describe_branch(folder: Path, entry: BranchEntry) -> dict[str, Any]:
 
 def tensor_totals(folder: Path) -> dict[str, dict[str, int]]:
     """Tensors and bytes by what they belong to and type: ``{"weights float32": {...}}``."""
-    from copd_megatron.checkpoint.folder import megatron_tensors_of
+    from copd_megatron.formats.megatron_reader import megatron_tensors_of
 
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
@@ -148,7 +148,7 @@ def size_text(num_bytes: int) -> str:
 
 def list_tensors(folder: Path, *, as_json: bool) -> None:
     """Every tensor of one folder in Megatron's format."""
-    from copd_megatron.checkpoint.folder import find_folder, megatron_tensors_of
+    from copd_megatron.formats.megatron_reader import find_folder, megatron_tensors_of
 
     tensors = sorted(megatron_tensors_of(find_folder(folder)).items())
     if as_json:
@@ -192,7 +192,7 @@ def inspect_one(folder: Path, options: argparse.Namespace) -> int:
 
 def inspect_converted(folder: Path, options: argparse.Namespace) -> int:
     """A folder in Megatron's format by itself, or a branch's, without what a manifest would say."""
-    from copd_megatron.checkpoint.folder import find_folder
+    from copd_megatron.formats.megatron_reader import find_folder
 
     folder = find_folder(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())

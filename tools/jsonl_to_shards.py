@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from copd_megatron.data.convert import FieldMap, convert_jsonl
+from copd_megatron.data.convert.jsonl import FieldMap, convert_jsonl
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

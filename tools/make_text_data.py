@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from copd_megatron.data.make import AUTO_VERIFIER, Family, family_options, write_domain
+from copd_megatron.tiny.tasks.text import AUTO_VERIFIER, Family, family_options, write_domain
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

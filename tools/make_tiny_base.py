@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from copd_megatron.data.errors import DataError
+from copd_megatron.errors import DataError
 from copd_megatron.tiny.base import TinyBaseError, make_data, make_tiny_base
 from copd_megatron.tiny.recipe import TEXT_RECIPE, Recipe
 from copd_megatron.tiny.vl import make_visual_base, make_visual_data

@@ -23,9 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from copd_megatron.data.make import family_options
-from copd_megatron.data.visual_tasks.make import VisualShare, write_visual_domain
-from copd_megatron.data.visual_tasks.tasks import families
+from copd_megatron.tiny.tasks.families import families
+from copd_megatron.tiny.tasks.text import family_options
+from copd_megatron.tiny.tasks.visual import VisualShare, write_visual_domain
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

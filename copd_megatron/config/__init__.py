@@ -8,9 +8,8 @@
 ``validate`` holds the checks that span fields. All three raise :class:`ConfigError` only.
 """
 
-from copd_megatron.config.errors import ConfigError
 from copd_megatron.config.load import load_config, save_resolved, to_yaml
-from copd_megatron.config.model_shape import ModelShape, read_model_shape, read_model_shapes
+from copd_megatron.config.models import read_model_shapes
 from copd_megatron.config.schema import (
     AdvantageConfig,
     Aggregation,
@@ -54,6 +53,8 @@ from copd_megatron.config.schema import (
     WeightSyncConfig,
 )
 from copd_megatron.config.validate import validate
+from copd_megatron.errors import ConfigError
+from copd_megatron.model.shape import ModelShape, read_model_shape
 
 __all__ = [
     "AdvantageConfig",

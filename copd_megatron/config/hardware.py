@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from copd_megatron.config.errors import ConfigError
 from copd_megatron.config.schema import FP8Recipe, OptimizerConfig, PrecisionConfig, RolloutQuantization
+from copd_megatron.errors import ConfigError
 
 Capability = tuple[int, int]
 """Compute capability, (9, 0) for sm90."""

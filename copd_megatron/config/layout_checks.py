@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from copd_megatron.config.bounds import at_least, divisors, under, within
 from copd_megatron.config.hardware import FP8_TOKEN_MULTIPLE
-from copd_megatron.config.model_shape import ModelShape
 from copd_megatron.config.schema import BranchConfig, Config, Device, FP8Recipe, Recompute
+from copd_megatron.model.shape import ModelShape
 
 
 def branch_layout(key: str, branch: BranchConfig) -> Iterator[str]:

@@ -27,9 +27,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from copd_megatron.config.errors import ConfigError
 from copd_megatron.config.schema import BranchConfig, Config
 from copd_megatron.config.typecheck import Field, check_value, root_field, unknown_key
+from copd_megatron.errors import ConfigError
 
 BRANCH_DEFAULTS = "branch_defaults"
 DEFAULTS_FROM = "defaults_from"

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import BooleanNode, EnumNode, FloatNode, IntegerNode, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
-from copd_megatron.config.errors import ConfigError
+from copd_megatron.errors import ConfigError
 
 _EXPECTED: dict[Any, str] = {
     int: "a whole number",

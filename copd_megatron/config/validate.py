@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 from copd_megatron.config.bounds import above, at_least, under, within
-from copd_megatron.config.errors import ConfigError
 from copd_megatron.config.layout_checks import (
     branch_against_model,
     branch_layout,
@@ -19,7 +18,6 @@ from copd_megatron.config.layout_checks import (
     precision_against_model,
     precision_settings,
 )
-from copd_megatron.config.model_shape import ModelShape
 from copd_megatron.config.schema import (
     Aggregation,
     BranchConfig,
@@ -30,6 +28,8 @@ from copd_megatron.config.schema import (
     TeacherMode,
     Topology,
 )
+from copd_megatron.errors import ConfigError
+from copd_megatron.model.shape import ModelShape
 
 DTYPES = ("auto", "float32", "bfloat16")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -248,7 +248,7 @@ def _opd(config: Config) -> Iterator[str]:
 def _graph(config: Config) -> Iterator[str]:
     """Hub, edges and their overrides: the graph's own checks."""
     # Here and not above: the graph is built from this package's types.
-    from copd_megatron.opd.graph import build_graph
+    from copd_megatron.config.graph import build_graph
 
     try:
         graph = build_graph(config)

@@ -9,10 +9,10 @@ to the stream. ``visual_tasks`` makes such data, ``layouts.py`` and ``convert_pu
 (None of these is imported here: decoders and processors are heavy.)
 """
 
-from copd_megatron.data.errors import BadSampleError, DataError
 from copd_megatron.data.samples import Sample, SampleRef
 from copd_megatron.data.shards import ShardSet, check_shards, expand_patterns
 from copd_megatron.data.stream import PromptReader, PromptStream, encode_prompt, load_validation, split_evenly
+from copd_megatron.errors import BadSampleError, DataError
 
 __all__ = [
     "BadSampleError",

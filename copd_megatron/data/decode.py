@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from copd_megatron.config.schema import MediaConfig
-from copd_megatron.data.errors import BadSampleError
+from copd_megatron.errors import BadSampleError
 
 PixelArray = npt.NDArray[np.uint8]
 

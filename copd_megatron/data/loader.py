@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from copd_megatron.config.schema import MediaConfig
-from copd_megatron.data.errors import BadSampleError, DataError
 from copd_megatron.data.media import MediaPlace, check_hash, content_hash, place_of
 from copd_megatron.data.processing import ItemFeatures, MediaFeatures, MultimodalProcessor
 from copd_megatron.data.samples import SampleRef
 from copd_megatron.data.shards import ShardSet
+from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.records import MediaRef
 
 _ABSENT = object()

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from copd_megatron.data.errors import DataError
+from copd_megatron.errors import DataError
 from copd_megatron.records import MediaRef
 
 IMAGE = "image"

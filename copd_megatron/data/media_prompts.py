@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from copd_megatron.data.errors import BadSampleError
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.media import MediaPlace, kind_of, media_members
 from copd_megatron.data.samples import Sample, SampleRef
 from copd_megatron.data.shards import ShardSet
+from copd_megatron.errors import BadSampleError
 from copd_megatron.records import IntArray, MediaRef
 
 

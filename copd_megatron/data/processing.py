@@ -26,9 +26,9 @@ import numpy.typing as npt
 
 from copd_megatron.config.schema import MediaConfig
 from copd_megatron.data.decode import PixelArray, VideoFrames, decode_image, decode_video
-from copd_megatron.data.errors import BadSampleError, DataError
 from copd_megatron.data.media import IMAGE, VIDEO
 from copd_megatron.data.samples import Message
+from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.records import FloatArray, IntArray
 
 _MARKER = re.compile(r"(<image>|<video>)")

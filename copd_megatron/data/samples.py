@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from copd_megatron.data.errors import BadSampleError
+from copd_megatron.errors import BadSampleError
 
 Message = Mapping[str, Any]
 

@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import braceexpand
 
-from copd_megatron.data.errors import BadSampleError, DataError
 from copd_megatron.data.samples import Sample, SampleRef, parse_sample
 from copd_megatron.data.tar_scan import BLOCK_BYTES, TarDamageError, scan_tar
+from copd_megatron.errors import BadSampleError, DataError
 
 _MEMBER = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

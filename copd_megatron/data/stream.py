@@ -19,9 +19,9 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from copd_megatron.config.schema import DataConfig
-from copd_megatron.data.errors import BadSampleError, DataError
 from copd_megatron.data.samples import Message, Sample, SampleRef
 from copd_megatron.data.shards import ShardSet, check_shards
+from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.records import IntArray, MediaRef, Prompt
 
 logger = logging.getLogger(__name__)

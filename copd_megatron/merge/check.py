@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from copd_megatron.config.model_shape import SUPPORTED_ARCHITECTURES, read_sizes
-from copd_megatron.merge.hf_folder import read_json
-from copd_megatron.merge.tensors import TensorSource
+from copd_megatron.formats.tensors import TensorSource
+from copd_megatron.hf.companions import read_json
+from copd_megatron.model.shape import SUPPORTED_ARCHITECTURES, read_sizes
 
 IGNORED_CONFIG_KEYS = {
     "_name_or_path",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest
-from copd_megatron.config.errors import ConfigError
+from copd_megatron.errors import ConfigError
 from copd_megatron.merge.recipe import ALIASES, METHODS, ModelInput, Recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def _merge(arguments: argparse.Namespace, recipe: Recipe, rank: int, world_size:
 
 
 def _report(arguments: argparse.Namespace, recipe: Recipe) -> None:
-    from copd_megatron.merge.report import branch_distances
+    from copd_megatron.report.merge_distance import branch_distances
 
     stem = arguments.report or str(Path(arguments.out or ".") / "merge_report")
     base = arguments.base or recipe.base

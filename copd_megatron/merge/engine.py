@@ -35,14 +35,8 @@ import torch
 from torch import Tensor
 
 from copd_megatron.checkpoint.manifest import CheckpointError
-from copd_megatron.merge.check import check_mergeable
-from copd_megatron.merge.formats import Format, make_sink, open_source
-from copd_megatron.merge.hf_folder import copy_companions, set_dtype
-from copd_megatron.merge.journal import Journal
-from copd_megatron.merge.methods import Settings, start
-from copd_megatron.merge.recipe import Recipe, layer_depths
-from copd_megatron.merge.scratch import scratch
-from copd_megatron.merge.tensors import (
+from copd_megatron.formats.open import Format, make_sink, open_source
+from copd_megatron.formats.tensors import (
     BLOCK_ELEMENTS,
     DTYPE_NAMES,
     ShardWriter,
@@ -51,6 +45,12 @@ from copd_megatron.merge.tensors import (
     TensorSpec,
     block_range,
 )
+from copd_megatron.hf.companions import copy_companions, set_dtype
+from copd_megatron.merge.check import check_mergeable
+from copd_megatron.merge.journal import Journal
+from copd_megatron.merge.methods import Settings, start
+from copd_megatron.merge.recipe import Recipe, layer_depths
+from copd_megatron.merge.scratch import scratch
 
 logger = logging.getLogger(__name__)
 

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from copd_megatron.formats.tensors import TensorSpec, block_range
 from copd_megatron.merge.scratch import scratch
 from copd_megatron.merge.sparsify import Keep, Magnitude, RandomMask, Sparsifier
-from copd_megatron.merge.tensors import TensorSpec, block_range
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,8 +38,8 @@ from typing import Any, Literal
 
 import yaml
 
-from copd_megatron.config.errors import ConfigError
 from copd_megatron.config.typecheck import join, unknown_key
+from copd_megatron.errors import ConfigError
 
 Scalar = bool | float
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from copd_megatron.config.errors import ConfigError
 from copd_megatron.config.schema import LoggingConfig
+from copd_megatron.errors import ConfigError
 
 
 def check_packages(options: LoggingConfig) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from copd_megatron.config.errors import ConfigError
 from copd_megatron.config.schema import ProfilingConfig
+from copd_megatron.errors import ConfigError
 from copd_megatron.metrics.rank_log import RankPlace
 
 logger = logging.getLogger(__name__)

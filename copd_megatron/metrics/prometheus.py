@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from copd_megatron.config.errors import ConfigError
+from copd_megatron.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

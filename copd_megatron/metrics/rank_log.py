@@ -1,6 +1,6 @@
 """Logs of many ranks, readable as one: branch and rank stand on every line, whatever file it ends up in.
 
-    2026-01-31 12:00:00.123456 INFO    [text 0/2, rank 3] copd_megatron.resume: resumed from ...
+    2026-01-31 12:00:00.123456 INFO    [text 0/2, rank 3] copd_megatron.branch.checkpoints: resumed from ...
 
 Each rank appends to ``<run_dir>/logs/rank_00003.log``: no file is shared, so any shared file system will do.
 ``merged`` (``copd logs``) puts the lines of all ranks into the order of time.

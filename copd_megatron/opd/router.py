@@ -23,7 +23,7 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
-from copd_megatron.opd.graph import Edge, Graph
+from copd_megatron.config.graph import Edge, Graph
 from copd_megatron.opd.plan import Lane, plan_exchange, split_rows
 from copd_megatron.opd.records import ScoreRequest, TeacherScore
 from copd_megatron.opd.wire import (

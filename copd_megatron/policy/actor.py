@@ -34,9 +34,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from copd_megatron.advantages import component_counts, row_weights
 from copd_megatron.config.hardware import FP8_TOKEN_MULTIPLE, check_machine
-from copd_megatron.config.model_shape import read_model_shape
 from copd_megatron.config.schema import (
     LossConfig,
     MemoryConfig,
@@ -45,9 +43,13 @@ from copd_megatron.config.schema import (
     PrecisionConfig,
     TrainingConfig,
 )
-from copd_megatron.losses import policy_loss
+from copd_megatron.model.shape import read_model_shape
+from copd_megatron.objectives.denominators import component_counts, row_weights
+from copd_megatron.objectives.policy_loss import policy_loss
 from copd_megatron.policy import cpu
-from copd_megatron.policy.batch import (
+from copd_megatron.policy.batch.balance import CostModel, plan_micro_batches, plan_packed
+from copd_megatron.policy.batch.context import GatherContext
+from copd_megatron.policy.batch.micro_batch import (
     Arrangement,
     Features,
     MicroBatch,
@@ -55,26 +57,24 @@ from copd_megatron.policy.batch import (
     Vision,
     build_micro_batch,
 )
-from copd_megatron.policy.context import GatherContext
-from copd_megatron.policy.media_sequences import MediaSeqParams
-from copd_megatron.policy.megatron_settings import (
-    data_parallel_fields,
-    optimizer_fields,
-    this_machine,
-)
-from copd_megatron.policy.microbatch import CostModel, plan_micro_batches, plan_packed
-from copd_megatron.policy.model import (
+from copd_megatron.policy.batch.statistics import BatchStatistics, Tally
+from copd_megatron.policy.batch.streams import corrections, tally_mismatch, token_streams
+from copd_megatron.policy.head import VocabShard, linear_full_logprobs, linear_logprobs
+from copd_megatron.policy.megatron.media_sequences import MediaSeqParams
+from copd_megatron.policy.megatron.model import (
     ModelChunks,
     build_chunks,
     initialize_parallel,
     padded_vocab,
     transformer_config,
 )
+from copd_megatron.policy.megatron.settings import (
+    data_parallel_fields,
+    optimizer_fields,
+    this_machine,
+)
 from copd_megatron.policy.offload import Offloader
-from copd_megatron.policy.statistics import BatchStatistics, Tally
-from copd_megatron.policy.streams import corrections, tally_mismatch, token_streams
-from copd_megatron.policy.vocab_parallel import VocabShard, linear_full_logprobs, linear_logprobs
-from copd_megatron.policy.weights import ShardView, load_hf, plain
+from copd_megatron.policy.shard import ShardView, load_hf, plain
 from copd_megatron.records import FloatArray, TrainRow
 
 

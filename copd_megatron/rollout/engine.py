@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import os
 import uuid
 from collections import Counter
@@ -26,6 +25,7 @@ from torch import Tensor
 from copd_megatron.config.hardware import check_quantization
 from copd_megatron.config.schema import RolloutConfig, RolloutQuantization
 from copd_megatron.data.loader import MediaLoader
+from copd_megatron.data.seeds import sample_seed
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout import in_place
 from copd_megatron.rollout.early_stop import EarlyStop
@@ -43,12 +43,6 @@ _REMEDIES = (
     ("EngineDeadError", "; its first error is further up in this rank's output"),
 )
 """Marks in vLLM's messages, and what to do about them."""
-
-
-def sample_seed(run_seed: int, branch: str, step: int, prompt_id: str, sample_index: int) -> int:
-    """The seed of one sampled response: a function of what it is, not of where or when it is sampled."""
-    text = f"{run_seed}/{branch}/{step}/{prompt_id}/{sample_index}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
 
 def split_replicas(num_items: int, num_replicas: int) -> list[range]:

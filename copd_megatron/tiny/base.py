@@ -94,7 +94,7 @@ def validation_prompts(recipe: Recipe) -> set[str]:
 
 
 def _write_domains(folder: Path, recipe: Recipe) -> None:
-    from copd_megatron.data.make import write_domain
+    from copd_megatron.tiny.tasks.text import write_domain
 
     for domain in recipe.domains:
         write_domain(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from copd_megatron.data.make import Family
+from copd_megatron.tiny.tasks.text import Family
 
 SOURCES_THAT_MATTER = ("demonstrations.py", "muon.py", "tokenizer.py", "warm_up.py")
 PACKAGES_THAT_MATTER = ("reasoning-gym", "tokenizers", "torch", "transformers")

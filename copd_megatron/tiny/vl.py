@@ -65,8 +65,8 @@ def make_visual_base(
 
 
 def _write_domains(folder: Path, recipe: VisualRecipe, num_train: int) -> None:
-    from copd_megatron.data.make import write_domain
-    from copd_megatron.data.visual_tasks.make import VisualShare, write_visual_domain
+    from copd_megatron.tiny.tasks.text import write_domain
+    from copd_megatron.tiny.tasks.visual import VisualShare, write_visual_domain
 
     num_validation, seed = recipe.num_validation, recipe.data_seed
     write_domain(
@@ -171,7 +171,7 @@ def build_visual_model(recipe: VisualRecipe, processor: Qwen3VLProcessor) -> Qwe
     """A float32 Qwen3-VL with random weights, from torch's global generator."""
     from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    from copd_megatron.policy.vision_attention import use_packed_attention
+    from copd_megatron.policy.megatron.vision_attention import use_packed_attention
 
     tokenizer = processor.tokenizer
     size = asdict(recipe.model)

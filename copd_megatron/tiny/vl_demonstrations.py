@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from copd_megatron.data.make import divide_by_weight
-from copd_megatron.data.visual_tasks.tasks import VisualTask, family
 from copd_megatron.tiny.demonstrations import WORKINGS, running_total, text_tasks
+from copd_megatron.tiny.tasks.families import VisualTask, family
+from copd_megatron.tiny.tasks.text import divide_by_weight
 from copd_megatron.tiny.vl_recipe import VisualDomain, VisualRecipe
 
 if TYPE_CHECKING:

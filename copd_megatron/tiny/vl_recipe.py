@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from copd_megatron.data.make import Family
 from copd_megatron.tiny.recipe import (
     PACKAGES_THAT_MATTER,
     SOURCES_THAT_MATTER,
@@ -17,6 +16,7 @@ from copd_megatron.tiny.recipe import (
     digest_of_parts,
     package_versions,
 )
+from copd_megatron.tiny.tasks.text import Family
 
 VISUAL_SOURCES = ("vl.py", "vl_demonstrations.py")
 VISUAL_PACKAGES = ("av", "numpy", "pillow")

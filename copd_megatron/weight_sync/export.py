@@ -12,8 +12,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from copd_megatron.model.slots import Slot
 from copd_megatron.policy.actor import MegatronActor
-from copd_megatron.policy.hf_layout import Slot
 from copd_megatron.weight_sync.stream import ShardStream
 
 INDEX = "model.safetensors.index.json"

@@ -14,8 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from copd_megatron.config.model_shape import ModelShape
-from copd_megatron.policy.hf_layout import Slot, expert_owner, slots
+from copd_megatron.model.shape import ModelShape
+from copd_megatron.model.slots import Slot, expert_owner, slots
 
 VLLM_VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this before it splits it."""

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from copd_megatron.model.slots import Slot
 from copd_megatron.policy.actor import MegatronActor
-from copd_megatron.policy.hf_layout import Slot
 from copd_megatron.weight_sync.plan import BranchLayout, Bucket, Transfer, plan_sync
 
 

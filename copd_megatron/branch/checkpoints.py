@@ -1,0 +1,218 @@
+"""What makes a run continue as if it had never stopped: when to save, and what besides the weights.
+
+``Checkpoints`` stands between the training loop and ``checkpoint/``: it gathers what the loop remembers
+(data positions, counters, the table so far), decides at the end of each step whether to save, and puts
+everything back at the start. It is collective over all branches throughout.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from copd_megatron.branch.observer import Observer
+from copd_megatron.branch.schedule import Step, num_steps
+from copd_megatron.branch.state import Branch
+from copd_megatron.checkpoint.compatible import check_compatible
+from copd_megatron.checkpoint.joint import JointSaver, Saved, find_checkpoint, load_checkpoint
+from copd_megatron.checkpoint.manifest import step_folder
+from copd_megatron.checkpoint.stop import StopSignals, deadline, must_save_now
+from copd_megatron.config import to_yaml
+from copd_megatron.data import PromptStream
+from copd_megatron.evaluation.run import Accuracies
+from copd_megatron.rollout.early_stop import from_state, to_state
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands when its loop begins."""
+
+    steps_done: int = 0
+    table: Accuracies = field(default_factory=dict)
+    """Rows of the final table that are known already."""
+
+
+class Checkpoints:
+    """The checkpoints of a running job."""
+
+    def __init__(self, me: Branch, observer: Observer) -> None:
+        options = me.config.checkpoint
+        self.me, self.observer, self.options = me, observer, options
+        self.saver = JointSaver(
+            me.world,
+            me.actor,
+            me.run_dir,
+            asynchronous=options.async_save,
+            keep_last=options.keep_last,
+            keep_best=options.keep_best,
+        )
+        self.progress = Progress()
+        self._signals = StopSignals()
+        self._end = deadline(options.wall_clock_limit_seconds)
+        self._last = time.time()
+        self._longest_step = 0.0
+
+    def __enter__(self) -> Self:
+        self._signals.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._signals.__exit__(kind, error, trace)
+
+    # ---- starting ----------------------------------------------------------------------------------------
+
+    def resume(self) -> Progress:
+        """Continues from the newest valid checkpoint of the run directory, if there is one.
+
+        Raises:
+            CheckpointError: all are damaged, or it belongs to another model.
+            ConfigError, DataError: it belongs to another configuration, or to other data.
+        """
+        me = self.me
+        manifest = find_checkpoint(me.world, me.run_dir, verify_hashes=self.options.verify_hashes)
+        if manifest is None:
+            for writer in self.observer.writers:
+                writer.truncate_after(0)
+            return self.progress
+        begin = time.perf_counter()
+        folder = step_folder(me.run_dir, manifest.step)
+        changed = check_compatible(manifest.config, me.config, where=str(folder))
+        if changed and me.world.is_first:
+            logger.warning("changed since %s, the numbers will differ: %s", folder, "; ".join(changed))
+        state, me.teacher = load_checkpoint(me.world, me.actor, me.run_dir, manifest)
+        self._restore(state, str(folder))
+        for writer in self.observer.writers:
+            writer.truncate_after(manifest.step)
+        self.progress = Progress(steps_done=manifest.step, table=state["table"])
+        me.world.barrier("checkpoint.resumed")
+        if me.world.is_first:
+            logger.info(
+                "resumed from %s, %d of %d steps done, in %.1f s",
+                folder, manifest.step, num_steps(me.config.schedule), time.perf_counter() - begin,
+            )  # fmt: skip
+        return self.progress
+
+    # ---- in the loop -------------------------------------------------------------------------------------
+
+    def after(self, step: Step, accuracies: Accuracies | None = None) -> bool:
+        """Saves if it is time to; call it when a step is wholly done, its metrics written.
+
+        Args:
+            accuracies: of every branch, if they were measured after this step.
+
+        Returns:
+            Whether the run must stop now (it has been saved): a signal came or its time is nearly up.
+        """
+        done, options = step.index + 1, self.options
+        now = time.time()
+        self._longest_step = max(self._longest_step, now - self._last)
+        hurry = must_save_now(
+            self._end,
+            now=now,
+            longest_step_seconds=self._longest_step,
+            reserve_seconds=options.save_before_seconds,
+        )
+        note = (self._signals.received, hurry, self.saver.written)
+        notes = self.me.world.all_gather_objects(note, "checkpoint.agree")
+        signal = next((received for received, _, _ in notes if received is not None), None)
+        out_of_time = any(hurried for _, hurried, _ in notes)
+        if self.saver.pending and all(written for *_, written in notes):
+            self.saver.complete()
+        finished = done == num_steps(self.me.config.schedule)
+        ends_early = signal is not None or out_of_time
+        # after the last step there is no more to stop; what follows it may yet be cut short
+        stop = ends_early and not finished
+        due = options.save_period and (done % options.save_period == 0 or finished)
+        if due or ends_early:
+            begin = time.perf_counter()
+            self.saver.save(self._saved(done, accuracies))
+            self.me.metrics.maximum("timing/checkpoint_seconds", time.perf_counter() - begin)
+        if stop:
+            self.saver.complete()
+            if self.me.world.is_first:
+                reason = signal or "the wall-clock limit is near"
+                logger.warning("stopping after step %d of %d: %s; start the same command again to go on",
+                               done, num_steps(self.me.config.schedule), reason)  # fmt: skip
+        self._last = time.time()
+        return stop
+
+    def wait(self) -> None:
+        """Completes a save that is still being written."""
+        self.saver.complete()
+
+    # ---- what the loop remembers ---------------------------------------------------------------------------
+
+    def _saved(self, done: int, accuracies: Accuracies | None) -> Saved:
+        me = self.me
+        if me.world.is_first:
+            _sync_file(me.run_dir / "metrics.jsonl")
+        return Saved(
+            step=done,
+            loop_state=self._loop_state(done),
+            teacher=me.teacher,
+            config=to_yaml(me.config),
+            model_path=str(Path(me.settings.model_path or me.config.model.path).resolve()),
+            validation_accuracy=_mean_accuracy(accuracies),
+        )
+
+    def _loop_state(self, done: int) -> dict[str, Any]:
+        me = self.me
+        counts: Counter[str] = Counter()
+        for part in me.world.branch_gather(_counters(me), "checkpoint.counters"):
+            counts.update(part)
+        return {
+            "steps_done": done,
+            "streams": {name: stream.state_dict() for name, stream in _streams(me).items()},
+            "graded": dict(counts),
+            "table": self.progress.table,
+            "teacher_version": None if me.teacher is None else me.teacher.version,
+            "begun": to_state(me.begun),
+        }
+
+    def _restore(self, state: dict[str, Any], where: str) -> None:
+        me = self.me
+        saved = dict(state["streams"])
+        for name, stream in _streams(me).items():
+            if name in saved:
+                stream.load_state_dict(saved.pop(name))
+            elif me.world.is_branch_first:
+                logger.warning("%s has no data position of %s: it starts from its beginning", where, name)
+        if saved and me.world.is_branch_first:
+            logger.warning("%s: data positions of %s are no longer used", where, ", ".join(saved))
+        me.begun = from_state(state.get("begun", ()))
+        if me.world.is_branch_first:  # the counters are summed over the branch
+            me.grader.restore_counters(state["graded"])
+
+
+def _counters(me: Branch) -> dict[str, int]:
+    """This rank's grading counts, where it grades."""
+    grades = me.engine is not None and me.engine.tp_rank == 0
+    return me.grader.counters() if grades else {}
+
+
+def _streams(me: Branch) -> dict[str, PromptStream]:
+    """The branch's prompt streams by purpose."""
+    own = {} if me.prompts is None else {"native": me.prompts}
+    return own | {edge.name: stream for edge, stream in me.edge_prompts.items()}
+
+
+def _mean_accuracy(accuracies: Accuracies | None) -> float | None:
+    values = [value for row in (accuracies or {}).values() for value in row.values()]
+    return sum(values) / len(values) if values else None
+
+
+def _sync_file(path: Path) -> None:
+    """Brings a file to the disk, whoever has it open for writing."""
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

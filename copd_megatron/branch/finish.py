@@ -1,0 +1,57 @@
+"""What follows the last step: export, merge, evaluation, the table."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from copd_megatron.branch.schedule import num_steps
+from copd_megatron.branch.state import Branch
+from copd_megatron.branch.validation import each_branch, load_folder, shared_model, write_table
+from copd_megatron.evaluation.run import Accuracies
+from copd_megatron.merge.mean import merge_mean
+from copd_megatron.report.curves import write_report
+from copd_megatron.weight_sync.export import export_hf
+
+logger = logging.getLogger(__name__)
+
+
+def finish(me: Branch, table: Accuracies) -> None:
+    """Exports every branch, merges them (theta = mean of the branches), evaluates, writes the table."""
+    config, folder = me.config, me.run_dir / "export"
+    if me.validation:
+        table |= each_branch(me)
+    trained = [name for name, branch in config.branches.items() if not branch.frozen]
+    if config.end.export or config.end.merge:
+        export_branch(me, folder / me.name)
+        me.world.barrier("export")
+    if config.end.merge and len(trained) > 1:
+        merge_mean(
+            [folder / name for name in trained],
+            folder / "merged",
+            rank=me.world.rank,
+            world_size=me.world.world_size,
+            barrier=lambda: me.world.barrier("merge"),
+        )
+        load_folder(me, folder / "merged")
+        if me.validation:
+            table |= shared_model(me, "merged")
+    if table:
+        text = write_table(me, table)
+        if me.world.is_first:
+            logger.info("validation accuracy of %s: see %s", ", ".join(table), me.run_dir / "evaluation.txt")
+            # for the person who waits: lines of a log would be too wide to read
+            print(f"\nvalidation accuracy (%)\n\n{text}\n", flush=True)
+    if me.world.is_first and num_steps(config.schedule):
+        behaviour, picture = write_report(me.run_dir)
+        if behaviour:
+            print(f"how alike the branches are\n\n{behaviour}\n", flush=True)
+        print(f"curves: {picture}", flush=True)
+
+
+def export_branch(me: Branch, folder: Path) -> None:
+    """This branch's weights as a Hugging Face folder."""
+    if not me.trains:
+        return
+    with me.world.watch.operation("export", ranks=me.world.branch_ranks[me.name]):
+        export_hf(me.actor, folder, source=me.settings.model_path or me.config.model.path)

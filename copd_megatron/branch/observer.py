@@ -1,0 +1,123 @@
+"""What a run shows of itself: metrics.jsonl always; console, TensorBoard, W&B, Prometheus, the timeline and
+profiles by configuration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+import torch.distributed as dist
+import yaml
+
+from copd_megatron.branch.schedule import Step, num_steps
+from copd_megatron.branch.state import Branch
+from copd_megatron.config import save_resolved, to_yaml
+from copd_megatron.evaluation.run import Accuracies
+from copd_megatron.launch.run_dir import starts_anew
+from copd_megatron.metrics.console import ConsoleView
+from copd_megatron.metrics.profiler import ProfilerWindow
+from copd_megatron.metrics.prometheus import PrometheusEndpoint, PrometheusTextfile
+from copd_megatron.metrics.rank_log import RankPlace
+from copd_megatron.metrics.timeline import TimelineWriter
+from copd_megatron.metrics.wandb_writer import WandbWriter
+from copd_megatron.metrics.writers import JsonlWriter, TensorBoardWriter, Writer
+
+
+class Observer:
+    """Reduces each branch's metrics, joins them over branches, and writes them on global rank 0. Every rank
+    writes its own timeline and profile."""
+
+    def __init__(self, me: Branch) -> None:
+        self.me = me
+        self.writers: list[Writer] = []
+        self._begin = time.monotonic()
+        place = RankPlace(
+            rank=me.world.rank,
+            branch=me.name,
+            branch_rank=me.world.branch_rank,
+            branch_size=me.world.branch_size,
+        )
+        options = me.config.profiling
+        self._profiler = ProfilerWindow(options, me.run_dir, place, cuda=me.world.device.type == "cuda")
+        self._timeline: TimelineWriter | None = None
+        if options.timeline:
+            me.world.barrier("timeline")
+            self._timeline = TimelineWriter(
+                me.run_dir, place, aligned_at=time.monotonic(), append=not starts_anew(me.config)
+            )
+            me.world.watch.recorder = self._timeline.operation
+        if me.world.is_first:
+            me.run_dir.mkdir(parents=True, exist_ok=True)
+            save_resolved(me.config, me.run_dir / "config.yaml")
+            self.writers.extend(_writers(me))
+
+    def begin(self, step: Step) -> None:
+        """A step begins."""
+        self._profiler.begin(step.index + 1)
+        self._begin = time.monotonic()
+
+    def step(self, step: Step) -> None:
+        """Writes everything collected since the last call; collective over all branches."""
+        me, seconds = self.me, time.monotonic() - self._begin
+        me.metrics.maximum("timing/step_seconds", seconds)
+        me.metrics.minimum("perf/tokens_per_second", me.num_sampled_tokens / max(seconds, 1e-9))
+        me.num_sampled_tokens = 0
+        for name, count in me.grader.counters().items():
+            if me.engine is not None and me.engine.tp_rank == 0:
+                me.metrics.total(f"rewards/{name}", count)
+        if me.media is not None:
+            for name, total in me.media.counters().items():
+                me.metrics.maximum(f"media/{name}", total)
+        if me.prompts is not None:
+            me.metrics.value("data/epoch", float(me.prompts.epoch))
+            me.metrics.value("data/skipped", float(sum(me.prompts.skipped.values())))
+        with me.world.watch.operation("metrics", ranks=me.world.branch_ranks[me.name]):
+            mine = me.metrics.reduce(dist.group.WORLD)
+        named = {key if key.startswith("copd/") else f"{me.name}/{key}": value for key, value in mine.items()}
+        everything: dict[str, float] = {}
+        for part in me.world.all_gather_objects(named if me.world.is_branch_first else {}, "metrics.gather"):
+            everything.update(part)
+        for writer in self.writers:
+            writer.write(step.index + 1, step.phase.value, everything)
+        if self._timeline is not None:
+            self._timeline.step(step.index + 1, step.phase.value, self._begin, time.monotonic())
+        self._profiler.end(step.index + 1)
+
+    def validation(self, accuracies: Accuracies) -> None:
+        """Adds this branch's validation accuracies to the step's metrics."""
+        for domain, value in accuracies.get(self.me.name, {}).items():
+            self.me.metrics.value(f"validation/accuracy/{domain}", value)
+            if domain == self.me.name:
+                self.me.metrics.value("validation/accuracy", value)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._profiler.close()
+        if self._timeline is not None:
+            self.me.world.watch.recorder = None
+            self._timeline.close()
+        for writer in self.writers:
+            writer.close(failed=error is not None)
+
+
+def _writers(me: Branch) -> Iterator[Writer]:
+    """What the configuration asks for, opened."""
+    options, run = me.config.logging, me.config.run.name
+    yield JsonlWriter(me.run_dir / "metrics.jsonl")
+    if options.tensorboard:
+        yield TensorBoardWriter(me.run_dir / "tensorboard")
+    if options.wandb.enabled:
+        yield WandbWriter(me.run_dir, run, options.wandb, yaml.safe_load(to_yaml(me.config)))
+    if options.prometheus.textfile is not None:
+        yield PrometheusTextfile(options.prometheus.textfile, run=run)
+    if options.prometheus.port is not None:
+        yield PrometheusEndpoint(options.prometheus.host, options.prometheus.port, run=run)
+    if options.console:
+        trained = [name for name, branch in me.config.branches.items() if not branch.frozen]
+        yield ConsoleView(trained, num_steps(me.config.schedule))

@@ -1,0 +1,130 @@
+"""Joins the job and builds what this process holds of its branch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from copd_megatron.branch.schedule import num_steps
+from copd_megatron.branch.state import Branch
+from copd_megatron.config import Config
+from copd_megatron.config.graph import build_graph
+from copd_megatron.data.sources import PromptSources
+from copd_megatron.launch.lock import RunLock
+from copd_megatron.launch.run_dir import run_directory
+from copd_megatron.model.shape import read_model_shape
+from copd_megatron.opd.router import Router
+from copd_megatron.policy.actor import MegatronActor
+from copd_megatron.policy.device import model_dtype, uses_cuda
+from copd_megatron.rewards.grader import Grader
+from copd_megatron.rollout.engine import RolloutEngine
+from copd_megatron.topology.layout import Layout
+from copd_megatron.topology.world import World, init_world
+from copd_megatron.weight_sync.sync import WeightSync
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def start(config: Config, layout: Layout) -> Iterator[Branch]:
+    """Joins the job and builds this rank's branch; leaves in good order at the end.
+
+    Data is checked before models are loaded, models before engines start, so that a mistake shows early.
+    """
+    device: Literal["cuda", "cpu"] = "cuda" if uses_cuda(config) else "cpu"
+    run_dir = run_directory(config)
+    with (
+        init_world(
+            {name: list(layout.ranks_of(name)) for name in layout.branch_names},
+            device=device,
+            timeout_seconds=config.run.collective_timeout_seconds,
+            run_id=os.environ.get("COPD_RUN_ID", "run"),
+            report_dir=run_dir,
+        ) as world,
+        RunLock(run_dir) if world.is_first else contextlib.nullcontext(),
+    ):
+        world.adopt_branch_environment()
+        branch = _build(config, world, run_dir)
+        try:
+            yield branch
+        finally:
+            branch.grader.close()
+            if branch.media is not None:
+                branch.media.close()
+
+
+def _build(config: Config, world: World, run_dir: Path) -> Branch:
+    name = world.branch
+    settings = config.branches[name]
+    graph = build_graph(config)
+    edges = graph.into(name)
+    model_path = settings.model_path or config.model.path
+    with world.watch.operation("startup.data"):
+        sources = PromptSources(config, model_path, read_model_shape(model_path))
+        verifiers = [v for branch in config.branches.values() for v in branch.reward.verifiers]
+        grader = Grader(settings.reward, also=verifiers)
+        prompts = None if settings.frozen else sources.stream(name, "native")
+        edge_prompts = {edge: sources.stream(edge.prompts, edge.name) for edge in edges}
+        validation = sources.validation()
+        sources.know_all_media()
+        media = sources.media
+    dtype = model_dtype(config)
+    with world.watch.operation("startup.actor"):
+        actor = MegatronActor(
+            model_path=model_path,
+            parallel=settings.parallel,
+            training=config.training,
+            optimizer=None if settings.frozen else config.optimizer,
+            dtype=dtype,
+            max_tokens=config.model.max_sequence_tokens,
+            temperature=settings.rollout.temperature,
+            seed=config.run.seed,
+            total_steps=num_steps(config.schedule) * config.training.num_mini_batches,
+            precision=config.precision,
+            memory=config.memory if uses_cuda(config) else None,
+            freeze_vision=config.model.freeze_vision,
+            features=lambda row: None if media is None else media.features(row.media),
+        )
+    engine = sync = None
+    if not settings.frozen:
+        actor.give_memory(weights=False)  # the engine takes its share of what is free
+        with world.watch.operation("startup.rollout"):
+            engine = RolloutEngine(
+                model_path=model_path,
+                config=settings.rollout,
+                branch=name,
+                run_id=os.environ.get("COPD_RUN_ID", "run"),
+                dtype=dtype,
+                max_tokens=config.model.max_sequence_tokens,
+                seed=config.run.seed,
+                media=media,
+                can_sleep=config.memory.sleep_rollouts,
+            )
+        sync = WeightSync(actor, engine, config.weight_sync)
+    return Branch(
+        name=name,
+        config=config,
+        settings=settings,
+        world=world,
+        graph=graph,
+        router=Router(
+            world,
+            graph,
+            encoded=media.encoded if media is not None and config.opd.ship_media else None,
+            take_file=media.put_encoded if media is not None else None,
+        ),
+        actor=actor,
+        engine=engine,
+        sync=sync,
+        grader=grader,
+        prompts=prompts,
+        edge_prompts=edge_prompts,
+        media=media,
+        validation=validation,
+        run_dir=run_dir,
+        reference=actor.snapshot() if config.loss.kl_coefficient else None,
+    )

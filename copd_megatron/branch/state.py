@@ -1,0 +1,72 @@
+"""Everything one process holds of its branch: built from the configuration, used by the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from copd_megatron.config import Config
+from copd_megatron.config.graph import Edge, Graph
+from copd_megatron.config.schema import BranchConfig
+from copd_megatron.data import PromptStream
+from copd_megatron.data.loader import MediaLoader
+from copd_megatron.metrics.reduction import Metrics
+from copd_megatron.opd.router import Router
+from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
+from copd_megatron.records import Prompt
+from copd_megatron.rewards.grader import Grader
+from copd_megatron.rollout.early_stop import Group
+from copd_megatron.rollout.engine import RolloutEngine
+from copd_megatron.topology.world import World
+from copd_megatron.weight_sync.sync import WeightSync
+
+
+@dataclass(kw_only=True)
+class Branch:
+    """This process's share of its branch. All ranks of a branch hold equal prompts, rows and metrics."""
+
+    name: str
+    config: Config
+    settings: BranchConfig
+    """The branch's own section."""
+    world: World
+    graph: Graph
+    router: Router
+    actor: MegatronActor
+    engine: RolloutEngine | None
+    """None on a frozen branch, which only scores."""
+    sync: WeightSync | None
+    grader: Grader
+    prompts: PromptStream | None
+    """The branch's own data; None on a frozen branch."""
+    edge_prompts: dict[Edge, PromptStream]
+    """Per edge into this branch, a stream of its own over the edge's prompts."""
+    media: MediaLoader | None
+    """Images and videos by reference, decoded off this thread; None for a text model."""
+    validation: dict[str, list[Prompt]]
+    """Validation prompts of every domain."""
+    run_dir: Path
+    metrics: Metrics = field(default_factory=Metrics)
+    """This step's metrics, named without the branch."""
+    num_sampled_tokens: int = 0
+    """Response tokens sampled since the last step was written."""
+    begun: list[Group] = field(default_factory=list)
+    """Native groups that the last step left unfinished (``rollout.partial_rollouts``)."""
+    num_skipped_updates: int = 0
+    """Updates left out one after another, up to now."""
+    reference: WeightSnapshot | None = None
+    """The base weights, where the loss has a KL term."""
+    teacher: WeightSnapshot | None = None
+    """The weights this branch teaches with; None: the live ones."""
+
+    @property
+    def trains(self) -> bool:
+        return not self.settings.frozen
+
+    @property
+    def engine_ranks(self) -> Sequence[int]:
+        """Global ranks of the rollout engine that this rank is a part of."""
+        assert self.engine is not None
+        first = self.engine.replica * self.engine.tp_size
+        return self.world.branch_ranks[self.name][first : first + self.engine.tp_size]

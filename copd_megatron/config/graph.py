@@ -1,0 +1,199 @@
+"""The distillation graph: who teaches whom, on whose prompts, with what weight.
+
+An edge (student, teacher) says: the student samples responses to the edge's prompts, the teacher scores their
+tokens, and the student trains on token advantages beta * (log pi_teacher - log pi_student) (Eq. 8). CoPD has
+edges both ways between live branches; static OPD and MOPD have edges from frozen branches; experts and mixed
+RLVR have none. The paper's text (section 3.3) exchanges between a hub and every spoke, 2 (K - 1) edges;
+Algorithm 1 lets everyone teach everyone, K (K - 1) edges. Both coincide at K = 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from copd_megatron.config.schema import Config, EdgeConfig, Topology
+from copd_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """One student learning from one teacher."""
+
+    student: str
+    teacher: str
+    prompts: str
+    """Branch whose prompts the student samples on; as a rule the teacher's."""
+    beta: float
+    """Factor on the token advantage (Eq. 8)."""
+    num_prompts: int
+    """Prompts per step."""
+    num_generations: int
+    """Samples per prompt."""
+
+    @property
+    def name(self) -> str:
+        """``image<-text``: student, then teacher. Unique in a graph; the key of metrics and reports."""
+        return f"{self.student}<-{self.teacher}"
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences per step."""
+        return self.num_prompts * self.num_generations
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The edges of a run, in an order that every rank shares."""
+
+    branches: tuple[str, ...]
+    """All branches, in configuration order, those without edges included."""
+    edges: tuple[Edge, ...]
+
+    def into(self, branch: str) -> tuple[Edge, ...]:
+        """Edges in which ``branch`` is the student."""
+        self._known(branch)
+        return tuple(edge for edge in self.edges if edge.student == branch)
+
+    def out_of(self, branch: str) -> tuple[Edge, ...]:
+        """Edges in which ``branch`` teaches."""
+        self._known(branch)
+        return tuple(edge for edge in self.edges if edge.teacher == branch)
+
+    def describe(self) -> str:
+        """One line an edge, for the dry run."""
+        if not self.edges:
+            return "no distillation: every branch learns alone"
+        lines = [f"{len(self.edges)} edges over {len(self.branches)} branches (student<-teacher):"]
+        width = max(len(edge.name) for edge in self.edges)
+        lines += [
+            f"  {edge.name:<{width}}  beta {edge.beta:g}, {edge.num_prompts} prompts of {edge.prompts} x "
+            f"{edge.num_generations} samples"
+            for edge in self.edges
+        ]
+        return "\n".join(lines)
+
+    def _known(self, branch: str) -> None:
+        if branch not in self.branches:
+            raise KeyError(f"no branch {branch!r} in the graph; branches: {', '.join(self.branches)}")
+
+
+def build_graph(config: Config) -> Graph:
+    """The distillation graph that a configuration describes.
+
+    Frozen branches never learn: ``hub_and_spoke`` and ``all_to_all`` leave out the edges into them. Edges
+    come by student, then teacher, in the order of ``branches`` (``custom``: in the order given).
+
+    Raises:
+        ConfigError: unknown branch, self edge, frozen student, duplicate edge, an override of an edge that
+        the
+            topology does not make, or a value out of range; with the remedy.
+    """
+    branches = tuple(config.branches)
+    opd = config.opd
+    overrides = _by_pair(opd.edges, branches)
+    if opd.topology is Topology.custom:
+        pairs = list(overrides)
+        for i, (student, _) in enumerate(pairs):
+            if config.branches[student].frozen:
+                raise ConfigError(
+                    f"opd.edges[{i}].student: branch {student!r} is frozen and cannot learn; swap student "
+                    f"and teacher, or set branches.{student}.frozen=false"
+                )
+    else:
+        pairs = [
+            (student, teacher)
+            for student, teacher in _pairs(opd.topology, branches, _hub(config))
+            if not config.branches[student].frozen
+        ]
+        for i, (student, teacher) in enumerate(overrides):
+            if (student, teacher) not in pairs:
+                made = ", ".join(f"{s}<-{t}" for s, t in pairs) or "none"
+                raise ConfigError(
+                    f"opd.edges[{i}] overrides {student}<-{teacher}, which opd.topology={opd.topology.value} "
+                    f"does not make (edges: {made}); remove it, or list every edge under opd.topology=custom"
+                )
+    return Graph(branches, tuple(_edge(config, s, t, overrides.get((s, t))) for s, t in pairs))
+
+
+def _pairs(topology: Topology, branches: Sequence[str], hub: str | None) -> Iterable[tuple[str, str]]:
+    """(student, teacher) of the topologies that name no edges."""
+    for student in branches:
+        for teacher in branches:
+            if student == teacher or topology is Topology.none:
+                continue
+            if topology is Topology.all_to_all or hub in (student, teacher):
+                yield student, teacher
+
+
+def _hub(config: Config) -> str | None:
+    if config.opd.topology is not Topology.hub_and_spoke or not config.branches:
+        return None
+    if config.opd.hub is None:
+        return next(iter(config.branches))
+    return _branch(config.opd.hub, tuple(config.branches), "opd.hub")
+
+
+def _by_pair(edges: Sequence[EdgeConfig], branches: tuple[str, ...]) -> dict[tuple[str, str], EdgeConfig]:
+    """``opd.edges`` by (student, teacher), names checked."""
+    by_pair: dict[tuple[str, str], EdgeConfig] = {}
+    for i, edge in enumerate(edges):
+        where = f"opd.edges[{i}]"
+        student = _branch(edge.student, branches, f"{where}.student")
+        teacher = _branch(edge.teacher, branches, f"{where}.teacher")
+        if edge.prompts is not None:
+            _branch(edge.prompts, branches, f"{where}.prompts")
+        if student == teacher:
+            raise ConfigError(
+                f"{where}: student and teacher are both {student!r}, and a branch that scores its own tokens "
+                "learns nothing (delta is 0); name another teacher"
+            )
+        if (student, teacher) in by_pair:
+            first = list(by_pair).index((student, teacher))
+            raise ConfigError(
+                f"{where} repeats {student}<-{teacher} of opd.edges[{first}]; keep one of them and put both "
+                "batches into its num_prompts_per_step"
+            )
+        by_pair[student, teacher] = edge
+    return by_pair
+
+
+def _edge(config: Config, student: str, teacher: str, override: EdgeConfig | None) -> Edge:
+    """Resolve an edge: its own setting, else ``opd``'s, else the student branch's."""
+    opd, own = config.opd, config.branches[student]
+    given = override or EdgeConfig(student=student, teacher=teacher)
+    edge = Edge(
+        student=student,
+        teacher=teacher,
+        prompts=given.prompts or teacher,
+        beta=_first(given.beta, opd.beta),
+        num_prompts=_first(given.num_prompts_per_step, opd.num_prompts_per_step, own.num_prompts_per_step),
+        num_generations=_first(opd.num_generations_per_prompt, own.num_generations_per_prompt),
+    )
+    if not (math.isfinite(edge.beta) and edge.beta > 0):
+        raise ConfigError(
+            f"edge {edge.name}: beta is {edge.beta}; give a positive number (opd.beta, or the edge's own). "
+            "To do without the edge, leave it out under opd.topology=custom"
+        )
+    sizes = {"num_prompts_per_step": edge.num_prompts, "num_generations_per_prompt": edge.num_generations}
+    for what, value in sizes.items():
+        if value < 1:
+            raise ConfigError(
+                f"edge {edge.name}: {what} is {value}; give at least 1 (opd.{what}, or the edge's own)"
+            )
+    return edge
+
+
+def _first[T](*values: T | None) -> T:
+    """The first value that is set."""
+    return next(value for value in values if value is not None)
+
+
+def _branch(name: str, branches: tuple[str, ...], where: str) -> str:
+    if name not in branches:
+        close = difflib.get_close_matches(name, branches, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"{where}: no branch {name!r}; {hint}Branches: {', '.join(branches) or 'none'}")
+    return name

@@ -1,0 +1,76 @@
+"""Rows of a public data set's files: JSON arrays, JSON lines, Parquet."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from copd_megatron.errors import BadSampleError, DataError
+
+Row = Mapping[str, Any]
+
+
+def read_rows(sources: Sequence[Path]) -> Iterator[tuple[str, Row | BadSampleError]]:
+    """Rows of all files in order, each with its place for messages; an error stands for a broken row.
+
+    ``.json``: one array of objects; ``.jsonl``: an object per line; ``.parquet``.
+
+    Raises DataError: unreadable file, unknown extension, not an array.
+    """
+    for source in sources:
+        readers = {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}
+        reader = readers.get(source.suffix.lower())
+        if reader is None:
+            raise DataError(f"{source}: unknown kind of file. Give {', '.join(readers)} files.")
+        try:
+            yield from reader(source)
+        except OSError as error:
+            raise DataError(f"{source}: cannot be read ({error.strerror}). Check path and rights.") from error
+
+
+def _json(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:
+    try:
+        rows = json.loads(source.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{source}: not valid JSON ({error}). Download the file again.") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{source}: holds a {type(rows).__name__}, not an array of rows. Give such a file.")
+    for number, row in enumerate(rows):
+        yield _checked(row, f"{source}, row {number}")
+
+
+def _jsonl(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:
+    with open(source, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{source}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                problem = f"not valid JSON ({error})"
+                yield where, BadSampleError(where, "not_json", problem, "Each line must be one object.")
+                continue
+            yield _checked(row, where)
+
+
+def _parquet(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:
+    parquet = importlib.import_module("pyarrow.parquet")  # slow to import, and no other kind needs it
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(source).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                yield _checked(row, f"{source}, row {number}")
+                number += 1
+    except ValueError as error:  # pyarrow.ArrowInvalid is one
+        raise DataError(f"{source}: not readable as Parquet ({error}). Download the file again.") from error
+
+
+def _checked(row: Any, where: str) -> tuple[str, Row | BadSampleError]:
+    if isinstance(row, Mapping):
+        return where, row
+    problem = f"is a {type(row).__name__}, not an object"
+    return where, BadSampleError(where, "bad_type", problem, "Each row must be an object.")

@@ -1,0 +1,25 @@
+"""The one exception that a bad configuration raises."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A setting, or a combination of settings, that cannot run: says where, what, and the remedy."""
+
+
+class DataError(ValueError):
+    """Data that a run cannot start with: the message says what, where and the remedy."""
+
+
+class BadSampleError(DataError):
+    """One sample that cannot be used. The stream skips, counts and logs it; start-up checks refuse it.
+
+    ``reason`` is a short stable word for counters: ``not_json``, ``no_json``, ``missing_field``,
+    ``bad_type``, ``unknown_verifier``, ``too_long``, ``empty_prompt``, ``chat_template``; with media
+    ``no_member``, ``media_unsupported``, ``media_mismatch``, ``corrupt_image``, ``corrupt_video``,
+    ``truncated_video``, ``too_many_pixels``, ``bad_size``; the converters have a few of their own.
+    """
+
+    def __init__(self, where: str, reason: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{where}: {problem}. {remedy}")
+        self.reason = reason

@@ -1,0 +1,55 @@
+"""What crosses between branches in a step, in bytes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from copd_megatron.config.graph import Edge
+from copd_megatron.config.schema import Topology
+
+TOKEN_ID_BYTES: Final = 4
+LOGPROB_BYTES: Final = 4
+
+
+def edge_count(topology: Topology, num_branches: int) -> int:
+    """Edges between live branches: 2 (K - 1) for hub and spoke, K (K - 1) for all to all."""
+    match topology:
+        case Topology.none:
+            return 0
+        case Topology.hub_and_spoke:
+            return 2 * (num_branches - 1) if num_branches else 0
+        case Topology.all_to_all:
+            return num_branches * (num_branches - 1)
+        case Topology.custom:
+            raise ValueError("a custom topology has as many edges as opd.edges lists")
+
+
+def router_bytes(
+    edges: Iterable[Edge],
+    *,
+    sequence_tokens: float,
+    response_tokens: float,
+    num_states: int = 0,
+    top_k: int = 0,
+    vocab_size: int = 0,
+) -> int:
+    """Payload that crosses between branches in one step, in bytes: the cost model of the router.
+
+    Per row 4 bytes for each token id out and 4 for each log-probability back; per sampled state 4 for its
+    position out, 4 per top-k id and 4 per vocabulary entry back. Row tables and headers (under 150 bytes a
+    row and lane) are left out.
+
+    Args:
+        edges: of the graph.
+        sequence_tokens: mean tokens of prompt plus response.
+        response_tokens: mean tokens of a response.
+        num_states: states per edge whose full behaviour is asked.
+        top_k: ids per state.
+        vocab_size: log-probabilities per state.
+    """
+    total = 0.0
+    for edge in edges:
+        total += edge.num_rows * (TOKEN_ID_BYTES * sequence_tokens + LOGPROB_BYTES * response_tokens)
+        total += num_states * (4 + TOKEN_ID_BYTES * top_k + LOGPROB_BYTES * vocab_size)
+    return round(total)

@@ -1,0 +1,230 @@
+"""How far each branch moved from the base, and how alike their movements are: per layer, from the files.
+
+With delta_k = theta_k - theta_base: the relative movement of a layer is ||delta_k|| / ||theta_base||, and the
+cosine of two branches is delta_j . delta_k / (||delta_j|| ||delta_k||); sums over all tensors of the layer,
+in float64. Branches that pull in opposite directions (cosine well below 0) are what TIES is for; near 0,
+their changes add without harm.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from copd_megatron.formats.open import open_source
+from copd_megatron.formats.tensors import TensorSource, TensorSpec, block_range
+from copd_megatron.merge.check import check_mergeable
+from copd_megatron.merge.recipe import layer_label
+from copd_megatron.merge.scratch import scratch
+
+TOTAL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDistance:
+    """One layer's numbers."""
+
+    layer: str
+    num_elements: int
+    base_norm: float
+    """||theta_base||."""
+    moved: tuple[float, ...]
+    """||delta_k|| / ||theta_base||, per branch; NaN where the base is zero."""
+    cosines: tuple[float, ...]
+    """Of each pair of branches, in the order of ``combinations``; NaN where one did not move."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceReport:
+    """Per layer in model order, the whole model last."""
+
+    branches: tuple[str, ...]
+    layers: tuple[LayerDistance, ...]
+
+    @property
+    def pairs(self) -> list[str]:
+        return [f"{a}·{b}" for a, b in combinations(self.branches, 2)]
+
+    def rows(self) -> list[list[str]]:
+        """Header and rows, as shown."""
+        header = ["layer", *(f"|{b}|" for b in self.branches), *(f"cos {pair}" for pair in self.pairs)]
+        return [header] + [
+            [layer.layer, *(f"{x:.3e}" for x in layer.moved), *(f"{x:+.3f}" for x in layer.cosines)]
+            for layer in self.layers
+        ]
+
+    def to_text(self) -> str:
+        """Aligned columns."""
+        rows = self.rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        )
+
+    def to_markdown(self) -> str:
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in self.rows()]
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+    def to_json(self) -> str:
+        """One object per layer; numbers that do not exist are null."""
+        layers = [
+            {
+                "layer": layer.layer,
+                "num_elements": layer.num_elements,
+                "base_norm": layer.base_norm,
+                "moved": dict(zip(self.branches, map(_or_none, layer.moved), strict=True)),
+                "cosine": dict(zip(self.pairs, map(_or_none, layer.cosines), strict=True)),
+            }
+            for layer in self.layers
+        ]
+        return json.dumps({"branches": self.branches, "layers": layers}, indent=2)
+
+    def plot(self, path: str | Path) -> None:
+        """Two curves over the layers as PNG: movement, and cosines."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        layers = [layer for layer in self.layers if layer.layer != TOTAL]
+        figure = Figure(figsize=(max(7.0, 0.28 * len(layers)), 7.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        places = range(len(layers))
+        for k, branch in enumerate(self.branches):
+            upper.plot(places, [layer.moved[k] for layer in layers], marker="o", markersize=3, label=branch)
+        upper.set_ylabel("moved from base: ‖δ‖ / ‖θ‖")
+        upper.set_ylim(bottom=0)
+        for k, pair in enumerate(self.pairs):
+            lower.plot(places, [layer.cosines[k] for layer in layers], marker="o", markersize=3, label=pair)
+        lower.set_ylabel("cosine of task vectors")
+        lower.axhline(0, color="grey", linewidth=0.8)
+        lower.set_ylim(-1.05, 1.05)
+        lower.set_xticks(list(places), [layer.layer for layer in layers], rotation=90, fontsize=7)
+        for axes in (upper, lower):
+            axes.grid(alpha=0.3)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=8)
+        figure.savefig(path, dpi=120)
+
+    def write(self, stem: str | Path) -> list[Path]:
+        """Writes ``<stem>.md``, ``.json`` and ``.png``; returns their paths."""
+        stem = Path(stem)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        paths = [stem.with_name(stem.name + suffix) for suffix in (".md", ".json", ".png")]
+        paths[0].write_text(self.to_markdown() + "\n")
+        paths[1].write_text(self.to_json() + "\n")
+        self.plot(paths[2])
+        return paths
+
+
+def branch_distances(
+    base: str | Path,
+    branches: Sequence[str | Path],
+    *,
+    labels: Sequence[str] | None = None,
+    threads: int = 1,
+    allow: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> DistanceReport:
+    """Reads all models once, block by block.
+
+    Args:
+        labels: what the branches are called; default the folders' names, made distinct.
+        progress: told of tensors done and tensors in all.
+
+    Raises:
+        FileNotFoundError, MismatchError: a model is not there or of another architecture.
+    """
+    sources = [open_source(path) for path in (base, *branches)]
+    check_mergeable(sources, allow=allow)
+    specs = [spec for spec in map(sources[0].spec, sources[0].names()) if spec.dtype.is_floating_point]
+    grams: dict[str, npt.NDArray[np.float64]] = {}
+    sizes: dict[str, int] = {}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            found = pool.map(lambda spec: _gram(sources, spec), specs)
+            for number, (spec, gram) in enumerate(zip(specs, found, strict=True), start=1):
+                for label in (layer_label(spec.name), TOTAL):
+                    grams[label] = grams.get(label, 0.0) + gram
+                    sizes[label] = sizes.get(label, 0) + spec.num_elements
+                if progress is not None:
+                    progress(number, len(specs))
+    finally:
+        torch.set_num_threads(before)
+    order = sorted(grams, key=_model_order)
+    return DistanceReport(
+        branches=tuple(labels or _labels(branches)),
+        layers=tuple(_layer(label, sizes[label], grams[label]) for label in order),
+    )
+
+
+def _gram(sources: Sequence[TensorSource], spec: TensorSpec) -> npt.NDArray[np.float64]:
+    """Inner products of (theta_base, delta_0, delta_1, ...) over one tensor; [1 + K, 1 + K]."""
+    gram = np.zeros((len(sources), len(sources)))
+    for block in range(spec.num_blocks):
+        start, stop = block_range(spec, block)
+        rows = []
+        for index, source in enumerate(sources):
+            read = scratch.get(f"input{index}", stop - start, source.spec(spec.name).dtype)
+            source.read_into(spec.name, start, read)
+            rows.append(scratch.cast(f"wide{index}", read, torch.float64))
+            if index:
+                rows[index].sub_(rows[0])
+        for i, j in combinations(range(len(rows)), 2):
+            gram[i, j] += torch.dot(rows[i], rows[j]).item()
+        for i, row in enumerate(rows):
+            gram[i, i] += torch.dot(row, row).item()
+    return gram
+
+
+def _layer(label: str, num_elements: int, gram: npt.NDArray[np.float64]) -> LayerDistance:
+    norms = np.sqrt(np.diag(gram))
+    count = len(norms)
+    return LayerDistance(
+        layer=label,
+        num_elements=num_elements,
+        base_norm=float(norms[0]),
+        moved=tuple(_ratio(float(n), float(norms[0])) for n in norms[1:]),
+        cosines=tuple(
+            _ratio(float(gram[i, j]), float(norms[i] * norms[j])) for i, j in combinations(range(1, count), 2)
+        ),
+    )
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator > 0 else math.nan
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _model_order(label: str) -> tuple[Any, ...]:
+    """Embeddings, layers by number, what comes after them, the total."""
+    stem, _, number = label.rpartition(".")
+    if label == TOTAL:
+        return (3, "", 0)
+    if number.isdigit():
+        return (1, stem, int(number))
+    return (0 if "embed" in label else 2, label, 0)
+
+
+def _labels(branches: Sequence[str | Path]) -> list[str]:
+    names = [Path(branch).resolve().name for branch in branches]
+    return names if len(set(names)) == len(names) else [str(branch) for branch in branches]

@@ -1,0 +1,268 @@
+"""Train and validation shards of procedurally generated text tasks, from reasoning-gym's families.
+
+Each family gets a seed of its own, tasks are kept once by prompt, and validation tasks never occur in the
+training shards. The same arguments give the same bytes. Every gold answer is graded by its verifier before
+it is written, so a family that the chosen verifier cannot grade is refused here and not found out as a
+reward of zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from copd_megatron.data.convert.write import NewSample, WrittenDomain, existing_shards, write_shards
+from copd_megatron.errors import DataError
+from copd_megatron.rewards import registry
+from copd_megatron.rewards.verifiers.numeric import is_number
+from copd_megatron.rewards.verifiers.reasoning_gym import library
+
+AUTO_VERIFIER = "auto"
+_ATTEMPTS_PER_SAMPLE = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One reasoning-gym family and its share of the domain."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the family's configuration, such as ``{"min_terms": 2, "max_terms": 2}``."""
+    weight: float = 1.0
+    """Share among the families, relative to the others' weights."""
+    verifier: str = AUTO_VERIFIER
+    """``auto``: ``numeric`` where all gold answers are numbers; else ``reasoning_gym`` where the family
+    scores answers in a way of its own; else ``exact``."""
+
+
+def family_options(
+    families: Sequence[str], settings: Sequence[str]
+) -> list[tuple[str, float, dict[str, Any]]]:
+    """Families from a command line: name, weight, settings.
+
+    Args:
+        families: ``name`` or ``name:weight``.
+        settings: ``family.setting=value``, or ``setting=value`` for an only family; values are JSON, or text.
+
+    Raises DataError for a weight that is no number and a setting that belongs to none of them.
+    """
+    weights: dict[str, float] = {}
+    for text in families:
+        name, _, weight = text.partition(":")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError as error:
+            raise DataError(f"--family {text}: {weight!r} is not a weight. Write family:2.") from error
+    values: dict[str, dict[str, Any]] = {name: {} for name in weights}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        family, dot, setting = name.rpartition(".")
+        if not dot and len(weights) == 1:
+            family = next(iter(weights))
+        if not equals or family not in weights:
+            raise DataError(
+                f"--set {text}: write setting=value, or family.setting=value with {sorted(weights)}."
+            )
+        try:
+            values[family][setting] = json.loads(value)
+        except json.JSONDecodeError:
+            values[family][setting] = value
+    return [(name, weight, values[name]) for name, weight in weights.items()]
+
+
+def write_domain(
+    out: Path,
+    name: str,
+    families: Sequence[Family],
+    *,
+    num_train: int,
+    num_validation: int,
+    seed: int,
+    template: str = "{question}",
+    prompt_suffix: str = "",
+    shard_size: int = 1000,
+    overwrite: bool = False,
+) -> WrittenDomain:
+    """Write ``<out>/<name>-train-NNNNNN.tar`` and ``<out>/<name>-validation-NNNNNN.tar``.
+
+    A prompt is ``template`` with ``{question}`` filled in, then ``prompt_suffix``. Families take part by
+    weight, in a random order; no prompt occurs twice, in one split or in both.
+
+    Raises DataError: unknown family or setting, too few distinct tasks, a gold answer that its verifier
+    does not grade 1, shards of these names in ``out`` (unless ``overwrite``).
+    """
+    if not families or num_train < 1 or num_validation < 0:
+        raise DataError(
+            f"domain {name!r}: {len(families)} families, {num_train} training and {num_validation} "
+            "validation samples. At least one family and one training sample are needed."
+        )
+    if "{question}" not in template:
+        raise DataError(f"template {template!r} does not contain {{question}}. Put it where the task goes.")
+    prefixes = (f"{name}-train", f"{name}-validation")
+    for prefix in prefixes:
+        if existing_shards(out, prefix) and not overwrite:
+            raise DataError(
+                f"{out} already holds {prefix}-*.tar. Choose another name or ask for overwriting."
+            )
+    seen: set[str] = set()
+    splits: dict[str, list[NewSample]] = {"train": [], "validation": []}
+    weights = [family.weight for family in families]
+    shares = divide_by_weight(num_train, weights), divide_by_weight(num_validation, weights)
+    for number, (family, train_share, validation_share) in enumerate(zip(families, *shares, strict=True)):
+        tasks = _generate(
+            family,
+            train_share + validation_share,
+            subseed(seed, name, number, family.name),
+            seen,
+            template,
+            prompt_suffix,
+        )
+        splits["validation"] += tasks[:validation_share]
+        splits["train"] += tasks[validation_share:]
+    for split, samples in splits.items():
+        random.Random(subseed(seed, name, split)).shuffle(samples)
+    train = write_shards(splits["train"], out, prefixes[0], shard_size=shard_size, overwrite=overwrite)
+    validation = []
+    if splits["validation"]:
+        validation = write_shards(
+            splits["validation"], out, prefixes[1], shard_size=shard_size, overwrite=overwrite
+        )
+    return WrittenDomain(
+        train=train, validation=validation, num_train=num_train, num_validation=num_validation
+    )
+
+
+def divide_by_weight(total: int, weights: Sequence[float]) -> list[int]:
+    """``total`` divided by weight, by largest remainder. Raises DataError for a weight of 0 or below."""
+    if any(weight <= 0 for weight in weights):
+        raise DataError(f"family weights {weights}: every weight must be positive.")
+    exact = [total * weight / sum(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def subseed(*parts: object) -> int:
+    """A 31-bit seed from what it is for."""
+    # reasoning-gym seeds task i with seed + i: seeds that lie close together would share their tasks.
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+def _generate(
+    family: Family, count: int, seed: int, seen: set[str], template: str, suffix: str
+) -> list[NewSample]:
+    """``count`` samples with prompts not in ``seen``, which they join."""
+    if count == 0:
+        return []
+    attempts = count * _ATTEMPTS_PER_SAMPLE
+    dataset = _create(family, seed=seed, size=attempts)
+    entries: list[tuple[str, dict[str, Any]]] = []
+    for entry in _entries(dataset, attempts):
+        if not isinstance(entry["answer"], str):
+            raise DataError(
+                f"family {family.name!r} gives no gold answer (but {entry['answer']!r}), so nothing could "
+                "show that its tasks are graded rightly. Choose another family."
+            )
+        prompt = template.replace("{question}", entry["question"]) + suffix
+        if prompt not in seen:
+            seen.add(prompt)
+            entries.append((prompt, entry))
+            if len(entries) == count:
+                break
+    else:
+        raise DataError(
+            f"family {family.name!r} with settings {dict(family.settings)}: {attempts} tries gave only "
+            f"{len(entries)} distinct tasks, {count} are wanted. Ask for fewer samples or widen the settings."
+        )
+    verifier = family.verifier
+    if verifier == AUTO_VERIFIER:
+        verifier = _choose_verifier(dataset, [entry["answer"] for _, entry in entries])
+    samples = [_sample(prompt, entry, family, verifier) for prompt, entry in entries]
+    _check_gold(samples, family, verifier)
+    return samples
+
+
+def _entries(dataset: Any, attempts: int) -> Iterator[dict[str, Any]]:
+    for index in range(attempts):
+        yield dataset[index]
+
+
+def _create(family: Family, *, seed: int, size: int) -> Any:
+    factory = library().factory
+    if family.name not in factory.DATASETS:
+        near = difflib.get_close_matches(family.name, factory.DATASETS, n=3)
+        raise DataError(
+            f"reasoning-gym has no family {family.name!r}. "
+            + (
+                f"Did you mean {' or '.join(near)}?"
+                if near
+                else f"It has: {', '.join(sorted(factory.DATASETS))}."
+            )
+        )
+    fields = {item.name for item in dataclasses.fields(factory.DATASETS[family.name][1])} - {"seed", "size"}
+    for setting in family.settings:
+        if setting not in fields:
+            near = difflib.get_close_matches(setting, fields, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(sorted(fields))}."
+            raise DataError(f"family {family.name!r} has no setting {setting!r}. {hint}")
+    try:
+        return factory.create_dataset(family.name, seed=seed, size=size, **family.settings)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise DataError(
+            f"family {family.name!r} refuses the settings {dict(family.settings)}: {error}. Correct them."
+        ) from error
+
+
+def _choose_verifier(dataset: Any, answers: Sequence[str]) -> str:
+    if all(is_number(answer) for answer in answers):
+        return "numeric"
+    base = library().dataset.ProceduralDataset
+    return "exact" if type(dataset).score_answer is base.score_answer else "reasoning_gym"
+
+
+def _sample(prompt: str, entry: Mapping[str, Any], family: Family, verifier: str) -> NewSample:
+    metadata: dict[str, Any] = {"dataset": family.name}
+    if verifier == "reasoning_gym":
+        metadata |= {"question": entry["question"], "entry": entry["metadata"]}
+    try:
+        plain = json.loads(json.dumps(metadata, default=_plain))
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"family {family.name!r}: its task metadata is not storable as JSON ({error}). Choose "
+            "verifier 'exact' or 'numeric', or another family."
+        ) from error
+    return NewSample(prompt=prompt, answer=entry["answer"], verifier=verifier, metadata=plain)
+
+
+def _plain(value: Any) -> Any:
+    """JSON types for numpy's scalars and arrays, and for sets, which lose their accidental order."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} {value!r:.60}")
+
+
+def _check_gold(samples: Sequence[NewSample], family: Family, verifier: str) -> None:
+    verify = registry.get(verifier).verify
+    for sample in samples:
+        try:
+            reward = verify(f"Answer:\n{sample.answer}", sample.answer, sample.metadata)
+            problem = f"grades it {reward:g}"
+        except Exception as error:  # a verifier may raise anything; here it becomes one clear refusal
+            reward, problem = 0.0, f"raises {type(error).__name__}: {error}"
+        if reward < 1.0:
+            raise DataError(
+                f"family {family.name!r}, task {sample.prompt[:80]!r}: verifier {verifier!r} does not "
+                f"accept the gold answer {sample.answer[:80]!r} ({problem}). Choose another "
+                "verifier or family."
+            )
