@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+NATIVE = "native"
+"""Component of a branch's own rows; rows that a teacher scored have the component of their edge."""
+
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 
@@ -103,6 +106,16 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What one branch asks another about a row. ``Ask()`` asks nothing."""
+
+    tokens: bool = False
+    """The log-probability of every response token, [R]."""
+    positions: tuple[int, ...] = ()
+    """Response positions (0 .. R - 1) whose distribution over the whole vocabulary is asked, [s, V]."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainRow:
     """One sequence and its per-token streams: all that the actor needs to know for an update."""
 
@@ -114,7 +127,8 @@ class TrainRow:
     loss_mask: FloatArray
     """[R] 1 trains on the token, 0 leaves it out."""
     component: str
-    """``native`` or ``cross:<teacher>``; each component is normalised by its own global counts."""
+    """``native`` or ``cross:<teacher>``. Each component is normalised by its own global counts, and has the
+    token loss of its own objective."""
     component_weight: float = 1.0
     """Factor on the component's normalised loss."""
     old_logprobs: FloatArray | None = None

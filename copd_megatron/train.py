@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-
 from copd_megatron.branch.checkpoints import Checkpoints
-from copd_megatron.branch.cross import cross_batch
 from copd_megatron.branch.finish import finish
-from copd_megatron.branch.native import native_batch
 from copd_megatron.branch.observer import Observer
 from copd_megatron.branch.schedule import Step, steps
 from copd_megatron.branch.start import start
-from copd_megatron.branch.update import sync_weights, update
+from copd_megatron.branch.state import Batch
+from copd_megatron.branch.update import sync_weights
 from copd_megatron.branch.validation import each_branch, shared_model
 from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
 from copd_megatron.config import Config
+from copd_megatron.plugins import RECIPES
+from copd_megatron.recipes.base import Recipe
 from copd_megatron.topology.layout import Layout
-
-logger = logging.getLogger(__name__)
 
 
 def train(config: Config) -> int:
@@ -26,6 +23,8 @@ def train(config: Config) -> int:
     Returns:
         The process's exit status: 0, or ``EXIT_PREEMPTED`` if the run was saved and stopped before its end.
     """
+    recipe: Recipe = RECIPES.load(config.recipe, "recipe")
+    recipe.check(config)
     with (
         start(config, Layout.from_config(config)) as me,
         Observer(me) as observer,
@@ -37,12 +36,9 @@ def train(config: Config) -> int:
             progress.table |= shared_model(me, "base")
         for step in steps(config.schedule, progress.steps_done):
             observer.begin(step)
-            batch = native_batch(me, step)  # sample, grade, GRPO advantages (Eq. 7, 11)
-            batch.rows += cross_batch(
-                me, step, batch.native
-            )  # sample, teachers score, OPD advantages (Eq. 8)
-            update(me, batch.rows, step)  # native and cross rows in one optimizer step
-            sync_weights(me)  # Megatron -> vLLM, live
+            batch = Batch()
+            for stage in recipe.stages:  # CoPD: native, cross, update, sync
+                batch = stage(me, step, batch)
             accuracies = each_branch(me) if evaluation_due(config, step) else None
             if accuracies:
                 observer.validation(accuracies)

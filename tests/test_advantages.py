@@ -28,7 +28,6 @@ from copd_megatron.objectives.denominators import (
     row_weights,
     token_weights,
 )
-from copd_megatron.objectives.distill import cross_rows, opd_advantages
 from copd_megatron.objectives.grpo import (
     grpo_advantages,
     informative_groups,
@@ -38,6 +37,7 @@ from copd_megatron.objectives.grpo import (
 )
 from copd_megatron.objectives.mismatch import mismatch_correction
 from copd_megatron.objectives.policy_loss import TokenStreams, policy_loss
+from copd_megatron.objectives.sampled_token import cross_rows, opd_advantages
 from copd_megatron.records import Prompt, Rollout, TrainRow
 
 MAX_NEW_TOKENS = 8
@@ -441,7 +441,9 @@ def test_cross_rows() -> None:
     rollouts = [make_rollout("i/1", 0, 2, None), make_rollout("i/2", 0, 3, None)]
     teacher = [np.array([-0.5, -1.0]), np.array([-3.0, -0.1, -0.2])]
     student = [np.array([-1.0, -1.0]), np.array([-0.5, -0.5, -0.5])]
-    rows = cross_rows(rollouts, teacher, student, teacher="image", beta=2.0, delta_clip=1.0)
+    rows = cross_rows(
+        rollouts, teacher, student, component="cross:image", teacher="image", beta=2.0, delta_clip=1.0
+    )
     np.testing.assert_allclose(rows[0].advantages, [1.0, 0.0], rtol=1e-6)
     np.testing.assert_allclose(rows[1].advantages, [-2.0, 0.8, 0.6], rtol=1e-6)
     for row, mine in zip(rows, student, strict=True):
@@ -454,14 +456,16 @@ def test_cross_rows_name_what_is_wrong() -> None:
     rollouts = [make_rollout("i/1", 3, 2, None)]
     good = [np.zeros(2)]
     with pytest.raises(ValueError, match=r"rollout i/1 #3, scored by teacher 'image': teacher_logprobs"):
-        cross_rows(rollouts, [np.array([0.0, np.nan])], good, teacher="image", beta=1.0)
+        cross_rows(
+            rollouts, [np.array([0.0, np.nan])], good, component="cross:image", teacher="image", beta=1.0
+        )
     with pytest.raises(ValueError, match=r"rollout i/1 #3: teacher_logprobs has shape \[3\] for 2 response"):
-        cross_rows(rollouts, [np.zeros(3)], good, teacher="image", beta=1.0)
+        cross_rows(rollouts, [np.zeros(3)], good, component="cross:image", teacher="image", beta=1.0)
     with pytest.raises(ValueError, match="2 teacher_logprobs for 1 rollouts"):
-        cross_rows(rollouts, good * 2, good, teacher="image", beta=1.0)
+        cross_rows(rollouts, good * 2, good, component="cross:image", teacher="image", beta=1.0)
     torn = [replace(rollouts[0], rollout_logprobs=np.zeros(1, dtype=np.float32))]
     with pytest.raises(ValueError, match="1 rollout_logprobs for 2 response tokens"):
-        cross_rows(torn, good, good, teacher="image", beta=1.0)
+        cross_rows(torn, good, good, component="cross:image", teacher="image", beta=1.0)
 
 
 # --------------------------------------------------- rewards and scores to loss, as Alg. 1 lines 9-12
@@ -532,7 +536,12 @@ def test_one_update_of_native_and_cross_rows_equals_the_paper(seed: int, num_ran
         native, AdvantageConfig(), config, MAX_NEW_TOKENS, old_logprobs=[old[id(r)] for r in native]
     )
     rows += cross_rows(
-        cross, [teacher[id(r)] for r in cross], [old[id(r)] for r in cross], teacher="image", beta=0.7
+        cross,
+        [teacher[id(r)] for r in cross],
+        [old[id(r)] for r in cross],
+        component="cross:image",
+        teacher="image",
+        beta=0.7,
     )
     order = {id(row): theta[id(r)] for row, r in zip(rows, native + cross, strict=True)}
     counts = component_counts(rows)
@@ -554,9 +563,9 @@ def test_one_update_of_native_and_cross_rows_equals_the_paper(seed: int, num_ran
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_advantages_import_neither_torch_nor_engines() -> None:
+def test_weights_and_factors_import_neither_torch_nor_engines() -> None:
     code = (
-        "import sys, copd_megatron.objectives.advantages; "
+        "import sys, copd_megatron.objectives.denominators, copd_megatron.objectives.mismatch; "
         "print([m for m in ('torch', 'megatron', 'vllm', 'transformers') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

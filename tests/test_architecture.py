@@ -19,10 +19,11 @@ PACKAGE = ROOT / "copd_megatron"
 MAY_IMPORT: dict[str, set[str]] = {
     # ground floor: what everybody shares
     "errors": set(),
+    "plugins": {"errors"},
     "records": set(),
     "model": {"errors"},
     # settings, files of models, pure functions
-    "config": {"errors", "model"},
+    "config": {"errors", "model", "plugins"},
     "hf": {"errors", "model"},
     "objectives": {"config", "errors", "records"},
     "rewards": {"config", "errors", "records"},
@@ -46,8 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tiny": {"config", "data", "errors", "policy", "rewards"},
     # before the ranks start
     "launch": {"checkpoint", "config", "data", "errors", "model", "planner", "rewards", "topology"},
+    # what a step consists of
+    "recipes": {"branch", "config", "errors", "topology", "launch"},
     # what a process holds and does
     "branch": {
+        "plugins",
         *("checkpoint", "config", "data", "errors", "evaluation", "hf", "launch", "merge", "metrics"),
         *("model", "objectives", "opd", "policy", "records", "report", "rewards", "rollout", "topology"),
         *("weight_sync",),
@@ -75,8 +79,9 @@ WITHOUT_TORCH = [
     "copd_megatron.model.slots",
     "copd_megatron.model.places",
     "copd_megatron.records",
-    "copd_megatron.objectives.grpo",
-    "copd_megatron.objectives.distill",
+    "copd_megatron.objectives.denominators",
+    "copd_megatron.objectives.mismatch",
+    "copd_megatron.plugins",
     "copd_megatron.config.graph",
     "copd_megatron.opd.plan",
     "copd_megatron.topology.layout",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.records import TrainRow
 from tests.layouts import Job, run_layouts
 from tests.models import make_model, random_texts
@@ -55,7 +56,7 @@ def _train(actor: Any, steps: int) -> list[tuple[float, float, float]]:
     """(loss, gradient norm, learning rate) of each step."""
     out = []
     for _ in range(steps):
-        statistics = actor.forward_backward(_rows(), LossConfig(), max_new_tokens=64)
+        statistics = actor.forward_backward(_rows(), ClippedSurrogate(LossConfig(), 64))
         stepped = actor.optimizer_step()
         out.append((statistics.loss, stepped["grad_norm"], stepped["lr"]))
     return out

@@ -117,9 +117,9 @@ def test_router_bytes_is_four_a_token_out_and_four_a_logprob_back() -> None:
     rows = 4 * 8 // 4
     assert router_bytes(graph.edges, sequence_tokens=100, response_tokens=60) == 4 * rows * (4 * 100 + 4 * 60)
     with_states = router_bytes(
-        graph.edges, sequence_tokens=100, response_tokens=60, num_states=5, top_k=10, vocab_size=1000
+        graph.edges, sequence_tokens=100, response_tokens=60, num_states=5, vocab_size=1000
     )
-    assert with_states == 4 * (rows * 640 + 5 * (4 + 40 + 4000))
+    assert with_states == 4 * (rows * 640 + 5 * (4 + 4000))
 
 
 def test_hub_and_spoke_costs_a_kth_of_all_to_all_for_many_branches() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.policy.offload import ParkedTensors
 from tests.layouts import Job, run_layouts
 from tests.models import make_model, random_texts
@@ -64,7 +65,7 @@ def _train(parallel: ParallelConfig, folder: Path, rows: Any, dtype: torch.dtype
             restored = offloader.restore()
             assert not offloader.released and offloader.restore().total_bytes == 0
             reports.append((released, weights, restored, left))
-        loss = actor.forward_backward(rows, LossConfig(), max_new_tokens=64).loss
+        loss = actor.forward_backward(rows, ClippedSurrogate(LossConfig(), 64)).loss
         steps.append((loss, actor.optimizer_step()["grad_norm"]))
     numbers = [p.detach().float().numpy().copy() for p in actor.model.parameters()]
     return steps, numbers, [[vars(r) if hasattr(r, "__dict__") else r for r in entry] for entry in reports]

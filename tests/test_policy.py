@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.records import TrainRow
 from tests.layouts import Job, run_layouts
 from tests.models import (
@@ -79,11 +80,11 @@ def _exercise(
     initial = actor.snapshot()
     steps = []
     for _ in range(NUM_STEPS):
-        statistics = actor.forward_backward(rows, LOSS, max_new_tokens=64)
+        statistics = actor.forward_backward(rows, ClippedSurrogate(LOSS, 64))
         steps.append((_plain(statistics), actor.optimizer_step()))
     actor.version = 1
     try:
-        actor.forward_backward(rows, LOSS, max_new_tokens=64)
+        actor.forward_backward(rows, ClippedSurrogate(LOSS, 64))
         stale = ""
     except ValueError as error:
         stale = str(error)
@@ -118,7 +119,7 @@ def _skips(actor: Any, rows: list[TrainRow]) -> SimpleNamespace:
 
     def update(rows: list[TrainRow], max_grad_norm: float | None = None) -> dict[str, float]:
         actor.training = dataclasses.replace(actor.training, max_grad_norm=max_grad_norm)
-        actor.forward_backward(rows, LOSS, max_new_tokens=64)
+        actor.forward_backward(rows, ClippedSurrogate(LOSS, 64))
         stepped: dict[str, float] = actor.optimizer_step()
         return stepped
 

@@ -24,6 +24,7 @@ from copd_megatron.config.schema import (
     Recompute,
     TrainingConfig,
 )
+from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.policy.batch.positions import multimodal_positions
 from copd_megatron.records import FloatArray, IntArray, TrainRow
 from tests.layouts import Job, run_layouts
@@ -248,7 +249,7 @@ def _exercise(
         for index, sample in enumerate(samples)
     ]
     before = {slot: actor.view.read(slot).clone() for slot in actor.view.local}
-    actor.forward_backward(rows, LossConfig(), max_new_tokens=64)
+    actor.forward_backward(rows, ClippedSurrogate(LossConfig(), 64))
     actor.optimizer_step()
     gradients = {}
     for slot, old in before.items():

@@ -186,6 +186,7 @@ def test_every_recipe_has_its_requirement_and_its_multiple() -> None:
 
 def _train(parallel: ParallelConfig, folder: Any, rows: Any, training: TrainingConfig) -> Any:
     from copd_megatron.config.schema import LossConfig
+    from copd_megatron.objectives.surrogate import ClippedSurrogate
     from copd_megatron.policy.actor import MegatronActor
 
     actor = MegatronActor(
@@ -201,7 +202,7 @@ def _train(parallel: ParallelConfig, folder: Any, rows: Any, training: TrainingC
     )
     steps = []
     for _ in range(3):
-        loss = actor.forward_backward(rows, LossConfig(), max_new_tokens=64).loss
+        loss = actor.forward_backward(rows, ClippedSurrogate(LossConfig(), 64)).loss
         steps.append((loss, actor.optimizer_step()["grad_norm"]))
     actor.finish_update()
     return steps, [p.detach().numpy().copy() for p in actor.model.parameters()]

@@ -34,14 +34,14 @@ from copd_megatron.opd.wire import (
     unpack_scores,
 )
 from copd_megatron.planner.traffic import router_bytes
+from copd_megatron.records import Ask
 from copd_megatron.topology.watch import EXIT_STUCK, CollectiveError
 from copd_megatron.topology.world import World, init_world
 from tests.distributed import launch_distributed, run_distributed
 
 VOCAB = 50
-TOP_K = 4
 BRANCHES = {"text": (0, 1), "image": (2,), "video": (3, 4, 5)}
-ROW_TABLE_BYTES = (6 + 7) * 8
+ROW_TABLE_BYTES = (7 + 6) * 8
 
 
 def _graph(topology: Topology, *names: str, frozen: tuple[str, ...] = ()) -> Graph:
@@ -62,7 +62,7 @@ def _rows(edge: Edge, num_rows: int, *, seed: int = 0, num_states: int = 2) -> l
                 token_ids=rng.integers(0, VOCAB, prompt + response).astype(np.int32),
                 prompt_length=prompt,
                 weight_version=seed,
-                state_positions=np.sort(states).astype(np.int32),
+                ask=Ask(tokens=True, positions=tuple(sorted(states.tolist()))),
             )
         )
     return rows
@@ -85,14 +85,14 @@ def _score(branch: str, rows: list[ScoreRequest], version: int = 5) -> list[Teac
     for row in rows:
         logp = _logits(branch, row.token_ids)[row.prompt_length - 1 : -1]
         response = row.token_ids[row.prompt_length :]
-        states = logp[row.state_positions]
+        nothing = np.empty(0, np.float32)
+        logprobs = logp[np.arange(len(response)), response].astype(np.float32)
         scores.append(
             TeacherScore(
                 row_id=row.row_id,
-                logprobs=logp[np.arange(len(response)), response].astype(np.float32),
+                logprobs=logprobs if row.ask.tokens else nothing,
                 weight_version=version,
-                topk_ids=np.argsort(-states, axis=1)[:, :TOP_K].astype(np.int32),
-                state_logprobs=states.astype(np.float32),
+                distributions=logp[list(row.ask.positions)].astype(np.float32),
             )
         )
     return scores
@@ -103,13 +103,23 @@ def _same(got: list[TeacherScore], expected: list[TeacherScore]) -> bool:
         g.row_id == e.row_id
         and g.weight_version == e.weight_version
         and np.array_equal(g.logprobs, e.logprobs)
-        and np.array_equal(g.topk_ids, e.topk_ids)
-        and np.array_equal(g.state_logprobs, e.state_logprobs)
+        and np.array_equal(g.distributions, e.distributions)
         for g, e in zip(got, expected, strict=True)
     )
 
 
 # Wire format.
+
+
+def test_a_question_about_positions_alone_brings_no_log_probabilities_back() -> None:
+    rows = [replace(row, ask=replace(row.ask, tokens=False)) for row in _rows(EDGE, 3)]
+    out = pack_requests(rows, (0, 1, 2), exchange=1, edge=0, lane=0)
+    asked = unpack_requests(out, "here")
+    scores = _score("b", [asked[i] for i in range(3)])
+    assert all(len(score.logprobs) == 0 and score.distributions.shape == (2, VOCAB) for score in scores)
+    check_scores(rows, scores, "here")
+    with pytest.raises(RouterError, match="a teacher must answer its rows in their order, in full"):
+        check_scores(_rows(EDGE, 3), scores, "here")
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,7 +147,7 @@ def test_packing_and_unpacking_every_lane_restores_rows_and_scores(
     for i, row in enumerate(rows):
         got = got_rows[i]
         assert np.array_equal(got.token_ids, row.token_ids) and got.token_ids.dtype == np.int32
-        assert np.array_equal(got.state_positions, row.state_positions)
+        assert got.ask == row.ask
         assert (got.row_id, got.prompt_length, got.weight_version) == (row.row_id, row.prompt_length, seed)
     assert _same([got_scores[i] for i in range(num_rows)], scores)
 
@@ -152,7 +162,7 @@ def _message() -> Message:
 def test_a_damaged_message_is_an_error_that_names_its_origin() -> None:
     message = _message()
     payload = message.payload.copy()
-    payload[3 * 6 * 8 + 5] ^= 1
+    payload[3 * 7 * 8 + 5] ^= 1
     with pytest.raises(RouterError, match=r"edge a<-b.*token ids arrived with CRC"):
         unpack_requests(Message(header=message.header, payload=payload), "edge a<-b lane 0")
     with pytest.raises(RouterError, match=r"the payload of \d+ bytes ends before byte \d+"):
@@ -164,7 +174,7 @@ def test_a_damaged_message_is_an_error_that_names_its_origin() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("magic", 1), ("format_version", 2), ("kind", 1), ("exchange", 5), ("edge", 3), ("lane", 1)],
+    [("magic", 1), ("format_version", 1), ("kind", 1), ("exchange", 5), ("edge", 3), ("lane", 1)],
 )
 def test_a_header_of_another_message_is_refused(field: str, value: int) -> None:
     expected = {"kind": REQUESTS, "exchange": 4, "edge": 0, "lane": 0}
@@ -187,8 +197,8 @@ def test_the_crc_covers_lengths_as_well_as_ids() -> None:
     [
         ({"prompt_length": 0}, "row 1000: prompt_length is 0"),
         ({"prompt_length": 10_000}, "prompt_length is 10000 in a row of"),
-        ({"state_positions": np.array([-1], np.int32)}, r"state_positions \[-1\] must lie in 0 .."),
-        ({"state_positions": np.array([900], np.int32)}, r"state_positions \[900\]"),
+        ({"ask": Ask(positions=(-1,))}, r"asked positions \[-1\] must lie in 0 .."),
+        ({"ask": Ask(positions=(900,))}, r"asked positions \[900\]"),
     ],
 )
 def test_rows_that_no_teacher_could_score_are_refused_before_they_leave(
@@ -205,7 +215,7 @@ def test_rows_that_no_teacher_could_score_are_refused_before_they_leave(
         (lambda s: s[:-1], "2 scores for 3 rows"),
         (lambda s: s[::-1], "a teacher must answer its rows in their order"),
         (lambda s: [replace(s[0], logprobs=s[0].logprobs[1:]), *s[1:]], "in full"),
-        (lambda s: [replace(s[0], topk_ids=s[0].topk_ids[:1]), *s[1:]], "in full"),
+        (lambda s: [replace(s[0], distributions=s[0].distributions[:1]), *s[1:]], "in full"),
         (lambda s: [replace(s[0], logprobs=s[0].logprobs * np.nan), *s[1:]], "token 0 in row 1000 is NaN"),
         (lambda s: [replace(s[0], weight_version=4), *s[1:]], r"weight versions \[4, 5\]"),
     ],
@@ -306,8 +316,7 @@ def test_every_byte_crosses_between_branches_once(exchanges: list[list[dict[str,
             [replace(edge, num_prompts=8, num_generations=1)],
             sequence_tokens=float(np.mean([len(r.token_ids) for r in rows[edge]])),
             response_tokens=float(np.mean([r.response_length for r in rows[edge]])),
-            num_states=sum(len(r.state_positions) for r in rows[edge]),
-            top_k=TOP_K,
+            num_states=sum(len(r.ask.positions) for r in rows[edge]),
             vocab_size=VOCAB,
         )
         for edge in graph.edges

@@ -60,12 +60,14 @@ def _drive(config_path: Path, exports: Path) -> dict[str, Any]:
     """Three OPD steps of this rank's branch; teachers live in the first, snapshots after that."""
     import torch.distributed as dist
 
-    from copd_megatron.branch.cross import cross_batch
-    from copd_megatron.branch.native import native_batch, score
-    from copd_megatron.branch.probes import _behaviour_probes
+    from copd_megatron.branch.cross import cross
+    from copd_megatron.branch.native import native
+    from copd_megatron.branch.probes import choose_probes
     from copd_megatron.branch.sampling import sample_and_grade
     from copd_megatron.branch.schedule import Phase, Step
+    from copd_megatron.branch.scoring import logprobs_of
     from copd_megatron.branch.start import start
+    from copd_megatron.branch.state import Batch
     from copd_megatron.branch.update import DivergedError, sync_weights, update
     from copd_megatron.config import load_config
     from copd_megatron.config.schema import TeacherMode
@@ -89,27 +91,26 @@ def _drive(config_path: Path, exports: Path) -> dict[str, Any]:
                 config.opd.teacher_mode = TeacherMode.phase_snapshot
             in_phase = max(index - 1, 0)  # a phase begins anew with the second step
             step = Step(index=index, cycle=0, phase=Phase.opd, index_in_phase=in_phase)
-            batch = native_batch(me, step)
-            rows = cross_batch(me, step, batch.native)
+            own = native(me, step, Batch())
+            batch = cross(me, step, own)
             steps.append(
                 SimpleNamespace(
                     native=batch.native,
-                    cross=rows,
-                    probes=_behaviour_probes(me, step, batch.native),
+                    cross=batch.rows[len(own.rows) :],
+                    probes=choose_probes(me, step, batch.native),
                     metrics=me.metrics.reduce(dist.group.WORLD),
                 )
             )
-            update(me, batch.rows + rows, step)
+            update(me, step, batch)
             me.metrics.reduce(dist.group.WORLD)
             sync_weights(me)
             export_hf(me.actor, exports / f"{me.name}-{index + 1}", source=me.settings.model_path)
             prompts = me.prompts.next(4)
             rollouts = sample_and_grade(me, prompts, 2, step, purpose="agreement")
-            scores = score(me, rollouts)
             agreement.append(
                 SimpleNamespace(
                     rollouts=rollouts,
-                    actor=[s.logprobs for s in scores],
+                    actor=logprobs_of(me, rollouts),
                     version=(me.actor.version, me.engine.version),
                     bytes=(me.sync.stream.filled_bytes, me.sync.stream.received_bytes),
                 )
@@ -118,9 +119,10 @@ def _drive(config_path: Path, exports: Path) -> dict[str, Any]:
         config.training.max_grad_norm, config.training.max_skipped_updates = 1e-9, 1
         for _ in range(2):
             # cross rows, since models that are never right have no gradient of their own
-            rows = cross_batch(me, step, native_batch(me, step).native)
+            own = native(me, step, Batch())
+            batch = cross(me, step, Batch(native=own.native))
             try:
-                update(me, rows, step)
+                update(me, step, batch)
                 skipped.append(me.metrics.reduce(dist.group.WORLD)["train/skipped_updates"])
                 sync_weights(me)
             except DivergedError as error:
@@ -281,7 +283,8 @@ def test_overlap_and_symmetric_kl_equal_transformers(run: dict[str, Any], name: 
     student_version, teacher_version = VERSIONS[index]
     step = run["ranks"][name][0]["steps"][index]
     overlaps, divergences = [], []
-    for rollout, states in step.probes:
+    for probe in step.probes:
+        rollout, states = probe.rollout, list(probe.ask.positions)
         arguments = (rollout.token_ids, rollout.prompt_length)
         p = reference_distributions(run["folders"][name][student_version], *arguments)[states]
         q = reference_distributions(run["folders"][OTHER[name]][teacher_version], *arguments)[states]

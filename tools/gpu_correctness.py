@@ -39,6 +39,7 @@ from gpu_measure import GIB, Figures, difference, profile_summary, release, time
 from copd_megatron.config.hardware import missing_for
 from copd_megatron.config.schema import FP8Recipe, LossConfig, RolloutQuantization, WeightSyncConfig
 from copd_megatron.model.shape import read_model_shape
+from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.records import FloatArray
 
 
@@ -115,7 +116,7 @@ def scores_with(recipe: FP8Recipe, work: Path, *, kind: str = "text") -> dict[st
         if delayed:
             found |= {f"cold_{key}": value for key, value in ours.items()}
             for _ in range(3):
-                actor.forward_backward(train_rows(sequences), LossConfig(), max_new_tokens=1024)
+                actor.forward_backward(train_rows(sequences), ClippedSurrogate(LossConfig(), 1024))
             ours = difference([s.logprobs for s in actor.log_probs(sequences)], expected)
     if on_cuda:
         half = reference_logprobs(folder, sequences, media, torch.bfloat16)
@@ -184,7 +185,9 @@ def packing(options: argparse.Namespace, figures: Figures) -> None:
             for packed in (True, False):
                 actor = make_actor(folder, media=media, packed=packed, trains=True, budget=2048)
                 logprobs = [s.logprobs for s in actor.log_probs(sequences)]
-                loss = actor.forward_backward(train_rows(sequences), LossConfig(), max_new_tokens=1024).loss
+                loss = actor.forward_backward(
+                    train_rows(sequences), ClippedSurrogate(LossConfig(), 1024)
+                ).loss
                 outcomes.append((logprobs, loss, actor.optimizer_step()["grad_norm"]))
                 del actor
                 release()

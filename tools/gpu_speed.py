@@ -41,6 +41,7 @@ from gpu_measure import (
 from copd_megatron.config.hardware import missing_for
 from copd_megatron.config.schema import FP8Recipe, LossConfig, MemoryConfig, WeightSyncConfig
 from copd_megatron.model.shape import read_model_shape
+from copd_megatron.objectives.surrogate import ClippedSurrogate
 
 # ---- training --------------------------------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ def training(options: argparse.Namespace, figures: Figures) -> None:
         rows = train_rows(sequences)
 
         def gradient() -> None:
-            actor.forward_backward(rows, LossConfig(), max_new_tokens=PACK_TOKENS)
+            actor.forward_backward(rows, ClippedSurrogate(LossConfig(), PACK_TOKENS))
 
         def step() -> None:
             gradient()
@@ -299,7 +300,7 @@ def _whole_step(
     phases.run("sleep", engine.sleep)
 
     def update() -> None:
-        actor.forward_backward(train_rows(rollouts), LossConfig(), max_new_tokens=PACK_TOKENS)
+        actor.forward_backward(train_rows(rollouts), ClippedSurrogate(LossConfig(), PACK_TOKENS))
         actor.optimizer_step()
         actor.finish_update()
 
@@ -360,7 +361,7 @@ def _cycles(
         engine.sample(make_prompts(8, int(rng.integers(16, 40)), seed=number), settings, step=number)
         actor.log_probs(sequences[:4])
         engine.sleep()
-        actor.forward_backward(train_rows(sequences), LossConfig(), max_new_tokens=PACK_TOKENS)
+        actor.forward_backward(train_rows(sequences), ClippedSurrogate(LossConfig(), PACK_TOKENS))
         actor.optimizer_step()
         actor.finish_update()
         actor.give_memory(weights=False)

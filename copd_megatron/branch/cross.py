@@ -1,109 +1,125 @@
-"""The cross rows of a step: on-policy distillation between branches (Eq. 8)."""
+"""Cross rows: what a branch learns from its teachers (Eq. 8), and how alike it is to them (Eq. 6).
+
+For every edge into a branch there is a list of questions to the teacher. In Phase II it holds the rollouts on
+the edge's prompts, with what the edge's objective asks; in every phase, a few native rollouts (probes) with a
+question about a few positions. Teachers see rows and questions, not what they are for.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from copd_megatron.branch.native import score
-from copd_megatron.branch.probes import _behaviour_metrics, _behaviour_probes, _topk_ids
-from copd_megatron.branch.sampling import _reward_metrics, sample_and_grade
+from copd_megatron.branch.probes import Probe, behaviour_metrics, choose_probes, score_probes
+from copd_megatron.branch.sampling import reward_metrics, sample_and_grade
 from copd_megatron.branch.schedule import Phase, Step
-from copd_megatron.branch.state import Branch
+from copd_megatron.branch.scoring import logprobs_of, refresh_teacher, teach
+from copd_megatron.branch.state import Batch, Branch
 from copd_megatron.config.graph import Edge
-from copd_megatron.config.schema import TeacherMode
-from copd_megatron.objectives.distill import cross_rows
+from copd_megatron.objectives.base import Material
 from copd_megatron.opd.records import ScoreRequest, TeacherScore
-from copd_megatron.records import Rollout, TrainRow
+from copd_megatron.records import Ask, FloatArray, Rollout, TrainRow
 
 
-def cross_batch(me: Branch, step: Step, native: Sequence[Rollout]) -> list[TrainRow]:
-    """Exchanges with the other branches; returns the cross rows of this branch.
+@dataclass(frozen=True, kw_only=True)
+class _Answers:
+    """What an edge's teacher said."""
 
-    In Phase II, for every edge into this branch: sample on the edge's prompts, score with my own weights,
-    have the teacher score, and make token advantages beta * delta. In every phase, behaviour is measured on
-    a few of my native rollouts. Collective over all branches.
+    rollouts: Sequence[TeacherScore]
+    probes: Sequence[TeacherScore]
+
+
+def cross(me: Branch, step: Step, batch: Batch) -> Batch:
+    """Stage of a step: adds the rows of every edge into this branch. Collective over all branches.
+
+    Samples on the edges' prompts, scores the samples with the branch's own weights, asks the teachers, and
+    has each edge's objective make rows of it. Meanwhile this branch answers as a teacher.
     """
-    _refresh_teacher(me, step)
-    rollouts: dict[Edge, list[Rollout]] = {}
-    if step.phase is Phase.opd:
-        for edge in me.graph.into(me.name):
-            prompts = me.edge_prompts[edge].next(edge.num_prompts)
-            rollouts[edge] = sample_and_grade(me, prompts, edge.num_generations, step, purpose=edge.name)
-            _reward_metrics(me, f"cross/{edge.teacher}/", rollouts[edge])
-    probes = _behaviour_probes(me, step, native)
-    requests = {
-        edge: [_request(i, r, ()) for i, r in enumerate(rollouts.get(edge, []))]
-        + [_request(-1 - i, r, states) for i, (r, states) in enumerate(probes)]
+    refresh_teacher(me, step)
+    sampled = _sample_edges(me, step)
+    probes = choose_probes(me, step, batch.native)
+    own = {edge: logprobs_of(me, rollouts) for edge, rollouts in sampled.items()}
+    probed = score_probes(me, probes)
+    answers = _ask_teachers(me, step, sampled, probes)
+    rows = [
+        row
+        for edge, rollouts in sampled.items()
+        for row in _rows(me, edge, rollouts, own[edge], answers[edge].rollouts)
+    ]
+    for edge in me.graph.into(me.name):
+        behaviour_metrics(me, edge, probed, answers[edge].probes)
+    return replace(batch, rows=[*batch.rows, *rows])
+
+
+def _sample_edges(me: Branch, step: Step) -> dict[Edge, list[Rollout]]:
+    """In Phase II, this branch's rollouts on the prompts of every edge into it."""
+    sampled: dict[Edge, list[Rollout]] = {}
+    if step.phase is not Phase.opd:
+        return sampled
+    for edge in me.graph.into(me.name):
+        prompts = me.edge_prompts[edge].next(edge.num_prompts)
+        sampled[edge] = sample_and_grade(me, prompts, edge.num_generations, step, purpose=edge.name)
+        reward_metrics(me, f"cross/{edge.teacher}/", sampled[edge])
+    return sampled
+
+
+def _ask_teachers(
+    me: Branch, step: Step, sampled: Mapping[Edge, Sequence[Rollout]], probes: Sequence[Probe]
+) -> dict[Edge, _Answers]:
+    """One exchange: this branch's questions out, its teachers' answers back, and those of its students
+    answered in between. Collective over all branches."""
+    questions = {
+        edge: [
+            *((rollout, me.objectives[edge.component].asks) for rollout in sampled.get(edge, ())),
+            *((probe.rollout, probe.ask) for probe in probes),
+        ]
         for edge in me.graph.into(me.name)
     }
-    mine = {edge: score(me, rollouts[edge]) for edge in rollouts}
-    probed = score(me, [r for r, _ in probes], [states for _, states in probes]) if probes else []
+    requests = {
+        edge: [_request(number, *question) for number, question in enumerate(asked)]
+        for edge, asked in questions.items()
+    }
     begin = time.perf_counter()
-    theirs = me.router.exchange(requests, lambda edge, wanted: teach(me, wanted, step))
+    scores = me.router.exchange(requests, lambda edge, wanted: teach(me, wanted, step))
     me.metrics.maximum("timing/exchange_seconds", time.perf_counter() - begin)
     if me.media is not None:
         me.media.drop_encoded()
+    answers = {}
     for edge in requests:
-        traffic = me.router.traffic[edge]
+        traffic, count = me.router.traffic[edge], len(sampled.get(edge, ()))
         me.metrics.total(f"copd/router_bytes/{edge.name}", traffic.sent_bytes + traffic.received_bytes)
-    rows: list[TrainRow] = []
-    for edge, sampled in rollouts.items():
-        scores = theirs[edge][: len(sampled)]
-        rows += cross_rows(
-            sampled,
-            [s.logprobs for s in scores],
-            [s.logprobs for s in mine[edge]],
-            teacher=edge.teacher,
-            beta=edge.beta,
-            delta_clip=me.config.opd.delta_clip,
-        )
-        gap = np.concatenate([t.logprobs - s.logprobs for t, s in zip(scores, mine[edge], strict=True)])
-        me.metrics.mean(f"copd/teacher_gap/{edge.name}", float(gap.sum()), len(gap))
-    for edge in requests:
-        _behaviour_metrics(me, edge, probed, theirs[edge][len(rollouts.get(edge, [])) :])
-    return rows
+        answers[edge] = _Answers(rollouts=scores[edge][:count], probes=scores[edge][count:])
+    return answers
 
 
-def teach(me: Branch, requests: Sequence[ScoreRequest], step: Step) -> list[TeacherScore]:
-    """Scores another branch's rows with the weights that this branch teaches with in Phase II (in Phase I,
-    where only behaviour is measured, with the live ones)."""
-    begin = time.perf_counter()
-    with me.actor.using(me.teacher if step.phase is Phase.opd else None) as version:
-        scores = score(me, requests, [r.state_positions.tolist() for r in requests])
-    me.metrics.maximum("timing/teaching_seconds", time.perf_counter() - begin)
-    return [
-        TeacherScore(
-            row_id=request.row_id,
-            logprobs=s.logprobs,
-            weight_version=version,
-            topk_ids=_topk_ids(s.state_logprobs, me.config.opd.behaviour.top_k),
-            state_logprobs=s.state_logprobs,
-        )
-        for request, s in zip(requests, scores, strict=True)
-    ]
-
-
-def _refresh_teacher(me: Branch, step: Step) -> None:
-    """Takes the snapshot this branch teaches with, when the teacher mode says so (before any update)."""
-    if step.phase is not Phase.opd or not me.trains:
-        return
-    mode, opd = me.config.opd.teacher_mode, me.config.opd
-    due = step.index_in_phase == 0
-    if mode is TeacherMode.every_n_steps:
-        due = due or step.index_in_phase % opd.snapshot_every_steps == 0
-    if mode is not TeacherMode.live and due:
-        me.teacher = me.actor.snapshot(into=me.teacher)
-
-
-def _request(row_id: int, rollout: Rollout, states: Sequence[int]) -> ScoreRequest:
+def _request(number: int, rollout: Rollout, ask: Ask) -> ScoreRequest:
     return ScoreRequest(
-        row_id=row_id,
+        row_id=number,
         token_ids=rollout.token_ids,
         prompt_length=rollout.prompt_length,
         weight_version=rollout.weight_version,
-        state_positions=np.asarray(states, dtype=np.int32),
+        ask=ask,
         media=rollout.media,
     )
+
+
+def _rows(
+    me: Branch,
+    edge: Edge,
+    rollouts: Sequence[Rollout],
+    own: Sequence[FloatArray],
+    answers: Sequence[TeacherScore],
+) -> list[TrainRow]:
+    """An edge's training rows."""
+    objective = me.objectives[edge.component]
+    theirs = [answer.logprobs for answer in answers] if objective.asks.tokens else None
+    rows = objective.rows(
+        Material(rollouts=rollouts, component=edge.component, old_logprobs=own, teacher_logprobs=theirs)
+    )
+    if theirs is not None:
+        gap = np.concatenate([t - s for t, s in zip(theirs, own, strict=True)])
+        me.metrics.mean(f"copd/teacher_gap/{edge.name}", float(gap.sum()), len(gap))
+    return rows

@@ -1,4 +1,4 @@
-"""Prompts to graded rollouts: vLLM samples, verifiers grade, the branch gathers."""
+"""Prompts to graded rollouts: vLLM samples, verifiers grade where it was sampled, the branch gathers."""
 
 from __future__ import annotations
 
@@ -9,29 +9,8 @@ from copd_megatron.branch.schedule import Step
 from copd_megatron.branch.state import Branch
 from copd_megatron.metrics.phase_memory import phase_memory
 from copd_megatron.records import Prompt, Rollout
-from copd_megatron.rollout.early_stop import EarlyStop, carried, continued, num_asked, split_groups
+from copd_megatron.rollout.early_stop import EarlyStop
 from copd_megatron.rollout.engine import SamplingSettings
-
-
-def _fresh_groups(me: Branch, wanted: int, step: Step) -> list[Rollout]:
-    """All responses to ``wanted`` prompts; with over-sampling, to those that are done first."""
-    assert me.prompts is not None
-    count, options = me.settings.num_generations_per_prompt, me.settings.rollout
-    if not options.over_sampling:
-        return sample_and_grade(me, me.prompts.next(wanted), count, step)
-    asked = num_asked(wanted, options.over_sampling)
-    lag = me.config.training.max_weight_lag
-    begun = carried(me.begun, version=me.actor.version, max_lag=lag)[:asked]
-    prompts = continued(me.prompts.next(asked - len(begun)), begun)
-    stop = EarlyStop(
-        num_prompts=wanted, begun={(r.prompt.prompt_id, r.sample_index): r for g in begun for r in g}
-    )
-    rollouts = sample_and_grade(me, prompts, count, step, stop=stop)
-    complete, left = split_groups(rollouts, count, wanted)
-    me.begun = left if options.partial_rollouts else []
-    me.metrics.value("train/carried_prompts", float(len(begun)))
-    me.metrics.value("train/unfinished_prompts", float(len(left)))
-    return complete
 
 
 def sample_and_grade(
@@ -43,7 +22,7 @@ def sample_and_grade(
     purpose: str = "native",
     stop: EarlyStop | None = None,
 ) -> list[Rollout]:
-    """Samples with the branch's weights and grades each response where it was sampled.
+    """Graded rollouts of a training step, at the branch's own sampling settings.
 
     ``purpose`` enters the sampling seeds, so that a prompt met twice in a step is sampled differently.
     """
@@ -66,8 +45,12 @@ def sample_graded(
     purpose: str,
     stop: EarlyStop | None = None,
 ) -> list[Rollout]:
-    """``prompts`` sampled over the branch's rollout replicas, graded, and gathered on every rank. With
-    ``stop``, not all are finished, and those that are not have no grade."""
+    """Samples ``prompts`` over the branch's rollout replicas, grades and gathers; collective over the branch.
+
+    Returns:
+        ``len(prompts) * num_generations`` rollouts in prompt order, the same on every rank. With ``stop``
+        some are unfinished, and these have no grade.
+    """
     assert me.engine is not None
     me.actor.give_memory(weights=True)
     begin = time.perf_counter()
@@ -76,10 +59,7 @@ def sample_graded(
         mine = me.engine.sample_share(prompts, settings, step=step, branch=purpose, stop=stop)
     generated = time.perf_counter()
     with watch.operation("rewards.grade", ranks=(me.world.rank,)):
-        # the ranks of one engine hold the same samples; the first speaks for all
-        if me.engine.tp_rank == 0:
-            graded = iter(me.grader.grade([r for r in mine if not r.unfinished and r.reward is None]))
-            mine = [r if r.unfinished or r.reward is not None else next(graded) for r in mine]
+        mine = _graded(me, mine)
     graded_at = time.perf_counter()
     with watch.operation("rollout.gather", ranks=me.world.branch_ranks[me.name]):
         rollouts = me.engine.gather(mine, prompts, settings)
@@ -90,12 +70,23 @@ def sample_graded(
     return rollouts
 
 
-def _rewards(rollouts: Sequence[Rollout]) -> list[float]:
+def _graded(me: Branch, mine: list[Rollout]) -> list[Rollout]:
+    """This rank's share with grades. The ranks of one engine hold the same samples: the first grades them."""
+    assert me.engine is not None
+    if me.engine.tp_rank != 0:
+        return mine
+    graded = iter(me.grader.grade([r for r in mine if not r.unfinished and r.reward is None]))
+    return [r if r.unfinished or r.reward is not None else next(graded) for r in mine]
+
+
+def rewards_of(rollouts: Sequence[Rollout]) -> list[float]:
+    """Verifiers' grades, 0 where there is none."""
     return [r.reward if r.reward is not None else 0.0 for r in rollouts]
 
 
-def _reward_metrics(me: Branch, prefix: str, rollouts: Sequence[Rollout]) -> None:
+def reward_metrics(me: Branch, prefix: str, rollouts: Sequence[Rollout]) -> None:
+    """Mean reward, response length and share of truncated responses, named ``<prefix>reward`` and so on."""
     count = len(rollouts)
-    me.metrics.mean(f"{prefix}reward", sum(_rewards(rollouts)), count)
+    me.metrics.mean(f"{prefix}reward", sum(rewards_of(rollouts)), count)
     me.metrics.mean(f"{prefix}response_length", sum(r.response_length for r in rollouts), count)
     me.metrics.mean(f"{prefix}truncated_fraction", sum(r.truncated for r in rollouts), count)

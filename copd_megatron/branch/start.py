@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from copd_megatron.branch.schedule import num_steps
 from copd_megatron.branch.state import Branch
 from copd_megatron.config import Config
-from copd_megatron.config.graph import build_graph
+from copd_megatron.config.graph import Edge, build_graph
+from copd_megatron.config.schema import BranchConfig
+from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.sources import PromptSources
 from copd_megatron.launch.lock import RunLock
 from copd_megatron.launch.run_dir import run_directory
 from copd_megatron.model.shape import read_model_shape
+from copd_megatron.objectives.base import Context, Objective, ObjectiveFactory
 from copd_megatron.opd.router import Router
+from copd_megatron.plugins import OBJECTIVES
 from copd_megatron.policy.actor import MegatronActor
 from copd_megatron.policy.device import model_dtype, uses_cuda
+from copd_megatron.records import NATIVE
 from copd_megatron.rewards.grader import Grader
 from copd_megatron.rollout.engine import RolloutEngine
 from copd_megatron.topology.layout import Layout
 from copd_megatron.topology.world import World, init_world
 from copd_megatron.weight_sync.sync import WeightSync
-
-logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -58,10 +60,12 @@ def start(config: Config, layout: Layout) -> Iterator[Branch]:
 
 
 def _build(config: Config, world: World, run_dir: Path) -> Branch:
+    """This rank's branch, part by part."""
     name = world.branch
     settings = config.branches[name]
     graph = build_graph(config)
     edges = graph.into(name)
+    objectives = objectives_of(config, name, edges)
     model_path = settings.model_path or config.model.path
     with world.watch.operation("startup.data"):
         sources = PromptSources(config, model_path, read_model_shape(model_path))
@@ -72,59 +76,89 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
         validation = sources.validation()
         sources.know_all_media()
         media = sources.media
-    dtype = model_dtype(config)
     with world.watch.operation("startup.actor"):
-        actor = MegatronActor(
-            model_path=model_path,
-            parallel=settings.parallel,
-            training=config.training,
-            optimizer=None if settings.frozen else config.optimizer,
-            dtype=dtype,
-            max_tokens=config.model.max_sequence_tokens,
-            temperature=settings.rollout.temperature,
-            seed=config.run.seed,
-            total_steps=num_steps(config.schedule) * config.training.num_mini_batches,
-            precision=config.precision,
-            memory=config.memory if uses_cuda(config) else None,
-            freeze_vision=config.model.freeze_vision,
-            features=lambda row: None if media is None else media.features(row.media),
-        )
+        actor = _actor(config, settings, model_path, media)
     engine = sync = None
     if not settings.frozen:
         actor.give_memory(weights=False)  # the engine takes its share of what is free
         with world.watch.operation("startup.rollout"):
-            engine = RolloutEngine(
-                model_path=model_path,
-                config=settings.rollout,
-                branch=name,
-                run_id=os.environ.get("COPD_RUN_ID", "run"),
-                dtype=dtype,
-                max_tokens=config.model.max_sequence_tokens,
-                seed=config.run.seed,
-                media=media,
-                can_sleep=config.memory.sleep_rollouts,
-            )
+            engine = _engine(config, name, model_path, media)
         sync = WeightSync(actor, engine, config.weight_sync)
+    router = Router(
+        world,
+        graph,
+        encoded=media.encoded if media is not None and config.opd.ship_media else None,
+        take_file=media.put_encoded if media is not None else None,
+    )
     return Branch(
         name=name,
         config=config,
         settings=settings,
         world=world,
         graph=graph,
-        router=Router(
-            world,
-            graph,
-            encoded=media.encoded if media is not None and config.opd.ship_media else None,
-            take_file=media.put_encoded if media is not None else None,
-        ),
+        router=router,
         actor=actor,
         engine=engine,
         sync=sync,
         grader=grader,
+        objectives=objectives,
         prompts=prompts,
         edge_prompts=edge_prompts,
         media=media,
         validation=validation,
         run_dir=run_dir,
         reference=actor.snapshot() if config.loss.kl_coefficient else None,
+    )
+
+
+def objectives_of(config: Config, branch: str, edges: Sequence[Edge]) -> dict[str, Objective]:
+    """Objectives of a branch's components: its own rows, and those of every edge into it.
+
+    Raises:
+        ConfigError: a name that stands for nothing, or settings that make no sense for its objective.
+    """
+
+    def build(name: str, edge: Edge | None) -> Objective:
+        factory: ObjectiveFactory = OBJECTIVES.load(
+            name, "native.objective" if edge is None else "opd.objective"
+        )
+        return factory.of(Context(config=config, branch=branch, edge=edge))
+
+    return {
+        NATIVE: build(config.native.objective, None),
+        **{edge.component: build(edge.objective, edge) for edge in edges},
+    }
+
+
+def _actor(
+    config: Config, settings: BranchConfig, model_path: str, media: MediaLoader | None
+) -> MegatronActor:
+    return MegatronActor(
+        model_path=model_path,
+        parallel=settings.parallel,
+        training=config.training,
+        optimizer=None if settings.frozen else config.optimizer,
+        dtype=model_dtype(config),
+        max_tokens=config.model.max_sequence_tokens,
+        temperature=settings.rollout.temperature,
+        seed=config.run.seed,
+        total_steps=num_steps(config.schedule) * config.training.num_mini_batches,
+        precision=config.precision,
+        memory=config.memory if uses_cuda(config) else None,
+        freeze_vision=config.model.freeze_vision,
+        features=lambda row: None if media is None else media.features(row.media),
+    )
+
+
+def _engine(config: Config, branch: str, model_path: str, media: MediaLoader | None) -> RolloutEngine:
+    return RolloutEngine(
+        model_path=model_path,
+        config=config.branches[branch].rollout,
+        branch=branch,
+        run_id=os.environ.get("COPD_RUN_ID", "run"),
+        dtype=model_dtype(config),
+        max_tokens=config.model.max_sequence_tokens,
+        seed=config.run.seed,
+        media=media,
+        can_sleep=config.memory.sleep_rollouts,
     )

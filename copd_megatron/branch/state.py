@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,14 +12,25 @@ from copd_megatron.config.schema import BranchConfig
 from copd_megatron.data import PromptStream
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.metrics.reduction import Metrics
+from copd_megatron.objectives.base import Objective
 from copd_megatron.opd.router import Router
 from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
-from copd_megatron.records import Prompt
+from copd_megatron.records import Prompt, Rollout, TrainRow
 from copd_megatron.rewards.grader import Grader
 from copd_megatron.rollout.early_stop import Group
 from copd_megatron.rollout.engine import RolloutEngine
 from copd_megatron.topology.world import World
 from copd_megatron.weight_sync.sync import WeightSync
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a branch has made in this step so far; every stage returns the next one."""
+
+    native: Sequence[Rollout] = ()
+    """The branch's own rollouts."""
+    rows: Sequence[TrainRow] = ()
+    """Training rows of all components."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +49,8 @@ class Branch:
     """None on a frozen branch, which only scores."""
     sync: WeightSync | None
     grader: Grader
+    objectives: Mapping[str, Objective]
+    """By component: ``native``, and one for each edge into this branch."""
     prompts: PromptStream | None
     """The branch's own data; None on a frozen branch."""
     edge_prompts: dict[Edge, PromptStream]

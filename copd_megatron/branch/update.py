@@ -9,18 +9,30 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from copd_megatron.branch.schedule import Step
-from copd_megatron.branch.state import Branch
+from copd_megatron.branch.state import Batch, Branch
 from copd_megatron.data.seeds import sample_seed
 from copd_megatron.metrics.phase_memory import phase_memory
+from copd_megatron.objectives.base import ByComponent
 from copd_megatron.records import TrainRow
 
 logger = logging.getLogger(__name__)
 
 
-def update(me: Branch, rows: Sequence[TrainRow], step: Step) -> None:
-    """One training step of the actor: native and cross rows together, in one or more mini-batches."""
-    if not me.trains or not rows:
-        return
+def update(me: Branch, step: Step, batch: Batch) -> Batch:
+    """Stage of a step: trains the actor on all rows together (Alg. 1, line 12), in mini-batches if so set."""
+    if me.trains and batch.rows:
+        train_on(me, batch.rows, step)
+    return batch
+
+
+def sync(me: Branch, step: Step, batch: Batch) -> Batch:
+    """Stage of a step: the new weights into vLLM."""
+    sync_weights(me)
+    return batch
+
+
+def train_on(me: Branch, rows: Sequence[TrainRow], step: Step) -> None:
+    """One update of the actor; collective over the branch."""
     if me.engine is not None:
         me.engine.sleep()
     begin = time.perf_counter()
@@ -34,11 +46,10 @@ def update(me: Branch, rows: Sequence[TrainRow], step: Step) -> None:
 
 def _train(me: Branch, rows: Sequence[TrainRow], step: Step, ranks: Sequence[int]) -> None:
     """The mini-batches of one update."""
+    token_loss = ByComponent({name: objective.token_loss() for name, objective in me.objectives.items()})
     for number, part in enumerate(_mini_batches(me, rows, step)):
         with me.world.watch.operation("policy.forward_backward", ranks=ranks):
-            statistics = me.actor.forward_backward(
-                part, me.config.loss, max_new_tokens=me.settings.rollout.max_new_tokens
-            )
+            statistics = me.actor.forward_backward(part, token_loss)
         with me.world.watch.operation("policy.optimizer_step", ranks=ranks):
             stepped = me.actor.optimizer_step()
         _note_skipped(me, step, statistics.loss, stepped)

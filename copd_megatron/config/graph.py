@@ -32,11 +32,18 @@ class Edge:
     """Prompts per step."""
     num_generations: int
     """Samples per prompt."""
+    objective: str = "sampled_token"
+    """What the student's rows are made with (``copd_megatron/objectives``)."""
 
     @property
     def name(self) -> str:
         """``image<-text``: student, then teacher. Unique in a graph; the key of metrics and reports."""
         return f"{self.student}<-{self.teacher}"
+
+    @property
+    def component(self) -> str:
+        """Component of the loss that the edge's rows belong to: ``cross:<teacher>``."""
+        return f"cross:{self.teacher}"
 
     @property
     def num_rows(self) -> int:
@@ -88,8 +95,7 @@ def build_graph(config: Config) -> Graph:
 
     Raises:
         ConfigError: unknown branch, self edge, frozen student, duplicate edge, an override of an edge that
-        the
-            topology does not make, or a value out of range; with the remedy.
+            the topology does not make, or a value out of range; with the remedy.
     """
     branches = tuple(config.branches)
     opd = config.opd
@@ -171,6 +177,7 @@ def _edge(config: Config, student: str, teacher: str, override: EdgeConfig | Non
         beta=_first(given.beta, opd.beta),
         num_prompts=_first(given.num_prompts_per_step, opd.num_prompts_per_step, own.num_prompts_per_step),
         num_generations=_first(opd.num_generations_per_prompt, own.num_generations_per_prompt),
+        objective=given.objective or opd.objective,
     )
     if not (math.isfinite(edge.beta) and edge.beta > 0):
         raise ConfigError(

@@ -302,6 +302,8 @@ class EdgeConfig:
     """Null: ``opd.beta``."""
     num_prompts_per_step: int | None = None
     """Null: ``opd.num_prompts_per_step``."""
+    objective: str | None = None
+    """Null: ``opd.objective``."""
 
 
 @dataclass(kw_only=True)
@@ -317,6 +319,9 @@ class BehaviourConfig:
 
 @dataclass(kw_only=True)
 class OPDConfig:
+    objective: str = "sampled_token"
+    """How a student learns from what its teacher says: a file of ``copd_megatron/objectives``, or one of your
+    own, ``package.module:OBJECTIVE``."""
     topology: Topology = Topology.hub_and_spoke
     hub: str | None = None
     """Hub of ``hub_and_spoke``; null: the first branch."""
@@ -340,8 +345,16 @@ class OPDConfig:
 
 
 @dataclass(kw_only=True)
+class NativeConfig:
+    """What a branch learns from its own prompts."""
+
+    objective: str = "grpo"
+    """File of ``copd_megatron/objectives``, or one of your own: ``package.module:OBJECTIVE``."""
+
+
+@dataclass(kw_only=True)
 class LossConfig:
-    """The clipped surrogate (Eq. 7) and its options. Pure data: see ``losses.py``."""
+    """The clipped surrogate (Eq. 7) and its options. Pure data: see ``objectives/policy_loss.py``."""
 
     aggregation: Aggregation = Aggregation.seq_mean_token_mean
     constant_divisor: float | None = None
@@ -366,7 +379,7 @@ class LossConfig:
 
 @dataclass(kw_only=True)
 class AdvantageConfig:
-    """GRPO advantages (Eq. 11) and sample selection. Pure data: see ``advantages.py``."""
+    """GRPO advantages (Eq. 11) and sample selection. Pure data: see ``objectives/grpo.py``."""
 
     normalize_std: bool = True
     """Divide by the group's standard deviation."""
@@ -584,7 +597,11 @@ class Config:
     media: MediaConfig = field(default_factory=MediaConfig)
     branches: dict[str, BranchConfig] = field(default_factory=dict)
     """By name, in rank order; ``branch_defaults`` (YAML only) fills what a branch leaves out."""
+    recipe: str = "copd"
+    """The stages of a step: a file of ``copd_megatron/recipes``, or one of your own,
+    ``package.module:RECIPE``."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    native: NativeConfig = field(default_factory=NativeConfig)
     opd: OPDConfig = field(default_factory=OPDConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)

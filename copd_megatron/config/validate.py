@@ -30,6 +30,7 @@ from copd_megatron.config.schema import (
 )
 from copd_megatron.errors import ConfigError
 from copd_megatron.model.shape import ModelShape
+from copd_megatron.plugins import OBJECTIVES, RECIPES
 
 DTYPES = ("auto", "float32", "bfloat16")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -238,11 +239,31 @@ def _opd(config: Config) -> Iterator[str]:
     if opd.teacher_mode is TeacherMode.every_n_steps:
         yield from under("opd", at_least(1, snapshot_every_steps=opd.snapshot_every_steps))
     yield from _graph(config)
+    yield from _names(config)
     if config.schedule.opd_steps > 0 and len(branches) < 2:
         yield (
             f"schedule.opd_steps: {config.schedule.opd_steps} with {len(branches)} branch: distillation "
             f"needs a teacher; add a branch or set schedule.opd_steps=0"
         )
+
+
+def _names(config: Config) -> Iterator[str]:
+    """Objectives and recipe that the configuration names."""
+    named = [
+        (RECIPES, config.recipe, "recipe"),
+        (OBJECTIVES, config.native.objective, "native.objective"),
+        (OBJECTIVES, config.opd.objective, "opd.objective"),
+    ]
+    named += [
+        (OBJECTIVES, edge.objective, f"opd.edges[{i}].objective")
+        for i, edge in enumerate(config.opd.edges)
+        if edge.objective is not None
+    ]
+    for room, name, key in named:
+        try:
+            room.check(name, key)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _graph(config: Config) -> Iterator[str]:

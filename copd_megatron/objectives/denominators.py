@@ -15,7 +15,7 @@ from copd_megatron.config.schema import (
     Aggregation,
     LossConfig,
 )
-from copd_megatron.objectives.rows import _mask
+from copd_megatron.objectives.rows import mask_of
 from copd_megatron.records import FloatArray, TrainRow
 
 
@@ -39,7 +39,7 @@ def component_counts(rows: Iterable[TrainRow]) -> dict[str, ComponentCounts]:
     """Counts of each component among ``rows``. Add them up over data-parallel ranks before use."""
     counts: dict[str, ComponentCounts] = {}
     for row in rows:
-        tokens = int(_mask(row.loss_mask).sum())
+        tokens = int(mask_of(row.loss_mask).sum())
         here = ComponentCounts(num_sequences=int(tokens > 0), num_tokens=tokens)
         counts[row.component] = counts.get(row.component, ComponentCounts()) + here
     return counts
@@ -75,7 +75,7 @@ def token_weights(
         ValueError: a mask holds something else than 0 and 1, the counts are smaller than what the rows
             hold, or ``constant`` lacks a positive divisor.
     """
-    masks = [_mask(mask) for mask in response_masks]
+    masks = [mask_of(mask) for mask in response_masks]
     lengths = [int(mask.sum()) for mask in masks]
     here = (sum(length > 0 for length in lengths), sum(lengths))
     if here[0] > num_sequences or here[1] > num_tokens:

@@ -8,8 +8,8 @@ Shape legend: ``n`` responses, ``R`` response tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,23 +19,68 @@ from copd_megatron.config.schema import (
     KLEstimator,
     KLPlacement,
     LossConfig,
+    MismatchCorrection,
 )
+from copd_megatron.objectives.base import Context, Material, ObjectiveFactory, TokenLoss
 from copd_megatron.objectives.rows import (
-    _MAX_LOG_RATIO,
+    MAX_LOG_RATIO,
     BoolArray,
     Float64Array,
-    _check_same_length,
-    _finite_vector,
-    _label,
-    _mask,
-    _masked_log_ratio,
-    _per_rollout,
-    _row,
+    check_same_length,
+    finite_vector,
+    label_of,
+    mask_of,
+    masked_log_ratio,
+    per_rollout,
+    row_of,
 )
-from copd_megatron.records import FloatArray, Rollout, TrainRow
+from copd_megatron.objectives.surrogate import ClippedSurrogate
+from copd_megatron.records import NATIVE, Ask, FloatArray, Rollout, TrainRow
 
-NATIVE = "native"
-"""Component of a branch's own rows; rows taught by a teacher belong to ``cross_component(teacher)``."""
+
+@dataclass(frozen=True, kw_only=True)
+class Grpo:
+    """The objective of a branch's own rows: advantages of Eq. 11 in the clipped surrogate of Eq. 7."""
+
+    advantage: AdvantageConfig
+    loss: LossConfig
+    max_new_tokens: int
+    """The branch's limit, for overlong shaping and as the divisor of ``loss.aggregation=constant``."""
+    asks: ClassVar[Ask] = Ask()
+
+    @classmethod
+    def of(cls, context: Context) -> Self:
+        """From ``advantage``, ``loss`` and the branch's rollout settings."""
+        return cls(
+            advantage=context.config.advantage,
+            loss=context.config.loss,
+            max_new_tokens=context.settings.rollout.max_new_tokens,
+        )
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """For a KL term in the reward, and for the correction of rollout/trainer mismatch."""
+        corrected = self.loss.mismatch_correction is not MismatchCorrection.none
+        return corrected or kl_in_reward(self.loss)
+
+    def rows(self, material: Material) -> list[TrainRow]:
+        """See ``native_rows``."""
+        return native_rows(
+            material.rollouts,
+            self.advantage,
+            self.loss,
+            self.max_new_tokens,
+            component=material.component,
+            old_logprobs=material.old_logprobs,
+            reference_logprobs=material.reference_logprobs,
+        )
+
+    def token_loss(self) -> TokenLoss:
+        """The clipped surrogate."""
+        return ClippedSurrogate(self.loss, self.max_new_tokens)
+
+
+OBJECTIVE: ObjectiveFactory = Grpo
 
 
 def grpo_advantages(rewards: npt.ArrayLike, group_ids: npt.ArrayLike, config: AdvantageConfig) -> FloatArray:
@@ -143,18 +188,16 @@ def kl_penalised_advantages(
     Raises:
         ValueError: shapes differ, or an unmasked value is not finite.
     """
-    keep = _mask(loss_mask)
-    values = _finite_vector("advantages", advantages)
-    log_ratio = _masked_log_ratio(
-        "old_logprobs", old_logprobs, "reference_logprobs", reference_logprobs, keep
-    )
-    _check_same_length("advantages", values, "loss_mask", keep)
+    keep = mask_of(loss_mask)
+    values = finite_vector("advantages", advantages)
+    log_ratio = masked_log_ratio("old_logprobs", old_logprobs, "reference_logprobs", reference_logprobs, keep)
+    check_same_length("advantages", values, "loss_mask", keep)
     if config.kl_estimator is KLEstimator.k1:
         kl = log_ratio
     elif config.kl_estimator is KLEstimator.k2:
         kl = 0.5 * log_ratio**2
     else:
-        kl = np.expm1(np.clip(-log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)) + log_ratio
+        kl = np.expm1(np.clip(-log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)) + log_ratio
     return (values - config.kl_coefficient * kl).astype(np.float32)
 
 
@@ -164,6 +207,7 @@ def native_rows(
     loss: LossConfig,
     max_new_tokens: int,
     *,
+    component: str = NATIVE,
     old_logprobs: Sequence[FloatArray] | None = None,
     reference_logprobs: Sequence[FloatArray] | None = None,
 ) -> list[TrainRow]:
@@ -176,6 +220,7 @@ def native_rows(
         loss: read for the KL term. With ``kl_placement: reward`` and a coefficient, the penalty goes into
             the advantages here and both log-probabilities are needed.
         max_new_tokens: the branch's limit, for overlong shaping.
+        component: name that the rows get.
         old_logprobs: one [R] per rollout under the actor at the start of the step; None: left to the first
             forward pass.
         reference_logprobs: one [R] per rollout under the reference policy; None: not attached.
@@ -184,10 +229,10 @@ def native_rows(
         ValueError: a rollout has no reward, a reward is not finite, or log-probabilities are missing, of
             the wrong length or not finite.
     """
-    olds = _per_rollout("old_logprobs", old_logprobs, rollouts)
-    references = _per_rollout("reference_logprobs", reference_logprobs, rollouts)
-    kl_in_reward = loss.kl_coefficient != 0 and loss.kl_placement is KLPlacement.reward
-    if kl_in_reward and (old_logprobs is None or reference_logprobs is None):
+    olds = per_rollout("old_logprobs", old_logprobs, rollouts)
+    references = per_rollout("reference_logprobs", reference_logprobs, rollouts)
+    penalised = kl_in_reward(loss)
+    if penalised and (old_logprobs is None or reference_logprobs is None):
         raise ValueError(
             "loss.kl_placement 'reward' needs old_logprobs and reference_logprobs when rows are built: score "
             "the rollouts with the actor and the reference policy first, or place the KL term in the loss"
@@ -201,22 +246,27 @@ def native_rows(
     rows = []
     for rollout, advantage, old, reference in zip(rollouts, per_response, olds, references, strict=True):
         filtered = config.overlong_filtering and rollout.truncated
-        row = _row(rollout, NATIVE, np.full(rollout.response_length, advantage, dtype=np.float32))
+        row = row_of(rollout, component, np.full(rollout.response_length, advantage, dtype=np.float32))
         row = replace(row, old_logprobs=old, reference_logprobs=reference)
         if filtered:
             row = replace(row, loss_mask=np.zeros_like(row.loss_mask))
-        if kl_in_reward:
+        if penalised:
             assert old is not None and reference is not None
-            penalised = kl_penalised_advantages(row.advantages, old, reference, row.loss_mask, loss)
-            row = replace(row, advantages=penalised)
+            advantages = kl_penalised_advantages(row.advantages, old, reference, row.loss_mask, loss)
+            row = replace(row, advantages=advantages)
         rows.append(row)
     return rows
+
+
+def kl_in_reward(loss: LossConfig) -> bool:
+    """Whether the KL term is part of the reward rather than of the loss."""
+    return loss.kl_coefficient != 0 and loss.kl_placement is KLPlacement.reward
 
 
 def _reward(rollout: Rollout) -> float:
     if rollout.reward is None or not np.isfinite(rollout.reward):
         raise ValueError(
-            f"{_label(rollout)}: reward is {rollout.reward}; native rows need graded rollouts, "
+            f"{label_of(rollout)}: reward is {rollout.reward}; native rows need graded rollouts, "
             "so run the verifiers first"
         )
     return float(rollout.reward)
@@ -224,7 +274,7 @@ def _reward(rollout: Rollout) -> float:
 
 def _grouped(rewards: npt.ArrayLike, group_ids: npt.ArrayLike) -> tuple[Float64Array, npt.NDArray[Any], int]:
     """Rewards [n], the index of each one's group [n], and the number of groups."""
-    values = _finite_vector("rewards", rewards)
+    values = finite_vector("rewards", rewards)
     groups, index = np.unique(np.asarray(group_ids), return_inverse=True)
-    _check_same_length("rewards", values, "group_ids", index)
+    check_same_length("rewards", values, "group_ids", index)
     return values, index, len(groups)

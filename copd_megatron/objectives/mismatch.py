@@ -9,7 +9,7 @@ from copd_megatron.config.schema import (
     LossConfig,
     MismatchCorrection,
 )
-from copd_megatron.objectives.rows import _MAX_LOG_RATIO, _mask, _masked_log_ratio
+from copd_megatron.objectives.rows import MAX_LOG_RATIO, mask_of, masked_log_ratio
 from copd_megatron.records import FloatArray
 
 
@@ -42,15 +42,15 @@ def mismatch_correction(
     Raises:
         ValueError: shapes differ, an unmasked value is not finite, or cap or bounds make no sense.
     """
-    keep = _mask(loss_mask)
+    keep = mask_of(loss_mask)
     ones = np.ones(len(keep), dtype=np.float32)
     kind = config.mismatch_correction
     if kind is MismatchCorrection.none:
         return ones
-    log_ratio = _masked_log_ratio("old_logprobs", old_logprobs, "rollout_logprobs", rollout_logprobs, keep)
+    log_ratio = masked_log_ratio("old_logprobs", old_logprobs, "rollout_logprobs", rollout_logprobs, keep)
     if kind in (MismatchCorrection.tis_sequence, MismatchCorrection.sequence_rejection):
         log_ratio = np.full(len(keep), log_ratio.sum())
-    ratio = np.exp(np.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    ratio = np.exp(np.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     if kind in (MismatchCorrection.tis_token, MismatchCorrection.tis_sequence):
         if not config.mismatch_cap > 0:
             raise ValueError(f"loss.mismatch_cap = {config.mismatch_cap} must be positive (2.0 is usual)")

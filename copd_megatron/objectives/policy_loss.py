@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from copd_megatron.config.schema import KLEstimator, KLPlacement, LossConfig, RatioLevel
-
-MAX_LOG_RATIO = 20.0
-"""exp(20) = 4.9e8: far beyond any clip range, far from overflow; the gradient is zero beyond it."""
+from copd_megatron.objectives.base import LossOutput
+from copd_megatron.objectives.rows import MAX_LOG_RATIO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class TokenStreams:
     """[N]"""
     weights: Tensor
     """[N] loss mask x aggregation weight x component weight / global denominator: the sum over all tokens
-    of all ranks of ``weight * token loss`` is the loss (see ``advantages.row_weights``)."""
+    of all ranks of ``weight * token loss`` is the loss (see ``denominators.row_weights``)."""
     loss_mask: Tensor
     """[N] 0 or 1. Masked tokens count neither in the loss nor in the statistics."""
     row_index: Tensor
@@ -44,29 +43,13 @@ class TokenStreams:
     reference_logprobs: Tensor | None = None
     """[N] under the reference policy, for the KL term."""
     correction: Tensor | None = None
-    """[N] rollout/trainer mismatch factor (``advantages.mismatch_correction``), a constant that multiplies
+    """[N] rollout/trainer mismatch factor (``mismatch.mismatch_correction``), a constant that multiplies
     all of a token's loss terms; 0 drops the token's loss but leaves the denominators as they are."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyLossOutput:
-    """Loss of a micro-batch with what to log about it. Everything adds up over micro-batches and ranks."""
-
-    loss: Tensor
-    """Scalar, with gradient: the sum of ``terms``."""
-    terms: dict[str, Tensor]
-    """Scalars, detached: ``policy_loss``, and where switched on ``kl_loss`` and ``entropy_loss``. Already
-    normalised by the weights: add them up, do not divide."""
-    statistics: dict[str, Tensor]
-    """Scalars, detached: sums over unmasked tokens; divide by ``statistics["num_tokens"]`` for means.
-    ``ratio``; ``clip_fraction`` = ``clip_fraction_low`` + ``clip_fraction_high``, tokens whose gradient
-    clipping stops; ``dual_clip_fraction``; ``approx_kl``, k3 estimate of KL(old || new); ``advantage``; where
-    given ``entropy``, ``reference_kl`` (the configured estimator), ``correction``."""
 
 
 def policy_loss(
     logprobs: Tensor, entropy: Tensor | None, streams: TokenStreams, config: LossConfig
-) -> PolicyLossOutput:
+) -> LossOutput:
     """Clipped surrogate (Eq. 7) with its options, summed over the tokens of a micro-batch.
 
     Per token, with ratio rho = pi/pi_old and advantage A::
@@ -85,6 +68,13 @@ def policy_loss(
         streams: the other per-token inputs, on the same device.
         config: the options. ``aggregation`` and ``mismatch_correction`` are not read: they are in
             ``streams.weights`` and ``streams.correction``.
+
+    Returns:
+        The loss; ``terms`` ``policy_loss``, and where switched on ``kl_loss`` and ``entropy_loss``; and
+        ``statistics``: ``ratio``; ``clip_fraction`` = ``clip_fraction_low`` + ``clip_fraction_high``, tokens
+        whose gradient clipping stops; ``dual_clip_fraction``; ``approx_kl``, the k3 estimate of
+        KL(old || new); ``advantage``; where given ``entropy``, ``reference_kl`` (the configured estimator)
+        and ``correction``.
 
     Raises:
         ValueError: shapes differ, an option lacks its input, or an option's value is out of range.
@@ -131,7 +121,7 @@ def policy_loss(
 
     sums = {name: masked(value.detach()).sum() for name, value in statistics.items()}
     sums["num_tokens"] = keep.to(dtype).sum()
-    return PolicyLossOutput(
+    return LossOutput(
         loss=torch.stack(list(terms.values())).sum(),
         terms={name: term.detach() for name, term in terms.items()},
         statistics=sums,

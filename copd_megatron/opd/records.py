@@ -1,7 +1,7 @@
 """What crosses between branches, as frozen records.
 
-Shape legend: ``L`` tokens of prompt plus response, ``R`` response tokens, ``s`` sampled states of a row,
-``k`` top-k, ``V`` vocabulary. Alignment as in ``copd_megatron.records``: element ``i`` of a ``[R]`` array
+Shape legend: ``L`` tokens of prompt plus response, ``R`` response tokens, ``s`` states of a row that are
+asked about, ``V`` vocabulary. Alignment as in ``copd_megatron.records``: element ``i`` of a ``[R]`` array
 belongs to token ``token_ids[prompt_length + i]`` and comes from the logits one position earlier. A *state* is
 a response position; its distribution is the one from which that token was drawn.
 """
@@ -9,14 +9,13 @@ a response position; its distribution is the one from which that token was drawn
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
-from copd_megatron.records import FloatArray, IntArray, MediaRef
+from copd_megatron.records import Ask, FloatArray, IntArray, MediaRef
 
-
-def _no_ids() -> IntArray:
-    return np.empty(0, dtype=np.int32)
+_NOTHING: Final = Ask()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,15 +23,14 @@ class ScoreRequest:
     """A student's row, for the teacher to score."""
 
     row_id: int
-    """The student's own number of the row; comes back unchanged in the ``TeacherScore``."""
+    """The row's number in its exchange, from 0; comes back unchanged in the ``TeacherScore``."""
     token_ids: IntArray
     """[L]"""
     prompt_length: int
     weight_version: int
     """Version of the student's weights that sampled it."""
-    state_positions: IntArray = field(default_factory=_no_ids)
-    """[s] response positions (0 .. R - 1) whose full distribution is asked."""
-
+    ask: Ask = _NOTHING
+    """What the teacher is to say about it."""
     media: tuple[MediaRef, ...] = ()
     """Images and videos of the prompt, by reference: the teacher reads them itself."""
 
@@ -46,11 +44,9 @@ class TeacherScore:
     """What the teacher says of a row."""
 
     row_id: int
-    logprobs: FloatArray
-    """[R] log pi_teacher of the row's response tokens."""
     weight_version: int
     """Version of the teacher's weights that scored it."""
-    topk_ids: IntArray = field(default_factory=lambda: np.empty((0, 0), dtype=np.int32))
-    """[s, k] the teacher's most probable tokens in the asked states, most probable first."""
-    state_logprobs: FloatArray = field(default_factory=lambda: np.empty((0, 0), dtype=np.float32))
-    """[s, V] the teacher's log-probabilities of the whole vocabulary in the asked states."""
+    logprobs: FloatArray = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    """[R] log pi_teacher of the row's response tokens; empty unless ``ask.tokens``."""
+    distributions: FloatArray = field(default_factory=lambda: np.empty((0, 0), dtype=np.float32))
+    """[s, V] the teacher's log-probabilities of the whole vocabulary at ``ask.positions``."""

@@ -2,10 +2,10 @@
 
 A message is an int64 header of ``HEADER_FIELDS`` and a payload of ``payload_bytes``:
 
-requests  table int64 [n, 6] (position, row id, L, P, weight version, s), token ids int32, state positions
-          int32, media section (``media_section``)
-scores    table int64 [n, 7] (position, row id, R, weight version, s, k, V), top-k ids int32,
-          log-probabilities float32, state log-probabilities float32
+requests  table int64 [n, 7] (position, row id, L, P, weight version, tokens asked 0/1, s), token ids int32,
+          asked positions int32, media section (``media_section``)
+scores    table int64 [n, 6] (position, row id, weight version, log-probabilities, s, V), log-probabilities
+          float32, distributions float32
 
 ``position`` is the row's index in the edge's list, so that the receiver restores the order. ``ids_crc`` is
 the CRC-32 of the lane's token ids; scores carry that of the ids they were computed from. Little-endian.
@@ -23,15 +23,15 @@ import numpy.typing as npt
 
 from copd_megatron.opd.media_section import pack_media, unpack_media
 from copd_megatron.opd.records import ScoreRequest, TeacherScore
-from copd_megatron.records import MediaRef
+from copd_megatron.records import Ask, MediaRef
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 REQUESTS: Final = 0
 SCORES: Final = 1
 
 _MAGIC: Final = 0x434F5044
-_REQUEST_COLUMNS: Final = 6
-_SCORE_COLUMNS: Final = 7
+_REQUEST_COLUMNS: Final = 7
+_SCORE_COLUMNS: Final = 6
 
 
 class RouterError(RuntimeError):
@@ -124,24 +124,25 @@ def pack_requests(
         encoded: gives the media files that travel with the rows; None: only references do.
 
     Raises:
-        RouterError: a request whose lengths or state positions are impossible.
+        RouterError: a request whose lengths or asked positions are impossible.
     """
     rows = [requests[i] for i in positions]
     for row in rows:
         check_request(row)
     table = np.array(
         [
-            (i, r.row_id, len(r.token_ids), r.prompt_length, r.weight_version, len(r.state_positions))
+            (i, r.row_id, len(r.token_ids), r.prompt_length, r.weight_version, r.ask.tokens,
+             len(r.ask.positions))
             for i, r in zip(positions, rows, strict=True)
         ],
         dtype="<i8",
-    ).reshape(len(rows), _REQUEST_COLUMNS)
+    ).reshape(len(rows), _REQUEST_COLUMNS)  # fmt: skip
     media = np.frombuffer(pack_media(rows, encoded), dtype=np.uint8)
     payload = _flat(
         [
             table,
             *(_as(r.token_ids, "<i4") for r in rows),
-            *(_as(r.state_positions, "<i4") for r in rows),
+            *(_as(np.array(r.ask.positions), "<i4") for r in rows),
             media,
         ]
     )
@@ -162,16 +163,16 @@ def unpack_requests(message: Message, origin: str) -> dict[int, ScoreRequest]:
     reader = _Reader(payload, origin)
     table = reader.take("<i8", header.num_rows * _REQUEST_COLUMNS).reshape(-1, _REQUEST_COLUMNS)
     ids = reader.rows("<i4", table[:, 2])
-    states = reader.rows("<i4", table[:, 5])
+    asked = reader.rows("<i4", table[:, 6])
     section = reader.take("<u1", header.media_bytes)
     reader.finish()
     media, _ = _media_of(section, header, origin)
     rows = {
         int(position): ScoreRequest(
             row_id=int(row_id), token_ids=ids[i], prompt_length=int(prompt), weight_version=int(version),
-            state_positions=states[i], media=media[i],
+            ask=Ask(tokens=bool(tokens), positions=tuple(asked[i].tolist())), media=media[i],
         )
-        for i, (position, row_id, _, prompt, version, _) in enumerate(table)
+        for i, (position, row_id, _, prompt, version, tokens, _) in enumerate(table)
     }  # fmt: skip
     crc = ids_crc(list(rows.values()))
     if crc != header.ids_crc:
@@ -205,18 +206,16 @@ def pack_scores(
     rows = [scores[i] for i in positions]
     table = np.array(
         [
-            (i, r.row_id, len(r.logprobs), r.weight_version, len(r.topk_ids), r.topk_ids.shape[1],
-             r.state_logprobs.shape[1])
+            (i, r.row_id, r.weight_version, len(r.logprobs), *r.distributions.shape)
             for i, r in zip(positions, rows, strict=True)
         ],
         dtype="<i8",
-    ).reshape(len(rows), _SCORE_COLUMNS)  # fmt: skip
+    ).reshape(len(rows), _SCORE_COLUMNS)
     payload = _flat(
         [
             table,
-            *(_as(r.topk_ids, "<i4") for r in rows),
             *(_as(r.logprobs, "<f4") for r in rows),
-            *(_as(r.state_logprobs, "<f4") for r in rows),
+            *(_as(r.distributions, "<f4") for r in rows),
         ]
     )
     header = Header(
@@ -231,30 +230,29 @@ def unpack_scores(message: Message, origin: str) -> dict[int, TeacherScore]:
     header, payload = message.header, message.payload
     reader = _Reader(payload, origin)
     table = reader.take("<i8", header.num_rows * _SCORE_COLUMNS).reshape(-1, _SCORE_COLUMNS)
-    topk = reader.rows("<i4", table[:, 4] * table[:, 5])
-    logprobs = reader.rows("<f4", table[:, 2])
-    states = reader.rows("<f4", table[:, 4] * table[:, 6])
+    logprobs = reader.rows("<f4", table[:, 3])
+    distributions = reader.rows("<f4", table[:, 4] * table[:, 5])
     reader.finish()
     return {
         int(position): TeacherScore(
-            row_id=int(row_id), logprobs=logprobs[i], weight_version=int(version),
-            topk_ids=topk[i].reshape(s, k), state_logprobs=states[i].reshape(s, v),
+            row_id=int(row_id), weight_version=int(version), logprobs=logprobs[i],
+            distributions=distributions[i].reshape(s, v),
         )
-        for i, (position, row_id, _, version, s, k, v) in enumerate(table)
+        for i, (position, row_id, version, _, s, v) in enumerate(table)
     }  # fmt: skip
 
 
 def check_request(request: ScoreRequest) -> None:
     """Raises ``RouterError`` for a row that no teacher could score."""
-    length, states = len(request.token_ids), request.state_positions
+    length, positions = len(request.token_ids), request.ask.positions
     if not 0 < request.prompt_length <= length:
         raise RouterError(
             f"row {request.row_id}: prompt_length is {request.prompt_length} in a row of {length} tokens; it "
             "must be 1 .. number of tokens"
         )
-    if len(states) and (int(states.min()) < 0 or int(states.max()) >= request.response_length):
+    if positions and (min(positions) < 0 or max(positions) >= request.response_length):
         raise RouterError(
-            f"row {request.row_id}: state_positions {states.tolist()} must lie in 0 .. "
+            f"row {request.row_id}: asked positions {list(positions)} must lie in 0 .. "
             f"{request.response_length - 1}, as they count response tokens"
         )
 
@@ -263,19 +261,18 @@ def check_scores(requests: Sequence[ScoreRequest], scores: Sequence[TeacherScore
     """Whether scores answer their requests, row by row.
 
     Raises:
-        RouterError: other rows, other lengths, missing states, NaN, or more than one weight version.
+        RouterError: other rows, other lengths, missing answers, NaN, or more than one weight version.
     """
     if len(scores) != len(requests):
         raise RouterError(f"{origin}: {len(scores)} scores for {len(requests)} rows")
     for request, score in zip(requests, scores, strict=True):
-        asked = len(request.state_positions)
-        expected = (request.row_id, request.response_length, asked, asked)
-        got = (score.row_id, len(score.logprobs), len(score.topk_ids), len(score.state_logprobs))
+        tokens = request.response_length if request.ask.tokens else 0
+        expected = (request.row_id, tokens, len(request.ask.positions))
+        got = (score.row_id, len(score.logprobs), len(score.distributions))
         if got != expected:
             raise RouterError(
-                f"{origin}: (row id, response tokens, states with top-k, states with distribution) are {got} "
-                f"in the score, {expected} in the request; a teacher must answer its rows in their order, in "
-                "full"
+                f"{origin}: (row id, log-probabilities, distributions) are {got} in the score, {expected} in "
+                "the request; a teacher must answer its rows in their order, in full"
             )
         if np.isnan(score.logprobs).any():
             where = int(np.flatnonzero(np.isnan(score.logprobs))[0])

@@ -31,25 +31,23 @@ def router_bytes(
     sequence_tokens: float,
     response_tokens: float,
     num_states: int = 0,
-    top_k: int = 0,
     vocab_size: int = 0,
 ) -> int:
     """Payload that crosses between branches in one step, in bytes: the cost model of the router.
 
-    Per row 4 bytes for each token id out and 4 for each log-probability back; per sampled state 4 for its
-    position out, 4 per top-k id and 4 per vocabulary entry back. Row tables and headers (under 150 bytes a
-    row and lane) are left out.
+    Per row 4 bytes for each token id out and 4 for each log-probability back; per state whose distribution
+    is asked, 4 for its position out and 4 per vocabulary entry back. Row tables and headers (under 150 bytes
+    a row and lane) are left out.
 
     Args:
         edges: of the graph.
         sequence_tokens: mean tokens of prompt plus response.
         response_tokens: mean tokens of a response.
-        num_states: states per edge whose full behaviour is asked.
-        top_k: ids per state.
+        num_states: states per edge whose distribution is asked.
         vocab_size: log-probabilities per state.
     """
     total = 0.0
     for edge in edges:
         total += edge.num_rows * (TOKEN_ID_BYTES * sequence_tokens + LOGPROB_BYTES * response_tokens)
-        total += num_states * (4 + TOKEN_ID_BYTES * top_k + LOGPROB_BYTES * vocab_size)
+        total += num_states * (4 + LOGPROB_BYTES * vocab_size)
     return round(total)

@@ -36,7 +36,6 @@ from torch import Tensor
 
 from copd_megatron.config.hardware import FP8_TOKEN_MULTIPLE, check_machine
 from copd_megatron.config.schema import (
-    LossConfig,
     MemoryConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -44,8 +43,7 @@ from copd_megatron.config.schema import (
     TrainingConfig,
 )
 from copd_megatron.model.shape import read_model_shape
-from copd_megatron.objectives.denominators import component_counts, row_weights
-from copd_megatron.objectives.policy_loss import policy_loss
+from copd_megatron.objectives.base import TokenLoss
 from copd_megatron.policy import cpu
 from copd_megatron.policy.batch.balance import CostModel, plan_micro_batches, plan_packed
 from copd_megatron.policy.batch.context import GatherContext
@@ -57,8 +55,7 @@ from copd_megatron.policy.batch.micro_batch import (
     Vision,
     build_micro_batch,
 )
-from copd_megatron.policy.batch.statistics import BatchStatistics, Tally
-from copd_megatron.policy.batch.streams import corrections, tally_mismatch, token_streams
+from copd_megatron.policy.batch.statistics import BatchStatistics, Tally, tally_mismatch
 from copd_megatron.policy.head import VocabShard, linear_full_logprobs, linear_logprobs
 from copd_megatron.policy.megatron.media_sequences import MediaSeqParams
 from copd_megatron.policy.megatron.model import (
@@ -365,13 +362,12 @@ class MegatronActor:
 
     # ---- training --------------------------------------------------------------------------------------
 
-    def forward_backward(
-        self, rows: Sequence[TrainRow], loss: LossConfig, *, max_new_tokens: int
-    ) -> BatchStatistics:
+    def forward_backward(self, rows: Sequence[TrainRow], token_loss: TokenLoss) -> BatchStatistics:
         """Accumulates the gradient of one (mini-)batch; collective over the branch.
 
-        Every component (native, each cross edge) is normalised by its own counts over all of ``rows``.
-        Rows without ``old_logprobs`` take them from this forward pass (ratio 1, on-policy).
+        Args:
+            rows: the same on every rank of the branch.
+            token_loss: makes each micro-batch's loss from its tokens' log-probabilities and entropies.
 
         Raises:
             ValueError: a row is staler than ``training.max_weight_lag`` allows.
@@ -383,14 +379,12 @@ class MegatronActor:
                     f"a {row.component} row was sampled with weights {row.weight_version}, the actor is at "
                     f"{self.version}: beyond training.max_weight_lag={self.training.max_weight_lag}"
                 )
-        weights = row_weights(rows, component_counts(rows), loss, max_new_tokens)
-        correction = corrections(rows, loss)
+        prepared = token_loss.prepare(rows)
         tally = Tally()
 
         def loss_of(batch: MicroBatch, output: dict[str, Tensor]) -> Tensor:
             logprobs, entropy = output["tokens"]
-            streams = token_streams(batch, rows, weights, correction, logprobs, loss)
-            result = policy_loss(logprobs, entropy, streams, loss)
+            result = prepared(batch, logprobs, entropy)
             for prefix, values in (("term/", result.terms), ("sum/", result.statistics)):
                 for name, value in values.items():
                     tally.add(prefix + name, value)

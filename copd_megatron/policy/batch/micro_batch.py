@@ -304,10 +304,3 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def flatten(rows: Sequence[int], values: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """Per-row arrays [R] of the named rows, concatenated to [N] float32 on the device."""
-    parts = [np.asarray(values[row], dtype=np.float32) for row in rows]
-    flat = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
-    return torch.from_numpy(flat).to(device)

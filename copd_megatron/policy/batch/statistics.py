@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from copd_megatron.objectives.base import MicroBatchRows
+from copd_megatron.objectives.surrogate import flatten
+from copd_megatron.records import TrainRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +22,7 @@ class BatchStatistics:
     loss: float
     terms: dict[str, float]
     sums: dict[str, float]
-    """As in ``losses.PolicyLossOutput.statistics``, with the key ``num_tokens``; and ``gen_kl_error``, the
+    """As in ``objectives.base.LossOutput.statistics``, with the key ``num_tokens``; and ``gen_kl_error``, the
     k3 estimate of KL(rollout engine || trainer), which means something only while the weights are those
     that sampled."""
     max_gen_logprob_error: float
@@ -66,3 +71,15 @@ def _read(values: dict[str, Tensor]) -> dict[str, float]:
     if not values:
         return {}
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+
+def tally_mismatch(tally: Tally, batch: MicroBatchRows, rows: Sequence[TrainRow], logprobs: Tensor) -> None:
+    """How far the trainer's log-probabilities are from the rollout engine's, on one micro-batch."""
+    known = [row.rollout_logprobs for row in rows]
+    if not batch.rows or any(value is None for value in known):
+        return
+    mask = flatten(batch.rows, [row.loss_mask for row in rows], logprobs.device) > 0
+    rollout = flatten(batch.rows, [value for value in known if value is not None], logprobs.device)
+    difference = torch.where(mask, logprobs - rollout, 0.0)
+    tally.add("sum/gen_kl_error", (torch.expm1(difference) - difference).sum())
+    tally.maximum("gen_logprob_error", difference.abs().max())

@@ -1,19 +1,47 @@
-"""Rows of a micro-batch as the flat streams that the loss takes, and what is counted along the way."""
+"""The clipped surrogate (Eq. 7) as a token loss: rows in, streams laid out, ``policy_loss`` called.
+
+Shape legend: ``R`` response tokens of a row, ``N`` response tokens of a micro-batch, flattened.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from copd_megatron.config.schema import LossConfig, MismatchCorrection
+from copd_megatron.objectives.base import LossOutput, MicroBatchRows, PreparedLoss
+from copd_megatron.objectives.denominators import component_counts, row_weights
 from copd_megatron.objectives.mismatch import mismatch_correction
-from copd_megatron.objectives.policy_loss import TokenStreams
-from copd_megatron.policy.batch.micro_batch import MicroBatch, flatten
-from copd_megatron.policy.batch.statistics import Tally
+from copd_megatron.objectives.policy_loss import TokenStreams, policy_loss
 from copd_megatron.records import FloatArray, TrainRow
+
+
+@dataclass(frozen=True)
+class ClippedSurrogate:
+    """Eq. 7 with the options of ``LossConfig``, over rows of any number of components.
+
+    Every component is normalised by its own counts over all rows of the update. Rows without
+    ``old_logprobs`` take them from the forward pass that the loss is computed in (ratio 1, on-policy).
+    """
+
+    config: LossConfig
+    max_new_tokens: int
+    """Divisor of ``aggregation=constant`` where ``constant_divisor`` is null."""
+
+    def prepare(self, rows: Sequence[TrainRow]) -> PreparedLoss:
+        """Settles denominators and mismatch corrections."""
+        weights = row_weights(rows, component_counts(rows), self.config, self.max_new_tokens)
+        correction = corrections(rows, self.config)
+
+        def loss_of(batch: MicroBatchRows, logprobs: Tensor, entropy: Tensor) -> LossOutput:
+            streams = token_streams(batch, rows, weights, correction, logprobs, self.config)
+            return policy_loss(logprobs, entropy, streams, self.config)
+
+        return loss_of
 
 
 def corrections(rows: Sequence[TrainRow], loss: LossConfig) -> list[FloatArray] | None:
@@ -32,7 +60,7 @@ def corrections(rows: Sequence[TrainRow], loss: LossConfig) -> list[FloatArray] 
 
 
 def token_streams(
-    batch: MicroBatch,
+    batch: MicroBatchRows,
     rows: Sequence[TrainRow],
     weights: Sequence[FloatArray],
     correction: Sequence[FloatArray] | None,
@@ -61,7 +89,7 @@ def token_streams(
     )
 
 
-def _known_or(batch: MicroBatch, values: Sequence[FloatArray | None], default: Tensor) -> Tensor:
+def _known_or(batch: MicroBatchRows, values: Sequence[FloatArray | None], default: Tensor) -> Tensor:
     """[N] the rows' given values, and ``default`` on the tokens of rows that have none."""
     known = torch.tensor([values[row] is not None for row in batch.rows], dtype=torch.bool)
     if not known.any():
@@ -75,13 +103,8 @@ def _known_or(batch: MicroBatch, values: Sequence[FloatArray | None], default: T
     return torch.where(known.to(default.device)[batch.row_index_n], given, default)
 
 
-def tally_mismatch(tally: Tally, batch: MicroBatch, rows: Sequence[TrainRow], logprobs: Tensor) -> None:
-    """How far the trainer's log-probabilities are from the rollout engine's, on one micro-batch."""
-    known = [row.rollout_logprobs for row in rows]
-    if not batch.rows or any(value is None for value in known):
-        return
-    mask = flatten(batch.rows, [row.loss_mask for row in rows], logprobs.device) > 0
-    rollout = flatten(batch.rows, [value for value in known if value is not None], logprobs.device)
-    difference = torch.where(mask, logprobs - rollout, 0.0)
-    tally.add("sum/gen_kl_error", (torch.expm1(difference) - difference).sum())
-    tally.maximum("gen_logprob_error", difference.abs().max())
+def flatten(rows: Sequence[int], values: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Per-row arrays [R] of the named rows, concatenated to [N] float32 on the device."""
+    parts = [np.asarray(values[row], dtype=np.float32) for row in rows]
+    flat = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+    return torch.from_numpy(flat).to(device)

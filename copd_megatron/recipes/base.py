@@ -1,0 +1,42 @@
+"""What a recipe is: the stages of a training step, in their order.
+
+A recipe has no loop of its own. Who teaches whom is the distillation graph (``opd``), when is the schedule,
+how a component of the loss is made is its objective; a recipe says what happens between two weight versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from copd_megatron.branch.schedule import Step
+from copd_megatron.branch.state import Batch, Branch
+from copd_megatron.config import Config
+from copd_megatron.config.graph import build_graph
+from copd_megatron.errors import ConfigError
+
+Stage = Callable[[Branch, Step, Batch], Batch]
+"""Takes what the step has made so far and returns it with its own share. Called on every rank of every
+branch, frozen ones included."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The stages of a training step. A file of this room defines one as ``RECIPE``."""
+
+    stages: tuple[Stage, ...]
+    distils: bool = True
+    """Whether a stage makes rows of the graph's edges."""
+
+    def check(self, config: Config) -> None:
+        """Refuses a configuration whose edges no stage would use.
+
+        Raises:
+            ConfigError: with the remedy.
+        """
+        if not self.distils and config.schedule.opd_steps and build_graph(config).edges:
+            raise ConfigError(
+                f"recipe={config.recipe} has no stage that distils, but the schedule has "
+                f"{config.schedule.opd_steps} steps of distillation a cycle; set schedule.opd_steps=0 or "
+                "opd.topology=none, or choose another recipe"
+            )
