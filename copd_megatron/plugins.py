@@ -82,3 +82,4 @@ class Room:
 
 OBJECTIVES = Room(package="copd_megatron.objectives", attribute="OBJECTIVE")
 RECIPES = Room(package="copd_megatron.recipes", attribute="RECIPE")
+EXPERIMENTS = Room(package="copd_megatron.recipes.experiments", attribute="EXPERIMENT")

@@ -22,104 +22,20 @@ Results lie in ``<out>/<task>``, ``<out>`` being ``runs/<run.name>_experiment`` 
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from copd_megatron.config import Config, ConfigError, load_config, to_yaml, validate
-from copd_megatron.config.schema import Topology
+from copd_megatron.config import ConfigError, load_config, to_yaml, validate
 from copd_megatron.launch.placement import PlacementError, place
+from copd_megatron.recipes.experiments.base import Task, tasks_of
 from copd_megatron.topology.layout import Layout
 
 PROJECT = Path(__file__).resolve().parents[1]
-RECIPES = ("copd", "opd")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One job of the experiment."""
-
-    name: str
-    config: Config
-    """Of a training; of an evaluation, the configuration whose validation sets are used."""
-    after: tuple[str, ...] = ()
-    """Names of the tasks it needs."""
-    evaluates: tuple[str, ...] = ()
-    """Model folders; empty: it is a training."""
-
-
-def tasks_of(config: Config, recipes: Sequence[str], out: Path) -> list[Task]:
-    """The experiment's tasks, each after those that it needs.
-
-    Args:
-        config: as ``load_config`` returns it.
-        out: folder below which every task has its run directory.
-
-    Raises:
-        ConfigError: a recipe that the configuration has not enough branches for.
-    """
-    tasks: list[Task] = []
-    for recipe in recipes:
-        tasks += _copd(config, out) if recipe == "copd" else _opd(config, out)
-    return tasks
-
-
-def _in(config: Config, out: Path, name: str) -> Config:
-    changed = copy.deepcopy(config)
-    changed.run.name, changed.run.dir = name, str(out / name)
-    return changed
-
-
-def _copd(config: Config, out: Path) -> list[Task]:
-    run = _in(config, out, "copd")
-    trained = [name for name, branch in config.branches.items() if not branch.frozen]
-    merged = run.end.merge and len(trained) > 1
-    final = out / "copd/export" / ("merged" if merged else trained[0])
-    return [
-        Task(name="copd", config=run),
-        Task(name="evaluate_copd", config=config, after=("copd",), evaluates=(str(final),)),
-    ]
-
-
-def _opd(config: Config, out: Path) -> list[Task]:
-    """Experts by the steps of Phase I, then distillation by those of Phase II, all of each at once."""
-    if len(config.branches) < 2:
-        raise ConfigError("recipe opd: distillation needs two branches or more, the configuration has one")
-    schedule, experts = config.schedule, []
-    for name in config.branches:
-        expert = _in(config, out, f"expert_{name}")
-        expert.branches = {name: expert.branches[name]}
-        expert.branches[name].frozen = False
-        expert.schedule.cycles = 1
-        expert.schedule.rlvr_steps, expert.schedule.opd_steps = schedule.cycles * schedule.rlvr_steps, 0
-        expert.opd.topology, expert.opd.hub, expert.opd.edges = Topology.none, None, []
-        experts.append(Task(name=f"expert_{name}", config=expert))
-    student, *teachers = config.branches
-    opd = _in(config, out, "opd")
-    opd.schedule.cycles, opd.schedule.rlvr_steps = 1, 0
-    opd.schedule.opd_steps = schedule.cycles * schedule.opd_steps
-    opd.opd.topology, opd.opd.hub, opd.opd.edges = Topology.hub_and_spoke, student, []
-    opd.end.merge = False
-    for name, branch in opd.branches.items():
-        branch.model_path = str(out / f"expert_{name}/export/{name}")
-        branch.frozen = name in teachers
-    exports = [str(out / f"expert_{name}/export/{name}") for name in config.branches]
-    return [
-        *experts,
-        Task(name="opd", config=opd, after=tuple(task.name for task in experts)),
-        Task(
-            name="evaluate_opd",
-            config=config,
-            after=("opd",),
-            evaluates=(*exports, str(out / f"opd/export/{student}")),
-        ),
-    ]
 
 
 def script_of(task: Task, *, project: Path, workdir: Path, out: Path, requirements: str) -> str:
@@ -230,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every task")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["copd"])
+    parser.add_argument(
+        "--recipes", nargs="+", default=["copd"], help="files of copd_megatron/recipes/experiments"
+    )
     parser.add_argument("--executor", choices=("local", "slurm"), default="local")
     parser.add_argument("--out", type=Path, help="folder of the results, on the cluster's file system")
     parser.add_argument("--dry-run", action="store_true", help="show the tasks, start nothing")

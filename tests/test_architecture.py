@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # before the ranks start
     "launch": {"checkpoint", "config", "data", "errors", "model", "planner", "rewards", "topology"},
     # what a step consists of
-    "recipes": {"branch", "config", "errors", "topology", "launch"},
+    "recipes": {"branch", "config", "errors", "plugins"},
     # what a process holds and does
     "branch": {
         "plugins",
@@ -82,6 +82,9 @@ WITHOUT_TORCH = [
     "copd_megatron.objectives.denominators",
     "copd_megatron.objectives.mismatch",
     "copd_megatron.plugins",
+    "copd_megatron.recipes.experiments.base",
+    "copd_megatron.recipes.experiments.copd",
+    "copd_megatron.recipes.experiments.opd",
     "copd_megatron.config.graph",
     "copd_megatron.opd.plan",
     "copd_megatron.topology.layout",

@@ -19,6 +19,8 @@ import pytest
 
 from copd_megatron.config import ConfigError, load_config, validate
 from copd_megatron.launch.placement import PlacementError
+from copd_megatron.plugins import EXPERIMENTS
+from copd_megatron.recipes.experiments.base import tasks_of
 from tests.checkpoint_runs import BRANCHES, prepare, write_config
 from tests.models import make_model
 from tests.test_slurm import Cluster, cluster, needs_slurm
@@ -50,7 +52,7 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_recipes_become_tasks_that_wait_for_each_other(nemo: ModuleType, config_path: Path) -> None:
     config = load_config(config_path)
-    tasks = {task.name: task for task in nemo.tasks_of(config, nemo.RECIPES, Path("/out"))}
+    tasks = {task.name: task for task in tasks_of(config, EXPERIMENTS.known(), Path("/out"))}
     assert {name: task.after for name, task in tasks.items()} == {
         "copd": (),
         "evaluate_copd": ("copd",),
@@ -74,7 +76,7 @@ def test_recipes_become_tasks_that_wait_for_each_other(nemo: ModuleType, config_
 
 def test_scripts_hold_their_configuration(nemo: ModuleType, config_path: Path, tmp_path: Path) -> None:
     config = load_config(config_path)
-    task = nemo.tasks_of(config, ["copd"], Path("/out of space"))[0]
+    task = tasks_of(config, ["copd"], Path("/out of space"))[0]
     script = nemo.script_of(
         task, project=Path("/a project"), workdir=tmp_path, out=Path("/out of space"), requirements="gpu"
     )
@@ -87,13 +89,13 @@ def test_scripts_hold_their_configuration(nemo: ModuleType, config_path: Path, t
 
 
 def test_sizes_that_nemo_run_cannot_deal_out_are_refused(nemo: ModuleType, config_path: Path) -> None:
-    train, evaluation = nemo.tasks_of(load_config(config_path), ["copd"], Path("/out"))
+    train, evaluation = tasks_of(load_config(config_path), ["copd"], Path("/out"))
     assert nemo.nodes_of(train, 4) == (1, 3)
     assert nemo.nodes_of(evaluation, 4) == (1, 1)
     with pytest.raises(PlacementError, match=r"task copd: 3 ranks on 2 nodes of up to 2 .* deals them out"):
         nemo.nodes_of(train, 2)
     with pytest.raises(ConfigError, match="two branches or more"):
-        nemo.tasks_of(nemo.tasks_of(load_config(config_path), ["opd"], Path("/o"))[0].config, ["opd"], Path())
+        tasks_of(tasks_of(load_config(config_path), ["opd"], Path("/o"))[0].config, ["opd"], Path())
 
 
 def test_ssh_targets(nemo: ModuleType, config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

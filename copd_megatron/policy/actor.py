@@ -42,7 +42,7 @@ from copd_megatron.config.schema import (
     PrecisionConfig,
     TrainingConfig,
 )
-from copd_megatron.model.shape import read_model_shape
+from copd_megatron.model.shape import ModelShape, read_model_shape
 from copd_megatron.objectives.base import TokenLoss
 from copd_megatron.policy import cpu
 from copd_megatron.policy.batch.balance import CostModel, plan_micro_batches, plan_packed
@@ -136,63 +136,18 @@ class MegatronActor:
             torch.device("cuda", torch.cuda.current_device()) if self.on_cuda else torch.device("cpu")
         )
         self.dims = read_model_shape(model_path)
-        self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
-        self.pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-        self.dp_rank = parallel_state.get_data_parallel_rank()
-        self.cp_rank = parallel_state.get_context_parallel_rank()
-        self.arrangement = Arrangement(
-            packed=training.sequence_packing,
-            cp_size=parallel.context_parallel_size,
-            cp_rank=self.cp_rank,
-            multiple=math.lcm(
-                parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
-                FP8_TOKEN_MULTIPLE[precision.fp8],
-            ),
-        )
-        pipeline = parallel.pipeline_model_parallel_size
-        self._round = pipeline if parallel.virtual_pipeline_model_parallel_size > 1 else 1
-        """The interleaved schedule takes micro-batches in groups of this many."""
-        self.cost = CostModel.of_layer(
-            query_size=self.dims.num_attention_heads * self.dims.head_dim,
-            layer_parameters=self.dims.active_layer_parameters,
-        )
-        self.vision: Vision | None = None
-        if self.dims.vision is not None:
-            assert self.dims.image_token_id is not None and self.dims.video_token_id is not None
-            self.vision = Vision(
-                image_token_id=self.dims.image_token_id,
-                video_token_id=self.dims.video_token_id,
-                spatial_merge_size=self.dims.vision.spatial_merge_size,
-                features=features,
-            )
-        self.last_stage = parallel_state.is_pipeline_last_stage()
+        self.vision = _vision(self.dims, features)
         self.version = 0
         self._exchanged = False
         """Whether a snapshot has the weights' place, and holds them meanwhile."""
-
+        self._find_place()
         self.config = transformer_config(self.dims, parallel, dtype, training, precision)
         with cpu.cuda_to_cpu():
             self.chunks: list[GPTModel] = build_chunks(
                 self.dims, self.config, max_tokens, model_path=model_path, freeze_vision=freeze_vision
             )
         self.model: Any = self.chunks[0] if len(self.chunks) == 1 else ModelChunks(self.chunks)
-        self.shard = VocabShard(
-            group=parallel_state.get_tensor_model_parallel_group(),
-            start=self.tp_rank
-            * padded_vocab(self.dims, parallel.tensor_model_parallel_size)
-            // parallel.tensor_model_parallel_size,
-            vocab_size=self.dims.vocab_size,
-        )
-        self.view = ShardView(
-            self.chunks,
-            self.dims,
-            tp_rank=self.tp_rank,
-            tp_size=parallel.tensor_model_parallel_size,
-            pp_rank=self.pp_rank,
-            pp_size=parallel.pipeline_model_parallel_size,
-            ep_rank=parallel_state.get_expert_model_parallel_rank(),
-            ep_size=parallel.expert_model_parallel_size,
-        )
+        self.view = self._view_of_weights()
         load_hf(self.view, model_path)
         self.modules: list[Any] = list(self.chunks)
         """What Megatron's schedules run: the chunks in their wrappers."""
@@ -212,6 +167,51 @@ class MegatronActor:
                     states=memory.offload_optimizer,
                     weights=memory.offload_weights,
                 )
+
+    def _find_place(self) -> None:
+        """Which part of the model and of a batch is this rank's, and how micro-batches are laid out."""
+        parallel = self.parallel
+        self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.cp_rank = parallel_state.get_context_parallel_rank()
+        self.last_stage = parallel_state.is_pipeline_last_stage()
+        self.shard = VocabShard(
+            group=parallel_state.get_tensor_model_parallel_group(),
+            start=self.tp_rank
+            * padded_vocab(self.dims, parallel.tensor_model_parallel_size)
+            // parallel.tensor_model_parallel_size,
+            vocab_size=self.dims.vocab_size,
+        )
+        self.arrangement = Arrangement(
+            packed=self.training.sequence_packing,
+            cp_size=parallel.context_parallel_size,
+            cp_rank=self.cp_rank,
+            multiple=math.lcm(
+                parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+                FP8_TOKEN_MULTIPLE[self.precision.fp8],
+            ),
+        )
+        pipeline = parallel.pipeline_model_parallel_size
+        self._round = pipeline if parallel.virtual_pipeline_model_parallel_size > 1 else 1
+        """The interleaved schedule takes micro-batches in groups of this many."""
+        self.cost = CostModel.of_layer(
+            query_size=self.dims.num_attention_heads * self.dims.head_dim,
+            layer_parameters=self.dims.active_layer_parameters,
+        )
+
+    def _view_of_weights(self) -> ShardView:
+        """This rank's share of every Hugging Face tensor."""
+        return ShardView(
+            self.chunks,
+            self.dims,
+            tp_rank=self.tp_rank,
+            tp_size=self.parallel.tensor_model_parallel_size,
+            pp_rank=self.pp_rank,
+            pp_size=self.parallel.pipeline_model_parallel_size,
+            ep_rank=parallel_state.get_expert_model_parallel_rank(),
+            ep_size=self.parallel.expert_model_parallel_size,
+        )
 
     def _make_trainable(self, settings: OptimizerConfig, dtype: torch.dtype, total_steps: int) -> None:
         ddp = DistributedDataParallelConfig(**data_parallel_fields(self.training, self.precision, settings))
@@ -552,6 +552,19 @@ class MegatronActor:
             full = GatherContext.apply(full, batch.state_place, batch.num_states, group)
         output["tokens"], output["states"] = tokens, full
         return tokens
+
+
+def _vision(dims: ModelShape, features: Callable[[Any], Features | None]) -> Vision | None:
+    """What micro-batches must know of a vision tower; None for a text model."""
+    if dims.vision is None:
+        return None
+    assert dims.image_token_id is not None and dims.video_token_id is not None
+    return Vision(
+        image_token_id=dims.image_token_id,
+        video_token_id=dims.video_token_id,
+        spatial_merge_size=dims.vision.spatial_merge_size,
+        features=features,
+    )
 
 
 def _packed_parameters(batch: MicroBatch) -> PackedSeqParams | None:

@@ -1,0 +1,69 @@
+"""The same steps one after the other: experts by reinforcement learning, then distillation from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from copd_megatron.config import Config, ConfigError
+from copd_megatron.config.schema import Topology
+from copd_megatron.recipes.experiments.base import Experiment, Task, run_of
+
+
+def opd(config: Config, out: Path) -> list[Task]:
+    """An expert for every branch by the steps of Phase I, then the first branch's expert learns from the
+    others', frozen, by the steps of Phase II; all of each at once.
+
+    Raises:
+        ConfigError: there is one branch only.
+    """
+    if len(config.branches) < 2:
+        raise ConfigError("recipe opd: distillation needs two branches or more, the configuration has one")
+    experts = [_expert(config, out, name) for name in config.branches]
+    student = next(iter(config.branches))
+    exports = [str(_export(out, name)) for name in config.branches]
+    return [
+        *experts,
+        Task(
+            name="opd",
+            config=_distillation(config, out, student),
+            after=tuple(task.name for task in experts),
+        ),
+        Task(
+            name="evaluate_opd",
+            config=config,
+            after=("opd",),
+            evaluates=(*exports, str(out / f"opd/export/{student}")),
+        ),
+    ]
+
+
+def _expert(config: Config, out: Path, name: str) -> Task:
+    """One branch alone, by reinforcement learning."""
+    run = run_of(config, out, f"expert_{name}")
+    run.branches = {name: run.branches[name]}
+    run.branches[name].frozen = False
+    run.schedule.rlvr_steps, run.schedule.opd_steps = config.schedule.cycles * config.schedule.rlvr_steps, 0
+    run.schedule.cycles = 1
+    run.opd.topology, run.opd.hub, run.opd.edges = Topology.none, None, []
+    return Task(name=f"expert_{name}", config=run)
+
+
+def _distillation(config: Config, out: Path, student: str) -> Config:
+    """The student's expert learns from all others."""
+    run = run_of(config, out, "opd")
+    run.schedule.opd_steps = config.schedule.cycles * config.schedule.opd_steps
+    run.schedule.cycles, run.schedule.rlvr_steps = 1, 0
+    run.opd.topology, run.opd.hub, run.opd.edges = Topology.hub_and_spoke, student, []
+    run.end.merge = False
+    for name, branch in run.branches.items():
+        branch.model_path = str(_export(out, name))
+        branch.frozen = name != student
+    return run
+
+
+def _export(out: Path, name: str) -> Path:
+    """Where an expert's weights are."""
+    return out / f"expert_{name}/export/{name}"
+
+
+EXPERIMENT: Experiment = opd
