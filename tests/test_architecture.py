@@ -219,6 +219,33 @@ def test_the_rules_see_what_they_should(file: str, source: str, expected: str | 
     assert broken == ({expected} if expected else set())
 
 
+SOURCES = sorted(
+    path for top in ("copd_megatron", "launchers", "tools", "tests") for path in (ROOT / top).rglob("*.py")
+)
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ROOT_MODULES = 600, 100, 6
+
+
+def test_files_and_functions_fit_a_readers_head() -> None:
+    too_long = []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(ROOT)
+        if (lines := len(text.splitlines())) > MAX_FILE_LINES:
+            too_long.append(f"{name} has {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    too_long.append(f"{name}:{node.lineno} {node.name} has {lines} lines")
+    assert not too_long, too_long
+
+
+def test_the_root_holds_the_front_door_only() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= MAX_ROOT_MODULES
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms - set(MAY_IMPORT) == {"cli"}, "every room but the command line says what it may import"
+
+
 def test_light_modules_leave_torch_and_the_engines_alone() -> None:
     script = "\n".join(
         [

@@ -162,6 +162,27 @@ def test_three_branches_all_to_all_with_media_shipped(root: Path) -> None:
     last = outcome["steps"][-1]
     assert last["image/data/skipped"] >= 1 and last["video/data/skipped"] >= 1
     assert CORRUPT in outcome["log"] and "rank 0" in outcome["log"]
+    _check_eval(root / "three.yaml", outcome["folder"])
+
+
+def _check_eval(config: Path, folder: Path) -> None:
+    """``copd eval`` of the merged folder scores what the run's own table says of it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "copd_megatron.cli", "eval", str(config), str(folder / "export/merged")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).resolve().parents[1],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    table = (folder / "evaluation.txt").read_text().splitlines()
+    ours, theirs = (
+        next(line for line in lines if line.startswith("merged")).split()
+        for lines in (table, done.stdout.splitlines())
+    )
+    assert theirs == ours
 
 
 @pytest.mark.slow
