@@ -13,8 +13,8 @@ import torch
 from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.records import TrainRow
-from tests.layouts import Job, run_layouts
-from tests.models import make_model, random_texts
+from tests.support.layouts import Job, run_layouts
+from tests.support.models import make_model, random_texts
 
 VOCAB = 321
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, lr_warmup_steps=3, clip_grad=0.5, adam_eps=1e-3)

@@ -31,9 +31,9 @@ from copd_megatron.config import BranchConfig, Config, ModelConfig
 from copd_megatron.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
 from copd_megatron.hf.files import file_layouts
 from copd_megatron.topology.layout import Layout
-from tests.checkpoint_runs import load_tool, run_tool
-from tests.distributed import run_distributed
-from tests.models import make_model
+from tests.support.checkpoint_runs import load_tool, run_tool
+from tests.support.distributed import run_distributed
+from tests.support.models import make_model
 
 RANKS = {"alpha": [0, 1], "beta": [2]}
 

@@ -19,7 +19,7 @@ import pytest
 from copd_megatron.checkpoint.compare import compare_runs, metric_differences
 from copd_megatron.checkpoint.manifest import complete_checkpoints, read_manifest, step_folder
 from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
-from tests.checkpoint_runs import BRANCHES, NUM_STEPS, log_of, prepare, train, training, write_config
+from tests.support.checkpoint_runs import BRANCHES, NUM_STEPS, log_of, prepare, train, training, write_config
 
 pytestmark = pytest.mark.slow  # kills and restarts whole runs: minutes on two cores
 

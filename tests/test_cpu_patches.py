@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from copd_megatron.policy import cpu
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 needs_cpu_only = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the module refuses a machine with CUDA"

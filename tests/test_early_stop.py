@@ -22,8 +22,8 @@ from copd_megatron.rollout.early_stop import (
     split_groups,
     to_state,
 )
-from tests.distributed import run_distributed
-from tests.models import make_model, random_texts
+from tests.support.distributed import run_distributed
+from tests.support.models import make_model, random_texts
 
 
 def _prompt(name: str, *, media: bool = False) -> Prompt:

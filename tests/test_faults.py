@@ -20,7 +20,7 @@ import pytest
 
 from copd_megatron.checkpoint.compare import compare_runs
 from copd_megatron.checkpoint.manifest import complete_checkpoints
-from tests.checkpoint_runs import BRANCHES, log_of, prepare, train, training, write_config
+from tests.support.checkpoint_runs import BRANCHES, log_of, prepare, train, training, write_config
 
 VLLM_FAULT = Path(__file__).with_name("vllm_fault")
 NUM_CYCLES = 4

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from copd_megatron.config.schema import ParallelConfig, RolloutConfig, WeightSyncConfig
 from copd_megatron.rollout import in_place
-from tests.distributed import run_distributed
-from tests.models import make_model, random_texts
+from tests.support.distributed import run_distributed
+from tests.support.models import make_model, random_texts
 
 
 def _parameters(worker: Any) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed import run_distributed
-from tests.models import make_model
-from tests.models_vl import make_vl_model
+from tests.support.distributed import run_distributed
+from tests.support.models import make_model
+from tests.support.models_vl import make_vl_model
 
 Entries = set[tuple[str, tuple[int, ...]]]
 

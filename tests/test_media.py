@@ -36,7 +36,7 @@ from copd_megatron.data.media_prompts import MediaPrompts
 from copd_megatron.data.processing import MediaFeatures, MultimodalProcessor
 from copd_megatron.records import Prompt
 from copd_megatron.tiny.tasks.encode import mp4, png
-from tests.models_vl import make_processor
+from tests.support.models_vl import make_processor
 
 RNG = np.random.default_rng(0)
 CONFIG = MediaConfig(frame_rate=4.0, min_frames=2, num_workers=2)

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from copd_megatron.data.convert.write import NewSample, write_shards
-from tests.models_vl import make_vl_model
+from tests.support.models_vl import make_vl_model
 
 TRUNCATED, CORRUPT = "truncated", "corrupt"
 

@@ -16,7 +16,7 @@ from copd_megatron.config import MediaConfig
 from copd_megatron.data.decode import VideoFrames
 from copd_megatron.data.processing import ItemFeatures, MediaFeatures, MultimodalProcessor
 from copd_megatron.rollout.media import engine_settings
-from tests.models_vl import make_processor, make_vl_model
+from tests.support.models_vl import make_processor, make_vl_model
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from copd_megatron.formats.tensors import BLOCK_ELEMENTS
 from copd_megatron.merge.methods import Settings, merge_tensors
 from copd_megatron.merge.sparsify import Magnitude, RandomMask
-from tests import merge_reference as reference
+from tests.support import merge_reference as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WEIGHTS = (0.5, -0.25, 0.875)

@@ -19,7 +19,7 @@ from torch import Tensor
 from copd_megatron.merge import methods, sparsify
 from copd_megatron.merge.engine import run_merge
 from copd_megatron.merge.recipe import layer_depths, read_recipe
-from tests.merge_folders import make_family, tensors_of
+from tests.support.merge_folders import make_family, tensors_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

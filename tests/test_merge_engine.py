@@ -26,8 +26,8 @@ from copd_megatron.merge.engine import MergeOutcome, run_merge
 from copd_megatron.merge.methods import Settings, merge_tensors
 from copd_megatron.merge.recipe import ModelInput, Recipe
 from copd_megatron.report.merge_distance import branch_distances
-from tests import merge_reference as reference
-from tests.merge_folders import make_family, tensors_of, write_folder
+from tests.support import merge_reference as reference
+from tests.support.merge_folders import make_family, tensors_of, write_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 

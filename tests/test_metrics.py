@@ -20,7 +20,7 @@ from copd_megatron.evaluation.table import render_table, save_table
 from copd_megatron.metrics.console import ConsoleView
 from copd_megatron.metrics.reduction import Metrics
 from copd_megatron.metrics.writers import JsonlWriter, TensorBoardWriter
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 NAN, INF = math.nan, math.inf
 

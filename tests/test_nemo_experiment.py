@@ -21,8 +21,8 @@ from copd_megatron.config import ConfigError, load_config, validate
 from copd_megatron.launch.placement import PlacementError
 from copd_megatron.plugins import EXPERIMENTS
 from copd_megatron.recipes.experiments.base import tasks_of
-from tests.checkpoint_runs import BRANCHES, prepare, write_config
-from tests.models import make_model
+from tests.support.checkpoint_runs import BRANCHES, prepare, write_config
+from tests.support.models import make_model
 from tests.test_slurm import Cluster, cluster, needs_slurm
 
 __all__ = ["cluster"]  # a fixture

@@ -12,8 +12,8 @@ import torch
 from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.policy.offload import ParkedTensors
-from tests.layouts import Job, run_layouts
-from tests.models import make_model, random_texts
+from tests.support.layouts import Job, run_layouts
+from tests.support.models import make_model, random_texts
 from tests.test_policy import _rows
 
 

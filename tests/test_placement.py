@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from copd_megatron.launch.placement import PlacementError, host_list, place
 from copd_megatron.topology.layout import BranchLayout, Layout
 from copd_megatron.topology.slurm import first_host, step_environment
-from tests.models import make_model
+from tests.support.models import make_model
 
 Sizes = list[tuple[int, int, int]]
 """(tensor parallel, rollout tensor parallel, data parallel) of each branch"""

@@ -1,6 +1,6 @@
 """The Megatron actor against transformers and against itself under other layouts, on real Gloo ranks.
 
-All layouts of a model run in one launch (see ``tests.layouts``); the tests here read its results.
+All layouts of a model run in one launch (see ``tests.support.layouts``); the tests here read its results.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.records import TrainRow
-from tests.layouts import Job, run_layouts
-from tests.models import (
+from tests.support.layouts import Job, run_layouts
+from tests.support.models import (
     Text,
     make_model,
     random_texts,

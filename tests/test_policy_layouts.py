@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from copd_megatron.config.schema import ParallelConfig, RolloutConfig, WeightSyncConfig
-from tests.distributed import run_distributed
-from tests.layouts import Job, run_layouts
-from tests.models import make_model, random_texts, reference_logprobs, reference_model
+from tests.support.distributed import run_distributed
+from tests.support.layouts import Job, run_layouts
+from tests.support.models import make_model, random_texts, reference_logprobs, reference_model
 from tests.test_checkpoint_actor import _either
 from tests.test_policy import OPTIMIZER, TEMPERATURE, VOCAB, Outcome, _exercise, _rows
 from tests.test_weight_sync import _actor, _stream

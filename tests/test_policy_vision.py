@@ -27,9 +27,9 @@ from copd_megatron.config.schema import (
 from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.policy.batch.positions import multimodal_positions
 from copd_megatron.records import FloatArray, IntArray, TrainRow
-from tests.layouts import Job, run_layouts
-from tests.models import save_tokenizer
-from tests.models_vl import EXPERTS
+from tests.support.layouts import Job, run_layouts
+from tests.support.models import save_tokenizer
+from tests.support.models_vl import EXPERTS
 
 IMAGE, VIDEO, START, END = 300, 301, 302, 303
 PATCH_VALUES = 3 * 2 * 8 * 8

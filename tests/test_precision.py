@@ -26,7 +26,7 @@ from copd_megatron.config.hardware import (
     supported_recipes,
 )
 from copd_megatron.config.schema import ParallelConfig, TrainingConfig
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 HOPPER = Machine(capability=(9, 0), transformer_engine="2.20.2", cuda="13.0")
 
@@ -212,8 +212,8 @@ def _train(parallel: ParallelConfig, folder: Any, rows: Any, training: TrainingC
 def test_overlap_and_recomputation_change_no_number(tmp_path: Any) -> None:
     import numpy as np
 
-    from tests.layouts import Job, run_layouts
-    from tests.models import make_model, random_texts
+    from tests.support.layouts import Job, run_layouts
+    from tests.support.models import make_model, random_texts
     from tests.test_policy import _rows
 
     folder = make_model(tmp_path / "model", seed=1)

@@ -12,8 +12,8 @@ import pytest
 from copd_megatron.config import ConfigError, load_config, read_model_shapes
 from copd_megatron.launch import preflight
 from copd_megatron.planner.disk import run_bytes
-from tests.checkpoint_runs import BRANCHES, write_config
-from tests.models import make_model
+from tests.support.checkpoint_runs import BRANCHES, write_config
+from tests.support.models import make_model
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from copd_megatron.rewards import Grader, UnknownVerifierError, registry
 from copd_megatron.rewards.final_answer import Source, final_answer, last_boxed, normalize
 from copd_megatron.rewards.verifiers.numeric import is_number, last_number
 
-COMMAND = "tests.misbehaving_verifiers:by_command"
+COMMAND = "tests.support.misbehaving_verifiers:by_command"
 
 
 def rollout(
@@ -268,7 +268,7 @@ def test_unknown_verifier_names_the_nearest() -> None:
         Grader(RewardConfig(verifiers=["nummeric"]))
 
 
-@pytest.mark.parametrize("name", ["no_such_module:f", "tests.misbehaving_verifiers:no_such_function"])
+@pytest.mark.parametrize("name", ["no_such_module:f", "tests.support.misbehaving_verifiers:no_such_function"])
 def test_verifier_by_path_that_is_not_there(name: str) -> None:
     with pytest.raises(UnknownVerifierError, match=r"cannot be imported.*PYTHONPATH"):
         registry.get(name)
@@ -312,7 +312,7 @@ def test_rewards_import_nothing_heavy() -> None:
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
     config = RewardConfig(verifiers=["exact", COMMAND], timeout_seconds=1.0, num_workers=2)
-    with Grader(config, also=["tests.misbehaving_verifiers:inline_raiser"]) as made:
+    with Grader(config, also=["tests.support.misbehaving_verifiers:inline_raiser"]) as made:
         yield made
 
 
@@ -415,7 +415,7 @@ def test_metadata_that_is_not_json_is_counted(grader: Grader) -> None:
 def test_a_verifier_that_cannot_load_is_no_samples_fault() -> None:
     registry.get(COMMAND)  # imports the module, which registers "unpreparable"
     with (
-        Grader(RewardConfig(verifiers=["tests.misbehaving_verifiers:needs_what_is_missing"])) as bad,
+        Grader(RewardConfig(verifiers=["tests.support.misbehaving_verifiers:needs_what_is_missing"])) as bad,
         pytest.raises(RuntimeError, match=r"cannot be loaded.*no such library here"),
     ):
         bad.grade([rollout("x", verifier="unpreparable")])

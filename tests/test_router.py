@@ -37,7 +37,7 @@ from copd_megatron.planner.traffic import router_bytes
 from copd_megatron.records import Ask
 from copd_megatron.topology.watch import EXIT_STUCK, CollectiveError
 from copd_megatron.topology.world import World, init_world
-from tests.distributed import launch_distributed, run_distributed
+from tests.support.distributed import launch_distributed, run_distributed
 
 VOCAB = 50
 BRANCHES = {"text": (0, 1), "image": (2,), "video": (3, 4, 5)}

@@ -25,7 +25,7 @@ from copd_megatron.checkpoint.compare import compare_runs
 from copd_megatron.checkpoint.manifest import complete_checkpoints
 from copd_megatron.tiny.vl import make_visual_base, make_visual_data
 from copd_megatron.tiny.vl_recipe import VL_RECIPE
-from tests.checkpoint_runs import BRANCHES, prepare, write_config
+from tests.support.checkpoint_runs import BRANCHES, prepare, write_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "tests/slurm/cluster.sh"
@@ -128,7 +128,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.models import make_model
+    from tests.support.models import make_model
 
     root = tmp_path_factory.mktemp("config")
     make_model(root / "base", seed=1)

@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 from copd_megatron.records import Rollout, TrainRow
-from tests.distributed import run_distributed
-from tests.models import make_domains, make_model, reference_distributions, reference_logprobs
+from tests.support.distributed import run_distributed
+from tests.support.models import make_domains, make_model, reference_distributions, reference_logprobs
 
 BRANCHES = ("alpha", "beta")
 BETA = 0.7

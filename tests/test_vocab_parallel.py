@@ -18,7 +18,7 @@ from copd_megatron.policy.head import (
     linear_logprobs,
     linear_topk,
 )
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 VOCAB = 37
 HIDDEN = 12

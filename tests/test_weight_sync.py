@@ -23,8 +23,8 @@ from copd_megatron.hf.folder import HFFolder
 from copd_megatron.model.shape import ModelShape, read_model_shape
 from copd_megatron.model.slots import slots
 from copd_megatron.weight_sync.plan import BranchLayout, plan_sync, wanted_range
-from tests.layouts import Job, run_layouts
-from tests.models import make_model, random_texts, reference_model
+from tests.support.layouts import Job, run_layouts
+from tests.support.models import make_model, random_texts, reference_model
 
 ELEMENT_BYTES = 4
 

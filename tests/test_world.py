@@ -18,7 +18,7 @@ import torch.distributed as dist
 from copd_megatron.topology.watch import EXIT_STUCK, CollectiveError, Watch, is_collective_failure
 from copd_megatron.topology.who_waits import RankState, format_report, waited_for
 from copd_megatron.topology.world import World, WorldError, init_world
-from tests.distributed import DistributedTestError, launch_distributed, run_distributed
+from tests.support.distributed import DistributedTestError, launch_distributed, run_distributed
 
 BRANCHES = {"text": (0, 1), "image": (2,), "video": (3, 4, 5)}
 
@@ -398,7 +398,7 @@ def test_harness_returns_results_and_raises_the_failing_ranks_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert run_distributed(_returns, 2, args=(7,), env={"EXTRA": "!"}) == [(7, 0, "1!"), (7, 1, "1!")]
-    monkeypatch.setattr("tests.distributed._GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("tests.support.distributed._GRACE_SECONDS", 0.2)
     start = time.monotonic()
     with pytest.raises(
         DistributedTestError, match=r"(?s)rank 1: exit code 1 .*KeyError: 'a cause of its own'"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from copd_megatron.config.schema import ParallelConfig
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 NUM_RANKS = 4
 

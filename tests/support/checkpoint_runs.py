@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from copd_megatron.data import check_shards
-from tests.models import make_domains, make_model, warm_up
+from tests.support.models import make_domains, make_model, warm_up
 
 BRANCHES = ("alpha", "beta")
 NUM_STEPS = 6
@@ -110,7 +110,7 @@ def train(config: Path, run_dir: Path, overrides: Sequence[str] = (), *, timeout
 
 def load_tool(name: str) -> dict[str, Any]:
     """What ``tools/<name>.py`` defines."""
-    return runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / f"{name}.py"))
+    return runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / f"{name}.py"))
 
 
 def run_tool(name: str, *arguments: object) -> int:
