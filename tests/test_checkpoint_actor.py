@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from copd_megatron.objectives.surrogate import ClippedSurrogate
+from copd_megatron.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
 from copd_megatron.records import TrainRow
-from tests.support.layouts import Job, run_layouts
-from tests.support.models import make_model, random_texts
+from tests.support.actors import make_actor, train
+from tests.support.layouts import EXPERTS, VIRTUAL, Job, run_layouts
+from tests.support.models import make_model
+from tests.support.texts import random_texts
 
 VOCAB = 321
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, lr_warmup_steps=3, clip_grad=0.5, adam_eps=1e-3)
@@ -37,29 +38,9 @@ def _rows() -> list[TrainRow]:
 
 
 def _actor(parallel: ParallelConfig, folder: Path) -> Any:
-    from copd_megatron.policy.actor import MegatronActor
-
-    return MegatronActor(
-        model_path=folder,
-        parallel=parallel,
-        training=TrainingConfig(micro_batch_tokens=128),
-        optimizer=OPTIMIZER,
-        dtype=torch.float32,
-        max_tokens=64,
-        temperature=1.0,
-        seed=3,
-        total_steps=10,
+    return make_actor(
+        parallel, folder, training=TrainingConfig(micro_batch_tokens=128), optimizer=OPTIMIZER, max_tokens=64
     )
-
-
-def _train(actor: Any, steps: int) -> list[tuple[float, float, float]]:
-    """(loss, gradient norm, learning rate) of each step."""
-    out = []
-    for _ in range(steps):
-        statistics = actor.forward_backward(_rows(), ClippedSurrogate(LossConfig(), 64))
-        stepped = actor.optimizer_step()
-        out.append((statistics.loss, stepped["grad_norm"], stepped["lr"]))
-    return out
 
 
 def _weights(actor: Any) -> list[np.ndarray]:
@@ -95,13 +76,13 @@ def _first_run(parallel: ParallelConfig, model: Path, out: Path) -> dict[str, An
 
     actor = _actor(parallel, model)
     teacher = actor.snapshot()
-    _train(actor, BEFORE)
+    train(actor, _rows(), BEFORE)
     begin = time.perf_counter()
     _save(actor, out / "branch", teacher)
     seconds = time.perf_counter() - begin
     states = random_states()
     return {
-        "then": _train(actor, AFTER),
+        "then": train(actor, _rows(), AFTER),
         "weights": _weights(actor),
         "seconds": seconds,
         "torch_rng": states["torch"].numpy(),
@@ -123,7 +104,7 @@ def _second_run(parallel: ParallelConfig, model: Path, out: Path, same_layout: b
     assert teacher is not None
     states = random_states()
     return {
-        "then": _train(actor, AFTER),
+        "then": train(actor, _rows(), AFTER),
         "weights": _weights(actor),
         "torch_rng": states["torch"].numpy(),
         "teacher": [t.numpy() for t in teacher.tensors],
@@ -181,3 +162,19 @@ def test_training_goes_on_as_if_it_had_not_stopped(
         assert np.array_equal(before["torch_rng"], after["torch_rng"])
         for one, other in zip(before["teacher"], after["teacher"], strict=True):
             assert np.array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_chunks_and_experts(tmp_path: Path, layout_models: dict[str, Path]) -> None:
+    """Chunks and experts load at the layout they were saved at, chunks also without a virtual pipeline."""
+    jobs = []
+    for kind, sizes in (("dense", {"pp": 2, "also": VIRTUAL}), ("mixture", {"dp": 2, "also": EXPERTS})):
+        model, out = layout_models[kind], tmp_path / kind
+        jobs.append(Job(**sizes, args=(True, model, out)))
+        jobs.append(Job(**sizes, args=(False, model, out, True)))
+    jobs.append(Job(pp=2, args=(False, layout_models["dense"], tmp_path / "dense", False)))
+    saved_chunks, chunks, saved_experts, experts, plain = run_layouts(_either, jobs)
+    for before, after in ((saved_chunks, chunks), (saved_experts, experts)):
+        for mine, other in zip(after, before, strict=True):
+            assert mine["then"] == other["then"]
+    assert plain[0]["then"] == [pytest.approx(step, rel=1e-5) for step in saved_chunks[0]["then"]]

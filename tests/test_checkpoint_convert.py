@@ -19,9 +19,10 @@ from copd_megatron.config.schema import ParallelConfig
 from copd_megatron.formats.convert import hf_to_megatron, megatron_to_hf
 from copd_megatron.formats.megatron_reader import MegatronFolder
 from copd_megatron.hf.files import file_layouts
+from tests.support.actors import load_and_compare
 from tests.support.checkpoint_runs import run_tool
 from tests.support.layouts import Job, run_layouts
-from tests.support.models import load_and_compare, make_model
+from tests.support.models import make_model
 from tests.support.models_vl import make_vl_model, publish
 
 ROOT = Path(__file__).resolve().parents[1]

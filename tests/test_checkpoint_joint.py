@@ -28,9 +28,10 @@ from copd_megatron.checkpoint.manifest import (
     step_folder,
 )
 from copd_megatron.config import BranchConfig, Config, ModelConfig
-from copd_megatron.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
+from copd_megatron.config.schema import OptimizerConfig, ParallelConfig
 from copd_megatron.hf.files import file_layouts
 from copd_megatron.topology.layout import Layout
+from tests.support.actors import make_actor
 from tests.support.checkpoint_runs import load_tool, run_tool
 from tests.support.distributed import run_distributed
 from tests.support.models import make_model
@@ -50,19 +51,8 @@ class _Lines(logging.Handler):
 
 
 def _actor(model: Path, branch: str) -> Any:
-    from copd_megatron.policy.actor import MegatronActor
-
-    return MegatronActor(
-        model_path=model,
-        parallel=ParallelConfig(tensor_model_parallel_size=len(RANKS[branch])),
-        training=TrainingConfig(),
-        optimizer=OptimizerConfig(lr=1e-3),
-        dtype=torch.float32,
-        max_tokens=64,
-        temperature=1.0,
-        seed=3,
-        total_steps=10,
-    )
+    parallel = ParallelConfig(tensor_model_parallel_size=len(RANKS[branch]))
+    return make_actor(parallel, model, optimizer=OptimizerConfig(lr=1e-3), max_tokens=64)
 
 
 def _add(actor: Any, amount: float) -> None:

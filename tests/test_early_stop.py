@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from copd_megatron.config.schema import RolloutConfig
 from copd_megatron.records import MediaRef, Prompt, Rollout
@@ -22,8 +21,10 @@ from copd_megatron.rollout.early_stop import (
     split_groups,
     to_state,
 )
+from tests.support.actors import make_engine
 from tests.support.distributed import run_distributed
-from tests.support.models import make_model, random_texts
+from tests.support.models import make_model
+from tests.support.texts import random_texts
 
 
 def _prompt(name: str, *, media: bool = False) -> Prompt:
@@ -95,20 +96,13 @@ def _two_steps(folder: Path) -> dict[str, Any]:
     """Six prompts, of which two are wanted; the rest is continued under other weights."""
     from copd_megatron.hf.folder import HFFolder
     from copd_megatron.rollout.early_stop import EarlyStop
-    from copd_megatron.rollout.engine import RolloutEngine, SamplingSettings
+    from copd_megatron.rollout.engine import SamplingSettings
     from copd_megatron.topology.single import single_process
 
     with single_process():
-        engine = RolloutEngine(
-            model_path=folder,
-            # random bytes that end at these letters, at random times
-            config=RolloutConfig(max_new_tokens=20, max_num_seqs=12, stop=list(string.printable)),
-            branch="b",
-            run_id="test",
-            dtype=torch.float32,
-            max_tokens=64,
-            seed=1,
-        )
+        # random bytes that end at these letters, at random times
+        config = RolloutConfig(max_new_tokens=20, max_num_seqs=12, stop=list(string.printable))
+        engine = make_engine(folder, config)
         engine.load_weights(HFFolder(folder).iterate(), version=3)
         prompts = [
             dataclasses.replace(_prompt(str(i)), token_ids=t.token_ids[:6])

@@ -27,7 +27,9 @@ from copd_megatron.cli.main import main
 from copd_megatron.data import check_shards
 from copd_megatron.metrics.rank_log import merged as merged_logs
 from copd_megatron.metrics.timeline import read_timelines, seconds_by_phase, write_trace
-from tests.support.models import make_domains, make_model, random_texts, reference_model, warm_up
+from tests.support.domains import make_domains
+from tests.support.models import make_model, reference_model, warm_up
+from tests.support.texts import random_texts
 
 BRANCHES = ("alpha", "beta")
 LAYOUTS: dict[str, dict[str, dict[str, int]]] = {

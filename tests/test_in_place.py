@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from copd_megatron.config.schema import ParallelConfig, RolloutConfig, WeightSyncConfig
 from copd_megatron.rollout import in_place
+from tests.support.actors import make_actor, make_engine, random_prompts
 from tests.support.distributed import run_distributed
-from tests.support.models import make_model, random_texts
+from tests.support.models import make_model
 
 
 def _parameters(worker: Any) -> dict[str, Tensor]:
@@ -31,22 +32,12 @@ def _spoil(worker: Any) -> None:
 
 
 def _sync_thrice(folder: Path) -> dict[str, Any]:
-    from copd_megatron.records import Prompt
-    from copd_megatron.rollout.engine import RolloutEngine, SamplingSettings
+    from copd_megatron.rollout.engine import SamplingSettings
     from copd_megatron.weight_sync.sync import WeightSync
-    from tests.test_weight_sync import _actor
 
     torch.distributed.init_process_group("gloo")
-    actor = _actor(ParallelConfig(tensor_model_parallel_size=2), folder)
-    engine = RolloutEngine(
-        model_path=folder,
-        config=RolloutConfig(max_new_tokens=12, max_num_seqs=8, tensor_parallel_size=2),
-        branch="b",
-        run_id="test",
-        dtype=torch.float32,
-        max_tokens=64,
-        seed=1,
-    )
+    actor = make_actor(ParallelConfig(tensor_model_parallel_size=2), folder)
+    engine = make_engine(folder, RolloutConfig(max_new_tokens=12, max_num_seqs=8, tensor_parallel_size=2))
     sync = WeightSync(actor, engine, WeightSyncConfig(bucket_bytes=1 << 16))
 
     def ask(question: Any) -> Any:
@@ -60,11 +51,9 @@ def _sync_thrice(folder: Path) -> dict[str, Any]:
     ask(_spoil)
     sync()
     repeated = ask(_parameters)
-    prompts = [
-        Prompt(prompt_id=str(i), domain="b", token_ids=t.token_ids[:9], answer="", verifier="exact")
-        for i, t in enumerate(random_texts(4, 256, seed=4))
-    ]
-    rollouts = engine.sample(prompts, SamplingSettings(num_generations=2, temperature=1.0), step=0)
+    rollouts = engine.sample(
+        random_prompts(4, length=9), SamplingSettings(num_generations=2, temperature=1.0), step=0
+    )
     scores = actor.log_probs(rollouts)
     in_place._PLACES.clear()
     ask(_spoil)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.merge.mean import merge_mean
 from tests.support.distributed import run_distributed
-from tests.support.models import make_model, random_texts, reference_model
+from tests.support.models import make_model, reference_model
+from tests.support.texts import random_texts
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,10 @@ from copd_megatron.merge.engine import run_merge
 from copd_megatron.merge.recipe import ModelInput, Recipe
 from copd_megatron.model.shape import read_sizes
 from copd_megatron.report.merge_distance import branch_distances
+from tests.support.actors import load_and_compare
 from tests.support.layouts import Job, run_layouts
 from tests.support.merge_folders import make_family, tensors_of, write_folder
-from tests.support.models import load_and_compare, make_model
+from tests.support.models import make_model
 from tests.support.models_vl import make_vl_model, publish
 
 KINDS = ("text", "text tied", "vision tied", "text mixture")

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from copd_megatron.objectives.surrogate import ClippedSurrogate
+from copd_megatron.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
 from copd_megatron.policy.offload import ParkedTensors
+from tests.support.actors import make_actor, train
 from tests.support.layouts import Job, run_layouts
-from tests.support.models import make_model, random_texts
-from tests.test_policy import _rows
+from tests.support.models import make_model
+from tests.support.policy_runs import mixed_rows
+from tests.support.texts import random_texts
 
 
 def test_parked_tensors_come_back_with_their_views() -> None:
@@ -34,19 +35,14 @@ def test_parked_tensors_come_back_with_their_views() -> None:
 
 def _train(parallel: ParallelConfig, folder: Path, rows: Any, dtype: torch.dtype, offload: bool) -> Any:
     """Three steps; with ``offload``, everything leaves between them. Losses, weights and bookkeeping."""
-    from copd_megatron.policy.actor import MegatronActor
     from copd_megatron.policy.offload import Offloader
 
-    actor = MegatronActor(
-        model_path=folder,
-        parallel=parallel,
+    actor = make_actor(
+        parallel,
+        folder,
         training=TrainingConfig(micro_batch_tokens=128),
         optimizer=OptimizerConfig(lr=1e-2, adam_eps=1e-3),
         dtype=dtype,
-        max_tokens=128,
-        temperature=1.0,
-        seed=3,
-        total_steps=10,
     )
     offloader = Offloader(actor.modules, actor.optimizer, actor.device, weights=True)
     steps, reports = [], []
@@ -65,8 +61,7 @@ def _train(parallel: ParallelConfig, folder: Path, rows: Any, dtype: torch.dtype
             restored = offloader.restore()
             assert not offloader.released and offloader.restore().total_bytes == 0
             reports.append((released, weights, restored, left))
-        loss = actor.forward_backward(rows, ClippedSurrogate(LossConfig(), 64)).loss
-        steps.append((loss, actor.optimizer_step()["grad_norm"]))
+        steps += train(actor, rows, steps=1)
     numbers = [p.detach().float().numpy().copy() for p in actor.model.parameters()]
     return steps, numbers, [[vars(r) if hasattr(r, "__dict__") else r for r in entry] for entry in reports]
 
@@ -78,7 +73,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 def test_training_goes_on_as_if_nothing_had_left(tmp_path: Path) -> None:
     """float32 (the model's weights are the masters) and bfloat16 (float32 masters of their own)."""
     folder = make_model(tmp_path / "model", seed=1)
-    rows = _rows(folder, random_texts(6, 321, seed=1))
+    rows = mixed_rows(folder, random_texts(6, 321, seed=1))
     cases = [(dtype, offload) for dtype in (torch.float32, torch.bfloat16) for offload in (False, True)]
     results = run_layouts(_train, [Job(args=(folder, rows, dtype, offload)) for dtype, offload in cases])
     for (dtype, _), plain, moved in zip(cases[::2], results[::2], results[1::2], strict=True):

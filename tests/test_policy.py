@@ -5,172 +5,21 @@ All layouts of a model run in one launch (see ``tests.support.layouts``); the te
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.records import TrainRow
 from tests.support.layouts import Job, run_layouts
-from tests.support.models import (
-    Text,
-    make_model,
-    random_texts,
-    reference_distributions,
-    reference_logprobs,
-    reference_model,
-)
+from tests.support.models import make_model, reference_distributions, reference_model
+from tests.support.policy_runs import NUM_STEPS, OPTIMIZER, TEMPERATURE, VOCAB, Outcome, exercise, mixed_rows
+from tests.support.texts import random_texts
 
-VOCAB = 321
-TEMPERATURE = 0.8
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (2, 1, 2)]
 KINDS = ("tied", "untied")
-LOSS = LossConfig(entropy_coefficient=0.1, kl_coefficient=0.2)
-OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, adam_eps=1e-3, clip_grad=0.5)
-NUM_STEPS = 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What one rank says."""
-
-    scores: list[Any]
-    snapshot_scores: list[Any]
-    """With the initial weights, after training."""
-    snapshot_version: int
-    steps: list[tuple[Any, dict[str, float]]]
-    weights: dict[str, tuple[int | None, int, int, np.ndarray]]
-    """After training, this rank's share: name to (dim, start, stop, values)."""
-    stale_error: str
-    largest_micro_batch: int
-    """Padded tokens."""
-    skips: SimpleNamespace
-    """What became of a NaN, of a gradient above the bound, and of the update after them."""
-
-
-def _exercise(
-    parallel: ParallelConfig,
-    folder: Path,
-    texts: list[Text],
-    states: list[list[int]],
-    rows: list[TrainRow],
-    packed: bool = True,
-) -> Outcome:
-    from copd_megatron.policy.actor import MegatronActor
-
-    actor = MegatronActor(
-        model_path=folder,
-        parallel=parallel,
-        training=TrainingConfig(micro_batch_tokens=100, logprob_chunk_tokens=7, sequence_packing=packed),
-        optimizer=OPTIMIZER,
-        dtype=torch.float32,
-        max_tokens=128,
-        temperature=TEMPERATURE,
-        seed=3,
-        total_steps=10,
-    )
-    scores = actor.log_probs(texts, states)
-    initial = actor.snapshot()
-    steps = []
-    for _ in range(NUM_STEPS):
-        statistics = actor.forward_backward(rows, ClippedSurrogate(LOSS, 64))
-        steps.append((_plain(statistics), actor.optimizer_step()))
-    actor.version = 1
-    try:
-        actor.forward_backward(rows, ClippedSurrogate(LOSS, 64))
-        stale = ""
-    except ValueError as error:
-        stale = str(error)
-    weights = {}
-    for slot in actor.view.local:
-        start, stop = slot.range_of(actor.tp_rank, actor.view.tp_size) if slot.dim is not None else (0, 0)
-        place = "copy of " + slot.name if slot.copy_of_embedding else slot.name
-        weights[place] = (slot.dim, start, stop, actor.view.read(slot).clone().numpy())
-    with actor.using(initial) as version:
-        back = actor.log_probs(texts[:3])
-    again = actor.log_probs(texts[:1])[0]
-    assert not np.allclose(again.logprobs, back[0].logprobs, atol=1e-3), "the live weights came back"
-    sizes = [b.input_ids_bs.numel() for b in actor._micro_batches(texts, None)]
-    actor.version = 0
-    return Outcome(
-        skips=_skips(actor, rows),
-        scores=[_plain(score) for score in scores],
-        snapshot_scores=[_plain(score) for score in back],
-        snapshot_version=version,
-        steps=steps,
-        weights=weights,
-        stale_error=stale,
-        largest_micro_batch=max(sizes),
-    )
-
-
-def _skips(actor: Any, rows: list[TrainRow]) -> SimpleNamespace:
-    """Three updates: one with a NaN in it, one above ``max_grad_norm``, a good one."""
-
-    def weights() -> list[torch.Tensor]:
-        return [p.detach().clone() for p in actor.model.parameters()]
-
-    def update(rows: list[TrainRow], max_grad_norm: float | None = None) -> dict[str, float]:
-        actor.training = dataclasses.replace(actor.training, max_grad_norm=max_grad_norm)
-        actor.forward_backward(rows, ClippedSurrogate(LOSS, 64))
-        stepped: dict[str, float] = actor.optimizer_step()
-        return stepped
-
-    poisoned = dataclasses.replace(rows[1], advantages=np.full_like(rows[1].advantages, np.nan))
-    before = weights()
-    nan, above = update([rows[0], poisoned, *rows[2:]]), update(rows, max_grad_norm=1e-6)
-    unchanged = all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
-    good = update(rows)
-    return SimpleNamespace(
-        nan=nan,
-        above=above,
-        unchanged=unchanged,
-        good=good,
-        changed=any(not torch.equal(a, b) for a, b in zip(before, weights(), strict=True)),
-        finite=all(bool(p.isfinite().all()) for p in weights()),
-    )
-
-
-def _plain(record: Any) -> SimpleNamespace:
-    """The same fields without the class, whose module would have this process import Megatron."""
-    return SimpleNamespace(**vars(record))
-
-
-def _rows(folder: Path, texts: Sequence[Text]) -> list[TrainRow]:
-    """Native and cross rows with masks, some with old log-probabilities off the policy's."""
-    rng = np.random.default_rng(5)
-    rows = []
-    for i, text in enumerate(texts):
-        length = text.response_length
-        exact = reference_logprobs(folder, text.token_ids, text.prompt_length, TEMPERATURE)
-
-        def near(exact: np.ndarray = exact, length: int = length) -> np.ndarray:
-            return (exact + rng.normal(scale=0.3, size=length)).astype(np.float32)
-
-        mask = (rng.random(length) > 0.2).astype(np.float32)
-        if i == 2:
-            mask[:] = 0
-        rows.append(
-            TrainRow(
-                token_ids=text.token_ids,
-                prompt_length=text.prompt_length,
-                advantages=rng.normal(size=length).astype(np.float32),
-                loss_mask=mask,
-                component="native" if i % 3 else "cross:other",
-                component_weight=1.0 if i % 3 else 0.5,
-                old_logprobs=near() if i % 2 else None,
-                rollout_logprobs=near(),
-                reference_logprobs=near() if i % 3 else None,  # cross rows have no KL term
-            )
-        )
-    return rows
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +35,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "folders": folders,
         "texts": texts,
         "states": states,
-        "rows": {kind: _rows(folder, texts) for kind, folder in folders.items()},
+        "rows": {kind: mixed_rows(folder, texts) for kind, folder in folders.items()},
     }
 
 
@@ -205,7 +54,7 @@ def outcomes(material: dict[str, Any]) -> dict[tuple[str, tuple[int, int, int]],
         rows, texts, states = material["rows"][kind], material["texts"], material["states"]
         jobs.append(Job(args=(material["folders"][kind], texts, states, rows, False)))
         keys.append((kind, "padded"))
-    return dict(zip(keys, run_layouts(_exercise, jobs), strict=True))
+    return dict(zip(keys, run_layouts(exercise, jobs), strict=True))
 
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda sizes: "tp{}-pp{}-dp{}".format(*sizes))

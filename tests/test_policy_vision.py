@@ -27,8 +27,9 @@ from copd_megatron.config.schema import (
 from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.policy.batch.positions import multimodal_positions
 from copd_megatron.records import FloatArray, IntArray, TrainRow
+from tests.support.actors import make_actor
+from tests.support.byte_tokenizer import save_tokenizer
 from tests.support.layouts import Job, run_layouts
-from tests.support.models import save_tokenizer
 from tests.support.models_vl import EXPERTS
 
 IMAGE, VIDEO, START, END = 300, 301, 302, 303
@@ -221,18 +222,13 @@ def _exercise(
 ) -> Any:
     """Log-probabilities and this rank's shares of the gradient (weights before minus after one step);
     ``settings`` are further fields of TrainingConfig."""
-    from copd_megatron.policy.actor import MegatronActor
-
     media = {sample.token_ids.tobytes(): sample.media for sample in samples}
-    actor = MegatronActor(
-        model_path=folder,
-        parallel=parallel,
+    actor = make_actor(
+        parallel,
+        folder,
         training=TrainingConfig(micro_batch_tokens=150, logprob_chunk_tokens=16, **settings),
         optimizer=OptimizerConfig(lr=STEP, adam_eps=STEP, clip_grad=0.0),
-        dtype=torch.float32,
         max_tokens=256,
-        temperature=1.0,
-        seed=1,
         total_steps=1,
         freeze_vision=freeze,
         features=lambda row: media[row.token_ids.tobytes()],

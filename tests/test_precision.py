@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +27,12 @@ from copd_megatron.config.hardware import (
     supported_recipes,
 )
 from copd_megatron.config.schema import ParallelConfig, TrainingConfig
+from tests.support.actors import make_actor, train
 from tests.support.distributed import run_distributed
+from tests.support.layouts import Job, run_layouts
+from tests.support.models import make_model
+from tests.support.policy_runs import mixed_rows
+from tests.support.texts import random_texts
 
 HOPPER = Machine(capability=(9, 0), transformer_engine="2.20.2", cuda="13.0")
 
@@ -185,39 +191,16 @@ def test_every_recipe_has_its_requirement_and_its_multiple() -> None:
 
 
 def _train(parallel: ParallelConfig, folder: Any, rows: Any, training: TrainingConfig) -> Any:
-    from copd_megatron.config.schema import LossConfig
-    from copd_megatron.objectives.surrogate import ClippedSurrogate
-    from copd_megatron.policy.actor import MegatronActor
-
-    actor = MegatronActor(
-        model_path=folder,
-        parallel=parallel,
-        training=training,
-        optimizer=OptimizerConfig(lr=1e-2, adam_eps=1e-3),
-        dtype=torch.float32,
-        max_tokens=128,
-        temperature=1.0,
-        seed=3,
-        total_steps=10,
-    )
-    steps = []
-    for _ in range(3):
-        loss = actor.forward_backward(rows, ClippedSurrogate(LossConfig(), 64)).loss
-        steps.append((loss, actor.optimizer_step()["grad_norm"]))
+    actor = make_actor(parallel, folder, training=training, optimizer=OptimizerConfig(lr=1e-2, adam_eps=1e-3))
+    steps = train(actor, rows, steps=3)
     actor.finish_update()
     return steps, [p.detach().numpy().copy() for p in actor.model.parameters()]
 
 
 @pytest.mark.slow
 def test_overlap_and_recomputation_change_no_number(tmp_path: Any) -> None:
-    import numpy as np
-
-    from tests.support.layouts import Job, run_layouts
-    from tests.support.models import make_model, random_texts
-    from tests.test_policy import _rows
-
     folder = make_model(tmp_path / "model", seed=1)
-    rows = _rows(folder, random_texts(9, 321, seed=1))
+    rows = mixed_rows(folder, random_texts(9, 321, seed=1))
     budget: dict[str, Any] = {"micro_batch_tokens": 128, "max_weight_lag": 1}
     settings = [
         TrainingConfig(**budget),

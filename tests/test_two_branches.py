@@ -19,7 +19,8 @@ import yaml
 
 from copd_megatron.records import Rollout, TrainRow
 from tests.support.distributed import run_distributed
-from tests.support.models import make_domains, make_model, reference_distributions, reference_logprobs
+from tests.support.domains import make_domains
+from tests.support.models import make_model, reference_distributions, reference_logprobs
 
 BRANCHES = ("alpha", "beta")
 BETA = 0.7

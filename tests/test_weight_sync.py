@@ -18,13 +18,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from copd_megatron.config.schema import ParallelConfig, TrainingConfig
+from copd_megatron.config.schema import ParallelConfig, RolloutConfig, WeightSyncConfig
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.model.shape import ModelShape, read_model_shape
 from copd_megatron.model.slots import slots
 from copd_megatron.weight_sync.plan import BranchLayout, plan_sync, wanted_range
-from tests.support.layouts import Job, run_layouts
-from tests.support.models import make_model, random_texts, reference_model
+from tests.support.actors import make_actor, make_engine, random_prompts
+from tests.support.distributed import run_distributed
+from tests.support.layouts import EXPERTS, SEQUENCE, VIRTUAL, Job, run_layouts
+from tests.support.models import make_model, reference_model
+from tests.support.texts import random_texts
 
 ELEMENT_BYTES = 4
 
@@ -251,22 +254,6 @@ KINDS = ("tied", "untied")
 BUCKET_BYTES = 50_000
 
 
-def _actor(parallel: ParallelConfig, folder: Path) -> Any:
-    from copd_megatron.policy.actor import MegatronActor
-
-    return MegatronActor(
-        model_path=folder,
-        parallel=parallel,
-        training=TrainingConfig(),
-        optimizer=None,
-        dtype=torch.float32,
-        max_tokens=128,
-        temperature=1.0,
-        seed=1,
-        total_steps=1,
-    )
-
-
 def _stream(parallel: ParallelConfig, folder: Path, rollout_tp: int, out: Path) -> dict[str, Any]:
     """Streams doubled weights (so live ones, not the folder's) and compares them with the folder; exports."""
     import torch.distributed as dist
@@ -274,7 +261,7 @@ def _stream(parallel: ParallelConfig, folder: Path, rollout_tp: int, out: Path) 
     from copd_megatron.weight_sync.export import export_hf
     from copd_megatron.weight_sync.stream import ShardStream
 
-    actor = _actor(parallel, folder)
+    actor = make_actor(parallel, folder)
     with torch.no_grad():
         for parameter in actor.model.parameters():
             parameter.mul_(2)
@@ -412,3 +399,54 @@ def test_export_loads_in_transformers_with_the_live_weights(
         assert reference_model(out)(input_ids=ids).logits.isfinite().all()
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
     assert (out / "tokenizer.json").read_bytes() == (folders[kind] / "tokenizer.json").read_bytes()
+
+
+def test_layouts_reach_every_rank_of_a_sync(layout_models: dict[str, Path], tmp_path: Path) -> None:
+    """Chunks, experts and context parallel ranks, streamed and exported; the ranks compare every element."""
+    cases = [
+        ("mixture", Job(dp=2, also=EXPERTS, args=(layout_models["mixture"], 1, tmp_path / "0"))),
+        ("mixture", Job(pp=2, dp=2, also=EXPERTS, args=(layout_models["mixture"], 2, tmp_path / "1"))),
+        ("dense", Job(pp=2, also=VIRTUAL, args=(layout_models["dense"], 1, tmp_path / "2"))),
+        ("dense", Job(tp=2, cp=2, also=SEQUENCE, args=(layout_models["dense"], 2, tmp_path / "3"))),
+    ]
+    for ranks in run_layouts(_stream, [job for _, job in cases]):
+        assert all(rank["filled"] == rank["expected_filled"] for rank in ranks)
+    for number, (kind, _) in enumerate(cases):
+        original = reference_model(layout_models[kind]).state_dict()
+        exported = reference_model(tmp_path / str(number)).state_dict()
+        assert list(exported) == list(original)
+        for name, tensor in exported.items():
+            assert torch.equal(tensor, original[name] * 2), name
+
+
+# ---- with vLLM -------------------------------------------------------------------------------------------
+
+
+def _largest_logprob_error(folder: Path) -> float:
+    """Largest difference between vLLM's and the actor's log-probabilities of sampled tokens, after a sync of
+    weights that differ from the folder's."""
+    from copd_megatron.rollout.engine import SamplingSettings
+    from copd_megatron.weight_sync.sync import WeightSync
+
+    torch.distributed.init_process_group("gloo")
+    actor = make_actor(ParallelConfig(data_parallel_size=2, expert_model_parallel_size=2), folder)
+    with torch.no_grad():
+        for parameter in actor.model.parameters():
+            parameter.mul_(1.1)
+    engine = make_engine(folder, RolloutConfig(max_new_tokens=12, max_num_seqs=8))
+    WeightSync(actor, engine, WeightSyncConfig())()
+    settings = SamplingSettings(num_generations=2, temperature=1.0)
+    rollouts = engine.sample(random_prompts(6, length=9), settings, step=0)
+    scores = actor.log_probs(rollouts)
+    return max(
+        float(np.abs(score.logprobs - rollout.rollout_logprobs).max())
+        for score, rollout in zip(scores, rollouts, strict=True)
+    )
+
+
+@pytest.mark.slow
+def test_vllm_agrees_on_a_mixture_of_experts(layout_models: dict[str, Path]) -> None:
+    for difference in run_distributed(
+        _largest_logprob_error, 2, args=(layout_models["mixture"],), timeout=400
+    ):
+        assert difference < 1e-3

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from copd_megatron.data import check_shards
-from tests.support.models import make_domains, make_model, warm_up
+from tests.support.domains import make_domains
+from tests.support.models import make_model, warm_up
 
 BRANCHES = ("alpha", "beta")
 NUM_STEPS = 6

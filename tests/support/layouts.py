@@ -1,8 +1,8 @@
 """One function under many Megatron layouts, in one launch of four ranks.
 
-Importing Megatron costs each process seconds, so the layouts take turns on the same processes: each gets a
-process group of its own, on as many neighbouring ranks as it needs, and Megatron's state is torn down after
-it. Layouts of one and two ranks run side by side.
+Importing Megatron costs each process seconds, so the layouts share the same processes. Each layout gets its
+own process group, on as many neighbouring ranks as it needs, and Megatron's state is torn down after it.
+Layouts of one and two ranks run side by side.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from copd_megatron.config.schema import ParallelConfig
 from tests.support.distributed import run_distributed
 
 NUM_RANKS = 4
+
+# Further fields of a job's ParallelConfig.
+SEQUENCE = {"sequence_parallel": True}
+VIRTUAL = {"virtual_pipeline_model_parallel_size": 2}
+EXPERTS = {"expert_model_parallel_size": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,7 @@ def run_layouts(fn: Callable[..., Any], jobs: Sequence[Job], *, timeout: float =
 
 
 def _place(jobs: Sequence[Job]) -> list[int]:
-    """First rank of each job: where the least work waits, aligned to the job's size."""
+    """First rank of each job: where the least work is queued, aligned to the job's size."""
     load = [0.0] * NUM_RANKS
     starts = []
     for job in jobs:

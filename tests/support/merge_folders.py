@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.support.models import save_tokenizer
+from tests.support.byte_tokenizer import save_tokenizer
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],

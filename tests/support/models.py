@@ -1,56 +1,24 @@
-"""Tiny Qwen3 folders, data and prompts for tests with the real engines.
+"""Tiny Qwen3 folders for tests with the real engines, and the same models in transformers.
 
-Weights come from a seed; they are scaled up from the usual initialisation, so that distributions are far
-from uniform and an error in any tensor shows in the log-probabilities.
+Weights come from a seed. They are larger than the usual initialisation, so that distributions are far from
+uniform and an error in any tensor shows in the log-probabilities.
+
+torch and transformers are imported when a model is made, so that pytest collects without transformers.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
-from copd_megatron.config.schema import ParallelConfig, TrainingConfig
-from copd_megatron.data.convert.write import WrittenDomain
 from copd_megatron.records import IntArray
-from copd_megatron.tiny.tasks.text import Family, write_domain
+from tests.support.byte_tokenizer import save_tokenizer
 
-if TYPE_CHECKING:  # Megatron takes seconds to import, and most tests that make a model do without
-    from copd_megatron.policy.actor import MegatronActor
-
-END_OF_TURN = "<|im_end|>"
-PADDING = "<|endoftext|>"
-
-ARITHMETIC = Family(
-    name="chain_sum", settings={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-)
-DIVISORS = Family(name="gcd", settings={"min_value": 2, "max_value": 60})
-
-
-def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer, ids 0..255 for bytes, then end of turn and padding."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(tokenizer_models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(END_OF_TURN, special=True), AddedToken(PADDING, special=True)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TURN, pad_token=PADDING)
-    fast.save_pretrained(folder)
-    return fast
+if TYPE_CHECKING:
+    import torch
 
 
 def make_model(folder: Path, *, seed: int = 0, scale: float = 5.0, **sizes: Any) -> Path:
@@ -59,6 +27,9 @@ def make_model(folder: Path, *, seed: int = 0, scale: float = 5.0, **sizes: Any)
 
     The default vocabulary, 321, is odd: tensor parallelism pads it.
     """
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
     settings = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -89,33 +60,11 @@ def make_model(folder: Path, *, seed: int = 0, scale: float = 5.0, **sizes: Any)
     return folder
 
 
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """A token sequence with the boundary that scoring needs."""
-
-    token_ids: IntArray
-    prompt_length: int
-
-    @property
-    def response_length(self) -> int:
-        return len(self.token_ids) - self.prompt_length
-
-
-def random_texts(count: int, vocab_size: int, *, seed: int = 0, longest: int = 50) -> list[Text]:
-    """Sequences of different lengths, some with one response token; the last vocabulary entry occurs."""
-    rng = np.random.default_rng(seed)
-    texts = []
-    for i in range(count):
-        length = int(rng.integers(4, longest))
-        tokens = rng.integers(0, vocab_size, size=length).astype(np.int32)
-        tokens[-1] = vocab_size - 1
-        texts.append(Text(token_ids=tokens, prompt_length=length - 1 if i % 4 == 0 else max(1, length // 3)))
-    return texts
-
-
 @functools.lru_cache(maxsize=8)
-def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def reference_model(folder: Path, dtype: str | torch.dtype = "float32") -> Any:
     """transformers' own model of a folder."""
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
@@ -123,6 +72,8 @@ def reference_distributions(
     folder: Path, token_ids: IntArray, prompt_length: int, temperature: float = 1.0
 ) -> np.ndarray:
     """[R, V] log-probabilities of every response position under transformers."""
+    import torch
+
     with torch.no_grad():
         ids = torch.from_numpy(token_ids.astype(np.int64))[None]
         logits = reference_model(folder)(input_ids=ids).logits[0, prompt_length - 1 : -1]
@@ -137,18 +88,13 @@ def reference_logprobs(
     return full[np.arange(len(full)), token_ids[prompt_length:]]
 
 
-def make_domains(out: Path, *, num_train: int = 48, num_validation: int = 8) -> dict[str, WrittenDomain]:
-    """Shards of two small domains, ``alpha`` (sums) and ``beta`` (greatest common divisors)."""
-    return {
-        name: write_domain(out, name, [family], num_train=num_train, num_validation=num_validation, seed=seed)
-        for name, family, seed in (("alpha", ARITHMETIC, 1), ("beta", DIVISORS, 2))
-    }
-
-
 def warm_up(
     folder: Path, pairs: list[tuple[str, str]], *, steps: int, seed: int = 0, lr: float = 3e-3
 ) -> None:
     """Supervised steps on (prompt, answer) pairs, so that some sampled answers are right."""
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -167,30 +113,3 @@ def warm_up(
         loss.backward()
         optimizer.step()
     model.save_pretrained(folder)
-
-
-def load_and_compare(
-    parallel: ParallelConfig, model: Path, checkpoint: Path
-) -> tuple[MegatronActor, list[str]]:
-    """An actor of a Hugging Face folder, loaded anew by Megatron from a checkpoint of the same weights; and
-    the tensors that differ afterwards. Runs on every rank."""
-    from copd_megatron.checkpoint.actor_state import load_weights
-    from copd_megatron.policy.actor import MegatronActor
-
-    actor = MegatronActor(
-        model_path=model,
-        parallel=parallel,
-        training=TrainingConfig(),
-        optimizer=None,
-        dtype=torch.float32,
-        max_tokens=64,
-        temperature=1.0,
-        seed=3,
-        total_steps=1,
-    )
-    direct = {slot.name: actor.view.read(slot).clone() for slot in actor.view.local}
-    with torch.no_grad():
-        for parameter in actor.model.parameters():
-            parameter.fill_(7.0)
-    load_weights(actor, str(checkpoint))
-    return actor, [s.name for s in actor.view.local if not torch.equal(actor.view.read(s), direct[s.name])]
