@@ -398,7 +398,7 @@ def test_harness_returns_results_and_raises_the_failing_ranks_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert run_distributed(_returns, 2, args=(7,), env={"EXTRA": "!"}) == [(7, 0, "1!"), (7, 1, "1!")]
-    monkeypatch.setattr("tests.support.distributed._GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("tests.support.ranks.GRACE_SECONDS", 0.2)
     start = time.monotonic()
     with pytest.raises(
         DistributedTestError, match=r"(?s)rank 1: exit code 1 .*KeyError: 'a cause of its own'"

@@ -1,8 +1,7 @@
 """One function under many Megatron layouts, in one launch of four ranks.
 
-Importing Megatron costs each process seconds, so the layouts share the same processes. Each layout gets its
-own process group, on as many neighbouring ranks as it needs, and Megatron's state is torn down after it.
-Layouts of one and two ranks run side by side.
+The layouts share the same processes. Each gets its own process group, on as many neighbouring ranks as it
+needs, and Megatron's state is torn down after it. Layouts of one and two ranks run side by side.
 """
 
 from __future__ import annotations
@@ -57,7 +56,9 @@ class Job:
 def run_layouts(fn: Callable[..., Any], jobs: Sequence[Job], *, timeout: float = 400) -> list[list[Any]]:
     """Results of every job, by job and then by rank within it."""
     starts = _place(jobs)
-    per_rank = run_distributed(_run_jobs, NUM_RANKS, args=(fn, list(jobs), starts), timeout=timeout)
+    per_rank = run_distributed(
+        _run_jobs, NUM_RANKS, args=(fn, list(jobs), starts), timeout=timeout, megatron=True
+    )
     return [
         [per_rank[start + rank][number] for rank in range(job.world_size)]
         for number, (job, start) in enumerate(zip(jobs, starts, strict=True))
