@@ -224,7 +224,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, An
     base = tmp_path_factory.mktemp("joint")
     model = make_model(base / "model")
     with _small_disk(base / "small", 30_000_000) as small:
-        results = run_distributed(_saves, 3, args=(model, base / "run", small), timeout=200)
+        results = run_distributed(_saves, 3, args=(model, base / "run", small), timeout=200, megatron=True)
     return results, base / "run"
 
 

@@ -89,7 +89,7 @@ def _in_a_process_of_its_own() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def process() -> dict[str, Any]:
-    return run_distributed(_in_a_process_of_its_own, 1)[0]
+    return run_distributed(_in_a_process_of_its_own, 1, megatron=True)[0]
 
 
 @needs_cpu_only

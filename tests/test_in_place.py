@@ -73,7 +73,7 @@ def _sync_thrice(folder: Path) -> dict[str, Any]:
 def test_repeated_copies_are_what_the_loaders_do(tmp_path: Path) -> None:
     """Tensor parallelism, a padded vocabulary, buckets that share memory; nothing left of before."""
     folder = make_model(tmp_path / "model", seed=3)
-    for rank in run_distributed(_sync_thrice, 2, args=(folder,), timeout=400):
+    for rank in run_distributed(_sync_thrice, 2, args=(folder,), timeout=400, megatron=True):
         assert rank["recorded"] and rank["differ"] == [] and rank["count"] > 20
         assert rank["error"] < 1e-4
 

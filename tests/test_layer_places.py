@@ -77,4 +77,4 @@ def _check(folders: list[Path]) -> None:
 
 
 def test_every_tensor_has_its_place_in_the_layers(tmp_path: Path) -> None:
-    run_distributed(_check, 1, args=(make_folders(tmp_path),), timeout=200)
+    run_distributed(_check, 1, args=(make_folders(tmp_path),), timeout=200, gpus=True)

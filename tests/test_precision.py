@@ -181,7 +181,7 @@ def _build_every_config() -> int:
 
 def test_our_settings_are_fields_that_megatron_knows() -> None:
     """Misspelt or outdated field names, and combinations that Megatron refuses, show here without a GPU."""
-    (count,) = run_distributed(_build_every_config, 1)
+    (count,) = run_distributed(_build_every_config, 1, megatron=True)
     assert count > 100
 
 

@@ -159,7 +159,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     make_domains(root / "data", num_train=24, num_validation=0)
     exports = root / "exports"
-    results = run_distributed(_drive, 4, args=(_config(root, folders), exports), timeout=500)
+    results = run_distributed(_drive, 4, args=(_config(root, folders), exports), timeout=500, megatron=True)
     versions = {
         name: [folders[name], *(exports / f"{name}-{version}" for version in (1, 2, 3))] for name in BRANCHES
     }

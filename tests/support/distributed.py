@@ -4,7 +4,7 @@
 failed first. ``launch_distributed`` returns every rank's outcome, for tests in which ranks are meant to die.
 
 Ranks are forked from a server process that has imported torch, or with ``megatron=True`` from one that has
-imported Megatron, so that no rank pays for the import. They compute on the CPU, also where there are GPUs.
+imported Megatron, so that no rank pays for the import. They see no GPU unless a test asks for it.
 Functions and arguments travel by pickle, so a function must be importable: a ``def`` at a module's top level.
 """
 
@@ -28,8 +28,8 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
 }
+_NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(["torch", "torch.distributed"])
 
@@ -90,6 +90,7 @@ def launch_distributed(
     agent_store: bool = True,
     stop_on_failure: bool = False,
     megatron: bool = False,
+    gpus: bool = False,
 ) -> list[RankOutcome]:
     """As ``run_distributed``, but never raises for a rank: every rank's outcome.
 
@@ -100,19 +101,23 @@ def launch_distributed(
         agent_store: the caller hosts the store, as torchrun's agent does; else rank 0 must.
         stop_on_failure: once a rank fails, the others get a few seconds and are then killed.
         megatron: the ranks start with Megatron imported.
+        gpus: the ranks see the GPUs of this machine. Not together with ``megatron``: what a process learns of
+            its GPUs as it imports Megatron does not survive a fork.
     """
+    assert not (megatron and gpus)
+    common = _ENVIRONMENT if gpus else _ENVIRONMENT | _NO_GPUS
     with tempfile.TemporaryDirectory(prefix="copd_ranks_") as name, _store_port(agent_store) as port:
         launch = Launch(
             call=pickle.dumps((fn, tuple(args))),
             environments=[
-                {**_ENVIRONMENT, **_torchrun(rank, world_size, port, agent_store), **(env or {})}
+                {**common, **_torchrun(rank, world_size, port, agent_store), **(env or {})}
                 for rank in range(world_size)
             ],
             folder=Path(name),
             timeout=timeout,
             stop_on_failure=stop_on_failure,
         )
-        with _variables(_ENVIRONMENT):
+        with _variables(common):
             ended = megatron_server().run_ranks(launch) if megatron else run_ranks(_forkserver, launch)
         return [_outcome(rank, end, launch.folder / str(rank)) for rank, end in enumerate(ended)]
 
