@@ -21,7 +21,7 @@ from copd_megatron.objectives.base import ByComponent
 from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.plugins import OBJECTIVES, RECIPES
 from copd_megatron.records import TrainRow
-from tests.checkpoint_runs import prepare, write_config
+from tests.support.checkpoint_runs import prepare, write_config
 from tests.example_objective import LikelyTokens
 
 ROOT = Path(__file__).resolve().parents[1]
