@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from copd_megatron.objectives.surrogate import flatten
 from copd_megatron.policy.batch.balance import CostModel, plan_micro_batches, plan_packed
 from copd_megatron.policy.batch.context import context_shard
-from copd_megatron.policy.batch.micro_batch import Arrangement, build_micro_batch, flatten
+from copd_megatron.policy.batch.micro_batch import Arrangement, build_micro_batch
 from tests.support.texts import Text, random_texts
 
 lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=60)

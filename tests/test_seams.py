@@ -21,8 +21,8 @@ from copd_megatron.objectives.base import ByComponent
 from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.plugins import OBJECTIVES, RECIPES
 from copd_megatron.records import TrainRow
-from tests.support.checkpoint_runs import prepare, write_config
 from tests.example_objective import LikelyTokens
+from tests.support.checkpoint_runs import prepare, write_config
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN_OBJECTIVE, OWN_RECIPE = "tests.example_objective:OBJECTIVE", "tests.example_recipe:RECIPE"
