@@ -37,13 +37,13 @@ def native_batch(me: Branch, step: Step) -> Batch:
     wanted, rollouts = me.settings.num_prompts_per_step, list[Rollout]()
     rounds = options.dynamic_sampling_max_rounds if options.dynamic_sampling else 1
     for _ in range(rounds):
-        missing = wanted - len({r.prompt.prompt_id for r in rollouts})
+        missing = wanted - len({r.prompt.group_id for r in rollouts})
         if missing <= 0:
             break
         fresh = _fresh_groups(me, missing, step)
         _reward_metrics(me, "train/", fresh)
         if options.dynamic_sampling:
-            keep = informative_groups(_rewards(fresh), [r.prompt.prompt_id for r in fresh])
+            keep = informative_groups(_rewards(fresh), [r.prompt.group_id for r in fresh])
             me.metrics.mean("train/uninformative_fraction", float((~keep).sum()), len(keep))
             fresh = [r for r, kept in zip(fresh, keep, strict=True) if kept]
         rollouts += fresh

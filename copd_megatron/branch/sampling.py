@@ -24,7 +24,7 @@ def _fresh_groups(me: Branch, wanted: int, step: Step) -> list[Rollout]:
     begun = carried(me.begun, version=me.actor.version, max_lag=lag)[:asked]
     prompts = continued(me.prompts.next(asked - len(begun)), begun)
     stop = EarlyStop(
-        num_prompts=wanted, begun={(r.prompt.prompt_id, r.sample_index): r for g in begun for r in g}
+        num_prompts=wanted, begun={(r.prompt.group_id, r.sample_index): r for g in begun for r in g}
     )
     rollouts = sample_and_grade(me, prompts, count, step, stop=stop)
     complete, left = split_groups(rollouts, count, wanted)
