@@ -169,7 +169,8 @@ def native_rows(
 ) -> list[TrainRow]:
     """GRPO rows of graded rollouts: shaping, group advantages spread over tokens, overlong filtering.
 
-    A group is all rollouts whose prompts have the same ``group_id``; it must be passed as a whole, on one rank.
+    A group is all rollouts whose prompts have the same ``group_id``; it must be passed as a whole, on one
+    rank.
 
     Args:
         rollouts: in any order; rows come back in the same order.
