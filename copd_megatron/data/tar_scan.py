@@ -142,4 +142,4 @@ def _decimal(digits: bytes, damage: TarDamageError) -> int:
 
 
 def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")
+    return raw.decode("utf-8", "backslashreplace")
