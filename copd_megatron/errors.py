@@ -1,4 +1,4 @@
-"""The one exception that a bad configuration raises."""
+"""The exceptions of bad configurations and bad data."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ class DataError(ValueError):
 class BadSampleError(DataError):
     """One sample that cannot be used. The stream skips, counts and logs it; start-up checks refuse it.
 
-    ``reason`` is a short stable word for counters: ``not_json``, ``no_json``, ``missing_field``,
-    ``bad_type``, ``unknown_verifier``, ``too_long``, ``empty_prompt``, ``chat_template``; with media
-    ``no_member``, ``media_unsupported``, ``media_mismatch``, ``corrupt_image``, ``corrupt_video``,
-    ``truncated_video``, ``too_many_pixels``, ``bad_size``; the converters have a few of their own.
+    ``reason`` is a short stable word for counters: ``not_json``, ``no_json``, ``too_nested``, ``bad_text``,
+    ``missing_field``, ``bad_type``, ``unknown_verifier``, ``too_long``, ``empty_prompt``, ``chat_template``;
+    with media ``no_member``, ``media_unsupported``, ``media_mismatch``, ``unknown_format``,
+    ``corrupt_image``, ``corrupt_video``, ``truncated_video``, ``too_many_pixels``, ``bad_size``; and
+    ``unexpected`` for a failure that none of these foresees. The converters have a few of their own.
     """
 
     def __init__(self, where: str, reason: str, problem: str, remedy: str) -> None:
         super().__init__(f"{where}: {problem}. {remedy}")
         self.reason = reason
+        self._told = (where, reason, problem, remedy)
+
+    def __reduce__(self) -> tuple[type[BadSampleError], tuple[str, str, str, str]]:
+        return BadSampleError, self._told
+
+    def again(self) -> BadSampleError:
+        """An equal error without traceback and cause, which would keep what the failed calls held."""
+        return BadSampleError(*self._told)

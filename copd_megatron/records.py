@@ -67,6 +67,18 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     media: tuple[MediaRef, ...] = ()
     """Images and videos, in the order of their placeholders."""
+    occurrence: int = 0
+    """0 the first time a prompt is drawn for a step, 1 the second time, and so on: a small data set repeats
+    its prompts where one epoch ends and the next begins."""
+
+    @property
+    def group_id(self) -> str:
+        """Identifies the prompt among all prompts of a step: the key of its sampling seeds and of its group
+        of responses. It is ``prompt_id``, then ``<prompt_id>.1`` for occurrence 1, and so on.
+
+        The part of a prompt id after its last slash, a sample's key, never contains a dot.
+        """
+        return f"{self.prompt_id}.{self.occurrence}" if self.occurrence else self.prompt_id
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from copd_megatron.config.schema import RolloutConfig
+from copd_megatron.data.occurrences import number_occurrences
 from copd_megatron.records import MediaRef, Prompt, Rollout
 from copd_megatron.rollout.early_stop import (
     carried,
@@ -21,6 +22,7 @@ from copd_megatron.rollout.early_stop import (
     split_groups,
     to_state,
 )
+from copd_megatron.rollout.engine import _enough
 from tests.support.actors import make_engine
 from tests.support.distributed import run_distributed
 from tests.support.models import make_model
@@ -79,10 +81,39 @@ def test_what_is_too_old_or_has_media_is_not_carried() -> None:
     assert carried(groups, version=5, max_lag=0) == []
 
 
-def test_carried_prompts_come_first_and_once() -> None:
+def test_carried_prompts_come_first_and_none_is_lost() -> None:
     group = (_rollout(_prompt("b"), 0, 3, unfinished=True),)
-    prompts = continued([_prompt("a"), _prompt("b"), _prompt("c")], [group])
-    assert [prompt.prompt_id for prompt in prompts] == ["b", "a", "c"]
+    prompts = continued([_prompt("a"), _prompt("b"), _prompt("c"), _prompt("b")], [group])
+    assert [prompt.group_id for prompt in prompts] == ["b", "a", "b.1", "c", "b.2"]
+
+
+def test_a_prompt_that_a_batch_holds_twice_makes_two_groups() -> None:
+    # a small data set at an epoch's end: the batch is a, b, a; the second a ends first
+    prompts = number_occurrences([_prompt("a"), _prompt("b"), _prompt("a")])
+    rollouts = [
+        _rollout(prompt, sample, 3, unfinished=prompt.group_id == "a" and sample == 1)
+        for prompt in prompts
+        for sample in range(2)
+    ]
+    taken, left = split_groups(rollouts, 2, 1)
+    assert [(r.prompt.group_id, r.sample_index) for r in taken] == [("b", 0), ("b", 1)]
+    assert [group[0].prompt.group_id for group in left] == ["a", "a.1"]
+    again = continued(number_occurrences([_prompt("a")]), left)
+    assert [prompt.group_id for prompt in again] == ["a", "a.1", "a.2"]
+    restored = from_state(json.loads(json.dumps(to_state(left))))
+    assert [group[0].prompt.group_id for group in restored] == ["a", "a.1"]
+    # checkpoints of before have no occurrence number
+    old = to_state(left[:1])
+    del old[0]["prompt"]["occurrence"]
+    assert from_state(old)[0][0].prompt.occurrence == 0
+
+
+def test_sampling_ends_when_enough_groups_of_repeated_prompts_are_done() -> None:
+    prompts = number_occurrences([_prompt("a"), _prompt("a")])
+    mine = [(prompt, sample) for prompt in prompts for sample in range(2)]
+    ended = _enough([prompt.group_id for prompt, _ in mine], 1, mine)
+    # one response of each: neither group is complete
+    assert [ended(number) for number in (0, 2, 3)] == [False, False, True]
 
 
 def test_number_of_prompts_asked() -> None:

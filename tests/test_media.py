@@ -36,25 +36,12 @@ from copd_megatron.data.media_prompts import MediaPrompts
 from copd_megatron.data.processing import MediaFeatures, MultimodalProcessor
 from copd_megatron.records import Prompt
 from copd_megatron.tiny.tasks.encode import mp4, png
+from tests.hostile_media import clip, encoded, picture, without_decoder
 from tests.support.models_vl import make_processor
 
 RNG = np.random.default_rng(0)
 CONFIG = MediaConfig(frame_rate=4.0, min_frames=2, num_workers=2)
 LIMIT = 10**7
-
-
-def picture(height: int = 64, width: int = 64, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def clip(frames: int = 8, size: int = 64, seed: int = 0, fps: float = 4.0) -> bytes:
-    return mp4([picture(size, size, seed * 1000 + i) for i in range(frames)], fps)
-
-
-def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=form, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +179,7 @@ def test_truncated_videos_are_named(tmp_path: Path) -> None:
     whole = clip(12)
     with pytest.raises(BadSampleError) as error:  # its index, at the end, is gone
         decode_video(whole[: len(whole) // 2], "shard s, sample 'k'", CONFIG)
-    assert reason_of(error) == "corrupt_video"
+    assert reason_of(error) == "truncated_video"
     indexed = faststart(whole, tmp_path / "indexed.mp4")
     assert decode_video(indexed, "x", CONFIG).frames.shape == (12, 64, 64, 3)
     for part in (0.3, 0.6, 0.97):
@@ -504,7 +491,8 @@ def test_many_threads_share_one_decoding(tmp_path: Path, processor: MultimodalPr
 
 BROKEN: list[tuple[str, Mapping[str, bytes]]] = [
     ("corrupt_image", {"0.png": png(picture())[:300]}),
-    ("corrupt_video", {"mp4": clip()[:900]}),
+    ("truncated_video", {"mp4": clip()[:900]}),
+    ("corrupt_video", {"mp4": without_decoder()}),
     ("too_many_pixels", {"0.png": png(picture(200, 200))}),
     ("bad_size", {"0.png": png(picture(2, 500))}),
 ]

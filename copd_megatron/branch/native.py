@@ -34,13 +34,13 @@ def sample_native(me: Branch, step: Step) -> list[Rollout]:
     options, rollouts = me.config.advantage, list[Rollout]()
     rounds = options.dynamic_sampling_max_rounds if options.dynamic_sampling else 1
     for _ in range(rounds):
-        missing = me.settings.num_prompts_per_step - len({r.prompt.prompt_id for r in rollouts})
+        missing = me.settings.num_prompts_per_step - len({r.prompt.group_id for r in rollouts})
         if missing <= 0:
             break
         fresh = _fresh_groups(me, missing, step)
         reward_metrics(me, "train/", fresh)
         if options.dynamic_sampling:
-            keep = informative_groups(rewards_of(fresh), [r.prompt.prompt_id for r in fresh])
+            keep = informative_groups(rewards_of(fresh), [r.prompt.group_id for r in fresh])
             me.metrics.mean("train/uninformative_fraction", float((~keep).sum()), len(keep))
             fresh = [r for r, kept in zip(fresh, keep, strict=True) if kept]
         rollouts += fresh
@@ -78,7 +78,7 @@ def _fresh_groups(me: Branch, wanted: int, step: Step) -> list[Rollout]:
     begun = carried(me.begun, version=me.actor.version, max_lag=lag)[:asked]
     prompts = continued(me.prompts.next(asked - len(begun)), begun)
     stop = EarlyStop(
-        num_prompts=wanted, begun={(r.prompt.prompt_id, r.sample_index): r for g in begun for r in g}
+        num_prompts=wanted, begun={(r.prompt.group_id, r.sample_index): r for g in begun for r in g}
     )
     rollouts = sample_and_grade(me, prompts, count, step, stop=stop)
     complete, left = split_groups(rollouts, count, wanted)

@@ -1,12 +1,13 @@
-"""Media decoded and processed off the training thread, ahead of time, in a cache bounded in bytes.
+"""Media decoded and processed ahead of time on other threads, in a cache bounded in bytes.
 
-``MediaLoader`` serves a rank: shard sets are registered under names that all branches share, ``prefetch``
-announces what will be needed, ``get`` and ``features`` return it. Results do not depend on the number of
+Each rank has one ``MediaLoader``. Shard sets are registered under names that all branches share; ``prefetch``
+announces what will be needed, ``get`` and ``features`` return it. The results do not depend on the number of
 threads, on what was announced, or on what the cache held; only the time they take does.
 
-Whatever is announced waits in order; threads take it up while no more than half of the cache is taken by
-prefetched media that nobody has asked for yet, so that a large announcement cannot push out its own
-beginning. Beyond its bound the cache holds at most what is being asked for.
+Announced media are decoded in order, as long as prefetched media that nobody has asked for yet fill at most
+half of the cache; otherwise a large announcement would evict its own beginning. The cache exceeds its bound
+only by what is being asked for. All threads together decode at most as many pixels at a time as a single
+item may have (``media.max_pixels_hard_limit``).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 from copd_megatron.config.schema import MediaConfig
+from copd_megatron.data.decode import PixelBudget
 from copd_megatron.data.media import MediaPlace, check_hash, content_hash, place_of
 from copd_megatron.data.processing import ItemFeatures, MediaFeatures, MultimodalProcessor
 from copd_megatron.data.samples import SampleRef
@@ -32,7 +35,7 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What one place holds: features, or why there are none."""
+    """What was found at one place: features, or the reason why there are none."""
 
     digest: str
     item: ItemFeatures | None
@@ -54,6 +57,7 @@ class MediaLoader:
     def __init__(self, processor: MultimodalProcessor, config: MediaConfig) -> None:
         self.processor = processor
         self._cache_bytes = config.cache_bytes
+        self._budget = PixelBudget(config.max_pixels_hard_limit)
         self._pool = ThreadPoolExecutor(config.num_workers, "media") if config.num_workers else None
         self._max_running = config.num_workers
         self._sources: dict[str, ShardSet] = {}
@@ -63,7 +67,7 @@ class MediaLoader:
         self._running: dict[MediaPlace, Future[_Loaded]] = {}
         self._waiting: deque[tuple[Hashable, MediaPlace]] = deque()
         self._unclaimed: dict[MediaPlace, Hashable] = {}
-        """Prefetched for an owner and not yet asked for: these are not evicted."""
+        """Places prefetched for an owner and not yet asked for; these are not evicted."""
         self._held_bytes = 0
         self._unclaimed_bytes = 0
         self._largest_bytes = 0
@@ -74,28 +78,28 @@ class MediaLoader:
     # ---- sources ---------------------------------------------------------------------------------------
 
     def register(self, source: str, shards: ShardSet) -> None:
-        """Make a shard set known under a name that all branches give it, such as ``image/train``.
+        """Register a shard set under the name that all branches use for it, such as ``image/train``.
 
-        The same set may be registered again. Raises DataError if the name stands for other shards.
+        Registering the same set again does nothing. Raises DataError if the name is taken by other shards.
         """
         known = self._sources.setdefault(source, shards)
         if known is not shards and known.fingerprint != shards.fingerprint:
             raise DataError(
-                f"media source {source!r} is registered for other shards already. Give each shard set a "
-                "name of its own."
+                f"media source {source!r} is registered for other shards already. Give each shard set its "
+                "own name."
             )
 
     def where(self, place: MediaPlace) -> str:
-        """The place for messages: shard file, sample, member."""
+        """Names the place in messages: shard file, sample, member."""
         shards = self._sources.get(place.source)
         sample = SampleRef(place.shard, place.key)
         at = shards.where(sample) if shards is not None else f"shard {place.shard}, sample {place.key!r}"
         return f"{at}, member .{place.extension}"
 
     def encoded(self, ref: MediaRef) -> bytes:
-        """The encoded file that a reference names, to ship to a branch without this storage.
+        """The encoded file that a reference names, to be sent to a branch that cannot read this storage.
 
-        Raises MediaMismatchError (other content than the reference says), BadSampleError, DataError.
+        Raises MediaMismatchError (the content differs from the reference), BadSampleError, DataError.
         """
         place = place_of(ref)
         data = self._read(place)
@@ -103,9 +107,9 @@ class MediaLoader:
         return data
 
     def put_encoded(self, ref: MediaRef, data: bytes) -> None:
-        """Take a shipped file in place of reading it from storage, until ``drop_encoded``.
+        """Use a file that another branch sent instead of reading storage, until ``drop_encoded``.
 
-        Raises MediaMismatchError if it is not what the reference says.
+        Raises MediaMismatchError if the content differs from the reference.
         """
         place = place_of(ref)
         check_hash(ref, content_hash(data), f"{self.where(place)} (shipped)")
@@ -113,7 +117,7 @@ class MediaLoader:
             self._shipped[place] = data
 
     def drop_encoded(self) -> None:
-        """Forget all shipped files; what was made of them stays cached."""
+        """Forget all files that were sent; features made from them stay in the cache."""
         with self._lock:
             self._shipped.clear()
 
@@ -122,8 +126,8 @@ class MediaLoader:
     def prefetch(self, places: Iterable[MediaPlace], owner: Hashable = None) -> None:
         """Announce what will be asked for, in that order. Returns at once; without workers it does nothing.
 
-        An owner's announcement replaces its last one: what of that was not begun is dropped, and what was
-        not asked for may be evicted.
+        An owner's announcement replaces its previous one: media of that one that were not started are
+        dropped, and those that nobody asked for may be evicted.
         """
         if self._pool is None:
             return
@@ -138,19 +142,19 @@ class MediaLoader:
     def get(self, place: MediaPlace) -> tuple[MediaRef, ItemFeatures]:
         """Reference and features of one medium.
 
-        Raises BadSampleError (``no_member``, ``corrupt_image``, ``corrupt_video``, ``truncated_video``,
-        ``too_many_pixels``, ``bad_size``), DataError (unknown source or shard, file no longer readable).
+        Raises BadSampleError (the medium is missing or cannot be used, for whatever reason), DataError
+        (unknown source or shard, file no longer readable).
         """
         loaded = self._get(place)
         if loaded.error is not None:
-            raise loaded.error
+            raise loaded.error.again()
         assert loaded.item is not None
         return place.ref(loaded.digest), loaded.item
 
     def features(self, refs: Sequence[MediaRef]) -> MediaFeatures | None:
         """Features of a prompt's media, each checked against its reference; None without media.
 
-        Raises MediaMismatchError naming sample, shard and both hashes; else as ``get``.
+        Raises MediaMismatchError, which names sample, shard and both hashes; otherwise as ``get``.
         """
         if not refs:
             return None
@@ -160,7 +164,7 @@ class MediaLoader:
             loaded = self._get(place)
             check_hash(ref, loaded.digest, self.where(place))
             if loaded.error is not None:
-                raise loaded.error
+                raise loaded.error.again()
             assert loaded.item is not None
             items.append(loaded.item)
         return MediaFeatures(items=tuple(items))
@@ -168,9 +172,9 @@ class MediaLoader:
     def counters(self) -> Mapping[str, float]:
         """Totals since the start, for metrics.
 
-        ``hits`` and ``misses`` of the cache (a hit may still have waited for a thread that was at it),
-        ``decoded``, ``failed``, ``evictions``, ``held_bytes``, ``decode_seconds`` (over all threads) and
-        ``wait_seconds`` (that callers waited: decoding that was not hidden).
+        Cache ``hits`` and ``misses`` (a hit may still have waited for a thread to finish), ``decoded``,
+        ``failed``, ``evictions``, ``held_bytes``, ``decode_seconds`` (summed over threads) and
+        ``wait_seconds`` (how long callers waited: decoding that was not hidden).
         """
         with self._lock:
             return {
@@ -181,7 +185,7 @@ class MediaLoader:
             }
 
     def close(self) -> None:
-        """End the threads; announced work that was not begun is dropped."""
+        """Stop the threads; announced media that were not started are dropped."""
         with self._lock:
             self._waiting.clear()
         if self._pool is not None:
@@ -218,7 +222,10 @@ class MediaLoader:
             begin = time.perf_counter()
             if mine:
                 self._load_into(place, future)
-            found = future.result()
+            try:
+                found = future.result()
+            except CancelledError:  # the loader was closed before a thread took it up
+                return self._get(place)
             with self._lock:
                 self._claim(place)
                 self._wait_seconds += time.perf_counter() - begin
@@ -226,7 +233,7 @@ class MediaLoader:
         return found
 
     def _pump(self) -> None:
-        """Start threads on what waits, as long as there is room for it."""
+        """Start threads on what is waiting, as long as the cache has room for it."""
         if self._pool is None:
             return
         started: list[tuple[Hashable, MediaPlace, Future[_Loaded]]] = []
@@ -239,14 +246,25 @@ class MediaLoader:
                     started.append((owner, place, future))
         for owner, place, future in started:
             try:
-                self._pool.submit(self._work, owner, place, future)
-            except RuntimeError:  # closed meanwhile
-                with self._lock:
-                    del self._running[place]
-                future.cancel()
+                task = self._pool.submit(self._work, owner, place, future)
+            except RuntimeError:  # the loader was closed in the meantime
+                self._abandon(place, future)
+            else:
+                task.add_done_callback(partial(self._abandon_if_cancelled, place, future))
+
+    def _abandon_if_cancelled(self, place: MediaPlace, future: Future[_Loaded], task: Future[None]) -> None:
+        if task.cancelled():
+            self._abandon(place, future)
+
+    def _abandon(self, place: MediaPlace, future: Future[_Loaded]) -> None:
+        """Nobody will load the place; whoever waits for it does so itself."""
+        with self._lock:
+            if self._running.get(place) is future:
+                del self._running[place]
+        future.cancel()
 
     def _has_room(self) -> bool:
-        """Whether one more item may be prefetched, taking those under way for as large as the largest."""
+        """Whether one more item may be prefetched; those under way are taken to be as large as any so far."""
         if not self._unclaimed and not self._running:
             return True
         expected = self._unclaimed_bytes + (len(self._running) + 1) * self._largest_bytes
@@ -259,7 +277,7 @@ class MediaLoader:
     def _load_into(
         self, place: MediaPlace, future: Future[_Loaded], prefetched_for: tuple[Hashable] | None = None
     ) -> None:
-        """Load a place and settle its future; whatever is raised goes to those who wait for it."""
+        """Load a place and settle its future; an exception goes to those who wait for it."""
         try:
             loaded = self._load(place)
         except BaseException as error:
@@ -284,9 +302,10 @@ class MediaLoader:
         try:
             data = self._read(place)
             digest = content_hash(data)
-            item = self.processor.decode_and_process(place.kind, data, self.where(place))
+            with self._budget.share() as reserve:
+                item = self.processor.decode_and_process(place.kind, data, self.where(place), reserve)
         except BadSampleError as error:
-            problem = error
+            problem = error.again()  # cached: it must not keep the pixels that the failed calls held
         with self._lock:
             self._decode_seconds += time.perf_counter() - begin
             self._counts["decoded" if problem is None else "failed"] += 1
@@ -307,12 +326,12 @@ class MediaLoader:
         return shards.read_member(SampleRef(place.shard, place.key), place.extension)
 
     def _claim(self, place: MediaPlace) -> None:
-        """Lift a prefetched place's protection. Under the lock."""
+        """End the protection of a prefetched place. Call under the lock."""
         if self._unclaimed.pop(place, _ABSENT) is not _ABSENT:
             self._unclaimed_bytes -= self._cache[place].nbytes
 
     def _evict(self, keep: MediaPlace) -> None:
-        """Drop what was used longest ago until the rest fits; first what is claimed, never ``keep``."""
+        """Drop what was used least recently until the rest fits; never ``keep``, nor what is unclaimed."""
         for place in list(self._cache):
             if self._held_bytes <= self._cache_bytes:
                 return

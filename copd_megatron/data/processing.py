@@ -25,7 +25,15 @@ import numpy as np
 import numpy.typing as npt
 
 from copd_megatron.config.schema import MediaConfig
-from copd_megatron.data.decode import PixelArray, VideoFrames, decode_image, decode_video
+from copd_megatron.data.decode import (
+    PixelArray,
+    Reserve,
+    VideoFrames,
+    decode_image,
+    decode_video,
+    unbounded,
+)
+from copd_megatron.data.failures import any_failure
 from copd_megatron.data.media import IMAGE, VIDEO
 from copd_megatron.data.samples import Message
 from copd_megatron.errors import BadSampleError, DataError
@@ -188,12 +196,18 @@ class MultimodalProcessor:
 
     # ---- items -----------------------------------------------------------------------------------------
 
-    def decode_and_process(self, kind: str, data: bytes, where: str) -> ItemFeatures:
-        """An encoded file to features. Raises BadSampleError as the decoders and ``process_*`` do."""
-        if kind == IMAGE:
-            image = decode_image(data, where, max_pixels=self.config.max_pixels_hard_limit)
-            return self.process_image(image, where)
-        return self.process_video(decode_video(data, where, self.config), where)
+    def decode_and_process(
+        self, kind: str, data: bytes, where: str, reserve: Reserve = unbounded
+    ) -> ItemFeatures:
+        """An encoded file to features. Raises BadSampleError, whatever goes wrong.
+
+        ``reserve``: called with the number of pixels before they are decoded, see ``PixelBudget``.
+        """
+        with any_failure(where):
+            if kind == IMAGE:
+                limit = self.config.max_pixels_hard_limit
+                return self.process_image(decode_image(data, where, max_pixels=limit, reserve=reserve), where)
+            return self.process_video(decode_video(data, where, self.config, reserve=reserve), where)
 
     def process_image(self, image: PixelArray, where: str) -> ItemFeatures:
         """Features of [H, W, 3] RGB. Raises BadSampleError (``bad_size``)."""

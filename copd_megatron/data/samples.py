@@ -5,23 +5,31 @@ A sample is every member of the tar whose name starts with the same key (webdata
     000017.json     {"prompt": ..., "answer": ..., "verifier": ..., "metadata": {...}}
     000017.0.png    optional media members, referred to by extension ("0.png", "1.png", "mp4", ...)
 
-``prompt`` is a string or a non-empty list of chat messages ``{"role": ..., "content": ...}``; ``metadata``
-may be left out. Other fields are ignored.
+``prompt`` is a string or a non-empty list of chat messages ``{"role": ..., "content": ...}``. A content is a
+string or a list of parts: ``{"type": "text", "text": ...}``, ``{"type": "image"}``, ``{"type": "video"}``.
+``metadata`` may be left out. Other fields are ignored.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from copd_megatron.data.failures import name_and_text
 from copd_megatron.errors import BadSampleError
 
 Message = Mapping[str, Any]
 
 REQUIRED_FIELDS = ("prompt", "answer", "verifier")
+PART_TYPES = ("text", "image", "video")
+
+_MAX_JSON_BYTES = 64 << 20
+_MAX_NESTING = 64
+"""Of objects and lists in a sample. Far below Python's own limit, which depends on who calls."""
+_WRITE_AGAIN = "Write the shard again."
 
 
 class SampleRef(NamedTuple):
@@ -62,15 +70,24 @@ def parse_sample(
 
     ``where`` names the sample in errors; ``verifiers``: the names a sample may use, None: any.
 
-    Raises BadSampleError: not JSON, a missing field, a field of a wrong type, or an unknown verifier.
+    Raises BadSampleError: not JSON, or as ``sample_from_record``.
     """
-    try:
-        record = json.loads(raw)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    if len(raw) > _MAX_JSON_BYTES:
         raise BadSampleError(
-            where, "not_json", f"the .json member is not valid JSON ({error})", "Write the shard again."
-        ) from error
+            where, "not_json", f"the .json member has {len(raw)} bytes", f"Keep it below {_MAX_JSON_BYTES}."
+        )
+    record = load_json(raw, where, "the .json member is not valid JSON", _WRITE_AGAIN)
     return sample_from_record(record, ref, where, media=media, verifiers=verifiers)
+
+
+def load_json(raw: bytes, where: str, problem: str, remedy: str) -> Any:
+    """What a JSON text says. Raises BadSampleError (``not_json``, ``too_nested``)."""
+    try:
+        return json.loads(raw)
+    except RecursionError as error:
+        raise _too_nested(where) from error
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, integers of thousands of digits
+        raise BadSampleError(where, "not_json", f"{problem} ({name_and_text(error)})", remedy) from error
 
 
 def sample_from_record(
@@ -81,7 +98,12 @@ def sample_from_record(
     media: tuple[str, ...] = (),
     verifiers: Collection[str] | None = None,
 ) -> Sample:
-    """The same checks on a decoded record. Raises BadSampleError."""
+    """The sample that a decoded JSON object describes.
+
+    Raises BadSampleError: a missing field, a field of a wrong type, text that is not Unicode, a prompt that
+    says nothing, or an unknown verifier.
+    """
+    check_plain(record, where)
     if not isinstance(record, dict):
         raise _bad_type(where, "the .json member", "an object", record)
     missing = [name for name in REQUIRED_FIELDS if name not in record]
@@ -103,51 +125,131 @@ def sample_from_record(
         raise _bad_type(where, "'metadata'", "an object", metadata)
     verifier = record["verifier"]
     if verifiers is not None and verifier not in verifiers:
-        near = difflib.get_close_matches(verifier, list(verifiers), n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise BadSampleError(
-            where,
-            "unknown_verifier",
-            f"verifier {verifier!r} is not among the branch's verifiers {sorted(verifiers)}",
-            f"{hint}Name it in the branch's reward.verifiers or correct the shard.",
-        )
+        raise _unknown_verifier(where, verifier, verifiers)
     return Sample(
         ref=ref, prompt=prompt, answer=record["answer"], verifier=verifier, metadata=metadata, media=media
     )
 
 
+def check_plain(value: Any, where: str) -> None:
+    """Refuse what JSON allows but later stages cannot take: deep nesting and lone surrogates.
+
+    Raises BadSampleError (``too_nested``, ``bad_text``).
+    """
+    level, depth = [value], 0
+    while level:
+        if depth > _MAX_NESTING:
+            raise _too_nested(where)
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                _check_text(item, where)
+            elif isinstance(item, dict):
+                below += item.keys()
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+        level, depth = below, depth + 1
+
+
+def texts_and_media(prompt: str | Sequence[Message]) -> Iterator[tuple[str, str]]:
+    """(type, text) of every part of a prompt, in order; a medium's text is empty."""
+    if isinstance(prompt, str):
+        yield "text", prompt
+        return
+    for message in prompt:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            yield part["type"], part["text"] if part["type"] == "text" else ""
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadSampleError(
+            where,
+            "bad_text",
+            f"a text holds half of a surrogate pair, {text[error.start]!a}, which is no character",
+            "Repair the text: it was probably cut in the middle of a character.",
+        ) from error
+
+
 def _check_prompt(prompt: Any, where: str) -> str | tuple[Message, ...]:
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise BadSampleError(where, "empty_prompt", "'prompt' is empty", "Drop the sample or fill it in.")
+            raise _empty_prompt(where, "'prompt' is empty")
         return prompt
     if not isinstance(prompt, list):
         raise _bad_type(where, "'prompt'", "a string or a list of chat messages", prompt)
     if not prompt:
-        raise BadSampleError(
-            where, "empty_prompt", "'prompt' is an empty list", "Drop the sample or fill it in."
-        )
-    for position, message in enumerate(prompt):
-        name = f"message {position} of 'prompt'"
-        if not isinstance(message, dict):
-            raise _bad_type(where, name, 'an object {"role": ..., "content": ...}', message)
-        if not isinstance(message.get("role"), str):
-            raise _bad_type(where, f"'role' of {name}", "a string", message.get("role"))
-        # A list holds typed parts ({"type": "text", ...}, {"type": "image", ...}) for the chat template.
-        if not isinstance(message.get("content"), str | list):
-            raise _bad_type(
-                where, f"'content' of {name}", "a string or a list of parts", message.get("content")
-            )
-    return tuple(prompt)
+        raise _empty_prompt(where, "'prompt' is an empty list")
+    messages = tuple(
+        _check_message(message, f"message {position} of 'prompt'", where)
+        for position, message in enumerate(prompt)
+    )
+    asked = [message for message in messages if message["role"] != "system"]
+    if not any(kind != "text" or text.strip() for kind, text in texts_and_media(asked)):
+        raise _empty_prompt(where, "no message of 'prompt' but the system's has any text")
+    return messages
+
+
+def _check_message(message: Any, name: str, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise _bad_type(where, name, 'an object {"role": ..., "content": ...}', message)
+    if not isinstance(message.get("role"), str):
+        raise _bad_type(where, f"'role' of {name}", "a string", message.get("role"))
+    content = message.get("content")
+    if isinstance(content, str):
+        return message
+    if not isinstance(content, list):
+        raise _bad_type(where, f"'content' of {name}", "a string or a list of parts", content)
+    parts = [_check_part(part, f"part {i} of {name}", where) for i, part in enumerate(content)]
+    return {**message, "content": parts}
+
+
+def _check_part(part: Any, name: str, where: str) -> dict[str, Any]:
+    """The part without the fields that are null, as tables with one column per field have them."""
+    if not isinstance(part, dict):
+        raise _bad_type(where, name, 'an object {"type": ...}', part)
+    kind = part.get("type")
+    if kind not in PART_TYPES:
+        raise _bad_type(where, f"'type' of {name}", f"one of {', '.join(PART_TYPES)}", kind)
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise _bad_type(where, f"'text' of {name}", "a string", part.get("text"))
+    return {field_name: value for field_name, value in part.items() if value is not None}
+
+
+def _unknown_verifier(where: str, verifier: str, verifiers: Collection[str]) -> BadSampleError:
+    near = difflib.get_close_matches(verifier, list(verifiers), n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return BadSampleError(
+        where,
+        "unknown_verifier",
+        f"verifier {verifier!r} is not among the branch's verifiers {sorted(verifiers)}",
+        f"{hint}Name it in the branch's reward.verifiers or correct the shard.",
+    )
+
+
+def _empty_prompt(where: str, problem: str) -> BadSampleError:
+    return BadSampleError(where, "empty_prompt", problem, "Drop the sample or fill it in.")
+
+
+def _too_nested(where: str) -> BadSampleError:
+    return BadSampleError(
+        where,
+        "too_nested",
+        f"its JSON nests objects and lists more than {_MAX_NESTING} levels deep",
+        "Store such a value as a string.",
+    )
 
 
 def _bad_type(where: str, what: str, wanted: str, got: Any) -> BadSampleError:
-    shown = repr(got)
-    if len(shown) > 60:
-        shown = shown[:57] + "..."
-    return BadSampleError(
-        where,
-        "bad_type",
-        f"{what} must be {wanted}, got {type(got).__name__} {shown}",
-        "Write the shard again.",
-    )
+    shown = "nothing" if got is None else f"{type(got).__name__} {_short(got)}"
+    return BadSampleError(where, "bad_type", f"{what} must be {wanted}, got {shown}", _WRITE_AGAIN)
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from copd_megatron.config.schema import DataConfig
+from copd_megatron.data.occurrences import number_occurrences
 from copd_megatron.data.samples import Message, Sample, SampleRef
 from copd_megatron.data.shards import ShardSet, check_shards
 from copd_megatron.errors import BadSampleError, DataError
@@ -243,8 +244,11 @@ class PromptStream:
         """Skipped samples by reason, over all epochs."""
         return dict(self.reader.skipped)
 
-    def next(self, num_prompts: int) -> list[Prompt]:
-        """The next ``num_prompts`` prompts of the global batch, over epoch ends where need be.
+    def next(self, num_prompts: int, drawn: Sequence[Prompt] = ()) -> list[Prompt]:
+        """The next ``num_prompts`` prompts of the global batch, continuing into the next epoch if needed.
+
+        A prompt that occurs again in the batch gets the next occurrence number. ``drawn``: prompts that the
+        same step drew before; their repetitions are numbered too.
 
         Raises DataError if a whole epoch holds no usable sample.
         """
@@ -271,7 +275,7 @@ class PromptStream:
         if len(following) < num_prompts:
             following += self._order_of(self._epoch + 1)[: num_prompts - len(following)].tolist()
         self.reader.prefetch(following)
-        return prompts
+        return number_occurrences(prompts, drawn)
 
     def state_dict(self) -> dict[str, Any]:
         """Position and what it refers to; plain JSON types."""

@@ -1,14 +1,17 @@
 """Where the members of a tar lie, from its headers alone.
 
 ``tarfile`` builds an object per header (five times slower, which every rank would pay at start-up), and it
-takes a damaged header or a file cut between two members for the end of the archive. Here both are errors.
-Understood are the ustar, GNU and pax forms of names and sizes; the format is POSIX.1's "ustar interchange
-format".
+takes a damaged header, or a file cut between two members, for the end of the archive. Here both are errors.
+The ustar, GNU and pax forms of names and sizes are understood; POSIX.1 defines the format as the "ustar
+interchange format".
+
+Any file ends the scan after at most one step per 512 bytes: the position only grows.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +21,15 @@ BLOCK_BYTES = 512
 _ZEROS = bytes(BLOCK_BYTES)
 _REGULAR = frozenset(b"0\x007")
 _PAX, _GNU_LONG_NAME = b"xL"
+_WITHOUT_BYTES = {ord("1"): "a hard link", ord("2"): "a symbolic link", ord("S"): "a sparse file"}
+_OCTAL = re.compile(rb" *([0-7]*) *(?:\0|$)")
+_MAX_NAME_BYTES = 1 << 20
+"""Of a pax header or a GNU long name. Linux allows paths of 4,096 bytes."""
+_MAX_SIZE_DIGITS = 20
 
 
 class TarDamageError(Exception):
-    """The file is not a whole tar; the message says what is wrong and at which byte."""
+    """The file is not a whole tar of plain files; the message says what is wrong and at which byte."""
 
 
 class TarEntry(NamedTuple):
@@ -34,7 +42,7 @@ class TarEntry(NamedTuple):
 def scan_tar(path: Path) -> Iterator[TarEntry]:
     """Regular files of a tar, in order. Reads headers only.
 
-    Raises TarDamageError (not a tar, cut off, damaged), OSError.
+    Raises TarDamageError (not a tar, cut off, damaged, a member that is a link or a sparse file), OSError.
     """
     with open(path, "rb", buffering=0) as file:
         descriptor = file.fileno()
@@ -53,15 +61,20 @@ def scan_tar(path: Path) -> Iterator[TarEntry]:
             kind = header[156]
             data = position + BLOCK_BYTES
             size = _number(header[124:136])
-            if kind in _REGULAR:
-                size = size if long_size is None else long_size
-                name = _name(header) if long_name is None else long_name
+            name = _name(header) if long_name is None else long_name
+            if kind in _WITHOUT_BYTES:
+                raise TarDamageError(
+                    f"member {name!r} is {_WITHOUT_BYTES[kind]}; only plain files can be read. tar's options "
+                    "--hard-dereference and --dereference store the files themselves"
+                )
+            if kind in _REGULAR and long_size is not None:
+                size = long_size
             if data + size > total:
                 raise TarDamageError(f"cut off at byte {total}, within the member at byte {position}")
             if kind == _PAX:
-                long_name, long_size = _pax(os.pread(descriptor, size, data), position)
+                long_name, long_size = _pax(_extended(descriptor, size, data, position), position)
             elif kind == _GNU_LONG_NAME:
-                long_name = _text(os.pread(descriptor, size, data).rstrip(b"\0"))
+                long_name = _text(_extended(descriptor, size, data, position).rstrip(b"\0"))
             else:
                 if kind in _REGULAR:
                     yield TarEntry(name, data, size)
@@ -78,12 +91,13 @@ def _checksum_holds(header: bytes) -> bool:
 
 
 def _number(field: bytes) -> int:
+    """A header's number, never negative."""
     if field[0] == 0x80:  # GNU: binary, for what octal digits cannot hold
         return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.partition(b"\0")[0].strip() or b"0", 8)
-    except ValueError as error:
-        raise TarDamageError(f"a header field reads {field!r}, not a number") from error
+    match = _OCTAL.match(field)
+    if match is None:
+        raise TarDamageError(f"a header field reads {field!r}, which is not a size")
+    return int(match.group(1) or b"0", 8)
 
 
 def _name(header: bytes) -> str:
@@ -93,24 +107,39 @@ def _name(header: bytes) -> str:
     return _text(name)
 
 
+def _extended(descriptor: int, size: int, data: int, position: int) -> bytes:
+    if size > _MAX_NAME_BYTES:
+        raise TarDamageError(f"the extended header at byte {position} has {size} bytes, which no name needs")
+    return os.pread(descriptor, size, data)
+
+
 def _pax(data: bytes, position: int) -> tuple[str | None, int | None]:
     """Name and size from pax records ``<length> <keyword>=<value>\\n``, None where they do not say."""
     name: str | None = None
     size: int | None = None
-    while data:
-        digits, _, _ = data.partition(b" ")
-        if not digits.isdigit() or not 0 < int(digits) <= len(data):
-            raise TarDamageError(f"damaged pax header at byte {position}")
-        keyword, _, value = data[len(digits) + 1 : int(digits) - 1].partition(b"=")
+    damage = TarDamageError(f"damaged pax header at byte {position}")
+    begin = 0
+    while begin < len(data):
+        space = data.find(b" ", begin, begin + _MAX_SIZE_DIGITS)
+        end = begin + _decimal(data[begin : max(space, begin)], damage)
+        if not space + 1 < end <= len(data):
+            raise damage
+        keyword, _, value = data[space + 1 : end - 1].partition(b"=")
         if keyword == b"path":
             name = _text(value)
         elif keyword == b"size":
-            if not value.isdigit():
-                raise TarDamageError(f"damaged pax header at byte {position}")
-            size = int(value)
-        data = data[int(digits) :]
+            size = _decimal(value, damage)
+        elif keyword.startswith(b"GNU.sparse."):
+            raise TarDamageError(f"the member at byte {position} is a sparse file; store it as a plain one")
+        begin = end
     return name, size
 
 
+def _decimal(digits: bytes, damage: TarDamageError) -> int:
+    if not digits.isdigit() or len(digits) > _MAX_SIZE_DIGITS:
+        raise damage
+    return int(digits)
+
+
 def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")
+    return raw.decode("utf-8", "backslashreplace")

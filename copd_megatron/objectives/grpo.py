@@ -213,7 +213,8 @@ def native_rows(
 ) -> list[TrainRow]:
     """GRPO rows of graded rollouts: shaping, group advantages spread over tokens, overlong filtering.
 
-    A group is all rollouts with the same ``prompt_id``; it must be passed as a whole, on one rank.
+    A group is all rollouts whose prompts have the same ``group_id``; it must be passed as a whole, on one
+    rank.
 
     Args:
         rollouts: in any order; rows come back in the same order.
@@ -242,7 +243,7 @@ def native_rows(
         + overlong_penalty(rollout.response_length, rollout.truncated, max_new_tokens, config)
         for rollout in rollouts
     ]
-    per_response = grpo_advantages(rewards, [rollout.prompt.prompt_id for rollout in rollouts], config)
+    per_response = grpo_advantages(rewards, [rollout.prompt.group_id for rollout in rollouts], config)
     rows = []
     for rollout, advantage, old, reference in zip(rollouts, per_response, olds, references, strict=True):
         filtered = config.overlong_filtering and rollout.truncated

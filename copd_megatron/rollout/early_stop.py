@@ -1,10 +1,10 @@
-"""Sampling more prompts than a step needs and stopping when enough are done. Pure.
+"""Sampling more prompts than a step needs and stopping once enough are complete. Pure.
 
-A step waits for its longest response. With over-sampling, further prompts are begun beside those wanted,
-and the step goes on when as many as wanted have all their responses. What is unfinished then is thrown away,
-which favours prompts with short responses, or (partial rollouts) carried to the next step and continued under
-the new weights; such a response has the version of the weights that began it, so that the actor's limit on
-the weight lag applies, and keeps the log-probabilities under which each token was sampled.
+A step waits for its longest response. With over-sampling, the step starts more prompts than it needs and
+moves on once enough of them have all their responses. The unfinished responses are then discarded, which
+favours prompts with short responses, or (partial rollouts) carried into the next step and continued with the
+new weights. A continued response keeps the version of the weights that began it, so that the actor's limit on
+weight lag applies, and the log-probabilities under which each of its tokens was sampled.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from copd_megatron.data.occurrences import number_occurrences
 from copd_megatron.records import Prompt, Rollout
 
 Group = tuple[Rollout, ...]
@@ -24,34 +25,43 @@ Group = tuple[Rollout, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStop:
-    """When to stop, and what has been begun already."""
+    """When to stop, and the responses that an earlier step began."""
 
     num_prompts: int
-    """Prompts whose responses must all be there, over all rollout replicas."""
+    """Stop once this many prompts, over all rollout replicas, have all their responses."""
     begun: Mapping[tuple[str, int], Rollout] = field(default_factory=dict)
-    """By prompt id and sample: responses of an earlier step, to be continued, or (finished) taken over."""
+    """By group id and sample: responses of an earlier step that are continued or, if finished, kept."""
 
 
 def num_asked(wanted: int, over_sampling: float) -> int:
-    """Prompts that are begun so that ``wanted`` get done."""
+    """Number of prompts to start so that ``wanted`` are completed."""
     return math.ceil(wanted * (1 + over_sampling))
 
 
 def split_groups(
     rollouts: Sequence[Rollout], num_generations: int, wanted: int
 ) -> tuple[list[Rollout], list[Group]]:
-    """(rollouts of the first ``wanted`` complete groups, the other groups of which anything is there)."""
-    groups = [tuple(rollouts[i : i + num_generations]) for i in range(0, len(rollouts), num_generations)]
-    complete = [group for group in groups if not any(r.unfinished for r in group)]
-    taken = complete[:wanted]
-    left = [g for g in groups if g not in taken and any(r.response_length for r in g)]
-    return [r for group in taken for r in group], left
+    """(rollouts of the first ``wanted`` complete groups, the remaining groups that have any response token).
+
+    ``rollouts`` are ordered by prompt, then by sample, ``num_generations`` to a prompt.
+    """
+    taken: list[Rollout] = []
+    left: list[Group] = []
+    for begin in range(0, len(rollouts), num_generations):
+        group = tuple(rollouts[begin : begin + num_generations])
+        if len(taken) < wanted * num_generations and not any(r.unfinished for r in group):
+            taken += group
+        elif any(r.response_length for r in group):
+            left.append(group)
+    return taken, left
 
 
 def carried(groups: Sequence[Group], *, version: int, max_lag: int) -> list[Group]:
-    """The groups that may still be trained on after this step's update, ``version`` being the weights that
-    will continue them: text only (a response's tokens must not be taken for placeholders of media), and no
-    part older than ``max_lag`` versions."""
+    """The groups that may be continued by weights of this ``version`` and still be trained on.
+
+    That is, groups without media (a placeholder token in the response would be mistaken for a medium) none
+    of whose parts are older than ``max_lag`` versions.
+    """
     return [
         group
         for group in groups
@@ -60,15 +70,16 @@ def carried(groups: Sequence[Group], *, version: int, max_lag: int) -> list[Grou
 
 
 def continued(prompts: Sequence[Prompt], groups: Sequence[Group]) -> list[Prompt]:
-    """The prompts of carried groups first, then the new ones, each prompt once."""
+    """The prompts of carried groups first, then the new ones, numbered so that no two share a group id."""
     first = [group[0].prompt for group in groups]
-    known = {prompt.prompt_id for prompt in first}
-    return first + [prompt for prompt in prompts if prompt.prompt_id not in known]
+    return first + number_occurrences(prompts, drawn=first)
 
 
 def to_state(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Groups as plain values for a checkpoint (JSON keeps every float32 as it is). Those with media, which
-    are never continued, are left out."""
+    """Groups as plain values for a checkpoint; JSON preserves every float32 exactly.
+
+    Groups with media are left out: they are never continued.
+    """
     return [
         {
             "prompt": _plain(group[0].prompt, without=("media",)),
@@ -80,7 +91,7 @@ def to_state(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def from_state(state: Sequence[Mapping[str, Any]]) -> list[Group]:
-    """What ``to_state`` was given."""
+    """The groups that ``to_state`` was given, without those that have media."""
     groups = []
     for entry in state:
         tokens = np.asarray(entry["prompt"]["token_ids"], dtype=np.int32)

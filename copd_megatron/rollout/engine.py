@@ -86,15 +86,16 @@ class _Completion:
 def _enough(asked: Sequence[str], quota: int, mine: Sequence[tuple[Prompt, int]]) -> Callable[[int], bool]:
     """Whether ``quota`` prompts have all their responses; to be told the number of every request that ends.
 
-    ``asked`` are the prompts of the requests; the other samples of ``mine`` are there already.
+    ``asked`` are the prompts' group ids, one for each request; the other samples of ``mine`` are there
+    already.
     """
     missing = Counter(asked)
-    done = [sum(missing[prompt_id] == 0 for prompt_id in {prompt.prompt_id for prompt, _ in mine})]
+    done = [sum(missing[group] == 0 for group in {prompt.group_id for prompt, _ in mine})]
 
     def ended(number: int) -> bool:
-        prompt_id = asked[number]
-        missing[prompt_id] -= 1
-        done[0] += missing[prompt_id] == 0
+        group = asked[number]
+        missing[group] -= 1
+        done[0] += missing[group] == 0
         return done[0] >= quota
 
     return ended
@@ -301,9 +302,9 @@ class RolloutEngine:
             for sample in range(settings.num_generations)
         ]
         begun = {} if stop is None else stop.begun
-        earlier = [begun.get((prompt.prompt_id, sample)) for prompt, sample in mine]
+        earlier = [begun.get((prompt.group_id, sample)) for prompt, sample in mine]
         seeds = [
-            sample_seed(self.run_seed, branch or self.branch, step, prompt.prompt_id, sample)
+            sample_seed(self.run_seed, branch or self.branch, step, prompt.group_id, sample)
             for prompt, sample in mine
         ]
         # what an earlier step has finished needs no request
@@ -328,7 +329,7 @@ class RolloutEngine:
         enough = None
         if stop is not None:
             quota = len(split_replicas(stop.num_prompts, self.num_replicas)[self.replica])
-            enough = _enough([mine[i][0].prompt_id for i in places], quota, mine)
+            enough = _enough([mine[i][0].group_id for i in places], quota, mine)
         with self._named(f"failed in sampling {len(places)} responses of step {step + 1}"):
             completions = dict(zip(places, self._generate(inputs, parameters, enough), strict=True))
         rollouts = []
