@@ -61,8 +61,8 @@ COLUMNS = ("branch", "phase", "step", "reward", "entropy", "overlap", "tokens/s"
 class ConsoleView:
     """A ``writers.Writer`` for people. Create it on one rank only, and close it.
 
-    On a terminal, rich redraws the lines in place, and log output that goes to standard output or error appears
-    above them. Elsewhere, for example in a batch job's log, each branch gets one line per step.
+    On a terminal, rich redraws the lines in place, and log output that goes to standard output or error
+    appears above them. Elsewhere, for example in a batch job's log, each branch gets one line per step.
     """
 
     def __init__(
