@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Recipes as one NeMo-Run experiment: on this machine, or on a SLURM cluster, here or through SSH.
+"""Recipes as one NeMo-Run experiment, on this machine or on a SLURM cluster (from a login node or over SSH).
 
     . launchers/setup.sh && copd_setup launch
     python launchers/nemo_experiment.py configs/two_branch_tiny.yaml run.seed=2
@@ -9,14 +9,14 @@
 Recipes, each followed by an evaluation of what it made:
 
     copd    the configuration as it is: branches that teach each other
-    opd     the same steps one after the other: an expert of every branch by reinforcement learning, then
-            distillation, in which the first branch's expert learns from the others', frozen
+    opd     the same number of steps in sequence: reinforcement learning makes an expert of every branch, then
+            the first branch's expert learns by distillation from the other experts, which are frozen
 
-Tasks depend on each other (experts, then distillation, then evaluation); those that do not run side by side
-on SLURM. ``--dry-run`` shows them, with their configurations. Every task continues from its newest valid
-checkpoint when it is started again; on SLURM that happens by itself after a failure or at the time limit
-(--retries).
-Results lie in ``<out>/<task>``, ``<out>`` being ``runs/<run.name>_experiment`` unless given.
+A task starts when the tasks that it needs are done (experts, then distillation, then evaluation). Independent
+tasks run in parallel on SLURM. ``--dry-run`` shows the tasks with their configurations. A task that is
+started again continues from its newest valid checkpoint; on SLURM this happens automatically after a failure
+or at the time limit (--retries).
+Results are in ``<out>/<task>``; ``<out>`` is ``runs/<run.name>_experiment`` by default.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def script_of(task: Task, *, project: Path, workdir: Path, out: Path, requirements: str) -> str:
-    """The shell script of a task: of one rank below srun, of the whole local run elsewhere."""
+    """The shell script of a task. Under srun every rank runs it; elsewhere it is the whole local run."""
     quoted = {name: shlex.quote(str(value)) for name, value in
               {"project": project, "workdir": workdir, "name": task.name, "out": out}.items()}  # fmt: skip
     if task.evaluates:
@@ -68,10 +68,11 @@ END_OF_CONFIG
 
 
 def nodes_of(task: Task, ranks_per_node: int) -> tuple[int, int]:
-    """Nodes, and ranks on each, of a task on SLURM.
+    """(number of nodes, ranks per node) of a task on SLURM.
 
     Raises:
-        PlacementError: the branches cannot be dealt out in rank order to equal nodes, as NeMo-Run does it.
+        PlacementError: NeMo-Run fills nodes in rank order with equal numbers of ranks, and these branches do
+            not fit that.
     """
     if task.evaluates:
         return 1, 1
@@ -84,7 +85,7 @@ def nodes_of(task: Task, ranks_per_node: int) -> tuple[int, int]:
         raise PlacementError(
             f"task {task.name}: {layout.world_size} ranks on {nodes} nodes of up to {ranks_per_node} are not "
             "the same number on each in rank order; change the order or the sizes of the branches, or use "
-            "sbatch launchers/three_branch.sh, which deals them out freely"
+            "sbatch launchers/three_branch.sh, which assigns ranks to nodes freely"
         )
     return nodes, per_node
 
@@ -93,7 +94,7 @@ def ssh_target(text: str) -> tuple[str, str, int]:
     """User, host and port of ``user@host[:port]``.
 
     Raises:
-        ValueError: it is nothing like that.
+        ValueError: ``text`` has another form.
     """
     match = re.fullmatch(r"(?P<user>[^@\s]+)@(?P<host>[^:\s]+)(:(?P<port>\d+))?", text)
     if match is None:
@@ -113,7 +114,7 @@ def _executor(arguments: argparse.Namespace, task: Task) -> Any:
             host=host, user=user, port=port, job_dir=arguments.job_dir, identity=arguments.identity
         )
     else:
-        tunnel = run.LocalTunnel(job_dir="")  # below NEMORUN_HOME, where the experiment is kept
+        tunnel = run.LocalTunnel(job_dir="")  # in NEMORUN_HOME, beside the experiment
     gpus = {} if arguments.gpus_per_node == 0 else {"gpus_per_node": min(arguments.gpus_per_node, per_node)}
     executor = run.SlurmExecutor(
         account=arguments.account,
@@ -122,15 +123,15 @@ def _executor(arguments: argparse.Namespace, task: Task) -> Any:
         nodes=nodes,
         ntasks_per_node=per_node,
         exclusive=None if task.evaluates else True,
-        # not to the batch script: the ranks save, and end with a status that has the job requeued
+        # to the ranks, not to the batch script: they save and exit with a status that gets the job requeued
         signal=f"USR1@{arguments.signal_seconds}",
         container_image=arguments.container_image,
         container_mounts=[f"{p}:{p}" for p in (arguments.project, arguments.workdir)],
-        # the ranks end one by one after a save; whoever is first must not take the others with it
+        # the ranks exit one by one after a save; the first to exit must not end the others
         srun_args=["--kill-on-bad-exit=0"],
         packager=run.Packager(),
         tunnel=tunnel,
-        # the address of rank 0's node: its name need not be one that the others can resolve
+        # the address of rank 0's node, because the other nodes may be unable to resolve its name
         setup_lines='export MASTER_ADDR=$(scontrol --oneliner show node "$head_node" '
         "| sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')",
         poll_estimated_start_time=False,
@@ -145,28 +146,28 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every task")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="applied to every task")
     parser.add_argument(
         "--recipes", nargs="+", default=["copd"], help="files of copd_megatron/recipes/experiments"
     )
     parser.add_argument("--executor", choices=("local", "slurm"), default="local")
-    parser.add_argument("--out", type=Path, help="folder of the results, on the cluster's file system")
-    parser.add_argument("--dry-run", action="store_true", help="show the tasks, start nothing")
-    parser.add_argument("--project", type=Path, default=PROJECT, help="this project, on the cluster")
-    parser.add_argument("--workdir", type=Path, help="where relative paths start; default: here")
+    parser.add_argument("--out", type=Path, help="folder for results, on the cluster's file system")
+    parser.add_argument("--dry-run", action="store_true", help="show the tasks and start nothing")
+    parser.add_argument("--project", type=Path, default=PROJECT, help="this project's folder on the cluster")
+    parser.add_argument("--workdir", type=Path, help="where relative paths start; default: this folder")
     parser.add_argument("--requirements", choices=("cpu", "gpu"), help="default: cpu locally, gpu on SLURM")
     slurm = parser.add_argument_group("SLURM")
     slurm.add_argument("--account", default="root")
     slurm.add_argument("--partition")
-    slurm.add_argument("--time", default="04:00:00", help="limit of a job; it goes on in the next")
-    slurm.add_argument("--ranks-per-node", type=int, default=8, help="room for ranks on a node: its GPUs")
-    slurm.add_argument("--gpus-per-node", type=int, default=8, help="0: nodes without GPUs")
-    slurm.add_argument("--signal-seconds", type=int, default=600, help="left for saving before the limit")
-    slurm.add_argument("--retries", type=int, default=20, help="requeues of a job, after limits and failures")
-    slurm.add_argument("--ssh", metavar="USER@HOST[:PORT]", help="login node; default: this machine is one")
+    slurm.add_argument("--time", default="04:00:00", help="time limit of a job; the next one continues")
+    slurm.add_argument("--ranks-per-node", type=int, default=8, help="ranks per node, usually its GPUs")
+    slurm.add_argument("--gpus-per-node", type=int, default=8, help="0 for nodes without GPUs")
+    slurm.add_argument("--signal-seconds", type=int, default=600, help="time reserved for saving")
+    slurm.add_argument("--retries", type=int, default=20, help="requeues after time limits and failures")
+    slurm.add_argument("--ssh", metavar="USER@HOST[:PORT]", help="login node; default: this machine")
     slurm.add_argument("--identity", help="key file for --ssh")
-    slurm.add_argument("--job-dir", help="for --ssh: NeMo-Run's folder on the cluster")
-    slurm.add_argument("--container-image", help="for Pyxis; default: the project's virtual environment")
+    slurm.add_argument("--job-dir", help="with --ssh: NeMo-Run's folder on the cluster")
+    slurm.add_argument("--container-image", help="image for Pyxis; default: no container")
     return parser
 
 
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, tasks: Sequence[Task], scripts: dict[str, str], title: str) -> int:
-    """Runs (locally) or submits (SLURM) the experiment."""
+    """Runs the experiment locally, or submits it to SLURM."""
     os.environ.setdefault("NEMORUN_HOME", str(Path.home() / ".nemo_run"))
     import nemo_run as run
 

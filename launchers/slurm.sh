@@ -1,35 +1,35 @@
 # shellcheck shell=bash
-# What the launchers of jobs share; sourced by launchers/*_branch.sh, which say how it is used.
+# What the job launchers share. Sourced by launchers/*_branch.sh, which explain how to use it.
 #
 #   copd_job DEFAULT_CONFIG [CONFIG.yaml] [key=value ...]
 #
-# In a SLURM job: checks the configuration against the nodes, deals ranks to nodes, starts one task per rank
-# with srun, starts it again after a failure, saves before the time limit and puts the job back into the
-# queue. Elsewhere: a local torchrun. Either way the run goes on from its newest valid checkpoint.
+# In a SLURM job it checks the configuration against the nodes, assigns ranks to nodes, starts one task per rank
+# with srun, restarts them after a failure, saves before the time limit and puts the job back into the queue.
+# Outside SLURM it starts a local torchrun. In both cases the run continues from its newest valid checkpoint.
 #
-#   COPD_ROOT             the project's folder, when it is not found by itself
+#   COPD_ROOT             the project folder, if it is not found automatically
 #   COPD_BEFORE           a file to source first (module load ..., NCCL settings)
-#   COPD_RANKS_PER_NODE   ranks (GPUs) a node has room for; default --ntasks-per-node, else its GPUs
-#   COPD_CPUS_PER_RANK    default: a node's CPUs shared evenly
+#   COPD_RANKS_PER_NODE   ranks (GPUs) per node; default --ntasks-per-node, else the node's GPUs
+#   COPD_CPUS_PER_RANK    default: the node's CPUs, shared evenly
 #   COPD_MAX_RESTARTS     restarts after a failure within one allocation; default 3
 #   COPD_MAX_REQUEUES     how often the job puts itself back into the queue; default 100
-#   COPD_WAIT_SECONDS     the other ranks are ended this long after the first one has; default 60
-#   COPD_SWEEP            for sbatch --array: a file of overrides, element 1 takes its first line, and so on
-#                         (# starts a comment); without it, an element's index becomes run.seed
-#   COPD_PRINT            1: print the srun command, start nothing
-# Without a container, launchers/setup.sh's environment is used (COPD_VENV, COPD_REQUIREMENTS: gpu where there
-# are GPUs, else cpu). With one:
-#   COPD_CONTAINER          image: a registry reference or .sqsh file for Pyxis, a .sif for Apptainer
-#   COPD_CONTAINER_ENGINE   pyxis or apptainer; default pyxis where srun has it
-#   COPD_CONTAINER_MOUNTS   further folders, with commas; the project and the working folder are mounted
+#   COPD_WAIT_SECONDS     how long the other ranks may go on after the first one has ended; default 60
+#   COPD_SWEEP            for sbatch --array: a file of overrides; array element 1 uses its first line, and so on
+#                         (# starts a comment). Without this file, the element's index becomes run.seed
+#   COPD_PRINT            1: print the srun command and start nothing
+# Without a container, the environment of launchers/setup.sh is used (COPD_VENV, COPD_REQUIREMENTS; by default gpu
+# on nodes with GPUs, else cpu). With a container:
+#   COPD_CONTAINER          image: a registry reference or .sqsh file for Pyxis, a .sif file for Apptainer
+#   COPD_CONTAINER_ENGINE   pyxis or apptainer; default: pyxis if srun supports it
+#   COPD_CONTAINER_MOUNTS   further folders to mount, separated by commas, besides the project and working folders
 
 _copd_job_say() { printf 'copd %s: %s\n' "${SLURM_JOB_ID:+job $SLURM_JOB_ID}" "$*" >&2; }
 
-_copd_job_field() { # $1 of scontrol's record of this job
+_copd_job_field() { # prints field $1 of scontrol's record of this job
     scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
 }
 
-# Sets the arrays in_env (prefix of a command that shall run in the Python environment) and srun_container.
+# Sets two arrays: in_env, the prefix that makes a command run in the Python environment, and srun_container.
 _copd_job_environment() {
     local engine=${COPD_CONTAINER_ENGINE-} mounts folder
     in_env=() srun_container=()
@@ -56,7 +56,7 @@ _copd_job_environment() {
         apptainer)
             local binary
             binary=$(command -v apptainer || command -v singularity) || {
-                _copd_job_say "COPD_CONTAINER is set, but neither Pyxis (srun --container-image) nor apptainer is here"
+                _copd_job_say "COPD_CONTAINER is set, but this node has neither Pyxis (srun --container-image) nor apptainer"
                 return 1
             }
             in_env=("$binary" exec --bind "$mounts" --pwd "$PWD" --env "PYTHONPATH=$COPD_ROOT")
@@ -64,13 +64,13 @@ _copd_job_environment() {
             in_env+=("$COPD_CONTAINER")
             ;;
         *)
-            _copd_job_say "COPD_CONTAINER_ENGINE=$engine is not known; use pyxis or apptainer"
+            _copd_job_say "COPD_CONTAINER_ENGINE=$engine is not supported; use pyxis or apptainer"
             return 1
             ;;
     esac
 }
 
-# Adds an array element's overrides, and a run name or folder of its own, to the array overrides.
+# Adds to the array overrides what this element of a job array changes, and a run name or folder of its own.
 _copd_job_sweep() {
     local index=${SLURM_ARRAY_TASK_ID-} line="" i named=""
     if [[ -z $index ]]; then return 0; fi
@@ -86,12 +86,12 @@ _copd_job_sweep() {
         return 0
     fi
     if [[ ! -r $COPD_SWEEP ]]; then
-        _copd_job_say "COPD_SWEEP=$COPD_SWEEP cannot be read (working from $PWD)"
+        _copd_job_say "COPD_SWEEP=$COPD_SWEEP cannot be read (from folder $PWD)"
         return 1
     fi
     line=$(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' "$COPD_SWEEP" | sed -n "${index}p")
     if [[ -z $line ]]; then
-        _copd_job_say "$COPD_SWEEP has no line $index of overrides: submit with --array=1-$(sed \
+        _copd_job_say "$COPD_SWEEP has no line $index: submit with --array=1-$(sed \
             -e 's/#.*//' -e '/^[[:space:]]*$/d' "$COPD_SWEEP" | wc -l)"
         return 1
     fi
@@ -100,14 +100,14 @@ _copd_job_sweep() {
     overrides+=("${words[@]}")
 }
 
-# Starts all ranks and waits for them; sets status. Signals that come meanwhile are noted by the traps.
+# Starts all ranks, waits for them and sets status. The traps record signals that arrive meanwhile.
 _copd_job_step() {
     srun "${srun_options[@]}" "${train[@]}" &
     step_pid=$!
     while :; do
         interrupted="" status=0
         wait "$step_pid" || status=$?
-        # a trap ends the wait, not the step
+        # a trap interrupts the wait, not the step
         if [[ -z $interrupted ]]; then break; fi
     done
     step_pid=""
@@ -119,15 +119,15 @@ _copd_job_time_is_up() {
     if [[ -n $step_pid ]]; then kill -USR1 "$step_pid"; fi
 }
 
-# scancel, preemption, or the time limit itself: SLURM has told the ranks, and decides what becomes of the job.
+# scancel, preemption, or the time limit itself: SLURM has signalled the ranks and decides what happens to the job.
 _copd_job_ended() { interrupted=1 ended=1; }
 
 _copd_job_requeue() { # $1 why
     local count=${SLURM_RESTART_COUNT:-0}
     if ((count >= ${COPD_MAX_REQUEUES:-100})); then
-        _copd_job_say "$1; requeued $count times (COPD_MAX_REQUEUES): submit it again to go on"
+        _copd_job_say "$1; requeued $count times already (COPD_MAX_REQUEUES): submit it again to continue"
     elif [[ $(_copd_job_field BatchFlag) != 1 ]] || ! scontrol requeue "$SLURM_JOB_ID"; then
-        _copd_job_say "$1; this job cannot be requeued: submit it again to go on"
+        _copd_job_say "$1; this job cannot be requeued: submit it again to continue"
     else
         _copd_job_say "$1; back into the queue"
     fi
@@ -163,11 +163,11 @@ copd_job() {
 
     per_node=${COPD_RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}}
     if [[ -z $per_node ]]; then
-        _copd_job_say "how many ranks per node? Submit with --ntasks-per-node, or set COPD_RANKS_PER_NODE"
+        _copd_job_say "the number of ranks per node is unknown: submit with --ntasks-per-node, or set COPD_RANKS_PER_NODE"
         exit 2
     fi
     hosts=$(mktemp "${TMPDIR:-/tmp}/copd-hosts-$SLURM_JOB_ID-XXXXXX")
-    # expanded now: the trap outlives this function's variables
+    # expanded now, since the trap outlives this function's variables
     # shellcheck disable=SC2064
     trap "rm -f '$hosts'" EXIT
     if ! _copd_job_check >"$hosts"; then
@@ -182,10 +182,10 @@ copd_job() {
         --job-name=train "${srun_container[@]}")
     train=("${in_env[@]}" python3 -m copd_megatron.cli train "$config" "${overrides[@]}")
     export SLURM_HOSTFILE=$hosts COPD_LAUNCHER=srun
-    # the address of rank 0's node: its name need not be one that the others can resolve
+    # the address of rank 0's node, because the other nodes may be unable to resolve its name
     MASTER_ADDR=$(scontrol --oneliner show node "$(head -n 1 "$hosts")" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     export MASTER_ADDR
-    # When the trainer must have saved; newer versions of SLURM say so themselves.
+    # By when the trainer must have saved. Newer versions of SLURM set this themselves.
     if [[ -z ${SLURM_JOB_END_TIME-} ]] && end=$(date -d "$(_copd_job_field EndTime)" +%s 2>/dev/null); then
         export SLURM_JOB_END_TIME=$end
     fi
@@ -200,27 +200,28 @@ copd_job() {
         _copd_job_step
         if [[ $status == 0 ]]; then exit 0; fi
         if [[ -n $ended ]]; then
-            _copd_job_say "ended by SLURM; the ranks ended with $status"
+            _copd_job_say "ended by SLURM; the ranks exited with status $status"
             exit "$status"
         fi
         if [[ $status == 75 ]]; then _copd_job_requeue "the ranks have saved"; fi
         if [[ -n $time_is_up && $restarts -gt 0 ]]; then
-            _copd_job_requeue "the time limit came while the ranks were starting again"
+            _copd_job_requeue "the time limit came while the ranks were restarting"
         elif [[ -n $time_is_up ]]; then
-            _copd_job_say "the time limit came before the ranks had done a step (they ended with $status): give" \
-                "the job more time (--time), or less to save (--signal=B:USR1@SECONDS)"
+            _copd_job_say "the time limit came before the ranks had finished a step (exit status $status): give the" \
+                "job more time (--time), or reserve less of it for saving (--signal=B:USR1@SECONDS)"
             exit "$status"
         fi
         if ((restarts >= ${COPD_MAX_RESTARTS:-3})); then
-            _copd_job_say "the ranks ended with $status, after $restarts restarts; giving up"
+            _copd_job_say "the ranks exited with status $status after $restarts restarts: giving up. The cause:" \
+                "copd logs RUN_DIR --level ERROR"
             exit "$status"
         fi
         restarts=$((restarts + 1))
-        _copd_job_say "the ranks ended with $status; restart $restarts of ${COPD_MAX_RESTARTS:-3}"
+        _copd_job_say "the ranks exited with status $status; restart $restarts of ${COPD_MAX_RESTARTS:-3}"
     done
 }
 
-# Prints the host of every rank; ends with 2, and a message, when the run could not start.
+# Prints the host of every rank. If the run could not start, prints why and returns 2.
 _copd_job_check() {
     local names command
     names=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)
@@ -231,6 +232,6 @@ _copd_job_check() {
     elif [[ ${#srun_container[@]} -gt 0 ]]; then
         command=(env "PYTHONPATH=$COPD_ROOT" "${command[@]:2}")
     fi
-    # only hosts: what a container prints when it starts is none
+    # keep only host names: containers may print other lines as they start
     "${command[@]}" | grep -Fx -f <(tr ',' '\n' <<<"$names")
 }

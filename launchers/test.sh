@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up, then lints, type-checks and tests. Arguments go to pytest.
+# Sets up, then runs the linter, the type checker and the tests. Arguments go to pytest.
 #
-#   launchers/test.sh                          all but the slow tests
+#   launchers/test.sh                          all but the slow tests, about 16 minutes on two cores
 #   launchers/test.sh tests/test_config.py     some
 #   launchers/test.sh -m slow                  only the slow ones
 #
@@ -10,6 +10,10 @@ set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 . "$here/setup.sh"
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+    copd_manual "${BASH_SOURCE[0]}"
+    exit 0
+fi
 cd -- "$COPD_ROOT"
 copd_setup
 
@@ -21,7 +25,7 @@ failed=()
 ruff check . || failed+=("ruff")
 mypy || failed+=("mypy")
 if [ ${#failed[@]} -gt 0 ]; then
-    echo "test.sh: failed: ${failed[*]} (see above); the tests run all the same" >&2
+    echo "test.sh: ${failed[*]} failed (see above); the tests run anyway" >&2
 fi
 python -m pytest -m "not slow" "$@" || failed+=("pytest")
 [ ${#failed[@]} -eq 0 ]

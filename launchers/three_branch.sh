@@ -14,18 +14,21 @@
 #
 #   sbatch launchers/three_branch.sh [CONFIG.yaml] [key=value ...]
 #   sbatch --nodes=1 --time=1-0 launchers/three_branch.sh my.yaml run.seed=2
-#   sbatch --array=1-4 launchers/three_branch.sh               four seeds, each a run of its own
+#   sbatch --array=1-4 launchers/three_branch.sh               four runs with four seeds
 #   launchers/three_branch.sh [CONFIG.yaml] [key=value ...]    outside SLURM: a local torchrun
 #
-# CONFIG.yaml replaces configs/three_branch_qwen3_vl_4b.yaml, key=value changes a setting of it; relative
-# paths start at the folder in which you submit. Everything above that begins with #SBATCH can be given to
-# sbatch instead. Ten minutes before its time limit the job saves, stops, goes back into the queue, and goes
-# on from there; after a failure it starts again from the newest valid checkpoint (checkpoint.save_period).
-# A number of nodes that does not fit the branches is refused, with the right one, before anything starts.
-# Containers, sweeps and the other settings by environment variables: see launchers/slurm.sh.
+# CONFIG.yaml replaces configs/three_branch_qwen3_vl_4b.yaml, key=value changes a setting of it. Relative paths
+# start at the folder from which you submit. Options given to sbatch override the #SBATCH lines of this file:
+# --account and --partition, which most clusters ask for, --time, --nodes. The job's log is
+# copd_three_branch-<job>.log in that folder; the run's own files are in runs/<run.name>.
+#
+# Ten minutes before its time limit the job saves, stops, goes back into the queue and later continues from
+# there. After a failure it starts again from the newest valid checkpoint (checkpoint.save_period). If the
+# number of nodes does not fit the branches, the job ends before anything starts and says which number does.
+# Containers, sweeps and other settings by environment variables: see launchers/slurm.sh.
 set -euo pipefail
 
-# sbatch runs a copy of this file: SLURM knows where the original is.
+# sbatch runs a copy of this file; SLURM knows where the original is.
 submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null |
     sed -n 's|^ *Command=\(/.*/\)[a-z_]*_branch\.sh\( .*\)\{0,1\}$|\1|p' | head -n 1 || true)
 for launchers in "${COPD_ROOT:+$COPD_ROOT/launchers}" "$(dirname -- "${BASH_SOURCE[0]}")" "$submitted" \
@@ -39,6 +42,10 @@ if [[ -z $launchers ]]; then
 fi
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 . "$launchers/setup.sh"
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+    copd_manual "${BASH_SOURCE[0]}"
+    exit 0
+fi
 # shellcheck source-path=SCRIPTDIR source=slurm.sh
 . "$launchers/slurm.sh"
 copd_job configs/three_branch_qwen3_vl_4b.yaml "$@"

@@ -262,6 +262,54 @@ def test_an_unknown_list_is_refused(copy: Path) -> None:
     assert "use cpu, gpu or launch" in result.stderr
 
 
+# --- what people run ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["quickstart", "test", "two_branch", "three_branch"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_prints_the_scripts_own_manual_and_sets_nothing_up(name: str, option: str) -> None:
+    script = ROOT / "launchers" / f"{name}.sh"
+    result = subprocess.run(
+        [script, option],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COPD_PYTHON": "/nonexistent/python", "COPD_VENV": "/nonexistent/venv"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"launchers/{name}.sh [" in result.stdout or f"launchers/{name}.sh  " in result.stdout
+    assert "#" not in result.stdout.replace("#SBATCH", "") and "shellcheck" not in result.stdout
+
+
+@pytest.fixture
+def quickstart(copy: Path) -> Path:
+    """The quickstart in an environment that is ready, with a copd that only says what it was asked."""
+    shutil.copy(ROOT / "launchers/quickstart.sh", copy / "launchers")
+    make_ready(copy, copy / ".venv")
+    (copy / "tools").mkdir()
+    (copy / "tools/make_tiny_base.py").write_text("import sys\nprint('made', *sys.argv[1:])\n")
+    command = copy / ".venv/bin/copd"
+    command.write_text('#!/usr/bin/env bash\necho "copd $*"\nexit "${COPD_STATUS:-0}"\n')
+    command.chmod(0o755)
+    return copy
+
+
+def test_the_quickstart_ends_with_what_to_do_next(quickstart: Path) -> None:
+    result = bash("launchers/quickstart.sh --text run.seed=2", cwd=quickstart)
+    assert result.returncode == 0, result.stderr
+    made, trained = (result.stdout.index(text) for text in ("made --kind text", "copd train configs/two_"))
+    assert made < trained < result.stdout.index(". .venv/bin/activate")
+    assert "copd report runs/two_branch_tiny " in result.stdout
+    assert "model.path=.cache/tiny_text run.seed=2" in result.stdout
+    moved = bash("launchers/quickstart.sh run.name=a", cwd=quickstart, COPD_TINY_BASE="base")
+    assert "copd report runs/a " in moved.stdout and "model.path=base run.name=a" in moved.stdout
+
+
+def test_a_quickstart_that_fails_says_nothing_of_success(quickstart: Path) -> None:
+    result = bash("launchers/quickstart.sh", cwd=quickstart, COPD_STATUS="7")
+    assert result.returncode == 7
+    assert "activate" not in result.stdout
+
+
 @pytest.mark.slow
 def test_two_set_ups_at_once_install_once(copy: Path) -> None:
     """Really installs, a list of one package; needs a package registry."""

@@ -183,7 +183,7 @@ def test_ranks_with_different_names() -> None:
         # max all-reduce, that tells of it, and the agreement.
         assert result["calls"] == [4, 2, 5, 2, 2]
         assert "'all/clash' is total and, on group rank 1, mean" in result["clash"]
-        assert len(result["records"]) == 1 and "between 0.125 and 0.375" in result["records"][0]
+        assert len(result["records"]) == 1 and "from 0.125 to 0.375" in result["records"][0]
         assert result["bare"] == {"ranks": 3.0}
     assert [result["alone"] for result in results] == [{"mine": 0.0}, {"mine": 1.0}, {"mine": 2.0}]
 
@@ -230,7 +230,7 @@ def test_jsonl_drops_a_torn_last_line(tmp_path: Path, tail: str, caplog: pytest.
     writer.write(3, "rlvr", {"a": 3})
     writer.close()
     assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
-    assert f"torn line of {len(tail)} bytes" in caplog.text
+    assert f"incomplete line of {len(tail)} bytes" in caplog.text
 
 
 def test_jsonl_with_nothing_but_a_torn_line(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_sizes_that_nemo_run_cannot_deal_out_are_refused(nemo: ModuleType, confi
     train, evaluation = tasks_of(load_config(config_path), ["copd"], Path("/out"))
     assert nemo.nodes_of(train, 4) == (1, 3)
     assert nemo.nodes_of(evaluation, 4) == (1, 1)
-    with pytest.raises(PlacementError, match=r"task copd: 3 ranks on 2 nodes of up to 2 .* deals them out"):
+    with pytest.raises(PlacementError, match=r"task copd: 3 ranks on 2 nodes of up to 2 .* assigns ranks"):
         nemo.nodes_of(train, 2)
     with pytest.raises(ConfigError, match="two branches or more"):
         tasks_of(tasks_of(load_config(config_path), ["opd"], Path("/o"))[0].config, ["opd"], Path())

@@ -36,6 +36,7 @@ from copd_megatron.metrics.prometheus import (
     sample_name,
 )
 from copd_megatron.metrics.rank_log import (
+    ConsoleFormatter,
     RankFormatter,
     RankPlace,
     Selection,
@@ -283,6 +284,38 @@ def test_ranks_logs_read_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "logging.rank_files" in capsys.readouterr().err
 
 
+def test_a_line_about_another_branch_counts_as_that_branchs(tmp_path: Path) -> None:
+    """Rank 0 writes one line per branch and step."""
+    about = record("step 1/4", 4.0)
+    about.branch = "image"
+    write_logs(tmp_path)
+    with log_file(tmp_path, 0).open("a") as file:
+        file.write(RankFormatter(place(0)).format(about) + "\n")
+    shown = list(merged(tmp_path, Selection(branch="image")))
+    assert [line.partition("] ")[2] for line in shown] == [
+        "copd.test: two",
+        "copd.test: four",
+        "copd.test: step 1/4",
+    ]
+    assert "[image, rank 0]" in shown[-1]
+    assert not any("step 1/4" in line for line in merged(tmp_path, Selection(branch="text")))
+    assert any("step 1/4" in line for line in merged(tmp_path, Selection(rank=0)))
+
+
+def test_the_console_spends_few_characters_on_its_prefix() -> None:
+    shown = ConsoleFormatter(place(2, "image", 0, 1))
+    ours = record("resumed from step 3", 1.0)
+    ours.name = "copd_megatron.branch.checkpoints"
+    assert re.fullmatch(r"\d\d-\d\d \d\d:\d\d:\d\d \[image\] resumed from step 3", shown.format(ours))
+    ours.branch = "video"
+    assert shown.format(ours).endswith(" [video] resumed from step 3")
+    warning = shown.format(record("two\nlines", 1.0, logging.WARNING)).splitlines()
+    assert [line[15:] for line in warning] == [
+        "WARNING [image 0/1, rank 2] copd.test: two",
+        "WARNING [image 0/1, rank 2] copd.test: lines",
+    ]
+
+
 def test_logs_can_be_followed(tmp_path: Path) -> None:
     """What is there, then what is added, half lines once they are whole, ranks that come later."""
     write_logs(tmp_path)
@@ -350,9 +383,7 @@ def test_the_exception_that_ends_a_rank_is_in_its_log(tmp_path: Path) -> None:
     )
     assert done.returncode == 1 and "ValueError: no weights" in done.stderr
     lines = list(merged(tmp_path, Selection(level="CRITICAL")))
-    assert lines[0].endswith(
-        "[text 1/2, rank 1] copd_megatron.metrics.rank_log: this rank ends by an exception"
-    )
+    assert lines[0].endswith("[text 1/2, rank 1] copd_megatron.metrics.rank_log: an exception ends this rank")
     assert lines[-1].endswith("CRITICAL [text 1/2, rank 1] ValueError: no weights")
 
 

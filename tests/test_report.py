@@ -13,7 +13,9 @@ from PIL import Image
 
 from copd_megatron.cli.main import main
 from copd_megatron.evaluation.table import save_table
-from copd_megatron.report.curves import behaviour_lines, read_run, save_plots, sparkline, write_report
+from copd_megatron.report.behaviour import behaviour_lines, sparkline
+from copd_megatron.report.curves import save_plots, write_report
+from copd_megatron.report.history import RunHistory, read_run
 
 
 def write_run(folder: Path, num_steps: int = 20, **extra: list[float]) -> Path:
@@ -22,6 +24,7 @@ def write_run(folder: Path, num_steps: int = 20, **extra: list[float]) -> Path:
     for step in range(1, num_steps + 1):
         phase = "opd" if step > num_steps // 2 else "rlvr"
         row: dict[str, Any] = {"step": step, "phase": phase, "text/train/reward": step / num_steps}
+        row["image/timing/step_seconds"] = 1.0
         row["copd/overlap@10/text-image"] = 1.0 - 0.01 * step
         row["copd/sym_kl/text-image"] = 0.001 * step
         if phase == "opd":
@@ -53,12 +56,31 @@ def test_a_step_that_was_run_again_counts_once_as_written_last(tmp_path: Path) -
     assert math.isnan(history.series["copd/sym_kl/text-image"][2])
 
 
+def test_an_incomplete_last_line_is_not_a_step(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, 3)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "pha')
+    assert read_run(folder).steps == (1, 2, 3)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match="line 4: not the metrics of a step"):
+        read_run(folder)
+
+
+def test_edges_are_named_alike_whatever_their_metric() -> None:
+    names = ("a/train/reward", "a-b/train/reward", "b/train/reward", "b-c/train/reward", "copd/sym_kl/a-b")
+    history = RunHistory(name="run", steps=(1,), phases=("rlvr",), series=dict.fromkeys(names, (0.5,)))
+    assert history.edge("a-b") == "a<-b" and history.edge("b-a-b") == "b<-a-b"
+    assert history.edge("a-b-b-c") == "a-b<-b-c"
+    assert history.edge("a-unknown") == "a-unknown"
+
+
 def test_behaviour_lines_show_where_it_began_and_ended(tmp_path: Path) -> None:
     header, rule, overlap, kl = behaviour_lines(read_run(write_run(tmp_path))).splitlines()
-    assert header.split()[:2] == ["student-teacher", "measure"] and set(rule) == {"-", " "}
+    assert header.split()[:2] == ["student<-teacher", "measure"] and set(rule) == {"-", " "}
     # a tenth of twenty measurements are two: (0.99 + 0.98) / 2 and (0.81 + 0.80) / 2
-    assert overlap.split()[:4] == ["text-image", "overlap@10", "0.985", "0.805"]
-    assert kl.split()[:5] == ["text-image", "symmetric", "KL", "0.002", "0.019"]
+    assert overlap.split()[:4] == ["text<-image", "overlap@10", "0.985", "0.805"]
+    assert kl.split()[:5] == ["text<-image", "symmetric", "KL", "0.002", "0.019"]
     assert overlap.split()[-1] == sparkline([-x for x in range(20)])
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "phase": "rlvr", "x": 1.0}) + "\n")
     assert behaviour_lines(read_run(tmp_path)) == ""
@@ -77,9 +99,56 @@ def test_the_picture_shows_the_run(tmp_path: Path) -> None:
     assert np.array_equal(before, again)
     save_table(folder, {"base": {"text": 0.25}}, ["text"])
     after = np.asarray(Image.open(save_plots(read_run(folder), tmp_path / "c.png")).convert("RGB"))
-    # the bar of the base, in the first colour, stands in the lower left
-    bar = [(image[450:, :430] == (31, 119, 180)).all(-1).sum() for image in (before, after)]
-    assert bar[0] == 0 and bar[1] > 1000
+    # the bar of the base, in grey, stands in the lower left
+    bar = [(image[450:, :430] == (166, 166, 166)).all(-1).sum() for image in (before, after)]
+    assert bar[0] < 100 and bar[1] > 1000  # edges of letters are grey too
+
+
+def panels(history: RunHistory, path: Path) -> list[Any]:
+    """The axes of the picture, as matplotlib drew them."""
+    from unittest.mock import patch
+
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+
+    def note(figure: Figure, *arguments: Any, **options: Any) -> None:
+        drawn.append(figure)
+        save(figure, *arguments, **options)
+
+    with patch.object(Figure, "savefig", note):
+        save_plots(history, path)
+    (figure,) = drawn
+    return list(figure.axes)
+
+
+def test_axes_do_not_mislead(tmp_path: Path) -> None:
+    """Whole steps, per cent up to 100 with the values on the bars, and an overlap of 0.92 near the top."""
+    overlap = [0.98 - 0.003 * step for step in range(20)]
+    folder = write_run(
+        tmp_path / "run", **{"copd/overlap@10/text-image": overlap, "image/train/reward": overlap}
+    )
+    save_table(
+        folder, {"base": {"text": 0.25, "image": math.nan}, "merged": {"text": 0.875}}, ["text", "image"]
+    )
+    reward, similar, _, bars, *_ = panels(read_run(folder), tmp_path / "a.png")
+    assert reward.get_ylim() == pytest.approx((-0.02, 1.02))
+    assert all(tick == int(tick) for tick in similar.get_xticks())
+    low, high = similar.get_ylim()
+    assert low == 0.5 and high >= 1.0
+    assert bars.get_ylim() == (0, 100)
+    assert [text.get_text() for text in bars.texts] == ["25.0", "87.5"]
+    legend = similar.get_legend().get_window_extent()
+    assert legend.y1 < similar.get_window_extent().y0, "below the axes"
+    assert [text.get_text() for text in similar.get_legend().get_texts()] == ["text<-image"]
+
+
+def test_an_overlap_that_falls_far_shows_its_whole_fall(tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path / "run", **{"copd/overlap@10/text-image": [1.0 - 0.04 * s for s in range(20)]}
+    )
+    assert panels(read_run(folder), tmp_path / "a.png")[1].get_ylim()[0] == 0.0
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

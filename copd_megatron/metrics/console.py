@@ -1,4 +1,4 @@
-"""What a person watching the run sees: one line a branch, redrawn on a terminal, logged elsewhere."""
+"""What a person watching the run sees: one line per branch, redrawn on a terminal and logged elsewhere."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 _OVERLAP = re.compile(r"copd/overlap@\d+/(?P<pair>.+)")
 _STEPS_TIMED = 20
-"""The remaining time is extrapolated from this many recent steps: phases differ in length."""
+"""The remaining time is extrapolated from at most this many recent steps, since phases differ in length."""
 _UNKNOWN = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BranchLine:
-    """One branch at one step, ready to be shown. None: not measured in this step."""
+    """One branch at one step, ready to be shown. None means not measured in this step."""
 
     branch: str
     phase: str
@@ -36,7 +36,7 @@ class BranchLine:
     reward: float | None
     entropy: float | None
     overlap: float | None
-    """Mean over the pairs that the branch is part of."""
+    """Mean over the pairs that include the branch."""
     tokens_per_second: float | None
     eta_seconds: float | None
 
@@ -59,11 +59,10 @@ COLUMNS = ("branch", "phase", "step", "reward", "entropy", "overlap", "tokens/s"
 
 
 class ConsoleView:
-    """A ``writers.Writer`` for the eye. Create it on one rank only, and close it.
+    """A ``writers.Writer`` for people. Create it on one rank only, and close it.
 
-    On a terminal the lines are redrawn in place with rich; log output of handlers that write to standard
-    output or error is then moved above them. Elsewhere (a batch job's file) each branch is logged as one
-    line per step.
+    On a terminal, rich redraws the lines in place, and log output that goes to standard output or error
+    appears above them. Elsewhere, for example in a batch job's log, each branch gets one line per step.
     """
 
     def __init__(
@@ -77,8 +76,8 @@ class ConsoleView:
         """
         Args:
             branches: in display order.
-            total_steps: of the whole run, steps before a resume included.
-            console: where to draw; None: standard error.
+            total_steps: of the whole run, including steps before a resume.
+            console: where to draw; None means standard error.
             clock: in seconds.
         """
         self._branches = tuple(branches)
@@ -92,17 +91,18 @@ class ConsoleView:
             self._start_live()
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
-        """Shows one step; ``step`` is the number of steps finished, this one included."""
+        """Shows one step. ``step`` counts the finished steps, including this one."""
         lines = self.lines(step, phase, metrics)
         if self._live is not None:
             self._live.update(_table(lines), refresh=True)
             return
         for line in lines:
             fields = zip(COLUMNS, line.cells(), strict=True)
-            logger.info("%s", "  ".join(f"{name} {cell}" for name, cell in fields))
+            text = "  ".join(f"{name} {cell}" for name, cell in fields)
+            logger.info("%s", text, extra={"branch": line.branch})
 
     def lines(self, step: int, phase: str, metrics: Mapping[str, float]) -> list[BranchLine]:
-        """What ``write`` shows, one per branch; also takes the time of the step."""
+        """What ``write`` shows, one line per branch; also records when the step ended."""
         self._times.append((step, self._clock()))
         overlaps = {
             match["pair"]: value for name, value in metrics.items() if (match := _OVERLAP.fullmatch(name))
@@ -124,11 +124,11 @@ class ConsoleView:
         ]
 
     def truncate_after(self, step: int) -> None:
-        """Starts timing anew: steps before a resume say nothing about those after it."""
+        """Restarts the timing: steps before a resume say nothing about those after it."""
         self._times.clear()
 
     def close(self, *, failed: bool = False) -> None:
-        """Leaves the last lines on the screen and gives log handlers their streams back."""
+        """Leaves the last lines on the screen and restores the streams of log handlers."""
         for handler, stream in self._moved:
             handler.setStream(stream)
         self._moved.clear()
@@ -140,8 +140,8 @@ class ConsoleView:
         before = (sys.stdout, sys.stderr)
         self._live = Live(_table([]), console=self._console, auto_refresh=False)
         self._live.start()
-        # rich redirects sys.stdout and sys.stderr; handlers made earlier hold the originals and would write
-        # across the redrawn lines.
+        # rich redirects sys.stdout and sys.stderr, but existing handlers hold the original streams and would
+        # write over the redrawn lines
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream in before:
                 self._moved.append((handler, handler.stream))

@@ -1,4 +1,4 @@
-"""Packages that only some settings need, asked for before a run starts."""
+"""Checks, before a run starts, for packages that only some settings need."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from copd_megatron.errors import ConfigError
 
 
 def check_packages(options: LoggingConfig) -> None:
-    """
+    """Refuses settings whose packages are not installed.
+
     Raises:
-        ConfigError: a package that the settings ask for is not installed; names it and the setting.
+        ConfigError: names the package and the setting that needs it.
     """
     wanted = (
         ("tensorboard", options.tensorboard, "logging.tensorboard"),
@@ -26,7 +27,7 @@ def check_packages(options: LoggingConfig) -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Whether ``import package`` would find a real package: a folder of that name in the working directory
-    (wandb leaves one) does not count."""
+    """Whether ``import package`` would find a real package. A plain folder of that name in the working
+    directory, such as the one wandb creates, does not count."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None

@@ -1,8 +1,9 @@
-"""How much memory each phase of a step needs, as metrics.
+"""Memory used in each phase of a step, as metrics.
 
-On a GPU: the peak of torch's allocator within the phase (``peak``), what is in use on the device at its end,
-by vLLM and CUDA too (``device``), and what the allocator holds beyond what is allocated (``slack``: growth
-from cycle to cycle is fragmentation). On CPU: the process's resident memory at the phase's end.
+On a GPU: the peak of torch's allocator during the phase (``peak``); device memory in use at its end,
+including that of vLLM and CUDA (``device``); and memory that the allocator has reserved but not allocated
+(``slack``, which grows from cycle to cycle if memory fragments). On a CPU: the process's resident memory at
+the end of the phase.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ GIB = 2**30
 
 @contextlib.contextmanager
 def phase_memory(metrics: Metrics, phase: str) -> Iterator[None]:
-    """Measures the block; the largest of a step's blocks of one name, and of all ranks, counts."""
+    """Measures the block. Reports the largest value over the blocks of this name in a step and over all
+    ranks."""
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -39,7 +41,7 @@ def _device_memory() -> dict[str, int]:
 
 
 def _host_memory() -> dict[str, int]:
-    """From the kernel, in kilobytes: ``VmRSS:  1234 kB``."""
+    """Read from the kernel, which counts in kilobytes: ``VmRSS:  1234 kB``."""
     status = dict(
         line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
     )

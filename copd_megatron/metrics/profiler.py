@@ -1,4 +1,4 @@
-"""Profiler windows: torch's profiler and CUDA memory snapshots over some steps of some ranks."""
+"""Profiler windows: torch's profiler and CUDA memory snapshots for chosen steps and ranks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _MAX_MEMORY_EVENTS = 200_000
 
 
 class ProfilerWindow:
-    """Records from the begin of ``profiling.step_start`` to the end of ``profiling.step_end``, on the ranks
-    of ``profiling.ranks``. Call ``begin`` and ``end`` around every step, on every rank."""
+    """Records from the start of step ``profiling.step_start`` to the end of ``profiling.step_end``, on the
+    ranks in ``profiling.ranks``. Call ``begin`` and ``end`` around every step, on every rank."""
 
     def __init__(self, options: ProfilingConfig, run_dir: Path, place: RankPlace, *, cuda: bool) -> None:
         """
         Raises:
-            ConfigError: a memory snapshot is asked for, but the actors are not on CUDA devices.
+            ConfigError: a memory snapshot is requested, but the actors run on CPUs.
         """
         if options.memory_snapshot and not cuda:
             raise ConfigError(
@@ -37,10 +37,10 @@ class ProfilerWindow:
         self._chosen = not options.ranks or place.rank in options.ranks
         self._profile: Any = None
         self._since = 0
-        """First step of the open window; 0: none is open."""
+        """First step of the open window; 0 if none is open."""
 
     def begin(self, step: int) -> None:
-        """A step (1, 2, ...) begins. A run that resumes inside the window records what is left of it."""
+        """Called when step 1, 2, ... begins. A run that resumes inside the window records the rest of it."""
         options = self._options
         wanted = self._chosen and (options.torch_profiler or options.memory_snapshot)
         if not wanted or self._since or not options.step_start <= step <= options.step_end:
@@ -59,12 +59,12 @@ class ProfilerWindow:
             self._profile.start()
 
     def end(self, step: int) -> None:
-        """A step ended."""
+        """Called when a step has ended."""
         if self._since and step >= self._options.step_end:
             self._write(step)
 
     def close(self) -> None:
-        """Writes a window that the run's end cut short."""
+        """Writes a window that is still open at the end of the run."""
         if self._since:
             self._write(self._options.step_end)
 

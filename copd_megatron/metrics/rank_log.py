@@ -1,9 +1,11 @@
-"""Logs of many ranks, readable as one: branch and rank stand on every line, whatever file it ends up in.
+"""Logs of many ranks that can be read as one: every line in a file names its branch and rank.
 
     2026-01-31 12:00:00.123456 INFO    [text 0/2, rank 3] copd_megatron.branch.checkpoints: resumed from ...
 
-Each rank appends to ``<run_dir>/logs/rank_00003.log``: no file is shared, so any shared file system will do.
-``merged`` (``copd logs``) puts the lines of all ranks into the order of time.
+Each rank appends to a file of its own, ``<run_dir>/logs/rank_00003.log``, so any shared file system will do.
+``merged`` (``copd logs``) sorts the lines of all ranks by time. The console gets a shorter form:
+
+    01-31 12:00:00 [text] resumed from ...
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ LOGS = "logs"
 
 _LINE = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}) (?P<level>[A-Z]+) +"
-    r"\[(?P<branch>\S+) (?P<branch_rank>\d+)/\d+, rank (?P<rank>\d+)\]"
+    r"\[(?P<branch>[^\s,]+)( \d+/\d+)?, rank (?P<rank>\d+)\]"
 )
+_OURS = "copd_megatron"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlace:
-    """Which process writes."""
+    """The process that writes a log."""
 
     rank: int
     """Global rank."""
@@ -42,8 +45,13 @@ class RankPlace:
         return f"{self.branch} {self.branch_rank}/{self.branch_size}, rank {self.rank}"
 
 
+def _subject(record: logging.LogRecord) -> str | None:
+    """The branch that a record is about, where that is not the writer's own: ``extra={"branch": name}``."""
+    return getattr(record, "branch", None)
+
+
 class RankFormatter(logging.Formatter):
-    """Time, level, branch and rank before every line, those of a traceback too."""
+    """Puts time, level, branch and rank before every line, including those of a traceback."""
 
     def __init__(self, place: RankPlace) -> None:
         super().__init__("%(name)s: %(message)s")
@@ -51,12 +59,33 @@ class RankFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created).strftime("%Y-%m-%d %H:%M:%S.%f")
-        prefix = f"{when} {record.levelname:<7} [{self._place}] "
+        subject = _subject(record)
+        place = self._place if subject is None else f"{subject}, rank {self._place.rank}"
+        prefix = f"{when} {record.levelname:<7} [{place}] "
+        return "\n".join(prefix + line for line in super().format(record).splitlines())
+
+
+class ConsoleFormatter(logging.Formatter):
+    """A short prefix for people: time and branch. Other levels than INFO also show the level and the rank,
+    and lines of other packages their logger."""
+
+    def __init__(self, place: RankPlace) -> None:
+        super().__init__("%(message)s")
+        self._place = place
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created).strftime("%m-%d %H:%M:%S")
+        prefix = f"{when} [{_subject(record) or self._place.branch}] "
+        if record.levelno != logging.INFO:
+            prefix = f"{when} {record.levelname} [{self._place}] "
+        if record.name.partition(".")[0] != _OURS:
+            prefix += f"{record.name}: "
         return "\n".join(prefix + line for line in super().format(record).splitlines())
 
 
 class _RankFile(logging.FileHandler):
-    """A file whose failure, a full disk say, is told once: records still reach the other handlers."""
+    """A file whose failure (a full disk, for example) is reported once; records still reach other
+    handlers."""
 
     _told = False
 
@@ -71,38 +100,37 @@ class _RankFile(logging.FileHandler):
 
 
 def start_logging(place: RankPlace, level: str, *, folder: Path | None, append: bool = True) -> None:
-    """Sends the root logger's records to standard error (of ranks other than 0 only warnings and worse) and
-    to this rank's file.
+    """Sends the root logger's records to standard error (only warnings and worse, except on rank 0) and to
+    this rank's file.
 
     Args:
-        level: ``INFO`` or the like.
-        folder: the run directory; None: no file.
-        append: go on in the file that an earlier start of the run left.
+        level: ``INFO`` or another level's name.
+        folder: the run directory; None writes no file.
+        append: continue the file of an earlier start of the run.
 
     Raises:
         OSError: the file cannot be written.
     """
-    formatter, number = RankFormatter(place), logging.getLevelNamesMapping()[level.upper()]
+    number = logging.getLevelNamesMapping()[level.upper()]
     shown = logging.StreamHandler(sys.stderr)
     shown.setLevel(number if place.rank == 0 else max(number, logging.WARNING))
-    handlers: list[logging.Handler] = [shown]
+    shown.setFormatter(ConsoleFormatter(place))
+    files: list[logging.Handler] = []
     if folder is not None:
         path = log_file(folder, place.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(_RankFile(path, mode="a" if append else "w", encoding="utf-8"))
-    for handler in handlers:
-        handler.setFormatter(formatter)
-    logging.basicConfig(level=number, handlers=handlers)
-    _keep_last_words(handlers[1:])
+        files.append(_RankFile(path, mode="a" if append else "w", encoding="utf-8"))
+        files[0].setFormatter(RankFormatter(place))
+    logging.basicConfig(level=number, handlers=[shown, *files])
+    _keep_last_words(files)
 
 
 def _keep_last_words(files: Sequence[logging.Handler]) -> None:
-    """The exception that ends this rank goes to its file too, beside the console, where it may be one of
-    many."""
+    """Also writes the exception that ends this rank to its file: on the console it may be one of many."""
     usual = sys.excepthook
 
     def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        what = (__name__, logging.CRITICAL, __file__, 0, "this rank ends by an exception", (), None)
+        what = (__name__, logging.CRITICAL, __file__, 0, "an exception ends this rank", (), None)
         record = logging.LogRecord(*what)
         record.exc_info = (kind, error, trace)
         for file in files if issubclass(kind, Exception) else ():
@@ -113,7 +141,7 @@ def _keep_last_words(files: Sequence[logging.Handler]) -> None:
 
 
 def log_file(folder: Path, rank: int) -> Path:
-    """Where a rank of a run directory logs."""
+    """The log file of a rank in a run directory."""
     return folder / LOGS / f"rank_{rank:05d}.log"
 
 
@@ -122,12 +150,12 @@ def log_file(folder: Path, rank: int) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which lines to show; None: all."""
+    """Which lines to show; None means all."""
 
     branch: str | None = None
     rank: int | None = None
     level: str | None = None
-    """This one and worse."""
+    """This level and worse."""
 
     def takes(self, line: str) -> bool:
         match = _LINE.match(line)
@@ -142,9 +170,9 @@ class Selection:
 
 
 def merged(folder: Path, selection: Selection | None = None) -> Iterator[str]:
-    """All ranks' lines so far in the order of time, without line ends.
+    """The lines of all ranks so far, sorted by time, without line ends.
 
-    Lines of one record stay together. Clocks of several nodes are taken as they are.
+    Lines of one record stay together. Differences between the clocks of nodes are not corrected.
 
     Raises:
         FileNotFoundError: the run directory has no logs.
@@ -164,9 +192,10 @@ def follow(
     poll_seconds: float = 0.5,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[str]:
-    """As ``merged``, and then what is written from now on, until ``stop``; ranks that appear later too.
+    """As ``merged``, then whatever is written from now on until ``stop``, including by ranks that appear
+    later.
 
-    What comes within one poll is put in order; a rank whose lines arrive later than that is behind.
+    Lines that arrive within one poll are sorted by time; lines that arrive later come after them.
     """
     chosen = selection or Selection()
     opened: dict[Path, IO[str]] = {}
@@ -206,7 +235,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _timed(path: Path, number: int) -> Iterator[tuple[str, int, str]]:
-    """Lines with their times; one without (printed by something else, torn) has that of the line before."""
+    """Lines with their times. A line without one (printed by something else, or torn) takes that of the line
+    before it."""
     when = ""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:

@@ -1,11 +1,12 @@
 """What every rank did when: written by the ranks, merged into one Chrome trace that shows who waited.
 
-A rank writes each operation of its watch (``rollout.generate``, ``opd.receive rows text<-image``, ...) with
-begin and end into ``<run_dir>/timeline/rank_00003.jsonl``. ``copd timeline RUN_DIR`` puts all ranks' files
-into one trace with a process row per rank and three tracks in it: steps, phases (exclusive: what the time
-went to, waiting among it) and operations (nested). Open it at https://ui.perfetto.dev or chrome://tracing.
+A rank writes the start and end of each operation of its watch (``rollout.generate``, ``opd.receive rows
+text<-image``, ...) to ``<run_dir>/timeline/rank_00003.jsonl``. ``copd timeline RUN_DIR`` merges the files of
+all ranks into one trace. Each rank is a process row with three tracks: steps, phases (which do not overlap
+and say what the time was spent on, waiting included) and operations (nested). Open it at
+https://ui.perfetto.dev or chrome://tracing.
 
-Cost: a list entry per operation, written once a step.
+The cost is one list entry per operation, written once per step.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ _PHASE_OF = (
     ("rollout.load", "load"),
     ("export", "export"),
 )
-"""Operations by the beginning of their names; the first that fits counts. Exchanges of small messages are
-waiting: next to nothing is sent, and what takes time is the slowest rank."""
+"""Phases by the beginning of an operation's name; the first match counts. Exchanges of small messages count
+as waiting, because what takes time in them is the slowest rank."""
 
 
 def phase_of(operation: str) -> str:
-    """One of ``PHASES`` for an operation's name."""
+    """The phase, one of ``PHASES``, of an operation."""
     return next((phase for start, phase in _PHASE_OF if operation.startswith(start)), "other")
 
 
@@ -69,17 +70,18 @@ def phase_of(operation: str) -> str:
 
 
 class TimelineWriter:
-    """One rank's file. Times are ``time.monotonic()`` seconds; the header says what they are in Unix time.
+    """One rank's file. Times are in seconds of ``time.monotonic()``; a header relates them to Unix time.
 
-    A start of the run begins a new session in the file, so that restarts and the gaps between them show.
+    Every start of the run begins a new session in the file, so that restarts and the gaps between them are
+    visible.
     """
 
     def __init__(self, run_dir: Path, place: RankPlace, *, aligned_at: float, append: bool = True) -> None:
         """
         Args:
-            aligned_at: monotonic time at which this rank left a barrier of all ranks: by it the clocks of
-                several nodes are compared.
-            append: go on in the file that an earlier start of the run left.
+            aligned_at: monotonic time at which this rank left a barrier of all ranks. It serves to compare
+                the clocks of different nodes.
+            append: continue the file of an earlier start of the run.
 
         Raises:
             OSError: the file cannot be written.
@@ -102,15 +104,15 @@ class TimelineWriter:
         self._flush()
 
     def operation(self, path: str, begin: float, end: float) -> None:
-        """Takes note of a finished operation.
+        """Records a finished operation.
 
         Args:
-            path: open operations from the outermost to this one, joined by `` > ``.
+            path: the open operations from the outermost to this one, joined by `` > ``.
         """
         self._pending.append({"path": path, "begin": round(begin, 6), "end": round(end, 6)})
 
     def step(self, number: int, phase: str, begin: float, end: float) -> None:
-        """Takes note of a finished step (1, 2, ...), and writes what has come together."""
+        """Records a finished step (1, 2, ...) and writes what has accumulated."""
         self._pending.append({"step": number, "phase": phase, "begin": round(begin, 6), "end": round(end, 6)})
         self._flush()
 
@@ -130,14 +132,14 @@ class TimelineWriter:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Something that took from ``begin`` to ``end``, Unix seconds."""
+    """Something that lasted from ``begin`` to ``end``, in Unix seconds."""
 
     name: str
     begin: float
     end: float
     depth: int = 0
     number: int = 0
-    """Of a step: 1, 2, ..."""
+    """Of a step, from 1."""
 
     @property
     def seconds(self) -> float:
@@ -153,16 +155,17 @@ class RankTimeline:
     branch_rank: int
     host: str
     aligned_at: float
-    """Unix time, by this host's clock, at which it left the barrier."""
+    """Unix time by this host's clock at which the rank left the barrier."""
     steps: list[Span] = field(default_factory=list)
     """Named ``step 3 (opd)``."""
     operations: list[Span] = field(default_factory=list)
-    """In the order in which they ended; inner ones before those around them."""
+    """In the order in which they ended: inner operations before those around them."""
 
     def phases(self) -> list[Span]:
-        """What the time went to, without overlaps, named by ``PHASES``: the innermost operation counts.
+        """What the time was spent on, as spans named by ``PHASES`` that do not overlap. The innermost
+        operation counts.
 
-        Time in a step outside any operation is ``other``; time between steps is left out.
+        Time in a step outside any operation is ``other``. Time between steps is left out.
         """
         found = _exclusive(
             [
@@ -176,7 +179,7 @@ class RankTimeline:
         return [span for span in found if span.seconds > 0]
 
     def shifted(self, seconds: float) -> RankTimeline:
-        """The same, later by ``seconds``."""
+        """The same timeline, later by ``seconds``."""
 
         def move(spans: list[Span]) -> list[Span]:
             return [replace(span, begin=span.begin + seconds, end=span.end + seconds) for span in spans]
@@ -218,7 +221,7 @@ def _read(path: Path) -> Iterator[RankTimeline]:
     current: RankTimeline | None = None
     offset = 0.0
     lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # behind the last newline: nothing, or a torn line
+    for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a torn line
         try:
             entry = json.loads(line)
             if "rank" in entry:
@@ -233,7 +236,7 @@ def _read(path: Path) -> Iterator[RankTimeline]:
                     aligned_at=entry["aligned_at"] + offset,
                 )
                 continue
-            assert current is not None, "nothing comes before the header"
+            assert current is not None, "the header comes first"
             begin, end = entry["begin"] + offset, entry["end"] + offset
             if "step" in entry:
                 name = f"step {entry['step']} ({entry['phase']})"
@@ -250,7 +253,7 @@ def _read(path: Path) -> Iterator[RankTimeline]:
 
 
 def _aligned(ranks: Sequence[Sequence[RankTimeline]]) -> list[list[RankTimeline]]:
-    """Each session moved by its host's clock's difference from the first host's."""
+    """Each session, shifted by the difference between its host's clock and that of the first host."""
     moved: list[list[RankTimeline]] = [[] for _ in ranks]
     for number in range(max(map(len, ranks))):
         session = [(place, found[number]) for place, found in enumerate(ranks) if number < len(found)]
@@ -265,7 +268,7 @@ def _aligned(ranks: Sequence[Sequence[RankTimeline]]) -> list[list[RankTimeline]
 
 
 def _exclusive(spans: Sequence[Span]) -> list[Span]:
-    """Nested spans cut so that every instant belongs to the innermost one."""
+    """Cuts nested spans so that every instant belongs to the innermost one."""
     found: list[Span] = []
     stack: list[Span] = []
     cursor = 0.0
@@ -295,7 +298,7 @@ _TRACKS = ("steps", "phases", "operations")
 
 
 def chrome_trace(timelines: Sequence[RankTimeline]) -> dict[str, Any]:
-    """The trace-event format that Perfetto and chrome://tracing read; times count from the first event."""
+    """The trace-event format of Perfetto and chrome://tracing. Times count from the first event."""
     spans = [s for t in timelines for s in (*t.steps, *t.operations)]
     zero = min((s.begin for s in spans), default=0.0)
     events: list[dict[str, Any]] = []
@@ -335,7 +338,7 @@ def chrome_trace(timelines: Sequence[RankTimeline]) -> dict[str, Any]:
 
 
 def seconds_by_phase(timelines: Sequence[RankTimeline]) -> dict[str, dict[str, float]]:
-    """Branch to phase to seconds inside steps, the mean over the branch's ranks."""
+    """Branch to phase to seconds spent inside steps, averaged over the branch's ranks."""
     ranks: dict[str, set[int]] = {}
     sums: dict[str, dict[str, float]] = {}
     for timeline in timelines:
@@ -353,7 +356,7 @@ def seconds_by_phase(timelines: Sequence[RankTimeline]) -> dict[str, dict[str, f
 
 
 def summary(timelines: Sequence[RankTimeline]) -> str:
-    """``seconds_by_phase`` as aligned columns, with the share of waiting."""
+    """``seconds_by_phase`` as aligned columns, with the share of time spent waiting."""
     table = seconds_by_phase(timelines)
     shown = [phase for phase in PHASES if any(row[phase] for row in table.values())]
     rows = [["seconds in steps", *shown, "waiting"]]
@@ -376,13 +379,13 @@ def write_trace(
     """Merges a run's timelines into ``<run_dir>/timeline/trace.json`` (or ``target``).
 
     Args:
-        steps: first and last step to show; None: everything.
+        steps: first and last step to show; None shows everything.
 
     Returns:
         The trace's path, and the summary.
 
     Raises:
-        FileNotFoundError, ValueError: see ``read_timelines``; or there are no such steps.
+        FileNotFoundError, ValueError: as ``read_timelines``; ValueError also if there are no such steps.
     """
     timelines = read_timelines(run_dir)
     if steps is not None:

@@ -1,4 +1,4 @@
-"""Weights & Biases. Imports wandb where it is used: it is optional, and slow to import."""
+"""Weights & Biases. wandb is imported where it is used, because it is optional and slow to import."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _RUN_ID = "wandb_run_id"
 class WandbWriter:
     """A ``writers.Writer`` that logs each step to W&B.
 
-    The run's id is kept in the run directory, so that a run that resumes goes on in the same W&B run. W&B
-    cannot take steps back: those that a resumed run does again it drops (they are the same numbers), with a
-    warning of its own.
+    The run directory keeps the W&B id, so that a resumed run continues the same W&B run. W&B cannot remove
+    steps: it drops those that a resumed run repeats, which are the same numbers, and warns about it.
     """
 
     def __init__(self, run_dir: Path, run_name: str, options: WandbConfig, config: Mapping[str, Any]) -> None:
         """
         Args:
-            run_dir: holds the id; wandb's own files go to ``<run_dir>/wandb``.
-            config: the resolved settings, shown beside the curves.
+            run_dir: where the id is kept; wandb's own files go to ``<run_dir>/wandb``.
+            config: the resolved settings, shown with the curves.
 
         Raises:
-            ImportError: the ``wandb`` package is missing (``packages.check_packages`` says so beforehand).
-            wandb.errors.Error: no login, no network: ``WANDB_MODE=offline`` writes files for ``wandb sync``.
+            ImportError: the ``wandb`` package is missing (``packages.check_packages`` reports it earlier).
+            wandb.errors.Error: no login or no network. ``WANDB_MODE=offline`` writes files for ``wandb
+            sync``.
         """
         wandb: Any = import_module("wandb")
         path = run_dir / _RUN_ID
@@ -49,13 +49,13 @@ class WandbWriter:
         )
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
-        """Logs one step; values that are not finite are left out."""
+        """Logs one step, without values that are not finite."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._run.log({**finite, "phase": phase}, step=step)
 
     def truncate_after(self, step: int) -> None:
-        """Nothing can be taken back; see the class."""
+        """Does nothing: W&B cannot remove steps."""
 
     def close(self, *, failed: bool = False) -> None:
-        """Uploads the rest; marks the run as crashed if it ``failed``."""
+        """Uploads the rest. Marks the run as crashed if it ``failed``."""
         self._run.finish(exit_code=int(failed))

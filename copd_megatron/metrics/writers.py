@@ -1,4 +1,4 @@
-"""Where metrics go: ``metrics.jsonl``, always, and TensorBoard, if asked for. One process writes."""
+"""Where metrics go: always to ``metrics.jsonl``, and to TensorBoard on request. One process writes."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ _RESERVED = ("step", "phase")
 
 
 class Writer(Protocol):
-    """Takes the reduced metrics of each step."""
+    """Receives the reduced metrics of each step."""
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Records one step."""
 
     def truncate_after(self, step: int) -> None:
-        """Forgets steps above ``step``: a run that resumes from a checkpoint will write them again."""
+        """Removes steps after ``step``: a run that resumes from a checkpoint will write them again."""
 
     def close(self, *, failed: bool = False) -> None:
-        """Flushes and releases what is open. ``failed``: the run ends by an error."""
+        """Flushes and closes. ``failed`` says that an error ends the run."""
 
 
 class JsonlWriter:
     """One JSON object per line: ``{"step": 3, "phase": "rlvr", "text/train/reward": 0.41, ...}``.
 
-    Each line is flushed when it is written, so a run that dies loses at most a torn last line, which opening
-    the file again removes. Values that JSON does not have (NaN, infinities) become ``null``.
+    Each line is flushed as soon as it is written, so a run that dies leaves at most one incomplete line,
+    which is removed when the file is opened again. Values that JSON lacks (NaN, infinities) become ``null``.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """
         Args:
-            path: usually ``<run_dir>/metrics.jsonl``; made with its folders if missing, else continued.
+            path: usually ``<run_dir>/metrics.jsonl``. Continued if it exists, else created with its folders.
 
         Raises:
             OSError: the file cannot be written.
@@ -65,7 +65,8 @@ class JsonlWriter:
         self._file.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Removes the lines of later steps. The file is replaced as a whole: a crash leaves old or new.
+        """Removes the lines of later steps. Replaces the file atomically, so a crash leaves the old or the
+        new one.
 
         Raises:
             ValueError: a line is not a JSON object with an integer step; names the line.
@@ -91,7 +92,7 @@ class JsonlWriter:
         if name not in self._warned:
             self._warned.add(name)
             logger.warning(
-                "metric %s is %s at step %d: written as null here and whenever it happens again",
+                "metric %s is %s at step %d: written as null now and whenever this happens again",
                 name,
                 value,
                 step,
@@ -106,7 +107,7 @@ class JsonlWriter:
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(
                         f"{self.path}, line {number} is not a metrics line: {error}; "
-                        "remove the line or move the file away"
+                        "remove the line, or move the file away"
                     ) from error
                 if not isinstance(step, int):
                     raise ValueError(f"{self.path}, line {number}: step is {step!r}, not an integer")
@@ -114,7 +115,7 @@ class JsonlWriter:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cuts a file of lines after its last newline: a run that died may have left half a line."""
+    """Truncates a file of lines after its last newline: a run that died may have left half a line."""
     with path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         keep, position = 0, end
@@ -127,12 +128,12 @@ def drop_torn_line(path: Path) -> None:
                 break
             position = start
         if keep < end:
-            logger.warning("%s ends in a torn line of %d bytes: removed", path, end - keep)
+            logger.warning("%s ended in an incomplete line of %d bytes, which was removed", path, end - keep)
             file.truncate(keep)
 
 
 class TensorBoardWriter:
-    """The same metrics as TensorBoard scalars; values that are not finite are left out."""
+    """Writes the same metrics as TensorBoard scalars, without values that are not finite."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         """
@@ -142,7 +143,7 @@ class TensorBoardWriter:
         Raises:
             ImportError: the ``tensorboard`` package is missing.
         """
-        # Imported here: a run that does not ask for TensorBoard need not have it installed.
+        # imported here, so that only runs that use TensorBoard need it
         from torch.utils.tensorboard import SummaryWriter
 
         self._make = SummaryWriter
@@ -150,14 +151,14 @@ class TensorBoardWriter:
         self._writer = SummaryWriter(self._directory)
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
-        """Records one step; ``phase`` is not a number and is left to ``metrics.jsonl``."""
+        """Records one step. ``phase`` is not a number, so only ``metrics.jsonl`` has it."""
         for name, value in metrics.items():
             if math.isfinite(value):
                 self._writer.add_scalar(name, value, global_step=step)
         self._writer.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Starts an events file that tells TensorBoard to hide what older ones hold beyond ``step``."""
+        """Starts an events file that makes TensorBoard hide what earlier files hold after ``step``."""
         self._writer.close()
         self._writer = self._make(self._directory, purge_step=step + 1)
 

@@ -1,202 +1,22 @@
-"""What a run did, from its files: how alike the branches stayed, in text, and its curves as a picture.
-
-Reads ``metrics.jsonl`` and ``evaluation.json`` of a run directory. ``copd report`` is the command; a run
-ends with it.
-"""
+"""A run's curves and accuracies as one picture, ``report.png``. ``copd report`` and the end of a run draw
+it."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-OVERLAP = "copd/overlap@"
-SYMMETRIC_KL = "copd/sym_kl/"
-TEACHER_GAP = "copd/teacher_gap/"
-_BARS = "▁▂▃▄▅▆▇█"
-_WIDTH = 40
+from copd_megatron.evaluation.table import MEAN_COLUMN
+from copd_megatron.report.behaviour import behaviour_lines
+from copd_megatron.report.history import OVERLAP, SYMMETRIC_KL, TEACHER_GAP, RunHistory, read_run
 
+_COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
+_BASE_COLOR, _MERGED_COLOR = "0.65", "0.15"
+_PAPERS_OVERLAP = 0.9
+"""Overlap that co-evolving branches keep for the whole run in the paper's experiments."""
 
-@dataclass(frozen=True, kw_only=True)
-class RunHistory:
-    """A run's metrics, one entry a step, and its table."""
-
-    name: str
-    steps: tuple[int, ...]
-    phases: tuple[str, ...]
-    """``rlvr`` or ``opd``, per step."""
-    series: Mapping[str, tuple[float, ...]]
-    """Metric name to its values, NaN at steps that have none."""
-    accuracy: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    """Model to domain to accuracy; empty before the run's end."""
-    domains: tuple[str, ...] = ()
-
-    def named(self, prefix: str, suffix: str = "") -> dict[str, tuple[float, ...]]:
-        """Series whose name starts and ends so, under what is between."""
-        return {
-            name[len(prefix) : len(name) - len(suffix)]: values
-            for name, values in self.series.items()
-            if name.startswith(prefix) and name.endswith(suffix)
-        }
-
-
-def read_run(run_dir: str | Path) -> RunHistory:
-    """The history of a run directory.
-
-    A step that is there twice, because a run was taken up again behind it, counts as written last.
-
-    Raises:
-        FileNotFoundError: no ``metrics.jsonl``.
-        ValueError: a line of it is not a step's metrics.
-    """
-    folder = Path(run_dir)
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a run directory with at least one step is needed")
-    rows: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not the metrics of a step ({error!r})") from error
-    steps = sorted(rows)
-    names = dict.fromkeys(
-        name for step in steps for name, value in rows[step].items() if _is_number(value) and name != "step"
-    )
-    series = {name: tuple(_number(rows[step].get(name)) for step in steps) for name in names}
-    table = folder / "evaluation.json"
-    evaluation = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
-    return RunHistory(
-        name=folder.resolve().name,
-        steps=tuple(steps),
-        phases=tuple(str(rows[step].get("phase", "")) for step in steps),
-        series=series,
-        accuracy=evaluation.get("accuracy", {}),
-        domains=tuple(evaluation.get("domains", ())),
-    )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-# ---- text -----------------------------------------------------------------------------------------------
-
-
-def behaviour_lines(history: RunHistory) -> str:
-    """One line for each student-teacher pair and measure: at first, at last, and the way between.
-
-    First and last are means over a tenth of the measurements. Empty if the run measured none.
-    """
-    lines = [["student-teacher", "measure", "first", "last", "over the run"]]
-    for name, values in sorted(history.series.items()):
-        if name.startswith(OVERLAP):
-            measure, _, pair = name.removeprefix("copd/").partition("/")
-        elif name.startswith(SYMMETRIC_KL):
-            measure, pair = "symmetric KL", name.removeprefix(SYMMETRIC_KL)
-        else:
-            continue
-        known = [value for value in values if not math.isnan(value)]
-        few = max(1, len(known) // 10)
-        first, last = math.fsum(known[:few]) / few, math.fsum(known[-few:]) / few
-        lines.append([pair, measure, f"{first:.3f}", f"{last:.3f}", sparkline(known)])
-    if len(lines) == 1:
-        return ""
-    lines[1:] = sorted(lines[1:])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if index in (2, 3) else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """Values as bars between their least and greatest, neighbours averaged to at most 40."""
-    count = min(len(values), _WIDTH)
-    means = []
-    for index in range(count):
-        part = values[index * len(values) // count : (index + 1) * len(values) // count]
-        means.append(math.fsum(part) / len(part))
-    if not means:
-        return ""
-    low, high = min(means), max(means)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[round((value - low) * scale)] for value in means)
-
-
-# ---- picture --------------------------------------------------------------------------------------------
-
-
-def save_plots(history: RunHistory, path: str | Path) -> Path:
-    """Curves and accuracies as one picture, in the format of ``path``'s extension.
-
-    Phase II is shaded. Raises ValueError (unknown format), OSError.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 7.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
-    figure.suptitle(f"{history.name}: {len(history.steps)} steps, Phase II (OPD) shaded")
-    top_k = next((name.split("/")[1] for name in history.series if name.startswith(OVERLAP)), "overlap")
-    for panel, title, curves in (
-        (axes[0, 0], "reward on own prompts (sampled)", history.named("", "/train/reward")),
-        (axes[0, 1], f"{top_k}, student-teacher", history.named(f"copd/{top_k}/")),
-        (axes[0, 2], "symmetric KL, student-teacher (nats)", history.named(SYMMETRIC_KL)),
-        (axes[1, 1], "teacher - student log-probability on cross rows", history.named(TEACHER_GAP)),
-        (axes[1, 2], "entropy (nats)", history.named("", "/train/entropy")),
-    ):
-        _curves(panel, history, title, curves)
-    if any(value > 0 for values in history.named(SYMMETRIC_KL).values() for value in values):
-        axes[0, 2].set_yscale("log", nonpositive="mask")
-    _bars(axes[1, 0], history)
-    figure.savefig(path, dpi=110)
-    return Path(path)
-
-
-def _curves(panel: Any, history: RunHistory, title: str, curves: Mapping[str, Sequence[float]]) -> None:
-    panel.set_title(title, fontsize=10)
-    panel.set_xlabel("step", fontsize=9)
-    for step, phase in zip(history.steps, history.phases, strict=True):
-        if phase == "opd":
-            panel.axvspan(step - 0.5, step + 0.5, color="0.92", lw=0)
-    for name, values in curves.items():
-        panel.plot(history.steps, values, label=name, lw=1.4, marker="." if len(values) < 100 else "")
-    if curves:
-        panel.legend(fontsize=8)
-    else:
-        panel.text(0.5, 0.5, "not measured", ha="center", transform=panel.transAxes, color="0.5")
-
-
-def _bars(panel: Any, history: RunHistory) -> None:
-    """Validation accuracy, a group of bars for each domain, a bar for each model."""
-    panel.set_title("validation accuracy", fontsize=10)
-    if not history.accuracy:
-        panel.text(0.5, 0.5, "no evaluation yet", ha="center", transform=panel.transAxes, color="0.5")
-        return
-    groups = [*history.domains, "mean"]
-    width = 0.8 / len(history.accuracy)
-    for index, (model, row) in enumerate(history.accuracy.items()):
-        places = [group + (index + 0.5) * width - 0.4 for group in range(len(groups))]
-        heights = [100 * (row.get(domain) or 0.0) for domain in groups]
-        panel.bar(places, heights, width, label=model)
-    panel.set_xticks(range(len(groups)), groups)
-    panel.set_ylabel("%", fontsize=9)
-    panel.set_ylim(0, 125)  # room for the legend
-    panel.legend(fontsize=8, ncols=min(3, len(history.accuracy)), loc="upper center")
+Curves = Mapping[str, Sequence[float]]
 
 
 def write_report(run_dir: str | Path) -> tuple[str, Path]:
@@ -206,3 +26,129 @@ def write_report(run_dir: str | Path) -> tuple[str, Path]:
     """
     history = read_run(run_dir)
     return behaviour_lines(history), save_plots(history, Path(run_dir) / "report.png")
+
+
+def save_plots(history: RunHistory, path: str | Path) -> Path:
+    """Draws the picture, in the format of ``path``'s extension. Steps of Phase II are shaded.
+
+    Raises ValueError (unknown format), OSError.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3)
+    figure.suptitle(f"{history.name}: {len(history.steps)} steps, Phase II (OPD) shaded")
+    rewards = history.named("", "/train/reward")
+    _curves(axes[0, 0], history, "reward on the branch's own prompts", rewards)
+    _between_zero_and_one(axes[0, 0], rewards)
+    _overlap(axes[0, 1], history)
+    _symmetric_kl(axes[0, 2], history)
+    _bars(axes[1, 0], history)
+    gap = history.named(TEACHER_GAP)
+    _curves(axes[1, 1], history, "log p(teacher) - log p(student), student<-teacher", gap)
+    _curves(axes[1, 2], history, "entropy (nats)", history.named("", "/train/entropy"))
+    figure.savefig(path, dpi=110)
+    return Path(path)
+
+
+def _curves(panel: Any, history: RunHistory, title: str, curves: Curves) -> None:
+    """One line per branch or edge, over the steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.set_title(title, fontsize=10)
+    panel.set_xlabel("step", fontsize=9)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for step, phase in zip(history.steps, history.phases, strict=True):
+        if phase == "opd":
+            panel.axvspan(step - 0.5, step + 0.5, color="0.92", lw=0, zorder=-1)
+    marker = "." if len(history.steps) < 100 else ""
+    for name, color in zip(sorted(curves), _cycle(len(curves)), strict=True):
+        panel.plot(history.steps, curves[name], label=name, lw=1.4, marker=marker, color=color)
+    if curves:
+        panel.set_xlim(history.steps[0] - 0.5, history.steps[-1] + 0.5)
+        _legend_below(panel, min(3, len(curves)))
+    else:
+        panel.text(0.5, 0.5, "not measured", ha="center", transform=panel.transAxes, color="0.5")
+
+
+def _overlap(panel: Any, history: RunHistory) -> None:
+    """Top-k overlap on a scale where 1 is full agreement and half of it a large loss."""
+    measured = history.named(OVERLAP)  # "10/text-image"
+    top_k = next((name.partition("/")[0] for name in measured), None)
+    curves = {history.edge(name.partition("/")[2]): values for name, values in measured.items()}
+    title = "overlap" if top_k is None else f"overlap@{top_k}, student<-teacher"
+    _curves(panel, history, title, curves)
+    if curves:
+        lowest = min(value for values in curves.values() for value in values if value == value)
+        panel.set_ylim(0.0 if lowest < 0.5 else 0.5, 1.01)
+        panel.axhline(_PAPERS_OVERLAP, color="0.6", lw=0.8, ls="--", zorder=0)
+
+
+def _symmetric_kl(panel: Any, history: RunHistory) -> None:
+    curves = {history.edge(pair): values for pair, values in history.named(SYMMETRIC_KL).items()}
+    _curves(panel, history, "symmetric KL (nats), student<-teacher", curves)
+    if any(value > 0 for values in curves.values() for value in values):
+        panel.set_yscale("log", nonpositive="mask")
+
+
+def _between_zero_and_one(panel: Any, curves: Curves) -> None:
+    """The whole range of a verifier's score, unless values lie outside it (penalties, other rewards)."""
+    values = [value for curve in curves.values() for value in curve if value == value]
+    if values and min(values) >= 0.0 and max(values) <= 1.0:
+        panel.set_ylim(-0.02, 1.02)
+
+
+def _bars(panel: Any, history: RunHistory) -> None:
+    """Validation accuracy: a group of bars for each domain and for their mean, a bar for each model."""
+    panel.set_title("validation accuracy (%)", fontsize=10)
+    if not history.accuracy:
+        panel.text(0.5, 0.5, "no evaluation yet", ha="center", transform=panel.transAxes, color="0.5")
+        return
+    groups = [*history.domains, MEAN_COLUMN]
+    width = 0.84 / len(history.accuracy)
+    for index, (model, color) in enumerate(_colors_of_models(list(history.accuracy)).items()):
+        row = history.accuracy[model]
+        places = [group + (index + 0.5) * width - 0.42 for group in range(len(groups))]
+        heights = [100 * (row.get(domain) or 0.0) for domain in groups]
+        panel.bar(places, heights, width, label=model, color=color)
+        for place, height, domain in zip(places, heights, groups, strict=True):
+            if row.get(domain) is not None:
+                _value(panel, place, height)
+    panel.set_xticks(range(len(groups)), groups)
+    panel.set_ylim(0, 100)
+    _legend_below(panel, min(5, len(history.accuracy)))
+
+
+def _value(panel: Any, place: float, height: float) -> None:
+    """The figure at the top of a bar, inside it where there is room."""
+    inside = height > 20
+    panel.text(
+        place,
+        height - 1 if inside else height + 1,
+        f"{height:.1f}",
+        rotation=90,
+        fontsize=7,
+        ha="center",
+        va="top" if inside else "bottom",
+        color="white" if inside else "0.2",
+    )
+
+
+def _colors_of_models(models: Sequence[str]) -> dict[str, str]:
+    """Base grey, merged dark, branches in the colours of their curves."""
+    branches = sorted(set(models) - {"base", "merged"})
+    colors = {"base": _BASE_COLOR, "merged": _MERGED_COLOR}
+    colors |= dict(zip(branches, _cycle(len(branches)), strict=True))
+    return {model: colors[model] for model in models}
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLORS[index % len(_COLORS)] for index in range(count)]
+
+
+def _legend_below(panel: Any, columns: int) -> None:
+    """Outside the axes, so that it hides no curve."""
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
+    panel.legend(fontsize=8, ncols=columns, frameon=False, handlelength=1.5, columnspacing=1.2, **place)
