@@ -11,7 +11,7 @@ from copd_megatron.branch.scoring import logprobs_of, reference_logprobs
 from copd_megatron.branch.state import Batch, Branch
 from copd_megatron.objectives.base import Material
 from copd_megatron.objectives.grpo import informative_groups
-from copd_megatron.records import NATIVE, Rollout, TrainRow
+from copd_megatron.records import NATIVE, Prompt, Rollout, TrainRow
 from copd_megatron.rollout.early_stop import EarlyStop, carried, continued, num_asked, split_groups
 
 
@@ -37,7 +37,7 @@ def sample_native(me: Branch, step: Step) -> list[Rollout]:
         missing = me.settings.num_prompts_per_step - len({r.prompt.group_id for r in rollouts})
         if missing <= 0:
             break
-        fresh = _fresh_groups(me, missing, step)
+        fresh = _fresh_groups(me, missing, step, drawn=[r.prompt for r in rollouts])
         reward_metrics(me, "train/", fresh)
         if options.dynamic_sampling:
             keep = informative_groups(rewards_of(fresh), [r.prompt.group_id for r in fresh])
@@ -67,16 +67,19 @@ def native_rows_of(me: Branch, rollouts: Sequence[Rollout]) -> list[TrainRow]:
     ]
 
 
-def _fresh_groups(me: Branch, wanted: int, step: Step) -> list[Rollout]:
-    """All responses to ``wanted`` prompts; with over-sampling, to those that are done first."""
+def _fresh_groups(me: Branch, wanted: int, step: Step, *, drawn: Sequence[Prompt]) -> list[Rollout]:
+    """All responses to ``wanted`` prompts; with over-sampling, to those that are done first.
+
+    ``drawn``: prompts that the step already has, whose group ids are taken.
+    """
     assert me.prompts is not None
     count, options = me.settings.num_generations_per_prompt, me.settings.rollout
     if not options.over_sampling:
-        return sample_and_grade(me, me.prompts.next(wanted), count, step)
+        return sample_and_grade(me, me.prompts.next(wanted, drawn=drawn), count, step)
     asked = num_asked(wanted, options.over_sampling)
     lag = me.config.training.max_weight_lag
     begun = carried(me.begun, version=me.actor.version, max_lag=lag)[:asked]
-    prompts = continued(me.prompts.next(asked - len(begun)), begun)
+    prompts = continued(me.prompts.next(asked - len(begun)), begun, drawn)
     stop = EarlyStop(
         num_prompts=wanted, begun={(r.prompt.group_id, r.sample_index): r for g in begun for r in g}
     )

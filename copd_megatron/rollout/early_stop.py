@@ -69,10 +69,15 @@ def carried(groups: Sequence[Group], *, version: int, max_lag: int) -> list[Grou
     ]
 
 
-def continued(prompts: Sequence[Prompt], groups: Sequence[Group]) -> list[Prompt]:
-    """The prompts of carried groups first, then the new ones, numbered so that no two share a group id."""
+def continued(
+    prompts: Sequence[Prompt], groups: Sequence[Group], drawn: Sequence[Prompt] = ()
+) -> list[Prompt]:
+    """The prompts of carried groups first, then the new ones, numbered so that no two share a group id.
+
+    ``drawn``: further prompts of the step, whose group ids are taken too.
+    """
     first = [group[0].prompt for group in groups]
-    return first + number_occurrences(prompts, drawn=first)
+    return first + number_occurrences(prompts, drawn=[*drawn, *first])
 
 
 def to_state(groups: Sequence[Group]) -> list[dict[str, Any]]:
