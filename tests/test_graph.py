@@ -96,7 +96,7 @@ def test_custom_keeps_the_given_order() -> None:
     edges = [EdgeConfig(student="c", teacher="a"), EdgeConfig(student="a", teacher="b")]
     graph = build_graph(_config("a", "b", "c", topology=Topology.custom, edges=edges))
     assert [edge.name for edge in graph.edges] == ["c<-a", "a<-b"]
-    assert "c<-a  beta 1, 16 prompts of a x 8 samples" in graph.describe()
+    assert "c<-a  sampled_token, weight 1, beta 1, 16 prompts of a x 8 samples" in graph.describe()
 
 
 @pytest.mark.parametrize(

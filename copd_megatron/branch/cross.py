@@ -2,7 +2,8 @@
 
 For every edge into a branch there is a list of questions to the teacher. In Phase II it holds the rollouts on
 the edge's prompts, with what the edge's objective asks; in every phase, a few native rollouts (probes) with a
-question about a few positions. Teachers see rows and questions, not what they are for.
+question about a few positions. An edge of weight 0 has no rollouts. Teachers see rows and questions, not what
+they are for.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def cross(me: Branch, step: Step, batch: Batch) -> Batch:
     """
     refresh_teacher(me, step)
     sampled = _sample_edges(me, step)
-    probes = choose_probes(me, step, batch.native)
+    # without rows of its own, a branch is compared on the states that it visits on its teachers' prompts
+    visited = batch.native or [rollout for rollouts in sampled.values() for rollout in rollouts]
+    probes = choose_probes(me, step, visited)
     own = {edge: logprobs_of(me, rollouts) for edge, rollouts in sampled.items()}
     probed = score_probes(me, probes)
     answers = _ask_teachers(me, step, sampled, probes)
@@ -60,6 +63,8 @@ def _sample_edges(me: Branch, step: Step) -> dict[Edge, list[Rollout]]:
     if step.phase is not Phase.opd:
         return sampled
     for edge in me.graph.into(me.name):
+        if not edge.weight:
+            continue
         prompts = me.edge_prompts[edge].next(edge.num_prompts)
         sampled[edge] = sample_and_grade(me, prompts, edge.num_generations, step, purpose=edge.name)
         reward_metrics(me, f"cross/{edge.teacher}/", sampled[edge])
@@ -122,4 +127,4 @@ def _rows(
     if theirs is not None:
         gap = np.concatenate([t - s for t, s in zip(theirs, own, strict=True)])
         me.metrics.mean(f"copd/teacher_gap/{edge.name}", float(gap.sum()), len(gap))
-    return rows
+    return [replace(row, component_weight=edge.weight) for row in rows]

@@ -17,7 +17,7 @@ from copd_megatron.rollout.early_stop import EarlyStop, carried, continued, num_
 
 def native(me: Branch, step: Step, batch: Batch) -> Batch:
     """Stage of a step: adds this branch's own rollouts and their training rows."""
-    if not me.trains:
+    if not me.trains or not me.config.native.weight:
         return batch
     rollouts = sample_native(me, step)
     return replace(
@@ -60,11 +60,15 @@ def native_rows_of(me: Branch, rollouts: Sequence[Rollout]) -> list[TrainRow]:
             reference_logprobs=reference_logprobs(me, rollouts),
         )
     )
-    # begun by earlier weights: the ratio is to what sampled each token
-    return [
-        replace(row, old_logprobs=row.rollout_logprobs) if row.weight_version < me.actor.version else row
-        for row in rows
-    ]
+    weight = me.config.native.weight
+    return [replace(_against_sampler(me, row), component_weight=weight) for row in rows]
+
+
+def _against_sampler(me: Branch, row: TrainRow) -> TrainRow:
+    """A row begun by earlier weights takes the ratio to what sampled each of its tokens."""
+    if row.weight_version < me.actor.version:
+        return replace(row, old_logprobs=row.rollout_logprobs)
+    return row
 
 
 def _fresh_groups(me: Branch, wanted: int, step: Step, *, drawn: Sequence[Prompt]) -> list[Rollout]:

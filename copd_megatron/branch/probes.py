@@ -23,21 +23,21 @@ _STATES_PER_PROBE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A native rollout, and what a teacher is asked about it."""
+    """A rollout, and what a teacher is asked about it."""
 
     rollout: Rollout
     ask: Ask
 
 
-def choose_probes(me: Branch, step: Step, native: Sequence[Rollout]) -> list[Probe]:
-    """Some native rollouts and response positions in them, chosen by the run seed and the step."""
+def choose_probes(me: Branch, step: Step, visited: Sequence[Rollout]) -> list[Probe]:
+    """Some of the rollouts and response positions in them, chosen by the run seed and the step."""
     options = me.config.opd.behaviour
-    if not native or not options.num_states or step.index % options.every_steps:
+    if not visited or not options.num_states or step.index % options.every_steps:
         return []
     rng = np.random.default_rng(sample_seed(me.config.run.seed, me.name, step.index, "behaviour", 0))
     probes, left = [], options.num_states
-    for i in rng.permutation(len(native)):
-        rollout = native[i]
+    for i in rng.permutation(len(visited)):
+        rollout = visited[i]
         count = min(left, _STATES_PER_PROBE, rollout.response_length)
         positions = sorted(rng.choice(rollout.response_length, size=count, replace=False).tolist())
         probes.append(Probe(rollout=rollout, ask=Ask(positions=tuple(positions))))

@@ -13,6 +13,7 @@ from copd_megatron.branch.state import Batch, Branch
 from copd_megatron.data.seeds import sample_seed
 from copd_megatron.metrics.phase_memory import phase_memory
 from copd_megatron.objectives.base import ByComponent
+from copd_megatron.objectives.shares import advantage_shares
 from copd_megatron.records import TrainRow
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,9 @@ def train_on(me: Branch, rows: Sequence[TrainRow], step: Step) -> None:
     me.actor.give_memory(weights=False)
     me.metrics.maximum("timing/update_seconds", time.perf_counter() - begin)
     me.metrics.value("train/num_rows", float(len(rows)))
+    shares = advantage_shares(rows, me.config.loss, me.settings.rollout.max_new_tokens)
+    for component, share in shares.items():
+        me.metrics.value(f"train/advantage_share/{component.replace(':', '/')}", share)
 
 
 def _train(me: Branch, rows: Sequence[TrainRow], step: Step, ranks: Sequence[int]) -> None:

@@ -34,6 +34,8 @@ class Edge:
     """Samples per prompt."""
     objective: str = "sampled_token"
     """What the student's rows are made with (``copd_megatron/objectives``)."""
+    weight: float = 1.0
+    """Factor on the loss of the edge's rows; 0: none are sampled."""
 
     @property
     def name(self) -> str:
@@ -76,8 +78,8 @@ class Graph:
         lines = [f"{len(self.edges)} edges over {len(self.branches)} branches (student<-teacher):"]
         width = max(len(edge.name) for edge in self.edges)
         lines += [
-            f"  {edge.name:<{width}}  beta {edge.beta:g}, {edge.num_prompts} prompts of {edge.prompts} x "
-            f"{edge.num_generations} samples"
+            f"  {edge.name:<{width}}  {edge.objective}, weight {edge.weight:g}, beta {edge.beta:g}, "
+            f"{edge.num_prompts} prompts of {edge.prompts} x {edge.num_generations} samples"
             for edge in self.edges
         ]
         return "\n".join(lines)
@@ -178,7 +180,13 @@ def _edge(config: Config, student: str, teacher: str, override: EdgeConfig | Non
         num_prompts=_first(given.num_prompts_per_step, opd.num_prompts_per_step, own.num_prompts_per_step),
         num_generations=_first(opd.num_generations_per_prompt, own.num_generations_per_prompt),
         objective=given.objective or opd.objective,
+        weight=_first(given.weight, opd.weight),
     )
+    if not (math.isfinite(edge.weight) and edge.weight >= 0):
+        raise ConfigError(
+            f"edge {edge.name}: weight is {edge.weight}; give a number of at least 0 (opd.weight, or the "
+            "edge's own)"
+        )
     if not (math.isfinite(edge.beta) and edge.beta > 0):
         raise ConfigError(
             f"edge {edge.name}: beta is {edge.beta}; give a positive number (opd.beta, or the edge's own). "

@@ -304,6 +304,8 @@ class EdgeConfig:
     """Null: ``opd.num_prompts_per_step``."""
     objective: str | None = None
     """Null: ``opd.objective``."""
+    weight: float | None = None
+    """Null: ``opd.weight``."""
 
 
 @dataclass(kw_only=True)
@@ -327,6 +329,8 @@ class OPDConfig:
     """Hub of ``hub_and_spoke``; null: the first branch."""
     edges: list[EdgeConfig] = field(default_factory=list)
     """Edges of ``custom``; for the other topologies, overrides of single edges (beta, batch size)."""
+    weight: float = 1.0
+    """Factor on the loss of every edge's rows. 0: none are sampled; behaviour is measured all the same."""
     beta: float = 1.0
     """Token advantage = beta * (log pi_teacher - log pi_student) (Eq. 8)."""
     num_prompts_per_step: int | None = None
@@ -350,6 +354,8 @@ class NativeConfig:
 
     objective: str = "grpo"
     """File of ``copd_megatron/objectives``, or one of your own: ``package.module:OBJECTIVE``."""
+    weight: float = 1.0
+    """Factor on the loss of a branch's own rows. 0: none are sampled, which leaves pure distillation."""
 
 
 @dataclass(kw_only=True)

@@ -240,6 +240,12 @@ def _opd(config: Config) -> Iterator[str]:
         yield from under("opd", at_least(1, snapshot_every_steps=opd.snapshot_every_steps))
     yield from _graph(config)
     yield from _names(config)
+    yield from under("native", at_least(0, weight=config.native.weight))
+    if config.native.weight == 0 and config.schedule.rlvr_steps:
+        yield (
+            f"native.weight: 0 leaves nothing to learn in Phase I, but schedule.rlvr_steps="
+            f"{config.schedule.rlvr_steps}; set schedule.rlvr_steps=0 for pure distillation"
+        )
     if config.schedule.opd_steps > 0 and len(branches) < 2:
         yield (
             f"schedule.opd_steps: {config.schedule.opd_steps} with {len(branches)} branch: distillation "
