@@ -369,7 +369,7 @@ def test_a_world_that_does_not_fit_says_how_many_processes_to_start(tmp_path: Pa
         (["branches.text.num_generations_per_prompt=1"], ["num_generations_per_prompt: 1", "at least 2"]),
         (["branches.text.data.train=[]"], ["branches.text.data.train: empty"]),
         (["branches.text.reward.verifiers=[]"], ["branches.text.reward.verifiers: empty"]),
-        (["branches.text.rollout.top_p=1.5"], ["branches.text.rollout.top_p: 1.5", "between 0 and 1"]),
+        (["branches.text.rollout.top_p=1.5"], ["branches.text.rollout.top_p: 1.5", "above 0 and at most 1"]),
         (["branches.text.rollout.top_k=0"], ["branches.text.rollout.top_k: 0", "-1"]),
         (["optimizer.lr=0"], ["optimizer.lr: 0", "above 0"]),
         (["optimizer.lr=.nan"], ["optimizer.lr: nan"]),
@@ -418,7 +418,7 @@ def test_an_impossible_combination_says_field_value_and_remedy(
             "branch_defaults.parallel.tensor_model_parallel_size=4",
             "branch_defaults.rollout.tensor_parallel_size=4",
         ],
-        ["branches.text.num_generations_per_prompt=1", "advantage.normalize_std=false"],
+        ["native.weight=0", "schedule.rlvr_steps=0", "branches.text.num_generations_per_prompt=1"],
         ["training.num_mini_batches=4", "optimizer.clip_grad=0"],
         ["profiling.step_start=0"],  # nothing is recorded
         [

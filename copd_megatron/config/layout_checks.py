@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from copd_megatron.config.bounds import at_least, divisors, under, within
+from copd_megatron.config.bounds import divisors
 from copd_megatron.config.hardware import FP8_TOKEN_MULTIPLE
 from copd_megatron.config.schema import BranchConfig, Config, Device, FP8Recipe, Recompute
 from copd_megatron.model.shape import ModelShape
@@ -159,10 +159,6 @@ _OPTIMIZER_DTYPES = {
 def precision_settings(config: Config) -> Iterator[str]:
     precision, optimizer, training = config.precision, config.optimizer, config.training
     edges = precision.num_bf16_layers_at_start, precision.num_bf16_layers_at_end
-    yield from under(
-        "precision",
-        at_least(0, num_bf16_layers_at_start=edges[0], num_bf16_layers_at_end=edges[1]),
-    )
     if precision.fp8 is FP8Recipe.delayed and any(edges):
         yield (
             f"precision.fp8: delayed keeps one history of scales over all layers and cannot leave "
@@ -188,8 +184,6 @@ def precision_settings(config: Config) -> Iterator[str]:
             yield f"optimizer.{field}: {value!r} must be one of {', '.join(allowed)}"
         elif value != "float32" and not optimizer.precision_aware:
             yield f"optimizer.{field}: {value} is used with optimizer.precision_aware=true only; set that"
-    yield from under("optimizer", within(0, 1, cpu_offload_fraction=optimizer.cpu_offload_fraction))
-    yield from under("training", at_least(1, recompute_num_layers=training.recompute_num_layers))
     for part in training.recompute_modules:
         if part not in _RECOMPUTED_PARTS:
             yield f"training.recompute_modules: {part!r} is none of {', '.join(_RECOMPUTED_PARTS)}"

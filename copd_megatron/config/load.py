@@ -108,6 +108,8 @@ def _parse_yaml(text: str, path: Path) -> Any:
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply to be a configuration; is it the right file?") from None
 
 
 def _parse_override(override: str) -> tuple[list[str | int], Any]:
@@ -125,7 +127,7 @@ def _parse_override(override: str) -> tuple[list[str | int], Any]:
         parts.extend(int(index) for index in re.findall(r"\d+", match["indices"]))
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"override {override!r}: value is not valid YAML: {_first_line(error)}") from error
     assert isinstance(parsed, dict)
     return parts, parsed["value"]
@@ -148,7 +150,7 @@ def _apply_override(raw: dict[str, Any], override: str, schema: Field) -> None:
             # A misspelt branch name must not become one more branch.
             raise unknown_key(origin, place.path, candidates=list(node))
         if last:
-            value = check_value(value, place, origin=origin)
+            value = check_value(_as_typed(value, override, place), place, origin=origin)
             present = node.get(key) if isinstance(node, dict) else node[key]
             node[key] = _overlay(present, value)
             return
@@ -157,6 +159,19 @@ def _apply_override(raw: dict[str, Any], override: str, schema: Field) -> None:
         node = node[key]
         if not isinstance(node, dict | list):
             raise ConfigError(f"{origin}: {place.path} is {node!r} here and has no keys of its own")
+
+
+def _as_typed(value: Any, override: str, place: Field) -> Any:
+    """What the person typed, where YAML would make something else of it: text stays text, 012 is no octal."""
+    text = override.partition("=")[2].strip()
+    if place.hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return text
+    if place.hint is int and re.fullmatch(r"[-+]?0[0-9_]+", text):
+        raise ConfigError(
+            f"override {override!r}: {place.path}: {text} would be read as an octal number; write it without "
+            "the leading 0"
+        )
+    return value
 
 
 def _overlay(base: Any, top: Any) -> Any:
@@ -185,7 +200,23 @@ def _build(raw: dict[str, Any], origin: str) -> Config:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{origin}: {key}{_first_line(error)}") from error
     assert isinstance(config, Config)
+    _expand_home(config)
     return config
+
+
+def _expand_home(config: Config) -> None:
+    """``~`` at the start of a path is the home folder, as in a shell."""
+
+    def expanded(path: str | None) -> str | None:
+        return str(Path(path).expanduser()) if path is not None and path.startswith("~") else path
+
+    config.run.dir = expanded(config.run.dir)
+    config.model.path = expanded(config.model.path) or ""
+    config.logging.prometheus.textfile = expanded(config.logging.prometheus.textfile)
+    for branch in config.branches.values():
+        branch.model_path = expanded(branch.model_path)
+        for shards in (branch.data.train, branch.data.validation):
+            shards[:] = [expanded(pattern) or "" for pattern in shards]
 
 
 def _first_line(error: Exception) -> str:

@@ -1,16 +1,18 @@
 """Checks that span fields. Every message gives field, value, arithmetic and remedy.
 
-Types and names are checked when the settings are read (``load.py``); model folders when their shapes are
-read (``model_shape.py``); shards, tokenizers and verifiers by the rooms that own them.
+Types and names are checked when the settings are read (``load.py``), bounds of single numbers stand beside
+them (``bounds.py``), model folders are checked when their shapes are read (``model/shape.py``); shards,
+tokenizers and verifiers by the rooms that own them.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
-from copd_megatron.config.bounds import above, at_least, under, within
+from copd_megatron.config.bounds import out_of_bounds
 from copd_megatron.config.layout_checks import (
     branch_against_model,
     branch_layout,
@@ -25,7 +27,6 @@ from copd_megatron.config.schema import (
     Device,
     LRSchedule,
     MismatchCorrection,
-    TeacherMode,
     Topology,
 )
 from copd_megatron.errors import ConfigError
@@ -66,6 +67,7 @@ def _problems(
     if not config.branches:
         yield "branches: empty; name at least one branch, with its data"
         return
+    yield from out_of_bounds(config)
     for name, branch in config.branches.items():
         yield from _branch(config, name, branch)
         shape = model.get(name) if isinstance(model, Mapping) else model
@@ -97,45 +99,7 @@ def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
             f"{key}: {name!r} cannot name a branch: it becomes part of paths and metric names, where '-' and "
             f"'/' separate branches; use letters, digits and underscores"
         )
-    rollout, data, parallel = branch.rollout, branch.data, branch.parallel
-    yield from under(
-        key,
-        [
-            *at_least(
-                1,
-                num_prompts_per_step=branch.num_prompts_per_step,
-                num_generations_per_prompt=branch.num_generations_per_prompt,
-                data__max_prompt_tokens=data.max_prompt_tokens,
-                parallel__tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-                parallel__pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-                parallel__virtual_pipeline_model_parallel_size=(
-                    parallel.virtual_pipeline_model_parallel_size
-                ),
-                parallel__context_parallel_size=parallel.context_parallel_size,
-                parallel__expert_model_parallel_size=parallel.expert_model_parallel_size,
-                parallel__data_parallel_size=parallel.data_parallel_size,
-                reward__num_workers=branch.reward.num_workers,
-                rollout__tensor_parallel_size=rollout.tensor_parallel_size,
-                rollout__max_new_tokens=rollout.max_new_tokens,
-                rollout__max_num_seqs=rollout.max_num_seqs,
-            ),
-            *at_least(0, rollout__over_sampling=rollout.over_sampling),
-            *above(
-                0,
-                reward__timeout_seconds=branch.reward.timeout_seconds,
-                rollout__temperature=rollout.temperature,
-                rollout__top_p=rollout.top_p,
-                rollout__gpu_memory_utilization=rollout.gpu_memory_utilization,
-                rollout__cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
-            ),
-            *within(
-                0,
-                1,
-                rollout__top_p=rollout.top_p,
-                rollout__gpu_memory_utilization=rollout.gpu_memory_utilization,
-            ),
-        ],
-    )
+    rollout, data = branch.rollout, branch.data
     if rollout.partial_rollouts and (not rollout.over_sampling or not config.training.max_weight_lag):
         yield (
             f"{key}.rollout.partial_rollouts: true with over_sampling {rollout.over_sampling:g} and "
@@ -144,6 +108,13 @@ def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
         )
     if rollout.top_k != -1 and rollout.top_k < 1:
         yield f"{key}.rollout.top_k: {rollout.top_k} must be -1 (no limit) or at least 1"
+    elif not branch.frozen and (rollout.top_k != -1 or rollout.top_p < 1):
+        yield (
+            f"{key}.rollout: top_p {rollout.top_p:g} and top_k {rollout.top_k} sample from a part of the "
+            "vocabulary, but the trainer's log-probabilities are over all of it: they would be too low by up "
+            f"to -log top_p = {-math.log(rollout.top_p):.3g} nats, and the importance ratios wrong; use "
+            "top_p=1 and top_k=-1"
+        )
     total = data.max_prompt_tokens + rollout.max_new_tokens
     if total > config.model.max_sequence_tokens:
         yield (
@@ -155,7 +126,8 @@ def _branch(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
         yield f"{key}.data.train: empty; give webdataset shards (paths, globs or brace ranges)"
     if not branch.reward.verifiers and not branch.frozen:
         yield f"{key}.reward.verifiers: empty; name those that its samples ask for"
-    if not branch.frozen and config.advantage.normalize_std and branch.num_generations_per_prompt == 1:
+    grpo = config.native.weight and config.native.objective == "grpo"
+    if not branch.frozen and grpo and branch.num_generations_per_prompt == 1:
         yield (
             f"{key}.num_generations_per_prompt: 1 leaves no group to take a baseline from, every GRPO "
             f"advantage would be 0; use at least 2"
@@ -214,8 +186,6 @@ def _world(config: Config, world_size: int | None) -> Iterator[str]:
 
 def _schedule(config: Config) -> Iterator[str]:
     schedule = config.schedule
-    yield from under("schedule", at_least(0, rlvr_steps=schedule.rlvr_steps, opd_steps=schedule.opd_steps))
-    yield from under("schedule", at_least(1, cycles=schedule.cycles))
     if schedule.rlvr_steps == 0 and schedule.opd_steps == 0:
         yield "schedule: rlvr_steps and opd_steps are both 0, there is nothing to train; raise one"
     if all(branch.frozen for branch in config.branches.values()):
@@ -223,24 +193,9 @@ def _schedule(config: Config) -> Iterator[str]:
 
 
 def _opd(config: Config) -> Iterator[str]:
-    opd, branches = config.opd, config.branches
-    yield from under(
-        "opd",
-        [
-            *at_least(
-                1,
-                behaviour__top_k=opd.behaviour.top_k,
-                behaviour__every_steps=opd.behaviour.every_steps,
-            ),
-            *at_least(0, behaviour__num_states=opd.behaviour.num_states),
-            *above(0, delta_clip=opd.delta_clip),
-        ],
-    )
-    if opd.teacher_mode is TeacherMode.every_n_steps:
-        yield from under("opd", at_least(1, snapshot_every_steps=opd.snapshot_every_steps))
+    branches = config.branches
     yield from _graph(config)
     yield from _names(config)
-    yield from under("native", at_least(0, weight=config.native.weight))
     if config.native.weight == 0 and config.schedule.rlvr_steps:
         yield (
             f"native.weight: 0 leaves nothing to learn in Phase I, but schedule.rlvr_steps="
@@ -282,6 +237,20 @@ def _graph(config: Config) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
+    for edge in graph.edges:
+        student = config.branches[edge.student].rollout.temperature
+        teacher = config.branches[edge.teacher].rollout.temperature
+        if config.schedule.opd_steps > 0 and student != teacher:
+            yield (
+                f"edge {edge.name}: branches.{edge.student}.rollout.temperature is {student:g}, "
+                f"branches.{edge.teacher}.rollout.temperature {teacher:g}: Eq. 8 would compare distributions "
+                "that are sharpened differently; use one temperature for both"
+            )
+    if config.opd.hub is not None and config.opd.topology is not Topology.hub_and_spoke:
+        yield (
+            f"opd.hub: {config.opd.hub!r} has no meaning with opd.topology={config.opd.topology.value}; "
+            "remove it, or use hub_and_spoke"
+        )
     if config.schedule.opd_steps > 0 and len(config.branches) > 1 and not graph.edges:
         yield (
             f"schedule.opd_steps: {config.schedule.opd_steps} with opd.topology "
@@ -292,15 +261,6 @@ def _graph(config: Config) -> Iterator[str]:
 
 def _loss(config: Config) -> Iterator[str]:
     loss, advantage = config.loss, config.advantage
-    yield from under(
-        "loss",
-        [
-            *above(0, ratio_clip_min=loss.ratio_clip_min, ratio_clip_max=loss.ratio_clip_max),
-            *above(1, dual_clip=loss.dual_clip),
-            *at_least(0, kl_coefficient=loss.kl_coefficient),
-            *above(0, constant_divisor=loss.constant_divisor),
-        ],
-    )
     if loss.ratio_clip_min >= 1:
         yield (
             f"loss.ratio_clip_min: {loss.ratio_clip_min} puts the lower bound at 1 - {loss.ratio_clip_min} = "
@@ -312,8 +272,6 @@ def _loss(config: Config) -> Iterator[str]:
             f"{loss.aggregation.value}; use loss.aggregation=constant or loss.constant_divisor=null"
         )
     correction = loss.mismatch_correction
-    if correction in (MismatchCorrection.tis_token, MismatchCorrection.tis_sequence):
-        yield from under("loss", above(0, mismatch_cap=loss.mismatch_cap))
     if correction in (MismatchCorrection.icepop, MismatchCorrection.sequence_rejection):
         bounds = loss.mismatch_bounds
         if len(bounds) != 2 or not 0 <= bounds[0] < 1 < bounds[1]:
@@ -321,18 +279,6 @@ def _loss(config: Config) -> Iterator[str]:
                 f"loss.mismatch_bounds: {bounds} must be two numbers, a lower bound in [0, 1) and an upper "
                 f"bound above 1, such as [0.5, 5.0]"
             )
-    yield from under(
-        "advantage",
-        [
-            *above(0, std_epsilon=advantage.std_epsilon),
-            *at_least(1, dynamic_sampling_max_rounds=advantage.dynamic_sampling_max_rounds),
-            *at_least(
-                0,
-                overlong_buffer_tokens=advantage.overlong_buffer_tokens,
-                overlong_penalty=advantage.overlong_penalty,
-            ),
-        ],
-    )
     for name, branch in config.branches.items():
         if advantage.overlong_buffer_tokens > branch.rollout.max_new_tokens:
             yield (
@@ -343,22 +289,15 @@ def _loss(config: Config) -> Iterator[str]:
 
 def _optimizer(config: Config) -> Iterator[str]:
     optimizer = config.optimizer
-    yield from under(
-        "optimizer",
-        [
-            *above(0, lr=optimizer.lr, adam_eps=optimizer.adam_eps),
-            *at_least(
-                0,
-                min_lr=optimizer.min_lr,
-                lr_warmup_steps=optimizer.lr_warmup_steps,
-                weight_decay=optimizer.weight_decay,
-                clip_grad=optimizer.clip_grad,
-            ),
-            *within(0, 1, adam_beta1=optimizer.adam_beta1, adam_beta2=optimizer.adam_beta2),
-        ],
-    )
     if optimizer.lr_schedule is not LRSchedule.constant and optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr: {optimizer.min_lr} is above optimizer.lr {optimizer.lr}; lower it"
+    schedule = config.schedule
+    steps = schedule.cycles * (schedule.rlvr_steps + schedule.opd_steps) * config.training.num_mini_batches
+    if 0 < steps <= optimizer.lr_warmup_steps:
+        yield (
+            f"optimizer.lr_warmup_steps: {optimizer.lr_warmup_steps} is as long as the whole run or longer "
+            f"({steps} optimizer steps): the learning rate would never reach optimizer.lr; lower it"
+        )
     for beta, value in (("adam_beta1", optimizer.adam_beta1), ("adam_beta2", optimizer.adam_beta2)):
         if value == 1:
             yield f"optimizer.{beta}: 1 never forgets its start value 0, no step would move; use less than 1"
@@ -366,28 +305,12 @@ def _optimizer(config: Config) -> Iterator[str]:
 
 def _training(config: Config) -> Iterator[str]:
     training = config.training
-    yield from under(
-        "training",
-        [
-            *at_least(
-                1,
-                micro_batch_tokens=training.micro_batch_tokens,
-                num_mini_batches=training.num_mini_batches,
-                logprob_chunk_tokens=training.logprob_chunk_tokens,
-            ),
-            *at_least(
-                0, max_weight_lag=training.max_weight_lag, max_skipped_updates=training.max_skipped_updates
-            ),
-            *above(0, max_grad_norm=training.max_grad_norm),
-        ],
-    )
     longest = config.model.max_sequence_tokens
     if 0 < training.micro_batch_tokens < longest:
         yield (
             f"training.micro_batch_tokens: {training.micro_batch_tokens} cannot hold one sequence of "
             f"model.max_sequence_tokens {longest}; raise it to at least {longest}"
         )
-    yield from under("weight_sync", at_least(1, bucket_bytes=config.weight_sync.bucket_bytes))
 
 
 def _media(config: Config) -> Iterator[str]:
@@ -398,15 +321,6 @@ def _media(config: Config) -> Iterator[str]:
         "video_min_pixels": media.video_min_pixels,
         "video_max_pixels": media.video_max_pixels,
     }
-    yield from under(
-        "media",
-        [
-            *above(0, frame_rate=media.frame_rate),
-            *at_least(1, min_frames=media.min_frames, max_pixels_hard_limit=media.max_pixels_hard_limit),
-            *at_least(0, num_workers=media.num_workers, cache_bytes=media.cache_bytes),
-            *at_least(1, **bounds),
-        ],
-    )
     if media.max_frames < media.min_frames:
         yield (
             f"media.max_frames: {media.max_frames} is below media.min_frames {media.min_frames}; "
@@ -426,43 +340,9 @@ def _rest(config: Config) -> Iterator[str]:
         yield f"model.dtype: {config.model.dtype!r} must be one of {', '.join(DTYPES)}"
     if config.logging.level.upper() not in LOG_LEVELS:
         yield f"logging.level: {config.logging.level!r} must be one of {', '.join(LOG_LEVELS)}"
-    if not config.run.name or "/" in config.run.name:
+    if config.run.name in ("", ".", "..") or "/" in config.run.name:
         yield f"run.name: {config.run.name!r} names a folder; use letters without '/', and run.dir for a path"
-    yield from under("model", at_least(2, max_sequence_tokens=config.model.max_sequence_tokens))
-    yield from under(
-        "run",
-        [
-            *above(0, collective_timeout_seconds=config.run.collective_timeout_seconds),
-            *at_least(0, seed=config.run.seed, max_restarts=config.run.max_restarts),
-        ],
-    )
-    yield from under(
-        "evaluation",
-        [
-            *at_least(
-                0, every_steps=config.evaluation.every_steps, temperature=config.evaluation.temperature
-            ),
-            *at_least(
-                1,
-                max_prompts=config.evaluation.max_prompts,
-                num_generations_per_prompt=config.evaluation.num_generations_per_prompt,
-            ),
-        ],
-    )
     checkpoint = config.checkpoint
-    yield from under(
-        "checkpoint",
-        [
-            *at_least(
-                0,
-                save_period=checkpoint.save_period,
-                keep_best=checkpoint.keep_best,
-                save_before_seconds=checkpoint.save_before_seconds,
-            ),
-            *at_least(1, keep_last=checkpoint.keep_last),
-            *above(0, wall_clock_limit_seconds=checkpoint.wall_clock_limit_seconds),
-        ],
-    )
     if checkpoint.keep_best and not config.evaluation.every_steps:
         yield (
             f"checkpoint.keep_best: {checkpoint.keep_best} needs validation accuracies, but "

@@ -1,0 +1,119 @@
+"""Settings that are one of a few words."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Device(Enum):
+    """Where the actors run. ``auto``: on GPUs if torch sees any."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Topology(Enum):
+    """Who teaches whom (paper section 3.3). ``hub_and_spoke``: the hub and every other branch teach each
+    other; ``all_to_all``: every branch teaches every other; ``custom``: the edges in ``opd.edges``; ``none``:
+    nobody."""
+
+    none = "none"
+    hub_and_spoke = "hub_and_spoke"
+    all_to_all = "all_to_all"
+    custom = "custom"
+
+
+class TeacherMode(Enum):
+    """Which weights a live branch teaches with. ``live``: those at the start of the step; ``phase_snapshot``:
+    those at the start of Phase II; ``every_n_steps``: a snapshot renewed every
+    ``opd.snapshot_every_steps``."""
+
+    live = "live"
+    phase_snapshot = "phase_snapshot"
+    every_n_steps = "every_n_steps"
+
+
+class Aggregation(Enum):
+    """How per-token losses become one number (``objectives/denominators.py``)."""
+
+    seq_mean_token_mean = "seq_mean_token_mean"
+    token_mean = "token_mean"
+    seq_mean_token_sum = "seq_mean_token_sum"
+    constant = "constant"
+
+
+class RatioLevel(Enum):
+    """Importance ratio per token (GRPO) or per sequence (GSPO)."""
+
+    token = "token"
+    sequence = "sequence"
+
+
+class KLEstimator(Enum):
+    """Schulman's estimators of KL(policy || reference) from sampled tokens."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class KLPlacement(Enum):
+    """Whether the KL term is added to the loss or subtracted from the token advantages."""
+
+    loss = "loss"
+    reward = "reward"
+
+
+class MismatchCorrection(Enum):
+    """Correction for the rollout engine and the trainer disagreeing on the sampling policy
+    (``objectives/mismatch.py``)."""
+
+    none = "none"
+    tis_token = "tis_token"
+    tis_sequence = "tis_sequence"
+    icepop = "icepop"
+    sequence_rejection = "sequence_rejection"
+
+
+class FP8Recipe(Enum):
+    """How Transformer Engine scales FP8 matrices. ``delayed``: by the largest values of earlier steps;
+    ``tensorwise``: of the tensor itself; ``blockwise``: of blocks of 128 (Hopper); ``mxfp8``: of blocks of 32
+    (Blackwell)."""
+
+    none = "none"
+    delayed = "delayed"
+    tensorwise = "tensorwise"
+    blockwise = "blockwise"
+    mxfp8 = "mxfp8"
+
+
+class FP8Format(Enum):
+    """``hybrid``: E4M3 in the forward pass, E5M2 for gradients."""
+
+    hybrid = "hybrid"
+    e4m3 = "e4m3"
+
+
+class Recompute(Enum):
+    """Activations that the backward pass computes again: ``selective``: parts of a layer; ``full``: whole
+    layers."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class RolloutQuantization(Enum):
+    """What vLLM turns the actor's weights into."""
+
+    none = "none"
+    fp8 = "fp8"
+
+
+class LRSchedule(Enum):
+    """Decay of the learning rate after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
