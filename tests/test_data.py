@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -12,16 +13,12 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from copd_megatron.config.schema import DataConfig
 from copd_megatron.data import (
@@ -43,6 +40,10 @@ from copd_megatron.data.shards import shard_names
 from copd_megatron.data.stream import epoch_order
 from copd_megatron.data.tar_scan import scan_tar
 from copd_megatron.records import Prompt
+from tests.support.byte_tokenizer import byte_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -50,17 +51,15 @@ CHATML = (
 )
 
 
-def byte_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
-    """One token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template)
+@functools.cache
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, no chat template."""
+    return byte_tokenizer()
 
 
-CHAT = byte_tokenizer(CHATML)
-PLAIN = byte_tokenizer(None)
+@functools.cache
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(chat_template=CHATML)
 
 
 def new_sample(number: int, **changes: Any) -> NewSample:
@@ -93,8 +92,12 @@ def record(**changes: Any) -> bytes:
     return json.dumps({name: value for name, value in fields.items() if value is not ...}).encode()
 
 
-def stream_of(pattern: str, tokenizer: Any = PLAIN, *, seed: int = 1, **data: Any) -> PromptStream:
-    return PromptStream.from_config(DataConfig(train=[pattern], **data), tokenizer, domain="text", seed=seed)
+def stream_of(
+    pattern: str, tokenizer: PreTrainedTokenizerFast | None = None, *, seed: int = 1, **data: Any
+) -> PromptStream:
+    return PromptStream.from_config(
+        DataConfig(train=[pattern], **data), tokenizer or plain_tokenizer(), domain="text", seed=seed
+    )
 
 
 def bare_prompt(name: str) -> Prompt:
@@ -293,6 +296,8 @@ def test_round_trip_and_random_access(tmp_path: Path) -> None:
 
 
 def test_webdataset_reads_our_shards_and_we_read_its(tmp_path: Path) -> None:
+    import webdataset  # takes torch along
+
     write(tmp_path, 5)
     rows = list(webdataset.WebDataset(str(tmp_path / "toy-train-000000.tar"), shardshuffle=False))
     assert [json.loads(row["json"])["answer"] for row in rows] == list("01234")
@@ -366,7 +371,7 @@ def test_bad_keys_are_refused(tmp_path: Path, keys: list[str]) -> None:
 
 def test_chat_template_system_prompt_and_generation_prompt() -> None:
     def text(prompt: Any, system: str | None = None) -> str:
-        return CHAT.decode(encode_prompt(CHAT, prompt, system))
+        return chat_tokenizer().decode(encode_prompt(chat_tokenizer(), prompt, system))
 
     user = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert text("hi") == user
@@ -374,14 +379,14 @@ def test_chat_template_system_prompt_and_generation_prompt() -> None:
     assert text("hi", "be kind") == "<|im_start|>system\nbe kind<|im_end|>\n" + user
     own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "hi"}]
     assert text(own, "be kind") == "<|im_start|>system\nmine<|im_end|>\n" + user
-    assert encode_prompt(CHAT, "hi").dtype == np.int32
+    assert encode_prompt(chat_tokenizer(), "hi").dtype == np.int32
 
 
 def test_without_a_chat_template() -> None:
-    assert PLAIN.decode(encode_prompt(PLAIN, "hi")) == "hi"
-    assert PLAIN.decode(encode_prompt(PLAIN, "hi", "be kind")) == "be kind\n\nhi"
+    assert plain_tokenizer().decode(encode_prompt(plain_tokenizer(), "hi")) == "hi"
+    assert plain_tokenizer().decode(encode_prompt(plain_tokenizer(), "hi", "be kind")) == "be kind\n\nhi"
     with pytest.raises(DataError, match="no chat template"):
-        encode_prompt(PLAIN, [{"role": "user", "content": "hi"}])
+        encode_prompt(plain_tokenizer(), [{"role": "user", "content": "hi"}])
 
 
 # ---------------------------------------------------------------- the stream
@@ -414,10 +419,10 @@ def test_unshuffled_order_is_file_order(tmp_path: Path) -> None:
 
 
 def test_prompts_carry_everything(tmp_path: Path) -> None:
-    (prompt,) = stream_of(write(tmp_path, 1), CHAT).next(1)
+    (prompt,) = stream_of(write(tmp_path, 1), chat_tokenizer()).next(1)
     assert (prompt.prompt_id, prompt.domain) == ("toy-train-000000/000000000", "text")
     assert (prompt.answer, prompt.verifier, prompt.metadata) == ("0", "exact", {"number": 0})
-    assert "What is 0?" in CHAT.decode(prompt.token_ids)
+    assert "What is 0?" in chat_tokenizer().decode(prompt.token_ids)
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +439,7 @@ def mixed_pattern(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def mixed_stream(pattern: str, seed: int = 3) -> PromptStream:
     shards = ShardSet.open([pattern])
-    reader = PromptReader(shards, PLAIN, domain="text", max_prompt_tokens=50, verifiers={"exact"})
+    reader = PromptReader(shards, plain_tokenizer(), domain="text", max_prompt_tokens=50, verifiers={"exact"})
     return PromptStream(reader, seed=seed)
 
 
@@ -457,7 +462,10 @@ def test_bad_samples_are_skipped_counted_and_logged(
 def test_log_stops_after_a_few_of_a_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     members = [(f"{i}.json", record() if i == 7 else b"{") for i in range(30)]
     reader = PromptReader(
-        ShardSet.open([write_raw(tmp_path / "s.tar", members)]), PLAIN, domain="text", max_prompt_tokens=50
+        ShardSet.open([write_raw(tmp_path / "s.tar", members)]),
+        plain_tokenizer(),
+        domain="text",
+        max_prompt_tokens=50,
     )
     with caplog.at_level(logging.WARNING):
         PromptStream(reader, seed=1).next(3)
@@ -530,7 +538,7 @@ def test_a_stream_without_usable_samples_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_message_order_that_the_template_refuses_is_a_bad_sample(tmp_path: Path) -> None:
-    strict = byte_tokenizer("{{ raise_exception('roles must alternate') if messages[0].role != 'user' }}ok")
+    strict = byte_tokenizer(chat_template="{{ raise_exception('roles must alternate') if messages[0].role != 'user' }}ok")
     pattern = write_raw(
         tmp_path / "s.tar",
         [
@@ -568,21 +576,23 @@ def test_split_refuses_ranks_outside_the_world(rank: int, world: int) -> None:
 
 def test_validation_is_complete_and_in_file_order(tmp_path: Path) -> None:
     data = DataConfig(validation=[write(tmp_path, 25, prefix="val")])
-    prompts = load_validation(data, PLAIN, domain="text", verifiers=["exact"])
+    prompts = load_validation(data, plain_tokenizer(), domain="text", verifiers=["exact"])
     assert [prompt.answer for prompt in prompts] == [str(i) for i in range(25)]
-    some = load_validation(data, PLAIN, domain="text", max_prompts=5)
+    some = load_validation(data, plain_tokenizer(), domain="text", max_prompts=5)
     assert [prompt.answer for prompt in some] == ["0", "5", "10", "15", "20"]
-    assert len(load_validation(data, PLAIN, domain="text", max_prompts=99)) == 25
+    assert len(load_validation(data, plain_tokenizer(), domain="text", max_prompts=99)) == 25
 
 
 def test_validation_skips_and_says_so(mixed_pattern: str, caplog: pytest.LogCaptureFixture) -> None:
     data = DataConfig(validation=[mixed_pattern], max_prompt_tokens=50)
     with caplog.at_level(logging.WARNING):
-        prompts = load_validation(data, PLAIN, domain="text", verifiers=["exact"])
+        prompts = load_validation(data, plain_tokenizer(), domain="text", verifiers=["exact"])
     assert len(prompts) == 18
     assert "of 23 validation samples" in caplog.text
     with pytest.raises(DataError, match="no validation sample can be used"):
-        load_validation(DataConfig(validation=[mixed_pattern], max_prompt_tokens=1), PLAIN, domain="text")
+        load_validation(
+            DataConfig(validation=[mixed_pattern], max_prompt_tokens=1), plain_tokenizer(), domain="text"
+        )
 
 
 def test_every_process_computes_the_same_order(tmp_path: Path) -> None:
