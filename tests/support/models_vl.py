@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from copd_megatron.config import MediaConfig
 from tests.support.byte_tokenizer import END_OF_TURN, PADDING, byte_tokenizer
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ CHAT_TEMPLATE = """\
 PATCH, MERGE, TEMPORAL = 8, 2, 2
 MIN_PIXELS, MAX_PIXELS = 32 * 32, 128 * 128
 VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS = 2 * 32 * 32, 32 * 64 * 64
+
+MEDIA = MediaConfig(frame_rate=4.0, min_frames=2, num_workers=2)
+"""How the ``processor`` fixture reads images and videos."""
 
 
 def make_processor() -> Qwen3VLProcessor:
