@@ -14,7 +14,8 @@ COLLECT = """
 import json, sys
 import pytest
 status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests"])
-print(json.dumps({"status": int(status), "imported": sorted({name.partition(".")[0] for name in sys.modules})}))
+imported = sorted({name.partition(".")[0] for name in sys.modules})
+print(json.dumps({"status": int(status), "imported": imported}))
 """
 
 
