@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from copd_megatron.data.processing import MultimodalProcessor
 from tests.support.models import make_model
+from tests.support.models_vl import MEDIA, make_processor
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,15 @@ def layout_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "dense": make_model(root / "dense", seed=1, tie_word_embeddings=True),
         "mixture": make_model(root / "mixture", seed=2, num_experts=4, num_experts_per_tok=2),
     }
+
+
+@pytest.fixture(scope="session")
+def hf_processor() -> Any:
+    """transformers' Qwen3VLProcessor, small."""
+    return make_processor()
+
+
+@pytest.fixture(scope="session")
+def processor(hf_processor: Any) -> MultimodalProcessor:
+    """Ours over ``hf_processor``, with the settings ``models_vl.MEDIA``."""
+    return MultimodalProcessor(hf_processor, MEDIA)

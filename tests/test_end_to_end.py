@@ -11,10 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +22,13 @@ import yaml
 from safetensors.torch import load_file
 
 from copd_megatron.cli.main import main
-from copd_megatron.data import check_shards
 from copd_megatron.metrics.rank_log import merged as merged_logs
 from copd_megatron.metrics.timeline import read_timelines, seconds_by_phase, write_trace
-from tests.support.domains import make_domains
-from tests.support.models import make_model, reference_model, warm_up
+from tests.support.checkpoint_runs import BRANCHES, prepare
+from tests.support.commands import copd
+from tests.support.models import reference_model
 from tests.support.texts import random_texts
 
-BRANCHES = ("alpha", "beta")
 LAYOUTS: dict[str, dict[str, dict[str, int]]] = {
     "tp2 tp2": {name: {"tensor_model_parallel_size": 2} for name in BRANCHES},
     "pp2 dp1": {"alpha": {"pipeline_model_parallel_size": 2}, "beta": {}},
@@ -40,18 +36,6 @@ LAYOUTS: dict[str, dict[str, dict[str, int]]] = {
 RUNS = {"first": "tp2 tp2", "other layout": "pp2 dp1", "again": "pp2 dp1"}
 STEPS = 6
 EDGES = {"alpha": "alpha<-beta", "beta": "beta<-alpha"}
-
-
-def _prepare(root: Path) -> None:
-    """A base model that answers some prompts, and data of two domains."""
-    make_domains(root / "data", num_train=48, num_validation=6)
-    make_model(root / "base", seed=4, scale=1.0, tie_word_embeddings=True, num_hidden_layers=2)
-    pairs = []
-    for name in BRANCHES:
-        shards = check_shards([str(root / "data" / f"{name}-train-*.tar")], ["numeric"])
-        samples = [shards.read(ref) for ref in shards.refs]
-        pairs += [(str(sample.prompt), sample.answer) for sample in samples]
-    warm_up(root / "base", pairs, steps=120)
 
 
 def _config(root: Path) -> Path:
@@ -97,24 +81,7 @@ def _train(config: Path, run_dir: Path, layout: str) -> str:
         for name, sizes in LAYOUTS[layout].items()
         for key, size in sizes.items()
     ]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "copd_megatron.cli",
-            "train",
-            str(config),
-            f"run.dir={run_dir}",
-            *overrides,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=550,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).resolve().parents[1],
-        check=False,
-    )
+    done = copd("train", config, f"run.dir={run_dir}", *overrides)
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stderr
 
@@ -122,7 +89,7 @@ def _train(config: Path, run_dir: Path, layout: str) -> str:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("run")
-    _prepare(root)
+    prepare(root, num_train=48, num_validation=6)
     return root
 
 

@@ -3,22 +3,18 @@ media, and bad media that must not disturb."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 from safetensors import safe_open
 
 from copd_megatron.data.convert.write import NewSample, write_shards
+from copd_megatron.tiny.tasks.encode import mp4, png
+from tests.support.commands import copd
 from tests.support.models_vl import make_vl_model
 
 TRUNCATED, CORRUPT = "truncated", "corrupt"
@@ -31,26 +27,6 @@ def _square(rng: np.random.Generator) -> np.ndarray:
     return frame
 
 
-def _png(rng: np.random.Generator) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(_square(rng)).save(out, "PNG")
-    return out.getvalue()
-
-
-def _mp4(rng: np.random.Generator) -> bytes:
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=4)
-        stream.width = stream.height = 32
-        stream.pix_fmt = "yuv420p"
-        for _ in range(6):
-            for packet in stream.encode(av.VideoFrame.from_ndarray(_square(rng), format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return out.getvalue()
-
-
 def _write_domain(folder: Path, name: str, kind: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for part, count in (("train", 24), ("validation", 6)):
@@ -58,9 +34,9 @@ def _write_domain(folder: Path, name: str, kind: str, seed: int) -> None:
         for i in range(count):
             media = {}
             if kind == "image":
-                media = {"0.png": _png(rng)}
+                media = {"0.png": png(_square(rng))}
             elif kind == "video":
-                media = {"mp4": _mp4(rng)}
+                media = {"mp4": mp4([_square(rng) for _ in range(6)], 4.0)}
             marker = "" if kind == "text" else f"<{kind}>"
             answer = str(int(rng.integers(10)))
             samples.append(
@@ -125,16 +101,7 @@ def _run(
     }
     path = root / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [sys.executable, "-m", "copd_megatron.cli", "train", str(path)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).resolve().parents[1],
-        check=False,
-    )
+    done = copd("train", path)
     assert done.returncode == 0, done.stderr[-6000:]
     lines = (root / name / "metrics.jsonl").read_text().splitlines()
     return {"log": done.stderr, "steps": [json.loads(line) for line in lines], "folder": root / name}
@@ -167,15 +134,7 @@ def test_three_branches_all_to_all_with_media_shipped(root: Path) -> None:
 
 def _check_eval(config: Path, folder: Path) -> None:
     """``copd eval`` of the merged folder scores what the run's own table says of it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "copd_megatron.cli", "eval", str(config), str(folder / "export/merged")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).resolve().parents[1],
-        check=False,
-    )
+    done = copd("eval", config, folder / "export/merged")
     assert done.returncode == 0, done.stderr[-6000:]
     table = (folder / "evaluation.txt").read_text().splitlines()
     ours, theirs = (

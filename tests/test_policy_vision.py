@@ -9,13 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
-)
 
 from copd_megatron.config.schema import (
     LossConfig,
@@ -27,12 +20,13 @@ from copd_megatron.config.schema import (
 from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.policy.batch.positions import multimodal_positions
 from copd_megatron.records import FloatArray, IntArray, TrainRow
+from tests.support import models_vl
 from tests.support.actors import make_actor
-from tests.support.byte_tokenizer import save_tokenizer
 from tests.support.layouts import Job, run_layouts
-from tests.support.models_vl import EXPERTS
+from tests.support.models_vl import TOKEN_IDS, make_vl_model
 
-IMAGE, VIDEO, START, END = 300, 301, 302, 303
+IMAGE, VIDEO = TOKEN_IDS[models_vl.IMAGE], TOKEN_IDS[models_vl.VIDEO]
+START, END = TOKEN_IDS[models_vl.VISION_START], TOKEN_IDS[models_vl.VISION_END]
 PATCH_VALUES = 3 * 2 * 8 * 8
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]
 SEQUENCE = {"sequence_parallel": True}
@@ -72,56 +66,12 @@ class Sample:
     media: Media | None
 
 
-def make_vl_model(folder: Path, *, tied: bool, mixture: bool = False) -> Path:
-    """A random Qwen3-VL of 4 decoder layers and 3 vision layers, two of them deepstack; or a mixture of 4
-    experts of it, two at a time."""
-    torch.manual_seed(0)
-    kind = Qwen3VLMoeConfig if mixture else Qwen3VLConfig
-    experts = EXPERTS | {"moe_intermediate_size": 64} if mixture else {}
-    config: Any = kind(
-        text_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "vocab_size": 323,
-            "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [8, 4, 4]},
-            "tie_word_embeddings": tied,
-            "pad_token_id": 322,
-            **experts,
-        },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "patch_size": 8,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-        tie_word_embeddings=tied,
-    )
-    model: Any = (Qwen3VLMoeForConditionalGeneration if mixture else Qwen3VLForConditionalGeneration)(config)
-    model = model.float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            else:
-                parameter.mul_(3.0)
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
+def make_small_vl_model(folder: Path, *, tied: bool, mixture: bool) -> Path:
+    """Half as wide as the other tests' model: every gradient of it is compared."""
+    text = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 323}
+    experts = {"moe_intermediate_size": 64} if mixture else {}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
+    return make_vl_model(folder, tied=tied, mixture=mixture, text=text | experts, **vision)
 
 
 def make_samples() -> list[Sample]:
@@ -129,7 +79,7 @@ def make_samples() -> list[Sample]:
     rng = np.random.default_rng(0)
 
     def text(count: int) -> list[int]:
-        return rng.integers(0, 290, size=count).tolist()
+        return rng.integers(0, 256, size=count).tolist()
 
     def patches(count: int) -> FloatArray:
         return rng.normal(size=(count, PATCH_VALUES)).astype(np.float32)
@@ -186,6 +136,8 @@ def _reference_inputs(sample: Sample) -> dict[str, torch.Tensor]:
 
 def _reference(folder: Path, samples: list[Sample]) -> tuple[list[FloatArray], dict[str, FloatArray]]:
     """transformers' log-probabilities, and the gradient of the seq-mean-token-mean policy gradient loss."""
+    from transformers import AutoModelForImageTextToText
+
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     logprobs, loss = [], torch.zeros(())
     for index, sample in enumerate(samples):
@@ -265,7 +217,9 @@ def _exercise(
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folders = {
-        kind: make_vl_model(tmp_path_factory.mktemp(kind), tied=kind == "tied", mixture=kind == "mixture")
+        kind: make_small_vl_model(
+            tmp_path_factory.mktemp(kind), tied=kind == "tied", mixture=kind == "mixture"
+        )
         for kind in ("tied", "untied", "mixture")
     }
     samples = make_samples()

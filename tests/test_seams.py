@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +19,8 @@ from copd_megatron.plugins import OBJECTIVES, RECIPES
 from copd_megatron.records import TrainRow
 from tests.example_objective import LikelyTokens
 from tests.support.checkpoint_runs import prepare, write_config
+from tests.support.commands import ROOT, copd
 
-ROOT = Path(__file__).resolve().parents[1]
 OWN_OBJECTIVE, OWN_RECIPE = "tests.example_objective:OBJECTIVE", "tests.example_recipe:RECIPE"
 
 
@@ -128,19 +124,8 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
         root, {"alpha": {}, "beta": {}}, schedule={"cycles": 1, "rlvr_steps": 1, "opd_steps": 1}
     )
     own = [f"recipe={OWN_RECIPE}", f"opd.objective={OWN_OBJECTIVE}"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "copd_megatron.cli", "train", str(config), f"run.dir={root / 'run'}"),
-            *(*own, "end.merge=false", "checkpoint.save_period=0"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        check=False,
-    )
+    own += ["end.merge=false", "checkpoint.save_period=0"]
+    done = copd("train", config, f"run.dir={root / 'run'}", *own)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
 

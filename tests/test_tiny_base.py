@@ -8,12 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from copd_megatron.data import ShardSet, encode_prompt
 from copd_megatron.rewards import registry
@@ -29,8 +28,10 @@ from copd_megatron.tiny.demonstrations import WORKINGS, columns, demonstrations,
 from copd_megatron.tiny.muon import Muon, orthogonalize
 from copd_megatron.tiny.recipe import TEXT_RECIPE, Domain, Recipe, WarmUpSettings, base_digest, data_digest
 from copd_megatron.tiny.tasks.text import Family
-from copd_megatron.tiny.tokenizer import build_tokenizer
 from copd_megatron.tiny.warm_up import IGNORED, imitation_loss, lr_factor, pad_batch, reproducible, warm_up
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +47,8 @@ SMALL = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
+    from copd_megatron.tiny.tokenizer import build_tokenizer
+
     return build_tokenizer(TEXT_RECIPE.model.vocab_size)
 
 
@@ -109,6 +112,8 @@ def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_a_vocabulary_without_room_is_refused() -> None:
+    from copd_megatron.tiny.tokenizer import build_tokenizer
+
     with pytest.raises(ValueError, match="need 264"):
         build_tokenizer(256)
 
@@ -298,6 +303,8 @@ def test_muon_scales_its_update_as_adam_would_and_takes_matrices_only() -> None:
 
 
 def test_it_loads_in_transformers_and_generates(base: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)
     assert type(model).__name__ == "Qwen3ForCausalLM"

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from copd_megatron.config import load_config
 from copd_megatron.config.schema import MediaConfig
@@ -78,6 +77,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def processor_of(folder: Path) -> MultimodalProcessor:
     return MultimodalProcessor.from_folder(folder, load_config(QUICKSTART).media)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder).tokenizer
 
 
 QUICKSTART = ROOT / "configs" / "three_branch_tiny.yaml"
@@ -150,12 +155,14 @@ def test_batches_hold_all_domains_and_fit_the_model() -> None:
 
 
 def test_the_folder_is_a_qwen3_vl_that_the_run_reads(base: Path, data: Path) -> None:
+    from transformers import Qwen3VLForConditionalGeneration
+
     model = Qwen3VLForConditionalGeneration.from_pretrained(base)
     config: Any = model.config
     assert config.text_config.head_dim == 32 and config.text_config.num_attention_heads == 4
     # The first of two pipeline stages holds all layers that deepstack feeds.
     assert len(config.vision_config.deepstack_visual_indexes) <= config.text_config.num_hidden_layers // 2
-    assert len(AutoProcessor.from_pretrained(base).tokenizer) == config.text_config.vocab_size
+    assert len(tokenizer_of(base)) == config.text_config.vocab_size
     run, processor = load_config(QUICKSTART), processor_of(base)
     shards = ShardSet.open([f"{data}/*-train-*.tar"])
     lengths: dict[str, int] = {}
@@ -181,7 +188,7 @@ def test_the_folder_is_a_qwen3_vl_that_the_run_reads(base: Path, data: Path) -> 
 
 
 def test_phrases_are_single_tokens_and_round_trip(base: Path) -> None:
-    tokenizer = AutoProcessor.from_pretrained(base).tokenizer
+    tokenizer = tokenizer_of(base)
     text = "Sum of the digits? Calculate 1 + 2.<0.1 seconds>"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from copd_megatron.policy.megatron.vision_attention import use_packed_attention
 from copd_megatron.tiny.vl import build_processor, build_visual_model
 from copd_megatron.tiny.vl_recipe import VL_RECIPE
 
@@ -17,6 +15,10 @@ from copd_megatron.tiny.vl_recipe import VL_RECIPE
     ids=["one image", "two videos of one size", "sizes mixed"],
 )
 def test_features_and_gradients_equal_the_ones_of_a_loop_over_images(grids: list[list[int]]) -> None:
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    from copd_megatron.policy.megatron.vision_attention import use_packed_attention
+
     torch.manual_seed(0)
     model = build_visual_model(VL_RECIPE, build_processor(VL_RECIPE))
     tower = model.model.visual

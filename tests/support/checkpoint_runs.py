@@ -4,7 +4,6 @@ checkpoint tools as a user calls them."""
 from __future__ import annotations
 
 import contextlib
-import os
 import runpy
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from copd_megatron.data import check_shards
+from tests.support.commands import environment
 from tests.support.domains import make_domains
 from tests.support.models import make_model, warm_up
 
@@ -22,10 +22,12 @@ BRANCHES = ("alpha", "beta")
 NUM_STEPS = 6
 
 
-def prepare(root: Path) -> None:
-    """A base model that answers some prompts, and data of two domains."""
-    # fewer prompts than the steps draw: the data begin anew on the way
-    make_domains(root / "data", num_train=24, num_validation=4)
+def prepare(root: Path, *, num_train: int = 24, num_validation: int = 4) -> None:
+    """A base model that answers some prompts, and data of two domains.
+
+    The default number of prompts is smaller than what the steps draw: a second epoch begins on the way.
+    """
+    make_domains(root / "data", num_train=num_train, num_validation=num_validation)
     make_model(root / "base", seed=4, scale=1.0, tie_word_embeddings=True, num_hidden_layers=2)
     pairs = []
     for name in BRANCHES:
@@ -83,8 +85,6 @@ def write_config(root: Path, parallel: Mapping[str, Mapping[str, int]], **sectio
 def training(config: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
     """``copd train`` as a user starts it, output in ``<run_dir>.log``; killed at the end of the block if it
     is still there (its ranks die with it)."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONWARNINGS": "ignore"}
     command = [
         sys.executable,
         "-m",
@@ -94,8 +94,9 @@ def training(config: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Iter
         f"run.dir={run_dir}",
         *overrides,
     ]
+    variables = environment(PYTHONWARNINGS="ignore")
     with log_of(run_dir).open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=variables)
     try:
         yield process
     finally:

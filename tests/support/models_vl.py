@@ -1,32 +1,23 @@
 """Tiny random Qwen3-VL folders with a real ``Qwen3VLProcessor``, for tests with the real engines.
 
-Weights come from a seed; they are scaled up from the usual initialisation, so that distributions are far
-from uniform and an error in any tensor shows in the log-probabilities.
+Weights come from a seed. They are larger than the usual initialisation, so that distributions are far from
+uniform and an error in any tensor shows in the log-probabilities.
+
+transformers is imported when a model is made, not when pytest collects.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2VLImageProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
+from copd_megatron.config import MediaConfig
+from tests.support.byte_tokenizer import END_OF_TURN, PADDING, byte_tokenizer
 
-PADDING = "<|endoftext|>"
+if TYPE_CHECKING:
+    from transformers import Qwen3VLConfig, Qwen3VLMoeConfig, Qwen3VLProcessor
+
 START_OF_TURN = "<|im_start|>"
-END_OF_TURN = "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 SPECIAL_TOKENS = (PADDING, START_OF_TURN, END_OF_TURN, VISION_START, VISION_END, IMAGE, VIDEO)
@@ -56,16 +47,16 @@ PATCH, MERGE, TEMPORAL = 8, 2, 2
 MIN_PIXELS, MAX_PIXELS = 32 * 32, 128 * 128
 VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS = 2 * 32 * 32, 32 * 64 * 64
 
+MEDIA = MediaConfig(frame_rate=4.0, min_frames=2, num_workers=2)
+"""How the ``processor`` fixture reads images and videos."""
+
 
 def make_processor() -> Qwen3VLProcessor:
     """A byte-level tokenizer (ids 0..255 are bytes) and processors for 8 x 8 patches, merged 2 x 2."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(tokenizer_models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END_OF_TURN, pad_token=PADDING, chat_template=CHAT_TEMPLATE
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    tokenizer = byte_tokenizer(
+        SPECIAL_TOKENS, eos_token=END_OF_TURN, pad_token=PADDING, chat_template=CHAT_TEMPLATE
     )
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(TOKEN_IDS.values())
     common: dict[str, Any] = {
@@ -107,6 +98,8 @@ def make_config(
 
     The untied vocabulary, 323, is odd: tensor parallelism pads it.
     """
+    from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
+
     return (Qwen3VLMoeConfig if mixture else Qwen3VLConfig)(
         text_config={
             "hidden_size": 128,
@@ -162,8 +155,11 @@ def make_vl_model(
 ) -> Path:
     """Writes a random Qwen3-VL with its processor; ``text`` and ``vision`` are fields of its configs.
 
-    A ``mixture`` lies as transformers 5 saves it: its stacks of experts are not transposed.
+    A ``mixture`` is written as transformers 5 saves it: its stacks of experts are not transposed.
     """
+    import torch
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
+
     generator = torch.Generator().manual_seed(seed)
     kind: Any = Qwen3VLMoeForConditionalGeneration if mixture else Qwen3VLForConditionalGeneration
     model = kind(make_config(tied=tied, mixture=mixture, text=text, **vision)).float()
@@ -184,7 +180,9 @@ def make_vl_model(
 
 
 def publish(folder: Path) -> Path:
-    """Turns a mixture's stacks of experts as published folders have them: transposed."""
+    """Transposes a mixture's stacks of experts, as published folders have them."""
+    from safetensors.torch import load_file, save_file
+
     path = folder / "model.safetensors"
     tensors = load_file(path)
     save_file(

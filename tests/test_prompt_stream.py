@@ -1,0 +1,328 @@
+"""Prompts from shards: encoded, ordered, split over ranks, resumed, held out."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from copd_megatron.config.schema import DataConfig
+from copd_megatron.data import (
+    DataError,
+    PromptReader,
+    PromptStream,
+    ShardSet,
+    encode_prompt,
+    load_validation,
+    split_evenly,
+)
+from copd_megatron.data.convert.write import write_shards
+from copd_megatron.data.occurrences import number_occurrences
+from copd_megatron.data.seeds import sample_seed
+from copd_megatron.data.stream import epoch_order
+from copd_megatron.records import Prompt
+from tests.support.byte_tokenizer import byte_tokenizer
+from tests.support.shards import new_sample, record, write, write_raw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@functools.cache
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, no chat template."""
+    return byte_tokenizer()
+
+
+@functools.cache
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(chat_template=CHATML)
+
+
+def stream_of(
+    pattern: str, tokenizer: PreTrainedTokenizerFast | None = None, *, seed: int = 1, **data: Any
+) -> PromptStream:
+    return PromptStream.from_config(
+        DataConfig(train=[pattern], **data), tokenizer or plain_tokenizer(), domain="text", seed=seed
+    )
+
+
+def bare_prompt(name: str) -> Prompt:
+    return Prompt(prompt_id=name, domain="d", token_ids=np.zeros(1, np.int32), answer="", verifier="exact")
+
+
+def ids(prompts: Sequence[Any]) -> list[str]:
+    return [prompt.prompt_id for prompt in prompts]
+
+
+# ---- tokenising --------------------------------------------------------------------------------------------
+
+
+def test_chat_template_system_prompt_and_generation_prompt() -> None:
+    def text(prompt: Any, system: str | None = None) -> str:
+        return chat_tokenizer().decode(encode_prompt(chat_tokenizer(), prompt, system))
+
+    user = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert text("hi") == user
+    assert text([{"role": "user", "content": "hi"}]) == user
+    assert text("hi", "be kind") == "<|im_start|>system\nbe kind<|im_end|>\n" + user
+    own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "hi"}]
+    assert text(own, "be kind") == "<|im_start|>system\nmine<|im_end|>\n" + user
+    assert encode_prompt(chat_tokenizer(), "hi").dtype == np.int32
+
+
+def test_without_a_chat_template() -> None:
+    assert plain_tokenizer().decode(encode_prompt(plain_tokenizer(), "hi")) == "hi"
+    assert plain_tokenizer().decode(encode_prompt(plain_tokenizer(), "hi", "be kind")) == "be kind\n\nhi"
+    with pytest.raises(DataError, match="no chat template"):
+        encode_prompt(plain_tokenizer(), [{"role": "user", "content": "hi"}])
+
+
+# ---- the stream --------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_holds_every_sample_once_and_epochs_differ(tmp_path: Path) -> None:
+    stream = stream_of(write(tmp_path, 37))
+    epochs = [ids(stream.next(37)) for _ in range(3)]
+    assert stream.epoch == 2
+    assert len(set(epochs[0])) == 37
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert {i // 10 for i in (int(name.rsplit("/")[-1]) for name in epochs[0][:10])} != {
+        0
+    }  # shuffled over shards
+
+
+def test_order_depends_on_seed_alone_and_never_changes(tmp_path: Path) -> None:
+    pattern = write(tmp_path, 37)
+    assert ids(stream_of(pattern, seed=5).next(50)) == ids(stream_of(pattern, seed=5).next(50))
+    assert ids(stream_of(pattern, seed=5).next(50)) != ids(stream_of(pattern, seed=6).next(50))
+    # Pinned: a change here would silently give resumed runs other data.
+    assert epoch_order(10, seed=1, epoch=0).tolist() == PINNED[0]
+    assert epoch_order(10, seed=1, epoch=1).tolist() == PINNED[1]
+
+
+def test_unshuffled_order_is_file_order(tmp_path: Path) -> None:
+    prompts = stream_of(write(tmp_path, 12), shuffle=False).next(24)
+    assert [prompt.answer for prompt in prompts] == [str(i) for i in range(12)] * 2
+
+
+def test_prompts_carry_everything(tmp_path: Path) -> None:
+    (prompt,) = stream_of(write(tmp_path, 1), chat_tokenizer()).next(1)
+    assert (prompt.prompt_id, prompt.domain) == ("toy-train-000000/000000000", "text")
+    assert (prompt.answer, prompt.verifier, prompt.metadata) == ("0", "exact", {"number": 0})
+    assert "What is 0?" in chat_tokenizer().decode(prompt.token_ids)
+
+
+@pytest.fixture(scope="module")
+def mixed_pattern(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """23 samples of which five cannot be used."""
+    folder = tmp_path_factory.mktemp("mixed")
+    members = []
+    for i in range(23):
+        bad = {5: b"{", 9: record(prompt="x" * 200), 14: record(answer=...), 20: record(verifier="absent")}
+        members.append((f"{i:04d}.json", bad.get(i, record(prompt=f"Say {i}", answer=str(i)))))
+    members[2] = ("0002.txt", b"no json here")
+    return write_raw(folder / "mixed.tar", members)
+
+
+def mixed_stream(pattern: str, seed: int = 3) -> PromptStream:
+    shards = ShardSet.open([pattern])
+    reader = PromptReader(shards, plain_tokenizer(), domain="text", max_prompt_tokens=50, verifiers={"exact"})
+    return PromptStream(reader, seed=seed)
+
+
+def test_bad_samples_are_skipped_counted_and_logged(
+    mixed_pattern: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = mixed_stream(mixed_pattern)
+    with caplog.at_level(logging.WARNING):
+        prompts = stream.next(18)
+    assert {prompt.answer for prompt in prompts} == {str(i) for i in range(23) if i not in (2, 5, 9, 14, 20)}
+    assert stream.epoch == 0
+    stream.next(18 * 9)
+    reasons = ("not_json", "too_long", "missing_field", "unknown_verifier", "no_json")
+    assert set(stream.skipped) == set(reasons) and all(9 <= n <= 10 for n in stream.skipped.values())
+    for key in ("0002", "0005", "0009", "0014", "0020"):
+        assert f"mixed.tar, sample '{key}'" in caplog.text
+    assert len(caplog.records) == 5  # each once, though met in every epoch
+
+
+def test_log_stops_after_a_few_of_a_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [(f"{i}.json", record() if i == 7 else b"{") for i in range(30)]
+    reader = PromptReader(
+        ShardSet.open([write_raw(tmp_path / "s.tar", members)]),
+        plain_tokenizer(),
+        domain="text",
+        max_prompt_tokens=50,
+    )
+    with caplog.at_level(logging.WARNING):
+        PromptStream(reader, seed=1).next(3)
+    assert reader.skipped["not_json"] > 29
+    assert len(caplog.records) == 3
+    assert [("only counted" in record.message) for record in caplog.records] == [False, False, True]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cuts=st.lists(st.integers(0, 30), max_size=12), save_at=st.integers(0, 12), seed=st.integers(0, 2**40))
+def test_sequence_does_not_depend_on_cuts_or_restarts(
+    mixed_pattern: str, cuts: list[int], save_at: int, seed: int
+) -> None:
+    whole = mixed_stream(mixed_pattern, seed)
+    expected = ids(whole.next(sum(cuts)))
+    stream = mixed_stream(mixed_pattern, seed)
+    got: list[str] = []
+    for position, cut in enumerate(cuts):
+        if position == save_at:
+            state = json.loads(json.dumps(stream.state_dict()))
+            stream = mixed_stream(mixed_pattern, seed)
+            stream.load_state_dict(state)
+        got += ids(stream.next(cut))
+    assert got == expected
+    assert stream.skipped == whole.skipped
+    assert ids(stream.next(25)) == ids(whole.next(25))
+
+
+def test_restoring_onto_other_data_or_settings_is_an_error(tmp_path: Path) -> None:
+    pattern = write(tmp_path / "a", 20)
+    state = stream_of(pattern).state_dict()
+    with pytest.raises(DataError, match=r"shards changed \(fingerprint.*Put back the shards"):
+        stream_of(write(tmp_path / "b", 21)).load_state_dict(state)
+    with pytest.raises(DataError, match=r"seed was 1, is 2.*Restore run\.seed"):
+        stream_of(pattern, seed=2).load_state_dict(state)
+    with pytest.raises(DataError, match=r"shuffle.*Restore data\.shuffle"):
+        stream_of(pattern, shuffle=False).load_state_dict(state)
+
+
+def test_a_prompt_drawn_twice_for_a_step_has_seeds_and_a_group_of_its_own(tmp_path: Path) -> None:
+    stream = stream_of(write(tmp_path, 3))
+    first = stream.next(2)
+    assert [prompt.occurrence for prompt in first] == [0, 0]
+    step = stream.next(8)
+    groups = [prompt.group_id for prompt in step]
+    assert len(set(groups)) == 8 and len({prompt.prompt_id for prompt in step}) == 3
+    seeds = {sample_seed(1, "text", 4, group, sample) for group in groups for sample in range(4)}
+    assert len(seeds) == 32
+    # the first occurrence is what a step without repetitions has; a step's second draw goes on counting
+    assert sorted(prompt.occurrence for prompt in step) == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert groups[:3] == [prompt.prompt_id for prompt in step[:3]]
+    more = stream.next(3, drawn=step)
+    assert not {prompt.group_id for prompt in more} & set(groups)
+
+
+@given(st.lists(st.sampled_from("abc")), st.lists(st.sampled_from("abc")))
+def test_numbered_prompts_are_distinct_and_lose_nothing(drawn: list[str], more: list[str]) -> None:
+    before = number_occurrences([bare_prompt(name) for name in drawn])
+    after = number_occurrences([bare_prompt(name) for name in more], before)
+    assert [prompt.prompt_id for prompt in after] == more
+    groups = [prompt.group_id for prompt in [*before, *after]]
+    assert len(set(groups)) == len(groups)
+    assert all(groups.count(name) == (name in drawn + more) for name in "abc")
+
+
+def test_a_stream_without_usable_samples_is_an_error(tmp_path: Path) -> None:
+    stream = stream_of(write(tmp_path, 5), max_prompt_tokens=3)
+    with pytest.raises(DataError, match=r"none of the 5 samples can be used.*too_long"):
+        stream.next(1)
+
+
+def test_a_message_order_that_the_template_refuses_is_a_bad_sample(tmp_path: Path) -> None:
+    strict = byte_tokenizer(
+        chat_template="{{ raise_exception('roles must alternate') if messages[0].role != 'user' }}ok"
+    )
+    pattern = write_raw(
+        tmp_path / "s.tar",
+        [
+            ("a.json", record(prompt=[{"role": "assistant", "content": "no"}])),
+            ("b.json", record(prompt=[{"role": "user", "content": "yes"}])),
+        ],
+    )
+    stream = stream_of(pattern, strict)
+    assert ids(stream.next(4)) == ["s/b"] * 4
+    assert stream.skipped["chat_template"] >= 3
+
+
+def test_media_are_not_silently_dropped_on_a_text_branch(tmp_path: Path) -> None:
+    write_shards([new_sample(0), new_sample(1, media={"0.png": b"x"})], tmp_path, "toy")
+    stream = stream_of(str(tmp_path / "*.tar"))
+    assert [prompt.answer for prompt in stream.next(3)] == ["0"] * 3
+    assert stream.skipped["media_unsupported"] >= 2
+
+
+@given(st.lists(st.integers(), max_size=200), st.integers(1, 17))
+def test_split_loses_and_duplicates_nothing(items: list[int], world: int) -> None:
+    parts = [split_evenly(items, rank, world) for rank in range(world)]
+    assert [item for part in parts for item in part] == items
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(("rank", "world"), [(-1, 2), (2, 2), (0, 0)])
+def test_split_refuses_ranks_outside_the_world(rank: int, world: int) -> None:
+    with pytest.raises(ValueError, match="is not in"):
+        split_evenly([1], rank, world)
+
+
+# ---- validation --------------------------------------------------------------------------------------------
+
+
+def test_validation_is_complete_and_in_file_order(tmp_path: Path) -> None:
+    data = DataConfig(validation=[write(tmp_path, 25, prefix="val")])
+    prompts = load_validation(data, plain_tokenizer(), domain="text", verifiers=["exact"])
+    assert [prompt.answer for prompt in prompts] == [str(i) for i in range(25)]
+    some = load_validation(data, plain_tokenizer(), domain="text", max_prompts=5)
+    assert [prompt.answer for prompt in some] == ["0", "5", "10", "15", "20"]
+    assert len(load_validation(data, plain_tokenizer(), domain="text", max_prompts=99)) == 25
+
+
+def test_validation_skips_and_says_so(mixed_pattern: str, caplog: pytest.LogCaptureFixture) -> None:
+    data = DataConfig(validation=[mixed_pattern], max_prompt_tokens=50)
+    with caplog.at_level(logging.WARNING):
+        prompts = load_validation(data, plain_tokenizer(), domain="text", verifiers=["exact"])
+    assert len(prompts) == 18
+    assert "of 23 validation samples" in caplog.text
+    with pytest.raises(DataError, match="no validation sample can be used"):
+        load_validation(
+            DataConfig(validation=[mixed_pattern], max_prompt_tokens=1), plain_tokenizer(), domain="text"
+        )
+
+
+def test_every_process_computes_the_same_order(tmp_path: Path) -> None:
+    pattern = write(tmp_path, 50)
+    code = (
+        "import sys; from copd_megatron.data import ShardSet\n"
+        "from copd_megatron.data.stream import epoch_order;"
+        "s = ShardSet.open([sys.argv[1]]);"
+        "print(s.fingerprint, *(s.refs[i].id for i in epoch_order(len(s), 7, 2)))"
+    )
+    outputs = set()
+    for hash_seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": hash_seed}
+        done = subprocess.run(
+            [sys.executable, "-c", code, pattern], env=environment, check=True, capture_output=True, text=True
+        )
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
+    with tempfile.TemporaryDirectory() as elsewhere:
+        moved = Path(elsewhere) / "data"
+        Path(tmp_path).rename(moved)
+        assert outputs.pop().split()[0] == ShardSet.open([str(moved / "*.tar")]).fingerprint
+
+
+PINNED = [[9, 2, 4, 7, 5, 0, 8, 6, 3, 1], [5, 6, 3, 0, 7, 2, 1, 4, 9, 8]]
