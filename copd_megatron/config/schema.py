@@ -532,14 +532,15 @@ class WandbConfig:
 
 @dataclass(kw_only=True)
 class PrometheusConfig:
-    """The last step's metrics in Prometheus' text format."""
+    """The metrics of the last step, for Prometheus."""
 
     textfile: str | None = None
     """A ``.prom`` file, replaced each step, in the folder of node_exporter's textfile collector."""
     port: int | None = None
-    """Global rank 0 answers ``GET /metrics`` here."""
-    host: str = "0.0.0.0"
-    """Address that ``port`` is opened on; 127.0.0.1: reached from the same node only."""
+    """Port on which global rank 0 answers ``GET /metrics``."""
+    host: str = "127.0.0.1"
+    """Address on which ``port`` is opened. The default is reached from the same node only; 0.0.0.0 is reached
+    from every network that the node is in, without a password."""
 
 
 @dataclass(kw_only=True)
