@@ -11,16 +11,23 @@
 #   COPD_VENV        see launchers/setup.sh
 #   COPD_TINY_BASE   folder of the tiny base model; default .cache/tiny_vl, with --text .cache/tiny_text
 set -euo pipefail
-kind=vl config=configs/three_branch_tiny.yaml
-if [[ ${1-} == --text ]]; then
-    kind=text config=configs/two_branch_tiny.yaml
-    shift
-elif [[ ${1-} == -* ]]; then
-    echo "quickstart: unknown option $1. Use --text or none, then key=value settings." >&2
-    exit 2
-fi
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+kind=vl config=configs/three_branch_tiny.yaml
+case ${1-} in
+    --text)
+        kind=text config=configs/two_branch_tiny.yaml
+        shift
+        ;;
+    -h | --help)
+        copd_help "$0"
+        exit 0
+        ;;
+    -*)
+        echo "quickstart: unknown option $1. Use --text or none, then key=value settings." >&2
+        exit 2
+        ;;
+esac
 cd -- "$COPD_ROOT"
 copd_setup cpu
 

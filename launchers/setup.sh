@@ -13,6 +13,9 @@
 
 COPD_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 
+# Prints the comment at the top of script $1: what it does and how it is used.
+copd_help() { sed -n -e '1d' -e '/^[^#]/q' -e '/^#SBATCH/d' -e '/^# shellcheck/d' -e 's/^# \{0,1\}//p' -- "$1"; }
+
 _copd_say() { printf 'setup: %s\n' "$*" >&2; }
 
 _copd_is_312() {

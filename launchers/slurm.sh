@@ -16,7 +16,7 @@
 #   COPD_WAIT_SECONDS     the other ranks are ended this long after the first one has; default 60
 #   COPD_SWEEP            for sbatch --array: a file of overrides, element 1 takes its first line, and so on
 #                         (# starts a comment); without it, an element's index becomes run.seed
-#   COPD_PRINT            1: print the srun command, start nothing
+#   COPD_PRINT            1: print the command that would run, srun's in a job, and start nothing
 # Without a container, launchers/setup.sh's environment is used (COPD_VENV, COPD_REQUIREMENTS: gpu where there
 # are GPUs, else cpu). With one:
 #   COPD_CONTAINER          image: a registry reference or .sqsh file for Pyxis, a .sif for Apptainer
@@ -138,6 +138,10 @@ copd_job() {
     local config=$1 step_pid="" interrupted="" time_is_up="" ended="" status=0 restarts=0
     local overrides in_env srun_container srun_options train hosts tasks per_node end most
     shift
+    if [[ ${1-} == -h || ${1-} == --help ]]; then
+        copd_help "$0"
+        return 0
+    fi
     # shellcheck source=/dev/null
     if [[ -n ${COPD_BEFORE-} ]]; then . "$COPD_BEFORE" || return 1; fi
     case ${1-} in
@@ -151,6 +155,11 @@ copd_job() {
     overrides=("$@")
     export VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
     if [[ -z ${SLURM_JOB_ID-} ]]; then
+        if [[ ${COPD_PRINT-} == 1 ]]; then
+            printf '%q ' copd train "$config" "${overrides[@]}"
+            echo
+            return 0
+        fi
         local requirements=cpu
         if [[ -e /dev/nvidiactl ]]; then requirements=gpu; fi
         copd_setup "${COPD_REQUIREMENTS:-$requirements}" || return 1

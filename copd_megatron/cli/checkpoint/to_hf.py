@@ -34,10 +34,10 @@ EXAMPLES = """
 def command(
     source: Path, target: Path, model: Path | None, dtype: str | None, shard_bytes: int | None
 ) -> int:
-    """Write a checkpoint in Megatron's distributed format as a Hugging Face folder.
+    """Write a checkpoint as a Hugging Face folder.
 
-    SOURCE is a branch's folder in a joint checkpoint, saved at any layout, or a folder that copd checkpoint
-    to-megatron wrote. TARGET is the folder to write; it must not exist.
+    SOURCE is in Megatron's distributed format: a branch's folder in a joint checkpoint, saved at any layout,
+    or a folder that copd checkpoint to-megatron wrote. TARGET is the folder to write; it must not exist.
     """
     import torch
 

@@ -22,11 +22,11 @@ EXAMPLES = """
 @click.argument("target", type=PATH)
 @DTYPE
 def command(source: Path, target: Path, dtype: str | None) -> int:
-    """Write a Hugging Face folder in Megatron's distributed format.
+    """Write a Hugging Face folder in Megatron's format.
 
-    Jobs of any layout load what this writes. SOURCE is the Hugging Face folder, TARGET the folder to write,
-    which must not exist. Configuration, tokenizer and processor files come along, so that copd checkpoint
-    to-hf gives the same folder back, byte for byte.
+    The result is in Megatron's distributed format, which jobs of any layout load. SOURCE is the Hugging Face
+    folder, TARGET the folder to write, which must not exist. Configuration, tokenizer and processor files
+    come along, so that copd checkpoint to-hf gives the same folder back, byte for byte.
     """
     import torch
 
