@@ -16,7 +16,7 @@
 #   COPD_WAIT_SECONDS     how long the other ranks may go on after the first one has ended; default 60
 #   COPD_SWEEP            for sbatch --array: a file of overrides; array element 1 uses its first line, and so on
 #                         (# starts a comment). Without this file, the element's index becomes run.seed
-#   COPD_PRINT            1: print the srun command and start nothing
+#   COPD_PRINT            1: print the command that would run (in a job, srun's) and start nothing
 # Without a container, the environment of launchers/setup.sh is used (COPD_VENV, COPD_REQUIREMENTS; by default gpu
 # on nodes with GPUs, else cpu). With a container:
 #   COPD_CONTAINER          image: a registry reference or .sqsh file for Pyxis, a .sif file for Apptainer
@@ -151,6 +151,11 @@ copd_job() {
     overrides=("$@")
     export VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
     if [[ -z ${SLURM_JOB_ID-} ]]; then
+        if [[ ${COPD_PRINT-} == 1 ]]; then
+            printf '%q ' copd train "$config" "${overrides[@]}"
+            echo
+            return 0
+        fi
         local requirements=cpu
         if [[ -e /dev/nvidiactl ]]; then requirements=gpu; fi
         copd_setup "${COPD_REQUIREMENTS:-$requirements}" || return 1

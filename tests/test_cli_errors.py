@@ -245,6 +245,7 @@ def test_eval_of_a_folder_that_is_not_there(config: dict[str, Any], tmp_path: Pa
     answer = copd("eval", str(path), str(tmp_path / "nowhere"))
     assert answer.status == 2
     assert "nowhere" in answer.message
+    assert not answer.modules
 
 
 def test_merge_of_a_folder_that_is_not_there(tmp_path: Path) -> None:

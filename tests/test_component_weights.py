@@ -17,7 +17,7 @@ from copd_megatron.config.schema import Aggregation, LossConfig
 from copd_megatron.errors import ConfigError
 from copd_megatron.objectives.shares import advantage_shares
 from copd_megatron.records import TrainRow
-from tests.checkpoint_runs import prepare, write_config
+from tests.support.checkpoint_runs import prepare, write_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

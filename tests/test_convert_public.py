@@ -324,8 +324,8 @@ def test_tool_reports_what_it_skipped(tmp_path: Path) -> None:
     assert "1 training samples in 1 shard(s)" in done.stdout
     assert "skipped 1: unverifiable_tracking" in done.stdout
     done = run_tool("convert_dataset.py", *arguments)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "already holds" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("copd: ") and "already holds" in done.stderr
     assert "Traceback" not in done.stderr
 
 

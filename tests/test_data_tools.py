@@ -159,8 +159,8 @@ def test_tool_errors_are_one_line(tmp_path: Path) -> None:
         (["--verifier", "nope"], "unknown verifier 'nope'"),
     ):
         done = run_tool("make_text_data.py", *base, *extra)
-        assert done.returncode == 1
-        assert done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2
+        assert done.stderr.startswith("copd: ") and message in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------- jsonl_to_shards
@@ -255,7 +255,7 @@ def test_tool_converts_from_the_command_line(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", *rows)
     arguments = [str(source), "--out", str(tmp_path / "out"), "--name", "mine", "--prompt-field", "question"]
     done = run_tool("jsonl_to_shards.py", *arguments, "--answer-field", "label")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "line 1: no field 'verifier'" in done.stderr and "Traceback" not in done.stderr
     done = run_tool(
         "jsonl_to_shards.py",

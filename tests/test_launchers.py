@@ -327,6 +327,45 @@ def test_two_set_ups_at_once_install_once(copy: Path) -> None:
     assert result.stderr.count("setup: done") == 1
 
 
+JOB_LAUNCHERS = ("two_branch.sh", "three_branch.sh")
+
+
+def launch(tmp_path: Path, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A launcher outside SLURM that could not set anything up, nor start a run."""
+    outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    return subprocess.run(
+        [ROOT / "launchers" / name, *words],
+        cwd=tmp_path,
+        env=outside
+        | {"COPD_VENV": str(tmp_path / "none"), "COPD_PYTHON": "/nonexistent/python"}
+        | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("name", JOB_LAUNCHERS)
+def test_printing_starts_nothing_outside_a_job_either(tmp_path: Path, name: str) -> None:
+    done = launch(tmp_path, name, "my.yaml", "run.name=a b", COPD_PRINT="1")
+    assert (done.returncode, done.stdout.strip()) == (0, r"copd train my.yaml run.name=a\ b")
+    done = launch(tmp_path, name, "run.seed=2", COPD_PRINT="1")
+    config = name.replace(".sh", "_qwen3_vl_4b.yaml")
+    assert done.stdout.strip() == f"copd train {ROOT}/configs/{config} run.seed=2"
+    assert list(tmp_path.iterdir()) == []
+    assert launch(tmp_path, name, "my.yaml").returncode == 1, "without it, a run is what is asked for"
+
+
+@pytest.mark.parametrize("name", [*JOB_LAUNCHERS, "quickstart.sh"])
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_launchers_explain_themselves(tmp_path: Path, name: str, word: str) -> None:
+    done = launch(tmp_path, name, word)
+    assert done.returncode == 0, done.stderr
+    assert f"launchers/{name}" in done.stdout and "#" not in done.stdout.replace("#SBATCH", "")
+    assert "set -euo" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- continuous integration --------------------------------------------------------------------------------
 
 

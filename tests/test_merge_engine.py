@@ -523,7 +523,7 @@ def test_the_command_refuses_in_one_line(
         assert main(["merge", *arguments]) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "there").mkdir()
-    assert main(["merge", str(family[1]), "--out", str(tmp_path / "there")]) == 1
+    assert main(["merge", str(family[1]), "--out", str(tmp_path / "there")]) == 2
     assert "is there already" in capsys.readouterr().err
 
 

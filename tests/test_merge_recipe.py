@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 
+from copd_megatron.cli import merge
+from copd_megatron.cli.parameters import Size
 from copd_megatron.config import ConfigError
-from copd_megatron.merge import command
+from copd_megatron.merge.flags import recipe_from
 from copd_megatron.merge.recipe import METHODS, Recipe, layer_depths, layer_label, read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,9 +32,8 @@ def two(**parameters: Any) -> list[dict[str, Any]]:
 
 
 def from_flags(*flags: str) -> Recipe:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.recipe_from(parser.parse_args([*flags, "--out", "x"]))
+    context = merge.command.make_context("merge", [*flags, "--out", "x"])
+    return recipe_from(merge.flags_of(context.params))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -247,12 +248,12 @@ def test_slerp_by_flags() -> None:
     [
         (("a", "b", "--method", "ties"), "needs --base"),
         (("a", "b", "--weights", "1"), "1 numbers for 2 models"),
-        (("a", "b", "--weights", "x,y"), "no list of numbers"),
+        (("a", "b", "--weights", "x,y"), "is not a list of numbers"),
         (("a", "b", "--method", "weighted"), "needs --weights"),
         (("a", "b", "--t", "0.5"), r"unknown key 'parameters\.t'"),
         (("a", "b", "--density", "0.5"), r"unknown key 'models\[0\]\.parameters\.density'"),
         (("a", "b", "--method", "slerp", "--weights", "1,1"), "takes --t"),
-        (("recipe.yaml", "--method", "ties"), "stand in the recipe"),
+        (("recipe.yaml", "--method", "ties"), "the recipe recipe.yaml says how to merge"),
     ],
 )
 def test_flags_that_cannot_be(flags: tuple[str, ...], message: str) -> None:
@@ -265,17 +266,17 @@ def test_flags_that_cannot_be(flags: tuple[str, ...], message: str) -> None:
     [("100", 100), ("2GiB", 2**31), ("500MB", 5 * 10**8), ("1.5K", 1500), ("3 MiB", 3 * 2**20)],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert command.parse_size(text) == size
+    assert Size().convert(text, None, None) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "5X", "-1G", "0"])
+@pytest.mark.parametrize("text", ["", "GB", "5X", "-1G", "0", "infG", "nan"])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(ConfigError, match="--shard-size"):
-        command.parse_size(text)
+    with pytest.raises(click.BadParameter, match=r"is not a size|is not above 0"):
+        merge.command.make_context("merge", ["a", "--out", "x", "--shard-size", text])
 
 
 def test_recipes_need_no_torch() -> None:
-    code = "import sys, copd_megatron.merge.command; sys.exit('torch' in sys.modules)"
+    code = "import sys, copd_megatron.cli.merge; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

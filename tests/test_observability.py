@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,9 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 from torch.distributed import HashStore
 
@@ -29,10 +33,10 @@ from copd_megatron.config.schema import LoggingConfig, ProfilingConfig
 from copd_megatron.metrics.packages import check_packages, is_installed
 from copd_megatron.metrics.profiler import ProfilerWindow
 from copd_megatron.metrics.prometheus import (
-    CONTENT_TYPE,
+    MAX_CLIENTS,
+    LastStep,
     PrometheusEndpoint,
     PrometheusTextfile,
-    render,
     sample_name,
 )
 from copd_megatron.metrics.rank_log import (
@@ -102,7 +106,10 @@ def test_paths_become_names_and_labels() -> None:
 
 
 def test_prometheus_own_parser_reads_it() -> None:
-    found = parsed(render(7, "opd", METRICS, run='my "run"', now=1234.5))
+    step = LastStep('my "run"', clock=lambda: 1234.5)
+    assert parsed(generate_latest(step).decode()) == {}
+    step.show(7, "opd", METRICS)
+    found = parsed(generate_latest(step).decode())
     assert found["copd_step", ()] == 7 and found["copd_last_step_timestamp_seconds", ()] == 1234.5
     assert found["copd_phase_info", (("phase", "opd"),)] == 1
     assert found["copd_train_reward", (("branch", "text"),)] == 0.41
@@ -110,6 +117,8 @@ def test_prometheus_own_parser_reads_it() -> None:
     assert math.isnan(found["copd_train_loss", (("branch", "image"),)])
     assert found["copd_train_grad_norm", (("branch", "image"),)] == float("inf")
     assert len(found) == len(METRICS) + 3
+    # a scraper may ask for the newer format
+    assert len(list(openmetrics_families(generate_openmetrics(step).decode()))) == len(METRICS) + 3
 
 
 def test_the_textfile_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -131,7 +140,7 @@ def test_the_textfile_is_replaced_as_a_whole(tmp_path: Path) -> None:
         writer.write(step, "rlvr", many)
     done.set()
     reader.join()
-    assert seen and all(text.count("\n") == 2 * (300 + 3) for text in seen)
+    assert seen and all(text.count("\n") == 3 * (300 + 3) for text in seen)
     assert parsed(path.read_text())["copd_step", ()] == 59
     assert path.stat().st_mode & 0o777 == 0o644
     assert [p.name for p in tmp_path.iterdir()] == ["copd.prom"]
@@ -141,7 +150,7 @@ def test_a_folder_that_fails_during_the_run_costs_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "textfiles"
-    with pytest.raises(ConfigError, match=r"logging\.prometheus\.textfile: .*textfiles is no folder"):
+    with pytest.raises(ConfigError, match=r"logging\.prometheus\.textfile: .*textfiles is not a folder"):
         PrometheusTextfile(folder / "copd.prom", run="x")
     folder.mkdir()
     writer = PrometheusTextfile(folder / "copd.prom", run="x")
@@ -164,16 +173,46 @@ def test_the_endpoint_answers_with_the_newest_step() -> None:
         for step in (1, 2):
             endpoint.write(step, "rlvr", METRICS)
             with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
-                assert answer.headers["Content-Type"] == CONTENT_TYPE
+                assert answer.headers["Content-Type"] == CONTENT_TYPE_PLAIN_0_0_4
                 assert parsed(answer.read().decode())["copd_step", ()] == step
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"{address}/elsewhere", timeout=10)
         with pytest.raises(ConfigError, match=r"logging\.prometheus\.port: cannot listen on .* another port"):
             PrometheusEndpoint("127.0.0.1", endpoint.port, run="x")
     finally:
         endpoint.close()
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"{address}/metrics", timeout=10)
+
+
+def test_silent_clients_hold_neither_threads_nor_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 that say nothing, some of which say a letter now and then: a scrape is answered all the same."""
+    monkeypatch.setattr("copd_megatron.metrics.prometheus._Handler.timeout", 1.0)
+    threads = threading.active_count()
+    endpoint = PrometheusEndpoint("127.0.0.1", 0, run='my "run"')
+    endpoint.write(1, "rlvr", METRICS)
+    clients, most = [], 0
+    try:
+        for _ in range(300):
+            clients.append(socket.create_connection(("127.0.0.1", endpoint.port), timeout=10))
+            clients[-1].send(b"G")
+            most = max(most, threading.active_count() - threads)
+        began = time.monotonic()
+        with urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/metrics", timeout=10) as answer:
+            assert parsed(answer.read().decode())["copd_step", ()] == 1
+        assert time.monotonic() - began < 1.0, "it waited for nobody's timeout"
+        assert 1 < most <= MAX_CLIENTS + 1
+        deadline = time.monotonic() + 10
+        while threading.active_count() > threads + 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert threading.active_count() == threads + 1, "the server's own thread is left"
+    finally:
+        for client in clients:
+            client.close()
+        endpoint.close()
+    assert threading.active_count() == threads
+
+
+def test_the_endpoint_is_for_this_machine_unless_asked_otherwise() -> None:
+    assert LoggingConfig().prometheus.host == "127.0.0.1"
 
 
 # ---- W&B and missing packages -----------------------------------------------------------------------------
@@ -280,6 +319,12 @@ def test_ranks_logs_read_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[st
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.0{6} WARNING \[image 0/1, rank 2\] copd\.test: two\n",
         capsys.readouterr().out,
     )
+    for option, message in (
+        (["--branch", "nope"], "the branches text, image"),
+        (["--rank", "7"], "ranks 0 to 2"),
+    ):
+        assert main(["logs", str(tmp_path), *option]) == 2
+        assert message in capsys.readouterr().err
     assert main(["logs", str(tmp_path / "nothing")]) == 2
     assert "logging.rank_files" in capsys.readouterr().err
 

@@ -393,6 +393,7 @@ def test_the_command_makes_both_folders_and_needs_no_torch_to_find_them(tmp_path
         "import runpy, sys\n"
         "for name in ('torch', 'transformers', 'reasoning_gym'):\n"
         "    sys.modules[name] = None\n"
+        "sys.path.insert(0, 'tools')\n"
         f"sys.argv = {arguments!r}\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
@@ -405,7 +406,7 @@ def test_the_command_makes_both_folders_and_needs_no_torch_to_find_them(tmp_path
         capture_output=True,
         text=True,
     )
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
 
 
 def test_the_recipe_names_workings_that_exist() -> None:

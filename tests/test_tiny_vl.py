@@ -242,6 +242,7 @@ def test_a_finished_folder_is_found_without_torch(base: Path, tmp_path: Path) ->
         "import runpy, sys\n"
         "for name in ('torch', 'transformers', 'reasoning_gym', 'av'):\n"
         "    sys.modules[name] = None\n"
+        "sys.path.insert(0, 'tools')\n"
         f"sys.argv = ['tools/make_tiny_base.py', '--kind', 'vl', '--out', {str(tmp_path / 'base')!r}]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )

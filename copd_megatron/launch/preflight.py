@@ -1,4 +1,5 @@
-"""Is there room for what a run will write? Asked before anything is started. Imports no torch."""
+"""What is checked before anything is started: packages, data, verifiers, the run directory, room on the disk
+and in shared memory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,18 +8,76 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from copd_megatron.config import Config, ConfigError, ModelShape
+from copd_megatron.checkpoint.compatible import check_compatible
+from copd_megatron.checkpoint.manifest import checkpoints_dir, complete_checkpoints, step_folder
+from copd_megatron.config import Config, ConfigError, ModelShape, read_model_shapes
+from copd_megatron.data import check_shards
+from copd_megatron.launch.lock import RunLock
+from copd_megatron.launch.run_dir import run_directory, starts_anew
+from copd_megatron.metrics.packages import check_packages
 from copd_megatron.planner.disk import _size, run_bytes
+from copd_megatron.rewards import registry
 
 SHARED_MEMORY_BYTES_PER_RANK = 64 * 2**20
 """NCCL's and vLLM's segments in /dev/shm, roughly."""
 
 
-def check_disk(config: Config, shapes: Mapping[str, ModelShape], folder: Path) -> None:
-    """Whether the run directory's file system has room for the run.
+def check_start(config: Config) -> None:
+    """Everything that can be known before the first process of a run is started, or by each rank before it
+    imports an engine.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError, DataError, UnknownVerifierError: the run could not start, or would harm another one.
+    """
+    check_packages(config.logging)
+    for branch in config.branches.values():
+        registry.resolve(branch.reward.verifiers)
+        for patterns in (branch.data.train, branch.data.validation):
+            if patterns:
+                check_shards(patterns, branch.reward.verifiers)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        check_shared_memory(
+            local_ranks(sum(branch.parallel.world_size for branch in config.branches.values()))
+        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        folder = run_directory(config)
+        check_run_dir(config, folder)
+        check_disk(config, read_model_shapes(config), folder)
+
+
+def check_run_dir(config: Config, folder: Path) -> None:
+    """Whether the run directory is free, or holds a run that this configuration can continue. With
+    ``run.overwrite`` it is freed.
+
+    Raises:
+        ConfigError: another job uses it, or what it holds cannot be continued.
+    """
+    with RunLock(folder):  # refused, or free: the job's first rank takes it for good
+        pass
+    metrics = folder / "metrics.jsonl"
+    if starts_anew(config):
+        metrics.unlink(missing_ok=True)
+        shutil.rmtree(checkpoints_dir(folder), ignore_errors=True)
+        return
+    if found := complete_checkpoints(folder):
+        step, manifest = next(iter(found.items()))
+        check_compatible(manifest.config, config, where=str(step_folder(folder, step)))
+        return
+    # a run that was killed before its first save was complete (in the background: before the second was due)
+    # has lost nothing that starting over does not bring back
+    steps_done = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+    if steps_done > 2 * config.checkpoint.save_period:
+        raise ConfigError(
+            f"run.dir: {folder} already holds a run of {steps_done} steps, without a checkpoint to continue "
+            "from; choose another run.name or run.dir, or set run.overwrite=true"
+        )
+
+
+def check_disk(config: Config, shapes: Mapping[str, ModelShape], folder: Path) -> None:
+    """Whether the file system of the run directory has room for the run.
+
+    Raises:
+        ConfigError: it does not.
     """
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
@@ -29,7 +88,7 @@ def check_disk(config: Config, shapes: Mapping[str, ModelShape], folder: Path) -
         raise ConfigError(
             f"run.dir: {folder} needs up to {_size(needed)} more (checkpoints of all branches, "
             f"checkpoint.keep_last={options.keep_last} + keep_best={options.keep_best} + the one being "
-            f"written, and the exports), {place} has {_size(free)} free; free some, name another "
+            f"written, and the exports), {place} has {_size(free)} free; free some, choose another "
             "run.dir, or keep fewer checkpoints"
         )
 
@@ -38,23 +97,23 @@ def check_shared_memory(num_ranks: int, folder: Path = Path("/dev/shm")) -> None
     """Whether this machine has shared memory for ``num_ranks`` ranks.
 
     Raises:
-        ConfigError: it has not; a container has 64 MiB by default.
+        ConfigError: it does not; a container has 64 MiB by default.
     """
     needed = num_ranks * SHARED_MEMORY_BYTES_PER_RANK
     try:
         free = shutil.disk_usage(folder).free
     except FileNotFoundError:
-        raise ConfigError(f"{folder} is not there: mount a tmpfs, NCCL and vLLM need it") from None
+        raise ConfigError(f"{folder} does not exist: mount a tmpfs there, NCCL and vLLM need it") from None
     if free < needed:
         raise ConfigError(
             f"{folder}: {free / 2**20:.0f} MiB free, {num_ranks} ranks on this machine need about "
             f"{needed / 2**20:.0f}; give the container more (docker run --shm-size=8g, or --ipc=host), or "
-            f"remove what killed runs have left there"
+            f"remove what killed runs left there"
         )
 
 
 def local_ranks(total: int, environment: Mapping[str, str] | None = None) -> int:
-    """Ranks of the job on this machine: torchrun says it; srun's tasks are taken to be spread evenly."""
+    """Ranks of the job on this machine, as torchrun says; srun's tasks are taken to be spread evenly."""
     found = os.environ if environment is None else environment
     if "LOCAL_WORLD_SIZE" in found:
         return int(found["LOCAL_WORLD_SIZE"])

@@ -4,27 +4,36 @@
     copd_overlap{k="10",edge="text-image",run="three_branch"} 0.62
 
 The file is for node_exporter's textfile collector (``--collector.textfile.directory``); the endpoint is for a
-Prometheus that scrapes the job itself. Both hold gauges of the last finished step, ``copd_step`` and the time
-it ended: a run that hangs shows as ``time() - copd_last_step_timestamp_seconds`` that grows.
+Prometheus that scrapes the job itself. Both hold gauges of the last finished step, its number ``copd_step``
+and the time when it ended: for a run that hangs, ``time() - copd_last_step_timestamp_seconds`` grows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 import os
 import re
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+from prometheus_client import Metric, generate_latest, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client.registry import Collector
 
 from copd_megatron.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_CLIENTS: Final = 8
+"""Connections that are answered at once, and so threads of the endpoint."""
+_CLIENT_SECONDS = 5.0
+"""What a client gets to say something before its connection is closed."""
 
 _PATTERNS = tuple(
     (re.compile(pattern), name)
@@ -41,7 +50,7 @@ _PATTERNS = tuple(
 
 
 def sample_name(path: str) -> tuple[str, dict[str, str]]:
-    """A metric's path as Prometheus' name and labels.
+    """The name and labels in Prometheus of a metric's path.
 
     >>> sample_name("text/timing/generation_seconds")
     ('copd_timing_generation_seconds', {'branch': 'text'})
@@ -54,37 +63,37 @@ def sample_name(path: str) -> tuple[str, dict[str, str]]:
     raise AssertionError("the last pattern fits everything")
 
 
-def render(step: int, phase: str, metrics: Mapping[str, float], *, run: str, now: float) -> str:
-    """One step in the text format, sorted by name.
+class LastStep(Collector):
+    """The gauges of the newest step; a library's ``Collector``, read by several threads."""
 
-    Args:
-        now: Unix time at which the step ended.
-    """
-    samples: dict[str, list[tuple[dict[str, str], float]]] = {
-        "copd_step": [({}, float(step))],
-        "copd_last_step_timestamp_seconds": [({}, now)],
-        "copd_phase_info": [({"phase": phase}, 1.0)],
-    }
-    for path, value in metrics.items():
-        name, labels = sample_name(path)
-        samples.setdefault(name, []).append((labels, value))
-    lines = []
-    for name, entries in sorted(samples.items()):
-        lines.append(f"# TYPE {name} gauge")
-        for labels, value in entries:
-            inside = ",".join(f'{key}="{_escape(text)}"' for key, text in {**labels, "run": run}.items())
-            lines.append(f"{name}{{{inside}}} {_number(value)}")
-    return "\n".join(lines) + "\n"
+    def __init__(self, run: str, clock: Callable[[], float] = time.time) -> None:
+        """
+        Args:
+            run: value of the label ``run``.
+            clock: Unix time, in seconds.
+        """
+        self._run, self._clock = run, clock
+        self._families: tuple[Metric, ...] = ()
 
+    def show(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
+        """Replaces what is shown by a step that has just ended."""
+        families: dict[str, Metric] = {}
 
-def _escape(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        def add(name: str, text: str, labels: Mapping[str, str], value: float) -> None:
+            family = families.setdefault(name, Metric(name, text, "gauge"))
+            family.add_sample(name, {**labels, "run": self._run}, value)
 
+        add("copd_step", "Steps done.", {}, float(step))
+        add("copd_last_step_timestamp_seconds", "When the last step ended.", {}, self._clock())
+        add("copd_phase_info", "Phase of the last step.", {"phase": phase}, 1.0)
+        for path, value in metrics.items():
+            name, labels = sample_name(path)
+            add(name, f"{path} in metrics.jsonl", labels, value)
+        self._families = tuple(families[name] for name in sorted(families))
 
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    return repr(value) if math.isfinite(value) else ("+Inf" if value > 0 else "-Inf")
+    def collect(self) -> Iterable[Metric]:
+        """The families of the step, by name; none before the first one."""
+        return self._families
 
 
 class PrometheusTextfile:
@@ -96,24 +105,26 @@ class PrometheusTextfile:
     ) -> None:
         """
         Raises:
-            ConfigError: the folder is not there or cannot be written.
+            ConfigError: the folder does not exist or cannot be written.
         """
-        self.path, self._run, self._clock = Path(path), run, clock
+        self.path, self._step = Path(path), LastStep(run, clock)
         self._failed = False
         if not os.access(self.path.parent, os.W_OK):
             raise ConfigError(
-                f"logging.prometheus.textfile: {self.path.parent} is no folder that this user can write; "
-                "make it, or give the one of node_exporter's --collector.textfile.directory"
+                f"logging.prometheus.textfile: {self.path.parent} is not a folder that you can write to; "
+                "create it, or give the folder of node_exporter's --collector.textfile.directory"
             )
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Shows one step."""
-        text = render(step, phase, metrics, run=self._run, now=self._clock())
+        self._step.show(step, phase, metrics)
         # node_exporter reads *.prom, so the unfinished file has another ending
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(text, encoding="utf-8")
-            partial.chmod(0o644)  # the collector is another user
+            partial.write_bytes(generate_latest(self._step))
+            partial.chmod(
+                0o644
+            )  # the collector runs as another user, who must never see a file it cannot read
             partial.replace(self.path)
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -132,8 +143,67 @@ class PrometheusTextfile:
         """Leaves the last step; its time says that it is old."""
 
 
+class _Handler(WSGIRequestHandler):
+    """One request, from a client that may be slow or silent."""
+
+    timeout = _CLIENT_SECONDS
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """To the log, where debugging is asked for."""
+        logger.debug("prometheus: %s", format % arguments)
+
+
+class _BoundedServer(ThreadingWSGIServer):
+    """A thread per client, for ``MAX_CLIENTS`` at most: to serve one more, the one that has been connected
+    for longest is cut off. A scrape takes milliseconds, so that is one who stays silent or does not
+    listen."""
+
+    request_queue_size = 64
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._free = threading.Semaphore(MAX_CLIENTS)
+        self._clients: dict[Any, None] = {}
+        """Sockets in the order in which they came."""
+        self._lock = threading.Lock()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts a thread for a client, once there is one to be had."""
+        if not self._free.acquire(blocking=False):
+            self._cut_off_the_oldest()
+            self._free.acquire()
+        with self._lock:
+            self._clients[request] = None
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread to be had: the caller reports that and closes the connection
+            self._forget(request)
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serves a client, in its thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._forget(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was too slow, or left: nobody's concern but its own."""
+        logger.debug("prometheus: no answer to %s", client_address, exc_info=True)
+
+    def _cut_off_the_oldest(self) -> None:
+        with self._lock, contextlib.suppress(OSError):  # it may just have been closed
+            for request in list(self._clients)[:1]:
+                request.shutdown(socket.SHUT_RDWR)
+
+    def _forget(self, request: Any) -> None:
+        with self._lock:
+            self._clients.pop(request, None)
+        self._free.release()
+
+
 class PrometheusEndpoint:
-    """A ``writers.Writer`` that answers ``GET /metrics`` with the newest step, from a thread of its own."""
+    """A ``writers.Writer`` that answers ``GET /metrics`` with the newest step, from threads of its own."""
 
     def __init__(self, host: str, port: int, *, run: str, clock: Callable[[], float] = time.time) -> None:
         """
@@ -141,33 +211,18 @@ class PrometheusEndpoint:
             port: 0: any free one (``port`` says which).
 
         Raises:
-            ConfigError: the address is taken or not this machine's.
+            ConfigError: the address is taken or does not belong to this machine.
         """
-        self._run, self._clock = run, clock
-        self._text = b""
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                found = self.path.partition("?")[0] in ("/metrics", "/")
-                body = endpoint._text if found else b"metrics are at /metrics\n"
-                self.send_response(200 if found else 404)
-                self.send_header("Content-Type", CONTENT_TYPE)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, format: str, *arguments: object) -> None:
-                logger.debug("prometheus: %s", format % arguments)
-
+        self._step = LastStep(run, clock)
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = make_server(
+                host, port, make_wsgi_app(self._step), server_class=_BoundedServer, handler_class=_Handler
+            )
         except OSError as error:
             raise ConfigError(
                 f"logging.prometheus.port: cannot listen on {host}:{port} ({error.strerror}); choose another "
                 "port, or null"
             ) from error
-        self._server.daemon_threads = True
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="copd-prometheus", daemon=True
         )
@@ -175,11 +230,12 @@ class PrometheusEndpoint:
 
     @property
     def port(self) -> int:
+        """The TCP port that it listens on."""
         return int(self._server.server_address[1])
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Shows one step."""
-        self._text = render(step, phase, metrics, run=self._run, now=self._clock()).encode()
+        self._step.show(step, phase, metrics)
 
     def truncate_after(self, step: int) -> None:
         """Nothing to forget: the endpoint holds one step."""

@@ -22,7 +22,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+import yaml
+
+from copd_megatron.errors import ConfigError
+
 LOGS = "logs"
+CONFIG = "config.yaml"
+"""The resolved configuration in a run directory."""
 
 _LINE = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}) (?P<level>[A-Z]+) +"
@@ -169,6 +175,24 @@ class Selection:
         )
 
 
+def check_selection(folder: Path, selection: Selection) -> None:
+    """Whether a run has the branch and the rank that are asked for.
+
+    Raises:
+        FileNotFoundError: the run directory has no logs.
+        ConfigError: no rank of the run is in that branch, or has that number.
+    """
+    ranks = {int(path.stem.removeprefix("rank_")): path for path in _files(folder)}
+    if selection.rank is not None and selection.rank not in ranks:
+        raise ConfigError(f"--rank {selection.rank}: {folder} has logs of ranks {min(ranks)} to {max(ranks)}")
+    if selection.branch is None:
+        return
+    named = [_branch_of(path) for path in ranks.values()]
+    known = dict.fromkeys([*_configured_branches(folder), *(name for name in named if name)])
+    if selection.branch not in known and (None not in named or (folder / CONFIG).exists()):
+        raise ConfigError(f"--branch {selection.branch}: {folder} has the branches {', '.join(known)}")
+
+
 def merged(folder: Path, selection: Selection | None = None) -> Iterator[str]:
     """The lines of all ranks so far, sorted by time, without line ends.
 
@@ -232,6 +256,21 @@ def _files(folder: Path) -> list[Path]:
             f"{folder / LOGS} has no rank_*.log; give the directory of a run with logging.rank_files=true"
         )
     return paths
+
+
+def _branch_of(path: Path) -> str | None:
+    """The branch that a rank's lines name; None before its first line."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return next((match["branch"] for line in file if (match := _LINE.match(line))), None)
+
+
+def _configured_branches(folder: Path) -> list[str]:
+    """The branches of the run's resolved configuration; none before it is written."""
+    try:
+        settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        return list(settings["branches"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return []
 
 
 def _timed(path: Path, number: int) -> Iterator[tuple[str, int, str]]:

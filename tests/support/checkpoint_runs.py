@@ -18,6 +18,7 @@ from tests.support.commands import environment
 from tests.support.domains import make_domains
 from tests.support.models import make_model, warm_up
 
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 BRANCHES = ("alpha", "beta")
 NUM_STEPS = 6
 
@@ -112,13 +113,34 @@ def train(config: Path, run_dir: Path, overrides: Sequence[str] = (), *, timeout
 
 def load_tool(name: str) -> dict[str, Any]:
     """What ``tools/<name>.py`` defines."""
-    return runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / f"{name}.py"))
+    with _tools_on_path():
+        return runpy.run_path(str(TOOLS / f"{name}.py"))
 
 
 def run_tool(name: str, *arguments: object) -> int:
     """``python tools/<name>.py arguments...`` within this process; its exit status."""
-    status: int = load_tool(name)["main"]([str(argument) for argument in arguments])
-    return status
+    path, before = str(TOOLS / f"{name}.py"), sys.argv
+    sys.argv = [path, *map(str, arguments)]
+    try:
+        with _tools_on_path():
+            runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+    finally:
+        sys.argv = before
+    raise AssertionError(f"{path} ended without a status")
+
+
+@contextlib.contextmanager
+def _tools_on_path() -> Iterator[None]:
+    """Python itself puts a script's folder first; a script may put more there."""
+    before = list(sys.path)
+    sys.path.insert(0, str(TOOLS))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def log_of(run_dir: Path) -> Path:

@@ -33,7 +33,8 @@ class PrometheusConfig:
     port: int | None = None
     """Port on which global rank 0 answers ``GET /metrics``. Null: none."""
     host: str = "127.0.0.1"
-    """Address that ``port`` is opened on. 127.0.0.1: reachable from the same node only."""
+    """Address on which ``port`` is opened. 127.0.0.1 is reachable from the same node only; 0.0.0.0 from every
+    network that the node is in, without a password."""
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,26 @@
+"""``copd doctor``."""
+
+from __future__ import annotations
+
+import click
+
+from copd_megatron.cli.group import Command
+
+EXAMPLES = """
+    copd doctor
+    copd doctor --json | jq .can_run
+"""
+
+
+@click.command("doctor", cls=Command, examples=EXAMPLES)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def command(as_json: bool) -> int:
+    """Show what this machine can do.
+
+    Says what it has, what that enables, and how to get the rest.
+    """
+    from copd_megatron.launch.doctor import report
+
+    found = report()
+    print(found.to_json() if as_json else found.to_text())
+    return 0

@@ -1,0 +1,46 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+PATH: click.Path = click.Path(path_type=Path)
+"""A file or folder; whoever opens it says when it is not there, and what should be."""
+
+COUNT = click.IntRange(min=1)
+
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+"""Settings in place of the file's, before or behind options."""
+
+
+class Size(click.ParamType):
+    """A number of bytes: ``100``, ``500MB``, ``2GiB``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The size in bytes; a usage error when it is none, or not above 0."""
+        text = str(value)
+        digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+        unit = text[len(digits) :].strip().upper()
+        unit = unit[:-1] if unit in ("KB", "MB", "GB") else unit
+        try:
+            size = int(float(digits) * _UNITS[unit])
+        except (ValueError, KeyError, OverflowError):
+            self.fail(f"{text!r} is not a size; write 500MB or 2GiB", param, ctx)
+        if size <= 0:
+            self.fail(f"{text!r} is not above 0", param, ctx)
+        return size
+
+
+def log_plainly() -> None:
+    """Sends what the package logs to standard error, message by message, for commands without a run's
+    logs."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

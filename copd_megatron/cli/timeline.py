@@ -1,0 +1,41 @@
+"""``copd timeline``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from copd_megatron.cli.group import Command
+from copd_megatron.cli.parameters import PATH
+from copd_megatron.metrics.timeline import write_trace
+
+EXAMPLES = """
+    copd train my.yaml profiling.timeline=true       record it
+    copd timeline runs/my                            then open runs/my/timeline/trace.json at ui.perfetto.dev
+    copd timeline runs/my --steps 3-5 --out steps.json
+"""
+
+
+@click.command("timeline", cls=Command, examples=EXAMPLES)
+@click.argument("run_dir", type=PATH)
+@click.option("--steps", metavar="A-B", help="Only these steps; the first one is 1.")
+@click.option("--out", type=PATH, help="Default: RUN_DIR/timeline/trace.json.")
+def command(run_dir: Path, steps: str | None, out: Path | None) -> int:
+    """Show what every rank did when, and who waited.
+
+    Prints a table and writes one Chrome trace for all ranks. RUN_DIR is the directory of a run with
+    profiling.timeline=true, during the run or after it.
+    """
+    path, summary = write_trace(run_dir, out, steps=_range(steps) if steps is not None else None)
+    print(f"{summary}\nwrote {path}; open it at https://ui.perfetto.dev or chrome://tracing")
+    return 0
+
+
+def _range(text: str) -> tuple[int, int]:
+    """``3`` or ``3-5`` as first and last step."""
+    first, _, last = text.partition("-")
+    try:
+        return int(first), int(last or first)
+    except ValueError:
+        raise click.UsageError(f"--steps {text}: write 3, or 3-5.", click.get_current_context()) from None

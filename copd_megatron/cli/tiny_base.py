@@ -1,0 +1,85 @@
+"""``copd tiny-base``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from copd_megatron.cli.group import Command
+from copd_megatron.cli.parameters import COUNT, PATH
+from copd_megatron.cli.progress import StepLines
+
+if TYPE_CHECKING:  # read when the command runs, so that the list of commands is there at once
+    from copd_megatron.tiny.recipe import Recipe
+    from copd_megatron.tiny.vl_recipe import VisualRecipe
+
+EXAMPLES = """
+    copd tiny-base --kind vl --out .cache/tiny_vl         Qwen3-VL: text, image, video
+    copd tiny-base --kind text --out .cache/tiny_text     Qwen3: two text domains
+"""
+
+
+@click.command("tiny-base", cls=Command, examples=EXAMPLES)
+@click.option(
+    "--kind", type=click.Choice(["text", "vl"]), default="text", show_default=True, help="Modalities."
+)
+@click.option("--out", type=PATH, required=True, help="Folder of the model.")
+@click.option("--data", type=PATH, help="Folder of the shards; default: OUT_data.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the model and its warm-up.")
+@click.option("--steps", type=COUNT, help="Warm-up steps, instead of the recipe's.")
+def command(kind: str, out: Path, data: Path | None, seed: int, steps: int | None) -> int:
+    """Make the quickstart's model and data.
+
+    A tiny base model for a CPU, and the shards of its domains. The model is an ordinary Hugging Face folder.
+    Takes minutes on two cores, and no time where both are there already. What is made is written down in
+    copd_megatron/tiny/recipe.py and vl_recipe.py.
+    """
+    from copd_megatron.tiny.base import TinyBaseError
+
+    recipe = _recipe(kind, steps)
+    started = time.monotonic()
+    try:
+        _make_data(data or out.with_name(f"{out.name}_data"), recipe)
+        made = _make_base(out, recipe, seed)
+    except TinyBaseError as error:
+        raise click.ClickException(str(error)) from error
+    ending = f"made in {time.monotonic() - started:.0f} s" if made else "is there already"
+    print(f"{out}: tiny base model {ending}")
+    return 0
+
+
+def _recipe(kind: str, steps: int | None) -> Recipe | VisualRecipe:
+    from copd_megatron.tiny.recipe import TEXT_RECIPE
+    from copd_megatron.tiny.vl_recipe import VL_RECIPE
+
+    recipe: Recipe | VisualRecipe = VL_RECIPE if kind == "vl" else TEXT_RECIPE
+    if steps is None:
+        return recipe
+    return dataclasses.replace(recipe, warm_up=dataclasses.replace(recipe.warm_up, num_steps=steps))
+
+
+def _make_data(folder: Path, recipe: Recipe | VisualRecipe) -> None:
+    from copd_megatron.tiny.base import make_data
+    from copd_megatron.tiny.vl import make_visual_data
+    from copd_megatron.tiny.vl_recipe import VisualRecipe
+
+    if isinstance(recipe, VisualRecipe):
+        names, made = ", ".join(recipe.names), make_visual_data(folder, recipe)
+    else:
+        names, made = ", ".join(domain.name for domain in recipe.domains), make_data(folder, recipe)
+    print(f"{folder}: shards of {names} {'written' if made else 'are there already'}", flush=True)
+
+
+def _make_base(folder: Path, recipe: Recipe | VisualRecipe, seed: int) -> bool:
+    """Whether it had to be made."""
+    from copd_megatron.tiny.base import make_tiny_base
+    from copd_megatron.tiny.vl import make_visual_base
+    from copd_megatron.tiny.vl_recipe import VisualRecipe
+
+    if isinstance(recipe, VisualRecipe):
+        return make_visual_base(folder, recipe, seed=seed, progress=StepLines())
+    return make_tiny_base(folder, recipe, seed=seed, progress=StepLines())

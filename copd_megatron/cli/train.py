@@ -1,0 +1,58 @@
+"""``copd train``."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from copd_megatron.cli.group import Command
+from copd_megatron.cli.parameters import OVERRIDES
+from copd_megatron.config import load_config, read_model_shapes, validate
+from copd_megatron.topology.slurm import step_environment
+
+EXAMPLES = """
+    copd train configs/three_branch_tiny.yaml --dry-run          check, print the resolved run, start nothing
+    copd train configs/three_branch_tiny.yaml                    train on this machine
+    copd train my.yaml schedule.cycles=4 optimizer.lr=2e-4       with settings changed
+    copd train my.yaml run.overwrite=true                        start over what the run directory holds
+    srun --ntasks=16 copd train my.yaml                          in a SLURM job, one task a rank
+"""
+
+
+@click.command("train", cls=Command, examples=EXAMPLES)
+@click.argument("config")
+@OVERRIDES
+@click.option("--dry-run", is_flag=True, help="Check, print the resolved run, start nothing.")
+def command(config: str, overrides: tuple[str, ...], dry_run: bool) -> int:
+    """Train the branches of a configuration.
+
+    CONFIG is a YAML file; KEY=VALUE replaces one of its settings, by its dotted name. The ranks are started
+    with a local torchrun; under torchrun or srun this process becomes one of the ranks that are there.
+    Started again with the same command, a run goes on from its newest valid checkpoint.
+    """
+    os.environ.update(step_environment(os.environ))
+    settings = load_config(config, overrides)
+    world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+    validate(settings, world_size=world_size, model=read_model_shapes(settings))
+    if dry_run:
+        from copd_megatron.launch.dry_run import dry_run as description
+
+        print(description(settings))
+        return 0
+
+    from copd_megatron.launch.preflight import check_start
+
+    check_start(settings)
+    if world_size is None:
+        from copd_megatron.launch.torchrun import become_torchrun
+
+        become_torchrun(settings, ["train", config, *overrides])
+
+    from copd_megatron.launch.rank_process import die_with_launcher, log_as_rank
+
+    log_as_rank(settings)
+    die_with_launcher()
+    from copd_megatron.train import train
+
+    return train(settings)

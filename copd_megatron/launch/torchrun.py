@@ -1,0 +1,39 @@
+"""Starts the ranks of a run on this machine. Imports no torch: the process that it becomes does."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from typing import NoReturn
+
+from copd_megatron.config import Config
+from copd_megatron.launch.run_dir import run_directory
+
+
+def become_torchrun(config: Config, arguments: Sequence[str]) -> NoReturn:
+    """Replaces this process by a local torchrun of as many ranks as the branches need.
+
+    Args:
+        arguments: of ``copd``, for every rank.
+    """
+    ranks = sum(branch.parallel.world_size for branch in config.branches.values())
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        # after a signal the ranks get the time to save
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(30, int(config.checkpoint.save_before_seconds))),
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ["COPD_MAX_RESTARTS"] = str(config.run.max_restarts)
+    os.environ["COPD_RUN_ID"] = uuid.uuid4().hex[:12]
+    command = [
+        *(sys.executable, "-m", "copd_megatron.launch.local", str(run_directory(config))),
+        # torchrun would give the ranks this machine's name as address, which need not resolve (containers)
+        *("--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"),
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        *("-m", "copd_megatron.cli", *arguments),
+    ]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
