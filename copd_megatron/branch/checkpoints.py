@@ -26,6 +26,7 @@ from copd_megatron.checkpoint.stop import StopSignals, deadline, must_save_now
 from copd_megatron.config import to_yaml
 from copd_megatron.data import PromptStream
 from copd_megatron.evaluation.run import Accuracies
+from copd_megatron.evaluation.table import mean_reward
 from copd_megatron.rollout.early_stop import from_state, to_state
 
 logger = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ def _streams(me: Branch) -> dict[str, PromptStream]:
 
 
 def _mean_accuracy(accuracies: Accuracies | None) -> float | None:
-    values = [value for row in (accuracies or {}).values() for value in row.values()]
+    values = [mean_reward(score) for row in (accuracies or {}).values() for score in row.values()]
     return sum(values) / len(values) if values else None
 
 

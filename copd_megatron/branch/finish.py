@@ -9,6 +9,7 @@ from copd_megatron.branch.schedule import num_steps
 from copd_megatron.branch.state import Branch
 from copd_megatron.branch.validation import each_branch, load_folder, shared_model, write_table
 from copd_megatron.evaluation.run import Accuracies
+from copd_megatron.evaluation.table import table_title
 from copd_megatron.merge.mean import merge_mean
 from copd_megatron.report.curves import write_report
 from copd_megatron.weight_sync.export import export_hf
@@ -41,7 +42,7 @@ def finish(me: Branch, table: Accuracies) -> None:
         if me.world.is_first:
             logger.info("validation accuracy of %s: see %s", ", ".join(table), me.run_dir / "evaluation.txt")
             # for the person who waits: lines of a log would be too wide to read
-            print(f"\nvalidation accuracy (%)\n\n{text}\n", flush=True)
+            print(f"\n{table_title(table)}\n\n{text}\n", flush=True)
     if me.world.is_first and num_steps(config.schedule):
         behaviour, picture = write_report(me.run_dir)
         if behaviour:

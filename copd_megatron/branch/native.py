@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from copd_megatron.branch.sampling import reward_metrics, rewards_of, sample_and_grade
+from copd_megatron.branch.sampling import graded_only, reward_metrics, rewards_of, sample_and_grade
 from copd_megatron.branch.schedule import Step
 from copd_megatron.branch.scoring import logprobs_of, reference_logprobs
 from copd_megatron.branch.state import Batch, Branch
@@ -39,6 +39,7 @@ def sample_native(me: Branch, step: Step) -> list[Rollout]:
             break
         fresh = _fresh_groups(me, missing, step, drawn=[r.prompt for r in rollouts])
         reward_metrics(me, "train/", fresh)
+        fresh = graded_only(fresh)
         if options.dynamic_sampling:
             keep = informative_groups(rewards_of(fresh), [r.prompt.group_id for r in fresh])
             me.metrics.mean("train/uninformative_fraction", float((~keep).sum()), len(keep))

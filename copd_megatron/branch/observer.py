@@ -15,6 +15,7 @@ from copd_megatron.branch.schedule import Step, num_steps
 from copd_megatron.branch.state import Branch
 from copd_megatron.config import save_resolved, to_yaml
 from copd_megatron.evaluation.run import Accuracies
+from copd_megatron.evaluation.table import mean_reward
 from copd_megatron.launch.run_dir import starts_anew
 from copd_megatron.metrics.console import ConsoleView
 from copd_megatron.metrics.profiler import ProfilerWindow
@@ -86,8 +87,10 @@ class Observer:
         self._profiler.end(step.index + 1)
 
     def validation(self, accuracies: Accuracies) -> None:
-        """Adds this branch's validation accuracies to the step's metrics."""
-        for domain, value in accuracies.get(self.me.name, {}).items():
+        """Adds this branch's validation accuracies to the step's metrics: the mean reward where a verifier
+        gives partial credit."""
+        for domain, score in accuracies.get(self.me.name, {}).items():
+            value = mean_reward(score)
             self.me.metrics.value(f"validation/accuracy/{domain}", value)
             if domain == self.me.name:
                 self.me.metrics.value("validation/accuracy", value)

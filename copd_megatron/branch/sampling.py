@@ -79,14 +79,20 @@ def _graded(me: Branch, mine: list[Rollout]) -> list[Rollout]:
     return [r if r.unfinished or r.reward is not None else next(graded) for r in mine]
 
 
+def graded_only(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts that have a grade. The others, for which there was no time (the grader counts them), teach
+    nothing, and the mean of their group is taken over the rest."""
+    return [r for r in rollouts if r.reward is not None]
+
+
 def rewards_of(rollouts: Sequence[Rollout]) -> list[float]:
-    """Verifiers' grades, 0 where there is none."""
-    return [r.reward if r.reward is not None else 0.0 for r in rollouts]
+    """The verifiers' grades, of those that have one."""
+    return [r.reward for r in rollouts if r.reward is not None]
 
 
 def reward_metrics(me: Branch, prefix: str, rollouts: Sequence[Rollout]) -> None:
     """Mean reward, response length and share of truncated responses, named ``<prefix>reward`` and so on."""
-    count = len(rollouts)
-    me.metrics.mean(f"{prefix}reward", sum(rewards_of(rollouts)), count)
+    count, rewards = len(rollouts), rewards_of(rollouts)
+    me.metrics.mean(f"{prefix}reward", sum(rewards), len(rewards))
     me.metrics.mean(f"{prefix}response_length", sum(r.response_length for r in rollouts), count)
     me.metrics.mean(f"{prefix}truncated_fraction", sum(r.truncated for r in rollouts), count)

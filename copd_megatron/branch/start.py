@@ -30,6 +30,9 @@ from copd_megatron.topology.layout import Layout
 from copd_megatron.topology.world import World, init_world
 from copd_megatron.weight_sync.sync import WeightSync
 
+_GRADING_SHARE = 1 / 3
+"""Of ``run.collective_timeout_seconds``: the most that grading one batch of responses may take."""
+
 
 @contextlib.contextmanager
 def start(config: Config, layout: Layout) -> Iterator[Branch]:
@@ -70,7 +73,9 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
     with world.watch.operation("startup.data"):
         sources = PromptSources(config, model_path, read_model_shape(model_path))
         verifiers = [v for branch in config.branches.values() for v in branch.reward.verifiers]
-        grader = Grader(settings.reward, also=verifiers)
+        # the other ranks wait for the grades: hanging verifiers must not take them to their limit
+        max_seconds = config.run.collective_timeout_seconds * _GRADING_SHARE
+        grader = Grader(settings.reward, also=verifiers, max_seconds=max_seconds)
         prompts = None if settings.frozen else sources.stream(name, "native")
         edge_prompts = {edge: sources.stream(edge.prompts, edge.name) for edge in edges}
         validation = sources.validation()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from copd_megatron.branch.sampling import sample_graded
 from copd_megatron.branch.state import Branch
 from copd_megatron.evaluation.run import Accuracies, accuracy, num_prompts
-from copd_megatron.evaluation.table import render_table, save_table
+from copd_megatron.evaluation.table import Score, render_table, save_table
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout.engine import SamplingSettings
@@ -18,7 +18,7 @@ def shared_model(me: Branch, name: str) -> Accuracies:
     """Accuracy of one model that every training branch holds: the work is split, domain by domain."""
     trainers = [branch for branch in me.world.branches if not me.config.branches[branch].frozen]
     mine = [d for i, d in enumerate(me.validation) if trainers[i % len(trainers)] == me.name]
-    merged: dict[str, float] = {}
+    merged: dict[str, Score] = {}
     for part in me.world.all_gather_objects(_accuracy(me, mine), "evaluate.gather"):
         merged.update(part)
     return {name: merged}
@@ -31,7 +31,7 @@ def each_branch(me: Branch) -> Accuracies:
     return {branch: gathered[branch] for branch in me.world.branches if gathered[branch]}
 
 
-def _accuracy(me: Branch, domains: Iterable[str]) -> dict[str, float]:
+def _accuracy(me: Branch, domains: Iterable[str]) -> dict[str, Score]:
     """Mean verifier score per domain under the weights that this branch's engine holds."""
     if me.engine is None:
         return {}
@@ -52,7 +52,7 @@ def load_folder(me: Branch, folder: str | Path) -> None:
             me.engine.load_weights(HFFolder(folder).iterate(), version=-1)
 
 
-def write_table(me: Branch, rows: Mapping[str, Mapping[str, float]]) -> str:
+def write_table(me: Branch, rows: Accuracies) -> str:
     """Saves the table in the run directory and returns it as text."""
     counts = num_prompts(me.validation)
     if me.world.is_first:

@@ -1,22 +1,24 @@
-"""One evaluation for everybody: training, ``copd eval`` and the final table score prompts through here.
+"""The evaluation that training, ``copd eval`` and the final table share.
 
 It does not know what answers. A ``Sampler`` turns prompts into graded rollouts, wherever they are sampled: on
-all ranks of a training branch, or in the one process of ``copd eval``.
+all ranks of a training branch, or in the single process of ``copd eval``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from copd_megatron.config.schema import EvaluationConfig
+from copd_megatron.evaluation.table import Score
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout.engine import SamplingSettings
 
 Sampler = Callable[[Sequence[Prompt], SamplingSettings, str], list[Rollout]]
 """(prompts, settings, purpose) to graded rollouts of all of them. ``purpose`` enters the sampling seeds."""
 
-Accuracies = dict[str, dict[str, float]]
-"""Model name to domain to mean verifier score."""
+Accuracies = dict[str, dict[str, Score]]
+"""Model name to domain to what the model scored there."""
 
 
 def sampling_settings(options: EvaluationConfig) -> SamplingSettings:
@@ -32,23 +34,30 @@ def accuracy(
     options: EvaluationConfig,
     *,
     domains: Iterable[str] | None = None,
-) -> dict[str, float]:
-    """Mean verifier score of each domain.
+) -> dict[str, Score]:
+    """What the sampled model scores on each domain.
 
     Args:
         sample: what answers and grades.
         validation: validation prompts by domain.
         domains: which of them to score; None: all.
-
-    Returns:
-        Domain to the mean reward over all of its responses.
     """
     settings = sampling_settings(options)
     scores = {}
     for domain in validation if domains is None else domains:
-        graded = sample(validation[domain], settings, f"validation/{domain}")
-        scores[domain] = sum(rollout.reward or 0.0 for rollout in graded) / len(graded)
+        rollouts = sample(validation[domain], settings, f"validation/{domain}")
+        scores[domain] = score_of([r.reward for r in rollouts if r.reward is not None])
     return scores
+
+
+def score_of(rewards: Sequence[float]) -> Score:
+    """The score that rewards add up to: an accuracy where each is 0 or 1. NaN without any."""
+    if not rewards:
+        return math.nan
+    mean = sum(rewards) / len(rewards)
+    if all(reward in (0.0, 1.0) for reward in rewards):
+        return mean
+    return {"mean_reward": mean, "full_marks": sum(reward >= 1.0 for reward in rewards) / len(rewards)}
 
 
 def num_prompts(validation: Mapping[str, Sequence[Prompt]]) -> dict[str, int]:

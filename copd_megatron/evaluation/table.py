@@ -1,19 +1,59 @@
-"""The evaluation table: one row per model (base, branches, merged), one column per domain."""
+"""The evaluation table: one row per model (base, branches, merged), one column per domain.
+
+A domain whose grades are all 0 or 1 has an accuracy. One with partial credit, or with rewards on another
+scale, has two columns: the mean reward, and the share of responses with a reward of at least 1.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 MEAN_COLUMN = "mean"
 _MISSING = "-"
 
-Accuracies = Mapping[str, Mapping[str, float]]
-"""model -> domain -> accuracy in [0, 1], models in row order."""
+
+class Graded(TypedDict):
+    """What a model scored on a domain where not every grade is 0 or 1."""
+
+    mean_reward: float
+    full_marks: float
+    """Share of responses with a reward of at least 1."""
+
+
+Score = float | Graded
+"""What a model scored on a domain: its accuracy, where every grade is 0 or 1. Plain JSON values."""
+
+Accuracies = Mapping[str, Mapping[str, Score]]
+"""model -> domain -> score, models in row order."""
+
+
+def mean_reward(score: Score) -> float:
+    """Mean over all responses; where every grade is 0 or 1, the accuracy."""
+    return score["mean_reward"] if isinstance(score, dict) else score
+
+
+def full_marks(score: Score) -> float:
+    """Share of responses with a reward of at least 1."""
+    return score["full_marks"] if isinstance(score, dict) else score
+
+
+def graded_domains(rows: Accuracies) -> list[str]:
+    """Domains on which some model got a grade other than 0 and 1, in order."""
+    return list(
+        dict.fromkeys(
+            domain for scores in rows.values() for domain, score in scores.items() if isinstance(score, dict)
+        )
+    )
+
+
+def table_title(rows: Accuracies) -> str:
+    """What the figures of the table are."""
+    return "validation accuracy (%)" + (", mean reward where graded" if graded_domains(rows) else "")
 
 
 def render_table(
@@ -25,27 +65,29 @@ def render_table(
 ) -> str:
     """Accuracy in per cent, with the plain mean over the domains as the last column.
 
+    A graded domain has its mean reward, on the verifier's own scale, and the share of full marks in per cent.
+
     Args:
-        rows: model -> domain -> accuracy in [0, 1]. A domain that a model lacks, or NaN, shows as ``-``,
-            and so does the mean of such a row: it could not be compared with the others.
+        rows: model -> domain -> score. A domain that a model lacks, or NaN, is shown as ``-``, and so is the
+            mean of such a row: it could not be compared with the others. The same holds for the mean where
+            rewards lie outside [0, 1].
         columns: domains, in order.
         style: aligned text or a Markdown table.
         num_prompts: validation prompts per domain, shown in the header.
 
     Raises:
-        ValueError: an accuracy lies outside [0, 1], or a row has a domain that is no column.
+        ValueError: an accuracy lies outside [0, 1], or a row has a domain that is not among the columns.
     """
     _check(rows, columns)
-    counts = num_prompts or {}
-    header = [
-        "model",
-        *(f"{name} (n={counts[name]})" if name in counts else name for name in columns),
-        MEAN_COLUMN,
-    ]
-    body = [
-        [model, *(_percent(accuracies.get(name)) for name in columns), _percent(_mean(accuracies, columns))]
-        for model, accuracies in rows.items()
-    ]
+    counts, graded = num_prompts or {}, graded_domains(rows)
+    header = ["model"]
+    for name in columns:
+        header.append(f"{name} (n={counts[name]})" if name in counts else name)
+        if name in graded:
+            header[-1] += " reward"
+            header.append(f"{name} full marks")
+    header.append(MEAN_COLUMN)
+    body = [[model, *_cells(scores, columns, graded)] for model, scores in rows.items()]
     if style == "markdown":
         header = [cell.replace("|", "\\|") for cell in header]
         body = [[cell.replace("|", "\\|") for cell in line] for line in body]
@@ -75,7 +117,8 @@ def save_table(
     """Writes ``<name>.txt``, ``<name>.md`` and ``<name>.json`` and returns their paths.
 
     The JSON holds fractions, not per cent: ``{"domains": [...], "num_prompts": {...}, "accuracy": {model:
-    {domain: 0.41, "mean": 0.37}}}``, ``null`` where a figure is missing.
+    {domain: 0.41, "mean": 0.37}}}``, ``null`` where a figure is missing. Graded domains have no accuracy but
+    ``"mean_reward"`` and ``"full_marks"``, of the same shape.
 
     Raises:
         ValueError: as ``render_table``.
@@ -85,21 +128,7 @@ def save_table(
     texts = {
         "txt": render_table(rows, columns, num_prompts=num_prompts),
         "md": render_table(rows, columns, style="markdown", num_prompts=num_prompts),
-        "json": json.dumps(
-            {
-                "domains": list(columns),
-                "num_prompts": dict(num_prompts or {}),
-                "accuracy": {
-                    model: {
-                        **{domain: _known(accuracies.get(domain)) for domain in columns},
-                        MEAN_COLUMN: _mean(accuracies, columns),
-                    }
-                    for model, accuracies in rows.items()
-                },
-            },
-            indent=2,
-            allow_nan=False,
-        ),
+        "json": json.dumps(_record(rows, columns, num_prompts or {}), indent=2, allow_nan=False),
     }
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -110,32 +139,65 @@ def save_table(
     return paths
 
 
+def _record(rows: Accuracies, columns: Sequence[str], num_prompts: Mapping[str, int]) -> dict[str, Any]:
+    graded = graded_domains(rows)
+    record: dict[str, Any] = {
+        "domains": list(columns),
+        "num_prompts": dict(num_prompts),
+        "accuracy": {
+            model: {
+                **{name: None if name in graded else _known(mean_reward, scores, name) for name in columns},
+                MEAN_COLUMN: _mean(scores, columns),
+            }
+            for model, scores in rows.items()
+        },
+    }
+    for kind in (mean_reward, full_marks) if graded else ():
+        record[kind.__name__] = {
+            model: {name: _known(kind, scores, name) for name in graded} for model, scores in rows.items()
+        }
+    return record
+
+
+def _cells(scores: Mapping[str, Score], columns: Sequence[str], graded: Sequence[str]) -> Iterator[str]:
+    for name in columns:
+        if name in graded:
+            reward = _known(mean_reward, scores, name)
+            yield _MISSING if reward is None else f"{reward:.3f}"
+            yield _percent(_known(full_marks, scores, name))
+        else:
+            yield _percent(_known(mean_reward, scores, name))
+    yield _percent(_mean(scores, columns))
+
+
 def _check(rows: Accuracies, columns: Sequence[str]) -> None:
     if MEAN_COLUMN in columns:
         raise ValueError(f"a domain cannot be named {MEAN_COLUMN!r}: the table's last column has that name")
-    for model, accuracies in rows.items():
-        extra = [domain for domain in accuracies if domain not in columns]
+    for model, scores in rows.items():
+        extra = [domain for domain in scores if domain not in columns]
         if extra:
             raise ValueError(
                 f"row {model!r} has domains {extra} that are not among the columns {list(columns)}"
             )
-        for domain, accuracy in accuracies.items():
-            if not (math.isnan(accuracy) or 0.0 <= accuracy <= 1.0):
+        for domain, score in scores.items():
+            share = full_marks(score)
+            if not (math.isnan(share) or 0.0 <= share <= 1.0):
                 raise ValueError(
-                    f"accuracy of {model!r} on {domain!r} is {accuracy}: a fraction in [0, 1] is expected"
+                    f"accuracy of {model!r} on {domain!r} is {share}: a fraction in [0, 1] is expected"
                 )
 
 
-def _known(accuracy: float | None) -> float | None:
-    return None if accuracy is None or math.isnan(accuracy) else accuracy
+def _known(kind: Callable[[Score], float], scores: Mapping[str, Score], domain: str) -> float | None:
+    score = scores.get(domain)
+    value = math.nan if score is None else kind(score)
+    return None if math.isnan(value) else value
 
 
-def _mean(accuracies: Mapping[str, float], columns: Sequence[str]) -> float | None:
-    known = [_known(accuracies.get(name)) for name in columns]
-    values = [value for value in known if value is not None]
-    return math.fsum(values) / len(values) if values and len(values) == len(known) else None
+def _mean(scores: Mapping[str, Score], columns: Sequence[str]) -> float | None:
+    values = [_known(mean_reward, scores, name) for name in columns]
+    shares = [value for value in values if value is not None and 0.0 <= value <= 1.0]
+    return math.fsum(shares) / len(shares) if shares and len(shares) == len(values) else None
 
 
-def _percent(accuracy: float | None) -> str:
-    known = _known(accuracy)
-    return _MISSING if known is None else f"{100 * known:.1f}"
+def _percent(share: float | None) -> str:
+    return _MISSING if share is None else f"{100 * share:.1f}"

@@ -25,7 +25,8 @@ class RunHistory:
     series: Mapping[str, tuple[float, ...]]
     """Metric name to its values, NaN at steps that have none."""
     accuracy: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    """Model to domain to accuracy; empty until the run has ended."""
+    """Model to domain to accuracy, or to the mean reward where a verifier gives partial credit and the mean
+    lies in [0, 1]; empty until the run has ended."""
     domains: tuple[str, ...] = ()
 
     def named(self, prefix: str, suffix: str = "") -> dict[str, tuple[float, ...]]:
@@ -70,9 +71,22 @@ def read_run(run_dir: str | Path) -> RunHistory:
         steps=tuple(steps),
         phases=tuple(str(rows[step].get("phase", "")) for step in steps),
         series={name: tuple(_number(rows[step].get(name)) for step in steps) for name in names},
-        accuracy=evaluation.get("accuracy", {}),
+        accuracy=_accuracy(evaluation),
         domains=tuple(evaluation.get("domains", ())),
     )
+
+
+def _accuracy(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    graded = evaluation.get("mean_reward", {})
+    return {
+        model: row
+        | {
+            name: value
+            for name, value in graded.get(model, {}).items()
+            if value is not None and 0.0 <= value <= 1.0
+        }
+        for model, row in evaluation.get("accuracy", {}).items()
+    }
 
 
 def _rows(path: Path) -> dict[int, dict[str, Any]]:

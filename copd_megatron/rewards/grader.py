@@ -1,4 +1,4 @@
-"""Grading rollouts: every rollout gets a reward, whatever its verifier does."""
+"""Grading rollouts: whatever a verifier does, grading ends, and a grade depends on its own response alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 
 from copd_megatron.config.schema import RewardConfig
@@ -23,20 +23,31 @@ _LOGGED_PER_KIND = 3
 class Grader:
     """Runs the verifiers that rollouts name.
 
-    Cheap verifiers run here, the others in worker processes under ``timeout_seconds`` each. A verifier that
-    raises, hangs, dies or returns no finite number scores its sample 0; that is counted by verifier and
-    reason, and logged with the sample's name (the first few of each kind). Truncated responses are graded
-    like all others. Equal responses to one prompt are graded once per call.
+    Cheap verifiers run here, the others in processes of their own (``isolation.py``) under
+    ``timeout_seconds`` each. A verifier that raises, hangs, dies or returns no finite number scores its
+    sample 0; that is counted by verifier and reason, and logged with the sample's name (the first few of each
+    kind). Truncated responses are graded like all others. Equal responses to one prompt are graded once per
+    call.
 
-    ``also``: further verifiers, beyond ``config.verifiers``, that rollouts may name: those of other
-    branches whose prompts this one answers.
+    A response that nobody had time to grade is another matter: its reward stays None, it is counted as
+    ``ungraded``, and whoever trains on rewards leaves it out.
+
+    Args:
+        config: the branch's verifiers, time limit and number of processes.
+        also: further verifiers, beyond ``config.verifiers``, that rollouts may name: those of other branches
+            whose prompts this one answers.
+        max_seconds: the most that one call of ``grade`` takes; None: as long as the verifiers need. With
+            other ranks waiting for this one, it must stay well below the time after which they give up.
 
     Raises UnknownVerifierError at construction for names that cannot be resolved.
     """
 
-    def __init__(self, config: RewardConfig, *, also: Iterable[str] = ()) -> None:
+    def __init__(
+        self, config: RewardConfig, *, also: Iterable[str] = (), max_seconds: float | None = None
+    ) -> None:
         self._verifiers = registry.resolve([*config.verifiers, *also])
         self._pool = WorkerPool(config.num_workers, config.timeout_seconds)
+        self._max_seconds = max_seconds
         self._counts: Counter[str] = Counter()
 
     @property
@@ -45,15 +56,17 @@ class Grader:
         return frozenset(self._verifiers)
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts with their rewards, in order.
+        """The rollouts with their rewards, in order; None where the time was up.
 
         Raises ValueError for a rollout whose verifier is not among this grader's (the data check refuses
-        such samples before training), RuntimeError if a worker process cannot run a verifier at all.
+        such samples before training), RuntimeError if no process can be started that runs
+        a verifier.
         """
         tasks: dict[tuple[int, str], Rollout] = {}
         for rollout in rollouts:
             tasks.setdefault((id(rollout.prompt), rollout.text), rollout)
         outcomes = dict(zip(tasks, self._run(list(tasks.values())), strict=True))
+        self._warn_of_ungraded(outcomes.values())
         return [
             dataclasses.replace(
                 rollout, reward=self._settle(rollout, outcomes[id(rollout.prompt), rollout.text])
@@ -62,7 +75,8 @@ class Grader:
         ]
 
     def counters(self) -> dict[str, int]:
-        """Totals since the start: ``graded``, ``failed``, and ``failed_<verifier>_<reason>``."""
+        """Totals since the start: ``graded``, ``failed`` (of these), ``failed_<verifier>_<reason>``, and
+        ``ungraded`` if there were any."""
         return {"graded": 0, "failed": 0, **self._counts}
 
     def restore_counters(self, counts: Mapping[str, int]) -> None:
@@ -90,10 +104,11 @@ class Grader:
                 response=rollouts[index].text,
                 answer=rollouts[index].prompt.answer,
                 metadata=rollouts[index].prompt.metadata,
+                reusable=verifiers[index].reusable,
             )
             for index in isolated
         ]
-        far = dict(zip(isolated, self._pool.run(calls), strict=True))
+        far = dict(zip(isolated, self._pool.run(calls, max_seconds=self._max_seconds), strict=True))
         return [
             far[index] if index in far else _call_here(verifier, rollout)
             for index, (verifier, rollout) in enumerate(zip(verifiers, rollouts, strict=True))
@@ -109,7 +124,22 @@ class Grader:
             )
         return self._verifiers[name]
 
-    def _settle(self, rollout: Rollout, outcome: Outcome) -> float:
+    def _warn_of_ungraded(self, outcomes: Collection[Outcome]) -> None:
+        given_up = sum(outcome.reason == "given_up" for outcome in outcomes)
+        if given_up:
+            logger.warning(
+                "%d of %d different responses are left ungraded, and out of training: verifiers hang or "
+                "are too slow for the %g s that grading may take. Lower reward.timeout_seconds, raise "
+                "reward.num_workers, or look at the samples that time out.",
+                given_up,
+                len(outcomes),
+                self._max_seconds,
+            )
+
+    def _settle(self, rollout: Rollout, outcome: Outcome) -> float | None:
+        if outcome.reason == "given_up":
+            self._counts["ungraded"] += 1
+            return None
         self._counts["graded"] += 1
         value, reason, message = outcome.value, outcome.reason, outcome.message
         if value is not None and not math.isfinite(value):

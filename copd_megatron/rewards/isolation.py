@@ -1,30 +1,69 @@
-"""Worker processes for verifiers that might hang or crash, each killed and replaced when it does.
+"""Verifiers in processes of their own: what a response does there stays there.
 
-The trainer's process holds CUDA, Gloo and vLLM state and threads, so it is never forked: workers are fresh
-interpreters (``subprocess``), kept for the whole run. A thread would be lighter, but cannot be stopped.
-Each worker has one request in flight; nothing here uses signals or threads.
+**The threat.** Responses are written by a model that is rewarded for whatever scores. A verifier that gets
+one may take for ever, eat the memory, crash in C, leave processes behind, print, or (a verifier of the user's
+that executes code, or a parser with a hole) run what the response says.
+
+**How it is built.** The trainer holds CUDA, Gloo, vLLM and threads, and is never forked. It starts one *fork
+server* (``fork_server.py``), which imports the verifiers and never sees a response, and asks it for *workers*
+(``worker.py``), each a fork that has everything imported. Starting one takes milliseconds, so that it costs
+no more to replace a worker than to use it:
+
+- A verifier marked ``reusable`` promises to evaluate nothing. Its workers go on to the next response, under a
+  guard (``guard.py``) that ends the process before it runs foreign code.
+- Any other verifier gets a new worker for every response, and that worker ends with it.
+- A worker that has hung, crashed, or answered something that is no answer is killed, with its process group
+  and the orphans that it left.
+
+**What holds.**
+
+- No response changes the grade of another. What it does to the process (replacing functions, filling caches)
+  is gone before the next response, and its socket carries answers to its own request only, by a random id. A
+  crash counts only if it happens again while nothing else is being graded, since one response might kill the
+  worker of another.
+- Every response gets its full time. Waiting for a processor does not count (up to ``_PATIENCE`` times the
+  limit in all), so that a busy machine does not change grades. Calls that take long do not hold up the
+  others: further ones start beside them.
+- ``run`` ends: with ``max_seconds``, what is not graded by then is given up, and says so. Neither reading nor
+  writing waits without a limit.
+- Workers die with the trainer: the kernel tells the fork server, which kills what it has forked.
+- A worker has an environment of six harmless variables, an empty scratch folder that is removed when it ends,
+  no descriptor of the trainer's, nothing to print to, and limits on memory, files and core dumps.
+
+**What does not hold**, and needs a sandbox: code that a verifier does execute runs as the trainer's user. It
+can read and write that user's files, use the network, signal its processes, and grade *its own* response. The
+built-in verifiers execute nothing (``reasoning_gym_scores.py`` says how that is known). The module of a
+verifier is imported by the fork server and trusted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
+import secrets
 import selectors
-import signal
-import subprocess
-import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from copd_megatron.rewards.guard import EXIT_STATUS
+from copd_megatron.rewards.processes import START_SECONDS, ForkServer, ServerGoneError, Worker
+
+__all__ = ["START_SECONDS", "Call", "Outcome", "WorkerPool"]
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 120.0
-"""For starting a worker and importing a verifier; slow only on a cold shared file system."""
+_SLOW_SHARE = 0.1
+"""Of its time limit: a call that has taken this long no longer keeps the next one from starting."""
+_MAX_SLOW = 8
+"""How many slow calls may run beside the ``num_workers`` others."""
+_MAX_RESTARTS = 3
+_PATIENCE = 3.0
+"""Most that a call may take in all, as a multiple of its limit, waiting for a processor included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +75,8 @@ class Call:
     response: str
     answer: str
     metadata: Mapping[str, Any]
+    reusable: bool = False
+    """The verifier evaluates nothing that it is given, so its worker may go on to the next call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +85,35 @@ class Outcome:
 
     value: float | None = None
     reason: str | None = None
-    """``error`` (it raised), ``timeout``, ``crash`` (the process died), ``bad_request``."""
+    """``error`` (it raised), ``timeout``, ``crash`` (the process died, or sent no proper answer),
+    ``bad_request``, or ``given_up``: no time was left, which says nothing about the response."""
     message: str = ""
 
 
+@dataclass(eq=False, kw_only=True)
+class _Task:
+    """A call on its way."""
+
+    index: int
+    call: Call
+    id: str
+    line: bytes
+    started: float = 0.0
+    in_queue_before: float = 0.0
+    """Seconds that its worker had waited for a processor before."""
+    deadline: float = 0.0
+    is_shared: bool = False
+    """Another call was being graded at the same time."""
+
+    def begin(self, worker: Worker, limit_seconds: float) -> None:
+        self.started = time.monotonic()
+        self.in_queue_before = worker.seconds_in_queue()
+        self.deadline = self.started + limit_seconds
+        worker.send(self.line)
+
+
 class WorkerPool:
-    """``num_workers`` persistent workers, started when first needed.
+    """Runs verifier calls, ``num_workers`` at a time and slow ones beside them.
 
     Raises ValueError for fewer than one worker or a time limit that is not positive.
     """
@@ -60,214 +124,224 @@ class WorkerPool:
                 f"reward.num_workers is {num_workers} and reward.timeout_seconds {timeout_seconds}; "
                 "both must be positive."
             )
+        self._num_workers = num_workers
         self._timeout_seconds = timeout_seconds
-        self._workers = [_Worker(timeout_seconds) for _ in range(num_workers)]
-        self._finalizer = weakref.finalize(self, _kill_all, self._workers)
+        self._server = ForkServer()
+        self._idle: list[Worker] = []
+        self._finalizer = weakref.finalize(self, self._server.close)
 
-    def run(self, calls: Sequence[Call]) -> list[Outcome]:
+    def run(self, calls: Sequence[Call], *, max_seconds: float | None = None) -> list[Outcome]:
         """Run all calls; outcomes in their order.
 
-        Raises RuntimeError if a worker cannot start or cannot import a verifier: no sample's fault.
+        ``max_seconds``: after so long (loading verifiers not counted), what is not graded is given up.
+
+        Raises RuntimeError if workers cannot be started or cannot import a verifier: no sample's fault.
         """
-        outcomes: list[Outcome | None] = [None] * len(calls)
-        waiting: deque[tuple[int, str]] = deque()
-        for index, call in enumerate(calls):
-            try:
-                waiting.append((index, _encode(call)))
-            except (TypeError, ValueError) as error:
-                outcomes[index] = Outcome(reason="bad_request", message=f"metadata is not JSON: {error}")
-        in_flight: dict[_Worker, int] = {}
-        with selectors.DefaultSelector() as selector:
-            while waiting or in_flight:
-                for worker in self._workers:
-                    if waiting and worker not in in_flight:
-                        index, line = waiting.popleft()
-                        if self._begin(worker, calls[index], line):
-                            in_flight[worker] = index
-                            selector.register(worker.stdout, selectors.EVENT_READ, worker)
-                        else:
-                            outcomes[index] = Outcome(reason="crash", message="the worker died when called")
-                self._wait(selector, in_flight)
-                for worker, index in list(in_flight.items()):
-                    outcome = self._poll(worker)
-                    if outcome is not None:
-                        selector.unregister(worker.stdout)
-                        if outcome.reason in ("timeout", "crash"):
-                            worker.kill()
-                        del in_flight[worker]
-                        outcomes[index] = outcome
-        return [outcome for outcome in outcomes if outcome is not None]
+        if not calls:
+            return []
+        self._load(calls)
+        run = _Run(self, calls, max_seconds)
+        try:
+            return run.outcomes()
+        finally:
+            run.end_all()
 
     def close(self) -> None:
         """End the workers. The pool may be used again; it starts new ones."""
-        _kill_all(self._workers)
+        self._idle.clear()
+        self._server.close()
 
-    def _begin(self, worker: _Worker, call: Call, line: str) -> bool:
-        worker.ensure_loaded(call.target)
-        return worker.send(line, self._timeout_seconds)
+    def _load(self, calls: Sequence[Call]) -> None:
+        for target in dict.fromkeys(call.target for call in calls):
+            if self._server.load(target):
+                self._end_idle()  # they were forked without it
 
-    def _wait(self, selector: selectors.BaseSelector, in_flight: Mapping[_Worker, int]) -> None:
-        if in_flight:
-            soonest = min(worker.deadline for worker in in_flight)
-            selector.select(max(0.0, soonest - time.monotonic()))
+    def _end_idle(self) -> None:
+        while self._idle:
+            self._server.end(self._idle.pop())
 
-    def _poll(self, worker: _Worker) -> Outcome | None:
-        """The outcome of a worker's call, None while it is at work."""
+    def _worker_for(self, call: Call) -> Worker:
+        """A worker that has seen no response, or only responses that were not evaluated."""
+        while call.reusable and self._idle:
+            worker = self._idle.pop()
+            if worker.is_quiet():
+                return worker
+            self._server.end(worker)
+        return self._server.fork()
+
+
+@dataclass
+class _Run:
+    """One call of ``WorkerPool.run``: what waits, what is being graded, what is done."""
+
+    pool: WorkerPool
+    calls: Sequence[Call]
+    max_seconds: float | None
+    in_flight: dict[Worker, _Task] = field(default_factory=dict)
+    waiting: deque[_Task] = field(default_factory=deque)
+    suspects: deque[_Task] = field(default_factory=deque)
+    """Calls whose process died while others were being graded; each is graded again, alone."""
+    num_restarts: int = 0
+    """Of the fork server, since the last call was settled."""
+
+    def outcomes(self) -> list[Outcome]:
+        done: list[Outcome | None] = [None] * len(self.calls)
+        for index, call in enumerate(self.calls):
+            try:
+                self.waiting.append(_task(index, call))
+            except (TypeError, ValueError, RecursionError) as error:
+                done[index] = Outcome(reason="bad_request", message=f"metadata is not JSON: {error}"[:500])
+        end = time.monotonic() + self.max_seconds if self.max_seconds is not None else float("inf")
+        while (self.waiting or self.suspects or self.in_flight) and time.monotonic() < end:
+            self._start_calls()
+            self._wait(end)
+            for worker, task in list(self.in_flight.items()):
+                outcome = self._settled(worker, task)
+                if outcome is not None:
+                    done[task.index] = outcome
+                    self.num_restarts = 0
+        given_up = Outcome(reason="given_up", message=f"not graded within {self.max_seconds or 0:g} s")
+        return [given_up if outcome is None else outcome for outcome in done]
+
+    def end_all(self) -> None:
+        """End the workers that are still at work."""
+        for worker in list(self.in_flight):
+            self._end(worker)
+
+    # ---- starting ----------------------------------------------------------------------------------------
+
+    def _start_calls(self) -> None:
+        while self.waiting and self._has_room():
+            self._start(self.waiting)
+        if self.suspects and not self.waiting and not self.in_flight:
+            self._start(self.suspects)
+
+    def _has_room(self) -> bool:
+        num_slow = sum(time.monotonic() >= self._slow_at(task) for task in self.in_flight.values())
+        return len(self.in_flight) - min(num_slow, _MAX_SLOW) < self.pool._num_workers
+
+    def _slow_at(self, task: _Task) -> float:
+        return task.started + _SLOW_SHARE * self.pool._timeout_seconds
+
+    def _start(self, queue: deque[_Task]) -> None:
         try:
-            line = worker.receive_now()
-        except EOFError:
-            return Outcome(reason="crash", message=f"the worker process died ({worker.exit_text()})")
+            worker = self.pool._worker_for(queue[0].call)
+        except ServerGoneError as error:
+            self._restart(error)
+            return
+        task = queue.popleft()
+        task.is_shared = bool(self.in_flight)
+        for other in self.in_flight.values():
+            other.is_shared = True
+        task.begin(worker, self.pool._timeout_seconds)
+        self.in_flight[worker] = task
+
+    def _restart(self, error: ServerGoneError) -> None:
+        """All workers are gone with the server: what they were grading is graded again.
+
+        Raises RuntimeError if nothing could be graded since the last few restarts.
+        """
+        self.num_restarts += 1
+        if self.num_restarts > _MAX_RESTARTS:
+            raise RuntimeError(
+                f"grading processes cannot be started, {_MAX_RESTARTS} attempts in a row: {error}. Check the "
+                "machine's limits on memory and processes."
+            ) from error
+        logger.warning("the grading processes are started again: %s", error)
+        for worker, task in self.in_flight.items():
+            worker.close()
+            self.suspects.append(task)
+        self.in_flight.clear()
+        self.pool.close()
+        self.pool._load(self.calls)
+
+    # ---- waiting and settling ----------------------------------------------------------------------------
+
+    def _wait(self, end: float) -> None:
+        if not self.in_flight:
+            return
+        now = time.monotonic()
+        times = [task.deadline for task in self.in_flight.values()]
+        if self.waiting:
+            times += [when for task in self.in_flight.values() if (when := self._slow_at(task)) > now]
+        with selectors.DefaultSelector() as selector:
+            for worker in self.in_flight:
+                writing = selectors.EVENT_WRITE if worker.is_sending else 0
+                selector.register(worker, selectors.EVENT_READ | writing)
+            selector.select(max(0.0, min(*times, end) - now))
+
+    def _settled(self, worker: Worker, task: _Task) -> Outcome | None:
+        """The outcome of a call, None while it is being graded or is to be graded again."""
+        try:
+            line = worker.advance()
+        except EOFError as error:
+            return self._crashed(worker, task, str(error))
         if line is not None:
-            answer = json.loads(line)
-            if "value" in answer:
-                return Outcome(value=answer["value"])
-            return Outcome(reason="error", message=answer["error"])
-        if time.monotonic() >= worker.deadline:
-            return Outcome(reason="timeout", message=f"took longer than {self._timeout_seconds:g} s")
+            outcome = _read(line, task)
+            if outcome is None:
+                return self._crashed(worker, task, "it sent what is not an answer")
+            self._finish(worker, task)
+            return outcome
+        if time.monotonic() >= task.deadline and not self._extended(worker, task):
+            self._end(worker)
+            return Outcome(reason="timeout", message=f"took longer than {self.pool._timeout_seconds:g} s")
         return None
 
+    def _extended(self, worker: Worker, task: _Task) -> bool:
+        """Give a call back the time that it has waited for a processor."""
+        limit = self.pool._timeout_seconds
+        waited = worker.seconds_in_queue() - task.in_queue_before
+        deadline = task.started + min(limit + waited, _PATIENCE * limit)
+        if deadline <= time.monotonic():
+            return False
+        task.deadline = deadline
+        return True
 
-def _encode(call: Call) -> str:
+    def _finish(self, worker: Worker, task: _Task) -> None:
+        if task.call.reusable and len(self.pool._idle) < self.pool._num_workers:
+            del self.in_flight[worker]
+            self.pool._idle.append(worker)
+        else:
+            self._end(worker)
+
+    def _crashed(self, worker: Worker, task: _Task, what: str) -> Outcome | None:
+        how = self._end(worker)
+        if task.is_shared:
+            self.suspects.append(task)
+            return None
+        if how == f"exit status {EXIT_STATUS}":
+            how = "it was about to run code that the response may have written"
+        return Outcome(reason="crash", message=f"the grading process died: {what} ({how})")
+
+    def _end(self, worker: Worker) -> str:
+        self.in_flight.pop(worker, None)
+        try:
+            return self.pool._server.end(worker)
+        except ServerGoneError as error:  # and the worker with it; the next start notices
+            return str(error)
+
+
+def _task(index: int, call: Call) -> _Task:
+    request_id = secrets.token_hex(16)
     request = {
+        "id": request_id,
         "target": call.target,
+        "guarded": call.reusable,
         "response": call.response,
         "answer": call.answer,
         "metadata": dict(call.metadata),
     }
-    return json.dumps(request)
+    return _Task(index=index, call=call, id=request_id, line=json.dumps(request).encode("ascii") + b"\n")
 
 
-def _kill_all(workers: Sequence[_Worker]) -> None:
-    for worker in workers:
-        worker.kill()
-
-
-class _Worker:
-    """One worker process, its pipes, and what it has loaded."""
-
-    def __init__(self, timeout_seconds: float) -> None:
-        self.deadline = 0.0
-        self._watchdog_seconds = 2 * max(timeout_seconds, START_SECONDS)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._loaded: set[str] = set()
-        self._buffer = bytearray()
-
-    @property
-    def stdout(self) -> int:
-        """Descriptor that the answers arrive on."""
-        assert self._process is not None and self._process.stdout is not None
-        return self._process.stdout.fileno()
-
-    def ensure_loaded(self, target: str) -> None:
-        """Start the process if it is not running, and import the verifier. Raises RuntimeError."""
-        if self._process is None or self._process.poll() is not None:
-            self.kill()
-            self._start()
-        if target in self._loaded:
-            return
-        try:
-            sent = self.send(json.dumps({"load": target}), START_SECONDS)
-            line = self._receive() if sent else None
-        except EOFError:
-            line = None
-        answer = json.loads(line) if line is not None else {"error": self.exit_text()}
-        if "error" in answer:
-            self.kill()
-            raise RuntimeError(
-                f"verifier {target} cannot be loaded in a worker process ({answer['error']}). Check that its "
-                f"module imports on its own within {START_SECONDS:g} s: {sys.executable} -c 'import "
-                f"{target.partition(':')[0]}'."
-            )
-        self._loaded.add(target)
-
-    def _start(self) -> None:
-        # Hashing is seeded so that nothing depends on set order: same response, same grade.
-        environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-m",
-                "copd_megatron.rewards.worker",
-                str(self._watchdog_seconds),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env=environment,
-            start_new_session=True,  # so that it can be killed together with what a verifier has started
-        )
-
-    def send(self, line: str, limit_seconds: float) -> bool:
-        """Send a request; False if the process is gone."""
-        assert self._process is not None and self._process.stdin is not None
-        self.deadline = time.monotonic() + limit_seconds
-        data = memoryview(line.encode("ascii") + b"\n")
-        try:
-            while data:
-                data = data[self._process.stdin.write(data) or 0 :]
-        except BrokenPipeError:
-            self.kill()
-            return False
-        return True
-
-    def receive_now(self) -> bytes | None:
-        """The answer if it has arrived whole. Raises EOFError if the process has ended."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.stdout, selectors.EVENT_READ)
-            ready = selector.select(0)
-        if ready:
-            self._read()
-        return self._line()
-
-    def _receive(self) -> bytes | None:
-        """The answer, None at the deadline."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.stdout, selectors.EVENT_READ)
-            while (line := self._line()) is None:
-                if not selector.select(max(0.0, self.deadline - time.monotonic())):
-                    return None
-                self._read()
-        return line
-
-    def _read(self) -> None:
-        data = os.read(self.stdout, 1 << 16)
-        if not data:
-            raise EOFError
-        self._buffer += data
-
-    def _line(self) -> bytes | None:
-        end = self._buffer.find(b"\n")
-        if end < 0:
-            return None
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
-        return line
-
-    def exit_text(self) -> str:
-        """How the process ended, for messages."""
-        if self._process is None:
-            return "the process ended"
-        try:
-            code = self._process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            return f"no answer within {START_SECONDS:g} s"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-
-    def kill(self) -> None:
-        """End the process and everything it started; the next ``ensure_loaded`` starts another."""
-        process, self._process = self._process, None
-        self._loaded.clear()
-        self._buffer.clear()
-        if process is None:
-            return
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            logger.debug("worker %d had ended by itself", process.pid)
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-        process.wait()
+def _read(line: bytes, task: _Task) -> Outcome | None:
+    """The outcome that an answer tells; None where it is no answer to this request."""
+    answer: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        answer = json.loads(line)
+    match answer:
+        case {"id": task.id, "value": float() as value, **rest} if not rest:
+            return Outcome(value=value)
+        case {"id": task.id, "error": str() as error, **rest} if not rest:
+            return Outcome(reason="error", message=error)
+    return None

@@ -26,10 +26,14 @@ class Verifier:
     name: str
     verify: Verify
     isolated: bool
-    """Runs in a worker process that is killed when it takes too long. Only a verifier that surely ends in
-    no time (a string comparison, say) should run in the trainer's process."""
+    """Runs in a process of its own that is killed when it takes too long. Only a verifier that surely ends
+    in no time (a string comparison, say) should run in the trainer's process."""
+    reusable: bool = False
+    """Evaluates nothing that it is given, so that the process may grade the next response, too. Otherwise
+    every response gets a fresh process."""
     prepare: Callable[[], None] | None = None
-    """Called once in the worker before the first grade, outside the time limit: slow imports."""
+    """Called once, outside the time limit, before the processes that grade are forked: slow imports, and
+    whatever else they should all find ready."""
 
     @property
     def target(self) -> str:
@@ -41,7 +45,11 @@ _registered: dict[str, Verifier] = {}
 
 
 def register(
-    name: str, *, isolated: bool = True, prepare: Callable[[], None] | None = None
+    name: str,
+    *,
+    isolated: bool = True,
+    reusable: bool = False,
+    prepare: Callable[[], None] | None = None,
 ) -> Callable[[Verify], Verify]:
     """Decorator: make a module-level function available as verifier ``name``.
 
@@ -50,7 +58,7 @@ def register(
     """
 
     def decorate(verify: Verify) -> Verify:
-        verifier = Verifier(name=name, verify=verify, isolated=isolated, prepare=prepare)
+        verifier = Verifier(name=name, verify=verify, isolated=isolated, reusable=reusable, prepare=prepare)
         if "." in verify.__qualname__ or verify.__qualname__ == "<lambda>":
             raise ValueError(
                 f"verifier {name!r}: {verifier.target} is not a module-level function. Define it with def at "

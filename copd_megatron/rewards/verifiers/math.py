@@ -14,13 +14,24 @@ from copd_megatron.rewards.registry import register
 _WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}\b")
 
 
+_TYPICAL = (
+    *(r"$\frac{1}{2}$", r"$2\sqrt{3}$", "$x^2+2x+1$", r"$\{1, 2\}$", "$(1, 2)$", r"$[0, \frac{\pi}{2})$"),
+    *("$x = 5$", r"$\begin{pmatrix} 1 \\ 2 \end{pmatrix}$", r"$10\%$", "42", "1/2", "$x > 1$"),
+)
+"""Parsed before the grading processes are forked: its grammar and sympy build their tables at first use,
+which takes seconds that every new process would spend again."""
+
+
 def _prepare() -> None:
-    importlib.import_module("math_verify")
+    math_verify = importlib.import_module("math_verify")
     # It warns that its own time limit is off; the grader has one.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
+    for text in _TYPICAL:
+        gold = math_verify.parse(text, parsing_timeout=None)
+        math_verify.verify(gold, math_verify.parse("$3 + x$", parsing_timeout=None), timeout_seconds=None)
 
 
-@register("math", isolated=True, prepare=_prepare)
+@register("math", isolated=True, reusable=True, prepare=_prepare)
 def math(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     r"""1.0 if the final answer equals the gold answer as mathematics.
 

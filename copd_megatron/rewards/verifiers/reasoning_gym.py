@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from copd_megatron.rewards.final_answer import final_answer
+from copd_megatron.rewards.metadata import setting
+from copd_megatron.rewards.reasoning_gym_scores import Score, score
 from copd_megatron.rewards.registry import register
 
 _FULL_SCORE = 0.999
@@ -25,12 +27,12 @@ def _prepare() -> None:
 
 
 @functools.cache
-def _scorer(family: str) -> Callable[[str, dict[str, Any]], float]:
-    scorer: Callable[[str, dict[str, Any]], float] = library().get_score_answer_fn(family)
+def _scorer(family: str) -> Score:
+    scorer: Score = library().get_score_answer_fn(family)
     return scorer
 
 
-@register("reasoning_gym", isolated=True, prepare=_prepare)
+@register("reasoning_gym", isolated=True, reusable=True, prepare=_prepare)
 def reasoning_gym(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     """The family's own score of the final answer.
 
@@ -38,14 +40,14 @@ def reasoning_gym(response: str, answer: str, metadata: Mapping[str, Any]) -> fl
     generated), ``binary`` (default true: 1.0 for a full score of at least 0.999, else 0.0; false: the score
     itself, 0 to 1, with the family's partial credit).
 
-    Raises ValueError for an unknown family, KeyError for metadata without ``dataset``.
+    Raises ValueError for an unknown family or one whose scorer has not been read, KeyError for metadata
+    without ``dataset``.
     """
-    family = metadata["dataset"]
     found = final_answer(response, multiline="\n" in answer.strip()).text
     entry = {
-        "question": metadata.get("question", ""),
+        "question": setting(metadata, "question", ""),
         "answer": answer,
-        "metadata": dict(metadata.get("entry", {})),
+        "metadata": dict(setting(metadata, "entry", {})),
     }
-    score = float(_scorer(family)(found, entry))
-    return float(score >= _FULL_SCORE) if metadata.get("binary", True) else score
+    value = score(metadata["dataset"], found, entry, _scorer)
+    return float(value >= _FULL_SCORE) if setting(metadata, "binary", True) else value
