@@ -35,7 +35,7 @@ from copd_megatron.data.decode import (
 )
 from copd_megatron.data.failures import any_failure
 from copd_megatron.data.media import IMAGE, VIDEO
-from copd_megatron.data.samples import Message
+from copd_megatron.data.samples import Message, texts_and_media
 from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.records import FloatArray, IntArray
 
@@ -406,6 +406,14 @@ def _split(content: Any) -> Iterator[dict[str, Any]]:
                 yield {"type": _KIND_OF_MARKER[text]}
             elif text:
                 yield {"type": "text", "text": text}
+
+
+def media_named_in(prompt: str | Sequence[Message]) -> list[str]:
+    """The kinds of media that a prompt shows by parts or by ``<image>`` and ``<video>``, in order."""
+    named: list[str] = []
+    for kind, text in texts_and_media(prompt):
+        named += [kind] if kind != "text" else [_KIND_OF_MARKER[mark] for mark in _MARKER.findall(text)]
+    return named
 
 
 def _is_medium(part: Mapping[str, Any]) -> bool:
