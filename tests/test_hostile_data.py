@@ -38,7 +38,8 @@ from copd_megatron.data.processing import MultimodalProcessor
 from copd_megatron.data.samples import parse_sample
 from copd_megatron.data.shards import index_shard
 from copd_megatron.tiny.tasks.encode import mp4, png
-from tests.hostile_media import (
+from tests.support.byte_tokenizer import byte_tokenizer
+from tests.support.hostile_media import (
     BAD_JSON,
     BAD_PROMPTS,
     BAD_TARS,
@@ -59,8 +60,7 @@ from tests.hostile_media import (
     without_decoder,
     write_tar,
 )
-from tests.models_vl import make_processor
-from tests.test_data import PLAIN, byte_tokenizer
+from tests.support.models_vl import make_processor
 
 CONFIG = MediaConfig(frame_rate=4.0, min_frames=2, num_workers=2, max_pixels_hard_limit=10**6)
 LIMIT = 10**7
@@ -176,7 +176,7 @@ def test_a_palette_costs_no_copies_of_its_pixels() -> None:
     script = (
         "import resource\n"
         "from copd_megatron.data.decode import decode_image\n"
-        "from tests.hostile_media import palette_png\n"
+        "from tests.support.hostile_media import palette_png\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "data = palette_png(6000)\n"
         "before = peak()\n"
@@ -470,7 +470,7 @@ def test_text_parts_reach_templates_of_text_models(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content if m.content is string else '' }}{% endfor %}"
     parts = chat([{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}])
     path = write_tar(tmp_path / "s.tar", tar_of([("a.json", sample_json(prompt=parts))]))
-    tokenizer = byte_tokenizer(template)
+    tokenizer = byte_tokenizer(chat_template=template)
     reader = PromptReader(ShardSet.open([str(path)]), tokenizer, domain="text", max_prompt_tokens=99)
     prompt = reader.read(0)
     assert prompt is not None and tokenizer.decode(prompt.token_ids) == "How many?"
@@ -556,7 +556,7 @@ def test_a_picture_that_a_prompt_shows_but_the_sample_lacks_is_a_mismatch(vision
 def test_parts_with_pictures_do_not_reach_a_text_model(tmp_path: Path) -> None:
     parts = chat([{"type": "image"}, {"type": "text", "text": "What?"}])
     path = write_tar(tmp_path / "s.tar", tar_of([("a.json", sample_json(prompt=parts))]))
-    reader = PromptReader(ShardSet.open([str(path)]), PLAIN, domain="text", max_prompt_tokens=99)
+    reader = PromptReader(ShardSet.open([str(path)]), byte_tokenizer(), domain="text", max_prompt_tokens=99)
     assert reader.read(0) is None and reader.skipped == {"media_unsupported": 1}
 
 

@@ -36,7 +36,7 @@ from copd_megatron.data.media_prompts import MediaPrompts
 from copd_megatron.data.processing import MediaFeatures, MultimodalProcessor
 from copd_megatron.records import Prompt
 from copd_megatron.tiny.tasks.encode import mp4, png
-from tests.hostile_media import clip, encoded, picture, without_decoder
+from tests.support.hostile_media import clip, encoded, picture, without_decoder
 from tests.support.models_vl import make_processor
 
 RNG = np.random.default_rng(0)
