@@ -21,8 +21,8 @@ from copd_megatron.data.decode import decode_image
 from copd_megatron.rewards import registry
 from copd_megatron.rewards.verifiers.box_iou import box_iou, iou
 from copd_megatron.tiny.tasks.encode import mp4, png
+from tests.support.hostile_media import encoded
 from tests.test_data_tools import run_tool
-from tests.test_media import encoded
 
 
 def picture(seed: int = 0) -> np.ndarray:
