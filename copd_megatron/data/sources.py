@@ -56,7 +56,7 @@ class PromptSources:
         }
 
     def know_all_media(self) -> None:
-        """Opens every domain's training shards, so that this branch can read any medium that a student names."""
+        """Opens every domain's training shards, so that this branch can read any medium a student names."""
         if self.media is not None and not self.config.opd.ship_media:
             for domain, branch in self.config.branches.items():
                 if branch.data.train:

@@ -132,6 +132,11 @@ def changing_size(*sizes: tuple[int, int], form: str = "matroska", each: int = 4
     return video_of_packets(frames, form=form, size=(sizes[0][1], sizes[0][0]))
 
 
+def noise_video(form: str, frames: int = 12) -> bytes:
+    packets = [encoded(Image.fromarray(picture(64, 64, i)), "JPEG") for i in range(frames)]
+    return video_of_packets(packets, form=form, clock=4)
+
+
 def without_decoder() -> bytes:
     """An MP4 of a codec that nobody knows."""
     return clip().replace(b"avc1", b"zzzz")
