@@ -18,10 +18,11 @@ from copd_megatron.data import DataError, Sample, ShardSet, check_shards
 from copd_megatron.data.convert.public import Conversion, PublicDomain, convert_public
 from copd_megatron.data.convert.public_sets import INSTRUCTIONS
 from copd_megatron.data.decode import decode_image
+from copd_megatron.data.decode.containers import video_container
 from copd_megatron.rewards import registry
 from copd_megatron.rewards.verifiers.box_iou import box_iou, iou
 from copd_megatron.tiny.tasks.encode import mp4, png
-from tests.hostile_media import encoded
+from tests.support.hostile_media import NOT_IMAGES, NOT_VIDEOS, encoded
 from tests.test_data_tools import run_tool
 
 
@@ -350,3 +351,56 @@ def test_box_edges() -> None:
     for answer in ("nowhere", "[1, 1, 1, 5]"):
         with pytest.raises(ValueError, match="holds no box"):
             box_iou("[0, 0, 1, 1]", answer, {})
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/hostname.png", "../secret.png", "a/../../secret.png", "..", "x\0.png"]
+)
+def test_paths_do_not_lead_out_of_the_media_folder(tmp_path: Path, name: str) -> None:
+    put(tmp_path / "secret.png", png(picture()))
+    put(tmp_path / "media" / "a" / "b.png", png(picture(1)))
+    rows = [{"question": "Q?", "answer": "1", "image": path} for path in (name, "a/../a/./b.png")]
+    source = write_json(tmp_path / "rows.json", rows)
+    domain = convert(source, tmp_path / "out", "mmfinereason", media_root=tmp_path / "media")
+    assert domain.written.num_train == 1 and domain.skipped == {"missing_media": 1}
+
+
+def test_media_that_samples_cannot_have_are_skipped_or_converted(tmp_path: Path) -> None:
+    files = {**NOT_IMAGES, "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"}
+    for kind, data in files.items():
+        put(tmp_path / f"{kind}.png", data)
+    # what begins like a container is stored, and judged by whoever decodes it
+    videos_of = {kind: data for kind, data in NOT_VIDEOS.items() if video_container(data) is None}
+    assert len(videos_of) > 5
+    for kind, data in videos_of.items():
+        put(tmp_path / f"{kind}.mp4", data)
+    put(tmp_path / "text.txt", b"x")
+    images = [{"question": "Q?", "answer": "1", "image": f"{kind}.png"} for kind in files]
+    domain = convert(
+        write_json(tmp_path / "i.json", images), tmp_path / "i", "mmfinereason", media_root=tmp_path
+    )
+    samples, shards = read(domain.written.train)
+    assert len(samples) == 2 and domain.skipped == {"corrupt_image": len(files) - 2}  # GIF and TIFF
+    for sample in samples:
+        assert decode_image(shards.read_member(sample.ref, "0.png"), "x", max_pixels=99).shape == (4, 4, 3)
+    videos = [{**VIDEO_R1, "path": f"{kind}.mp4"} for kind in videos_of]
+    videos += [{**VIDEO_R1, "path": "text.txt"}, VIDEO_R1]
+    put(tmp_path / "clips" / "1.mp4", mp4([picture(i) for i in range(4)], 2.0))
+    domain = convert(write_json(tmp_path / "v.json", videos), tmp_path / "v", "video_r1", media_root=tmp_path)
+    assert domain.written.num_train == 1
+    assert domain.skipped == {"unknown_format": len(videos) - 1}
+
+
+def test_rows_that_nobody_foresaw_are_skipped(tmp_path: Path) -> None:
+    grounding = {**VIDEO_R1, "problem_type": "temporal grounding"}
+    put(tmp_path / "clips" / "1.mp4", mp4([picture(i) for i in range(4)], 2.0))
+    rows = [
+        {**grounding, "solution": '{"time": [1, ' + "9" * 400 + "]}"},
+        {**grounding, "solution": '{"time": ' + "[" * 5000 + "]" * 5000 + "}"},
+        {**VIDEO_R1, "path": ["a", {"bytes": 3}]},
+        VIDEO_R1,
+    ]
+    source = write_json(tmp_path / "v.json", rows)
+    domain = convert(source, tmp_path / "out", "video_r1", media_root=tmp_path)
+    assert domain.written.num_train == 1
+    assert domain.skipped == {"bad_answer": 2, "bad_type": 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from copd_megatron.data.convert.jsonl import FieldMap, convert_jsonl
 from copd_megatron.data.convert.write import WrittenDomain
 from copd_megatron.rewards import registry
 from copd_megatron.tiny.tasks.text import Family, write_domain
+from tests.support.hostile_media import BAD_JSON
 
 ROOT = Path(__file__).resolve().parents[1]
 TWO_TERMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
@@ -167,8 +169,11 @@ def test_tool_errors_are_one_line(tmp_path: Path) -> None:
 
 
 def jsonl(path: Path, *rows: Any) -> Path:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) + "\n")
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+        for row in rows
+    ]
+    path.write_bytes(b"\n".join(lines) + b"\n")
     return path
 
 
@@ -216,17 +221,49 @@ def test_validation_split_is_disjoint_exact_and_reproducible(tmp_path: Path) -> 
 GOOD = {"prompt": "p", "answer": "a", "verifier": "exact"}
 
 
+MEDIA_FIELDS = (
+    "image",
+    "images",
+    "Image_URL",
+    "video",
+    "video_path",
+    "img",
+    "audio",
+    "frames",
+    "image_bytes",
+)
+BAD_LINES = {kind: bad for kind, bad in BAD_JSON.items() if kind != "a list"}
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ("{not json", "line 2: not valid JSON"),
         ([1], "line 2: is a list"),
         ({"answer": "a", "verifier": "exact"}, r"line 2: no field 'prompt'.*--prompt-field"),
-        ({"prompt": "p", "answer": "a"}, r"line 2: no field 'verifier'.*--verifier-field"),
+        ({"prompt": "p", "answer": "a"}, r"line 2: no field 'verifier'.*--verifier NAME"),
         ({**GOOD, "answer": ["a"]}, "line 2: 'answer' must be a string, got list"),
         ({**GOOD, "answer": True}, "line 2: 'answer' must be a string, got bool"),
         ({**GOOD, "verifier": "exat"}, "line 2: unknown verifier 'exat'.*'exact'"),
         ({**GOOD, "prompt": " "}, "line 2: 'prompt' is empty"),
+        ({**GOOD, "prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "line 2: 'text' of part 0"),
+        *((raw, "line 2: ") for _, raw in BAD_LINES.values()),
+        ({"prompt": "p", "answer": "a", "verifier": None}, "line 2: 'verifier' must be a string"),
+        ({**GOOD, "answer": "many", "verifier": "numeric"}, "line 2: answer 'many'.*holds no number"),
+        (
+            {**GOOD, "answer": "D", "verifier": "choice", "metadata": {"choices": ["x", "y"]}},
+            "line 2: answer",
+        ),
+        ({**GOOD, "answer": ""}, "line 2: answer ''.*grades the gold answer 0"),
+        ({**GOOD, "metadata": {"weight": float("nan")}}, "line 2: a number is infinite or not a number"),
+        *(({**GOOD, name: ["a.png"]}, f"line 2: .*{name!r} hold media") for name in MEDIA_FIELDS),
+        (
+            {
+                **GOOD,
+                "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}],
+            },
+            r"line 2: the prompt has parts of the types \['image'\]",
+        ),
     ],
 )
 def test_bad_lines_are_named_or_skipped(
@@ -239,6 +276,58 @@ def test_bad_lines_are_named_or_skipped(
     written = convert_jsonl([source], tmp_path / "out", "m", FieldMap(), skip_bad=True)
     assert [sample.prompt for sample in samples_of(written.train)] == ["p", "q"]
     assert "line 2" in caplog.text and "skipped 1 bad line(s)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("a.b", r"line 2: key 'a\.b' is empty or has a dot"),
+        ("a/b", "line 2: key 'a/b'"),
+        ("", "line 2: key ''"),
+        ("a\nb", "line 2: key 'a"),
+        ("first", r"line 2: key 'first' occurs twice, first in .*a\.jsonl, line 1"),
+        (None, "line 2: key None in field 'uid' is no text or integer"),
+        ([1], "line 2: key .* is no text or integer"),
+    ],
+)
+def test_bad_keys_are_named_with_their_line(tmp_path: Path, key: Any, message: str) -> None:
+    rows = [{**GOOD, "uid": "first"}, {**GOOD, "uid": key}, {**GOOD, "uid": 3}]
+    source = jsonl(tmp_path / "a.jsonl", *rows)
+    with pytest.raises(DataError, match=message):
+        convert_jsonl([source], tmp_path / "out", "m", FieldMap(key="uid"))
+    written = convert_jsonl([source], tmp_path / "out", "m", FieldMap(key="uid"), skip_bad=True)
+    assert [sample.ref.key for sample in samples_of(written.train)] == ["first", "3"]
+
+
+def test_fields_that_nothing_asks_for_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {**GOOD, "level": "easy", "source": {"x": 1}, "images": [], "note": None},
+        {**GOOD, "level": "hard"},
+    ]
+    source = jsonl(tmp_path / "a.jsonl", *rows)
+    with caplog.at_level(logging.WARNING):
+        convert_jsonl([source], tmp_path / "out", "m", FieldMap(extra_metadata=("source.x",)), skip_bad=True)
+    assert "'level' (1 lines)" in caplog.text and "--keep NAME" in caplog.text
+    assert "source" not in caplog.text.split("nothing asks for")[1] and "images" not in caplog.text
+
+
+def test_media_that_are_kept_on_purpose_are_metadata(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", {**GOOD, "images": ["a.png"]})
+    written = convert_jsonl([source], tmp_path / "out", "m", FieldMap(extra_metadata=("images",)))
+    assert samples_of(written.train)[0].metadata == {"images": ["a.png"]}
+
+
+def test_verifiers_of_others_may_grade_as_they_like(tmp_path: Path) -> None:
+    own = "tests.support.misbehaving_verifiers:half_a_mark"
+    source = jsonl(tmp_path / "a.jsonl", {**GOOD, "verifier": own, "answer": "0.25"})
+    assert convert_jsonl([source], tmp_path / "out", "m", FieldMap()).num_train == 1
+    failing = jsonl(
+        tmp_path / "b.jsonl", {**GOOD, "verifier": "tests.support.misbehaving_verifiers:inline_raiser"}
+    )
+    with pytest.raises(DataError, match=r"line 1: answer 'a'.*the verifier fails on it"):
+        convert_jsonl([failing], tmp_path / "out2", "m", FieldMap())
+    unchecked = convert_jsonl([failing], tmp_path / "out3", "m", FieldMap(), check_golds=False)
+    assert unchecked.num_train == 1
 
 
 def test_source_problems_are_named(tmp_path: Path) -> None:

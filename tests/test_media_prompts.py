@@ -31,7 +31,7 @@ from copd_megatron.data.media_prompts import MediaPrompts
 from copd_megatron.data.processing import MultimodalProcessor
 from copd_megatron.records import Prompt
 from copd_megatron.tiny.tasks.encode import png
-from tests.hostile_media import clip, picture, without_decoder
+from tests.support.hostile_media import clip, picture, without_decoder
 from tests.support.models_vl import MEDIA
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from copd_megatron.data import BadSampleError, DataError
 from copd_megatron.data.decode import decode_video
 from copd_megatron.data.processing import MediaFeatures, MultimodalProcessor
-from tests.hostile_media import clip, picture
+from tests.support.hostile_media import clip, picture
 from tests.support.models_vl import MEDIA, make_processor
 
 

@@ -29,10 +29,7 @@ from copd_megatron.data import (
     split_evenly,
 )
 from copd_megatron.data.convert.write import write_shards
-from copd_megatron.data.occurrences import number_occurrences
-from copd_megatron.data.seeds import sample_seed
 from copd_megatron.data.stream import epoch_order
-from copd_megatron.records import Prompt
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.shards import new_sample, record, write, write_raw
 
@@ -62,10 +59,6 @@ def stream_of(
     return PromptStream.from_config(
         DataConfig(train=[pattern], **data), tokenizer or plain_tokenizer(), domain="text", seed=seed
     )
-
-
-def bare_prompt(name: str) -> Prompt:
-    return Prompt(prompt_id=name, domain="d", token_ids=np.zeros(1, np.int32), answer="", verifier="exact")
 
 
 def ids(prompts: Sequence[Any]) -> list[str]:
@@ -209,32 +202,6 @@ def test_restoring_onto_other_data_or_settings_is_an_error(tmp_path: Path) -> No
         stream_of(pattern, seed=2).load_state_dict(state)
     with pytest.raises(DataError, match=r"shuffle.*Restore data\.shuffle"):
         stream_of(pattern, shuffle=False).load_state_dict(state)
-
-
-def test_a_prompt_drawn_twice_for_a_step_has_seeds_and_a_group_of_its_own(tmp_path: Path) -> None:
-    stream = stream_of(write(tmp_path, 3))
-    first = stream.next(2)
-    assert [prompt.occurrence for prompt in first] == [0, 0]
-    step = stream.next(8)
-    groups = [prompt.group_id for prompt in step]
-    assert len(set(groups)) == 8 and len({prompt.prompt_id for prompt in step}) == 3
-    seeds = {sample_seed(1, "text", 4, group, sample) for group in groups for sample in range(4)}
-    assert len(seeds) == 32
-    # the first occurrence is what a step without repetitions has; a step's second draw goes on counting
-    assert sorted(prompt.occurrence for prompt in step) == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert groups[:3] == [prompt.prompt_id for prompt in step[:3]]
-    more = stream.next(3, drawn=step)
-    assert not {prompt.group_id for prompt in more} & set(groups)
-
-
-@given(st.lists(st.sampled_from("abc")), st.lists(st.sampled_from("abc")))
-def test_numbered_prompts_are_distinct_and_lose_nothing(drawn: list[str], more: list[str]) -> None:
-    before = number_occurrences([bare_prompt(name) for name in drawn])
-    after = number_occurrences([bare_prompt(name) for name in more], before)
-    assert [prompt.prompt_id for prompt in after] == more
-    groups = [prompt.group_id for prompt in [*before, *after]]
-    assert len(set(groups)) == len(groups)
-    assert all(groups.count(name) == (name in drawn + more) for name in "abc")
 
 
 def test_a_stream_without_usable_samples_is_an_error(tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_a_failed_write_leaves_no_torn_shard(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"sample '000000015' of toy-000001\.tar.*JSON"):
         write_shards(samples(), tmp_path, "toy", shard_size=10)
-    assert [path.name for path in tmp_path.iterdir()] == ["toy-000000.tar"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_existing_shards_are_not_overwritten_unasked(tmp_path: Path) -> None:
@@ -280,5 +280,5 @@ def test_existing_shards_are_not_overwritten_unasked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keys", [["a", "a"], ["a.b"], ["a/b"], [""]])
 def test_bad_keys_are_refused(tmp_path: Path, keys: list[str]) -> None:
-    with pytest.raises(DataError, match=r"key '.*' (occurs twice|is empty or has a dot or slash)"):
+    with pytest.raises(DataError, match=r"key '.*' (occurs twice|is empty or has a dot, a slash or)"):
         write_shards([new_sample(0, key=key) for key in keys], tmp_path, "toy")

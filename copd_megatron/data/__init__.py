@@ -1,12 +1,14 @@
 """Prompts from webdataset shards, in an order that (seed, epoch) determines. Imports no torch.
 
-``shards.py`` finds, indexes and reads shards; ``samples.py`` says what a sample is; ``stream.py`` turns
-them into tokenised prompts; ``write.py``, ``make.py`` and ``convert.py`` write new ones.
+``shards.py`` finds, indexes and reads shards, ``remote.py`` fetches those that are not files; ``samples.py``
+says what a sample is; ``stream.py`` turns samples into tokenised prompts. ``failures.py`` makes whatever goes
+wrong with one sample that sample's failure.
 
-Images and videos: ``media.py`` refers to them, ``decode.py`` and ``processing.py`` turn them into what a
-model sees, ``loader.py`` does that ahead of time and off the training thread, ``media_prompts.py`` joins it
-to the stream. ``visual_tasks`` makes such data, ``layouts.py`` and ``convert_public.py`` read public sets.
+Images and videos: ``media.py`` refers to them, ``decode`` and ``processing.py`` turn them into what a model
+sees, ``loader.py`` does so ahead of time on other threads, ``media_prompts.py`` joins it to the stream.
 (None of these is imported here: decoders and processors are heavy.)
+
+``convert`` makes shards out of a user's JSON lines and of public data sets.
 """
 
 from copd_megatron.data.samples import Sample, SampleRef

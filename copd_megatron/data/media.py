@@ -1,7 +1,9 @@
-"""Which members of a sample are media, how they are referred to, and reading them with their hash checked.
+"""Which members of a sample are media, how they are referred to, and how their hash is checked.
 
-Media members are named by extension: ``0.png``, ``1.jpg`` ... are images, ``mp4``, ``1.mp4`` ... videos. The
-first ``<image>`` of a prompt is the image member that comes first in natural order, and so on.
+A member's extension says what it is: ``0.png``, ``1.jpg`` ... are images, ``mp4``, ``1.mp4`` ... videos. The
+first ``<image>`` of a prompt stands for the first image member in natural order, and so on. A few extensions
+are notes beside the sample, which are ignored. A member with any other extension is probably a medium that
+cannot be shown; such a sample is skipped, because its prompt makes no sense without it.
 """
 
 from __future__ import annotations
@@ -11,24 +13,28 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from copd_megatron.errors import DataError
+from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.records import MediaRef
 
 IMAGE = "image"
 VIDEO = "video"
 
 _KINDS = {
-    **dict.fromkeys(("png", "jpg", "jpeg", "webp"), IMAGE),
+    **dict.fromkeys(("png", "jpg", "jpeg", "jpe", "jfif", "webp"), IMAGE),
     **dict.fromkeys(("mp4", "m4v", "mov", "mkv", "webm", "avi"), VIDEO),
 }
+_NOTES = frozenset(
+    ["json", "txt", "text", "transcript", "cls", "cls2", "class", "count", "index", "inx", "id"]
+)
+"""Texts and labels, by webdataset's conventions."""
 
 
 class MediaMismatchError(DataError):
-    """A medium is not what a reference says it is: branches do not read the same data."""
+    """A medium differs from what its reference says: branches do not read the same data."""
 
 
 class MediaPlace(NamedTuple):
-    """Where a medium lies, before its content is known."""
+    """Where a medium is stored, before its content is known."""
 
     source: str
     """Name of the shard set, see ``MediaRef.source``."""
@@ -43,7 +49,7 @@ class MediaPlace(NamedTuple):
         return kind
 
     def ref(self, digest: str) -> MediaRef:
-        """The reference to this place, with the hash of what was found there."""
+        """The reference to this place, given the hash of what was found there."""
         return MediaRef(**self._asdict(), kind=self.kind, content_hash=digest)
 
 
@@ -53,13 +59,29 @@ def place_of(ref: MediaRef) -> MediaPlace:
 
 
 def kind_of(extension: str) -> str | None:
-    """``image`` or ``video`` by the end of a member's extension; None for anything else."""
-    return _KINDS.get(extension.rsplit(".", 1)[-1].lower())
+    """``image`` or ``video``, from the last part of a member's extension; None for anything else."""
+    return _KINDS.get(_suffix(extension))
 
 
 def media_members(extensions: Iterable[str]) -> tuple[str, ...]:
     """The media among a sample's members, in natural order (``2.png`` before ``10.png``)."""
     return tuple(sorted((name for name in extensions if kind_of(name) is not None), key=_natural))
+
+
+def refuse_unknown_members(extensions: Iterable[str], where: str) -> None:
+    """Raises BadSampleError (``unknown_format``) for a member that is neither a medium nor a note."""
+    unknown = sorted(name for name in extensions if kind_of(name) is None and _suffix(name) not in _NOTES)
+    if unknown:
+        raise BadSampleError(
+            where,
+            "unknown_format",
+            f"member(s) {', '.join('.' + name for name in unknown)} are of a kind that cannot be shown",
+            f"Store media as {', '.join(_KINDS)}; notes may be {', '.join(sorted(_NOTES))}.",
+        )
+
+
+def _suffix(extension: str) -> str:
+    return extension.rsplit(".", 1)[-1].lower()
 
 
 def _natural(extension: str) -> tuple[tuple[int, int, str], ...]:
@@ -70,7 +92,7 @@ def _natural(extension: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def content_hash(data: bytes) -> str:
-    """Hash of an encoded file, as ``MediaRef`` carries it."""
+    """Hash of an encoded file, as in ``MediaRef.content_hash``."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -80,5 +102,5 @@ def check_hash(ref: MediaRef, found: str, where: str) -> None:
         raise MediaMismatchError(
             f"{where}: {ref.kind} member .{ref.extension} has content hash {found}, but the prompt "
             f"{ref.shard}/{ref.key} was sampled with {ref.content_hash}. The branches read different files "
-            f"as {ref.source}: give every branch the same shards, and do not write to them during a run."
+            f"as {ref.source}: give every branch the same shards, and do not change them during a run."
         )

@@ -1,14 +1,14 @@
-"""One preprocessing: a Hugging Face processor, run once per image or video, feeds trainer and rollouts alike.
+"""A Hugging Face processor, run once per image or video, prepares what both trainer and rollouts see.
 
-An item (one image, one video) becomes ``ItemFeatures``: patches, grid, and the tokens that its placeholder
-expands to. The same arrays go to the Megatron actor (``MediaFeatures``) and to vLLM
+An item (one image, one video) becomes ``ItemFeatures``: patches, grid, and the tokens that replace its
+placeholder. The same arrays go to the Megatron actor (``MediaFeatures``) and to vLLM
 (``rollout.media.engine_input``), so that neither pixels nor placeholder counts can differ.
 
 Prompts name media by ``<image>`` and ``<video>`` in their text, or by chat parts ``{"type": "image"}`` and
 ``{"type": "video"}``. What the chat template writes for a part holds one placeholder token, which is
 replaced by the item's tokens: for Qwen3-VL one ``<|image_pad|>`` per merged patch, and for videos, per
 temporal patch, ``<0.5 seconds><|vision_start|><|video_pad|>...<|vision_end|>``. Template and expansion are
-the installed processor's; a test compares with its own end-to-end call.
+those of the installed processor; a test compares with the processor's own end-to-end call.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from copd_megatron.data.decode import (
 )
 from copd_megatron.data.failures import any_failure
 from copd_megatron.data.media import IMAGE, VIDEO
-from copd_megatron.data.samples import Message
+from copd_megatron.data.samples import Message, texts_and_media
 from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.records import FloatArray, IntArray
 
@@ -55,7 +55,7 @@ class ItemFeatures:
     grid_thw: IntArray
     """[3] patches along time, height, width; n is their product."""
     replacement_ids: IntArray
-    """Tokens that take the place of the one placeholder token in the prompt."""
+    """The tokens that replace the one placeholder token in the prompt."""
     timestamps: tuple[float, ...] = ()
     """Seconds of each temporal patch of a video."""
 
@@ -65,7 +65,7 @@ class ItemFeatures:
 
     @cached_property
     def pixel_hash(self) -> str:
-        """Hash of patches and grid: equal for two engines that see the same."""
+        """Hash of patches and grid; equal for two engines that see the same item."""
         return pixel_hash(self.pixel_values, self.grid_thw)
 
 
@@ -123,7 +123,7 @@ class MediaFeatures:
 
 @dataclass(frozen=True, kw_only=True)
 class Placeholder:
-    """Where one item stands in an expanded prompt."""
+    """The position of one item in an expanded prompt."""
 
     item: ItemFeatures
     offset: int
@@ -131,14 +131,14 @@ class Placeholder:
 
     @property
     def length(self) -> int:
-        """Replacement tokens, time stamps of a video included."""
+        """Number of replacement tokens, including the time stamps of a video."""
         return len(self.item.replacement_ids)
 
 
 class MultimodalProcessor:
     """A Hugging Face vision-language processor (``Qwen3VLProcessor``) with this run's limits.
 
-    Threads may share one. Raises DataError if the processor lacks what is needed.
+    Threads may share one. Raises DataError if the processor lacks a part that is needed.
     """
 
     def __init__(self, processor: Any, config: MediaConfig) -> None:
@@ -183,13 +183,13 @@ class MultimodalProcessor:
 
     @property
     def sizes(self) -> dict[str, dict[str, int]]:
-        """Pixel budgets in force, by kind: ``shortest_edge`` and ``longest_edge``, as processors name the
-        least and most pixels."""
+        """The pixel budgets in force, by kind: ``shortest_edge`` and ``longest_edge``, which is what
+        processors call the smallest and largest number of pixels."""
         return {kind: dict(size) for kind, size in self._sizes.items()}
 
     @property
     def budgets_changed(self) -> bool:
-        """Whether the configuration changes the processor's own pixel budgets."""
+        """Whether the configuration overrides the processor's own pixel budgets."""
         config = self.config
         bounds = (config.image_min_pixels, config.image_max_pixels)
         return any(bound is not None for bound in (*bounds, config.video_min_pixels, config.video_max_pixels))
@@ -272,11 +272,11 @@ class MultimodalProcessor:
     ) -> list[dict[str, Any]]:
         """A prompt as chat messages whose contents are lists of typed parts.
 
-        ``kinds``: ``image`` or ``video`` for each medium of the sample, in order per kind. ``<image>`` and
-        ``<video>`` in texts become parts; a prompt without any placeholder gets all media in front of its
-        first user message. Parts keep their other fields (``{"type": "image", "image": "1.png"}``).
+        ``kinds``: ``image`` or ``video`` for each medium of the sample, in order within a kind. ``<image>``
+        and ``<video>`` in texts become parts; in a prompt without any placeholder, all media go in front of
+        the first user message. Parts keep their other fields (``{"type": "image", "image": "1.png"}``).
 
-        Raises BadSampleError (``media_mismatch``) where placeholders and media differ in number.
+        Raises BadSampleError (``media_mismatch``) if the numbers of placeholders and media differ.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         split = [{**message, "content": list(_split(message["content"]))} for message in messages]
@@ -311,10 +311,10 @@ class MultimodalProcessor:
     ) -> IntArray:
         """[P] token ids of messages (as ``parts`` gives them), placeholders expanded by ``items`` in order.
 
-        With a chat template, system message and generation prompt as ``stream.encode_prompt`` writes them.
-        Without, the texts of all parts one after the other, media between vision markers.
+        With a chat template, system message and generation prompt are as in ``stream.encode_prompt``.
+        Without one, the texts of all parts are concatenated, with media between vision markers.
 
-        Raises BadSampleError (``media_mismatch``) if the text has other placeholder tokens than items.
+        Raises BadSampleError (``media_mismatch``) if the text's placeholder tokens do not match the items.
         """
         unexpanded = self.unexpanded(messages, system_prompt)
         kind_of_pad = {pad: kind for kind, pad in self._pads.items()}
@@ -336,7 +336,7 @@ class MultimodalProcessor:
     def unexpanded(
         self, messages: Sequence[Mapping[str, Any]], system_prompt: str | None = None
     ) -> list[int]:
-        """Token ids with one placeholder token per medium: the form that vLLM expands by itself."""
+        """Token ids with one placeholder token per medium, as vLLM's own processor expects them."""
         template = self._processor.chat_template or getattr(self.tokenizer, "chat_template", None)
         if template is None:
             processor = self._processor
@@ -359,9 +359,9 @@ class MultimodalProcessor:
         return list(self.tokenizer(text, add_special_tokens=template is None)["input_ids"])
 
     def placeholders(self, token_ids: IntArray, features: MediaFeatures) -> list[Placeholder]:
-        """Where each item of ``features`` stands in the expanded prompt (or prompt and response).
+        """The position of each item of ``features`` in the expanded prompt (or prompt and response).
 
-        Raises ValueError if they do not belong together.
+        Raises ValueError if features and tokens do not belong together.
         """
         return find_placeholders(token_ids, features, self.image_token_id, self.video_token_id)
 
@@ -408,12 +408,20 @@ def _split(content: Any) -> Iterator[dict[str, Any]]:
                 yield {"type": "text", "text": text}
 
 
+def media_named_in(prompt: str | Sequence[Message]) -> list[str]:
+    """The kinds of media that a prompt shows by parts or by ``<image>`` and ``<video>``, in order."""
+    named: list[str] = []
+    for kind, text in texts_and_media(prompt):
+        named += [kind] if kind != "text" else [_KIND_OF_MARKER[mark] for mark in _MARKER.findall(text)]
+    return named
+
+
 def _is_medium(part: Mapping[str, Any]) -> bool:
     return part.get("type") in (IMAGE, VIDEO)
 
 
 def _size(processor: Any, least: int | None, most: int | None) -> dict[str, int]:
-    """The processor's pixel budget with this run's bounds in it."""
+    """The processor's pixel budget, with this run's bounds applied."""
     size = processor.size
     shortest = int(size["shortest_edge"]) if least is None else least
     longest = int(size["longest_edge"]) if most is None else most

@@ -1,10 +1,13 @@
 """webdataset shards: finding them, indexing them by headers only, and random access by (shard, key).
 
-A shard is a plain ``.tar`` in webdataset's layout (see ``samples.py``). Opening one reads tar headers
-only, so the index of a shard costs the same whether its members are text or videos; samples are then read
-one by one, when they are needed. The ``webdataset`` package itself is not used here: it imports torch and
-streams shards in file order, while a run needs a global order that (seed, epoch) determines and access by
-reference from other branches. Shards that it writes are read, and the other way round; a test holds this.
+A shard is a plain ``.tar`` in webdataset's layout (see ``samples.py``). Opening one reads tar headers only,
+so its index costs the same whether its members are texts or videos; samples are read one by one, when they
+are needed.
+
+The ``webdataset`` package writes shards (``convert/write.py``) and fetches those that are not files of this
+machine (``remote.py``). It does not read them here, because it streams each shard in file order, while a run
+needs a global order that (seed, epoch) determines, and access by reference from other branches; it also
+imports torch. A test holds that it reads these shards and that its own are read.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import NamedTuple
 
 import braceexpand
 
+from copd_megatron.data.remote import fetch, is_remote
 from copd_megatron.data.samples import Sample, SampleRef, parse_sample
 from copd_megatron.data.tar_scan import BLOCK_BYTES, TarDamageError, scan_tar
 from copd_megatron.errors import BadSampleError, DataError
@@ -35,10 +39,11 @@ _REWRITE = "Write it again: the program that made it was probably interrupted."
 def expand_patterns(patterns: Sequence[str]) -> list[Path]:
     """Shard files that paths, globs and brace ranges (``train-{000000..000007}.tar``) name, in order.
 
-    Each pattern's matches are sorted by name; a file named twice is taken once. ``~`` is expanded.
+    The matches of each pattern are sorted by name; a file named twice is taken once. ``~`` is expanded.
+    Addresses and pipes (see ``remote.py``) are fetched first.
 
-    Raises DataError for an empty list, a pattern that matches nothing, or a member of a brace range that
-    does not exist.
+    Raises DataError for an empty list, a pattern that matches nothing, a member of a brace range that does
+    not exist, or a shard that cannot be fetched.
     """
     if not patterns:
         raise DataError("no shards are named. List paths, globs or brace ranges of .tar files.")
@@ -49,6 +54,9 @@ def expand_patterns(patterns: Sequence[str]) -> list[Path]:
         except ValueError as error:
             raise DataError(f"shard pattern {pattern!r}: {error}. Close every brace.") from error
         for alternative in alternatives:
+            if is_remote(alternative):
+                found[fetch(alternative).absolute()] = None
+                continue
             if os.path.isdir(alternative):
                 raise DataError(f"{alternative} is a folder, not a shard. Did you mean {alternative}/*.tar?")
             matches = [alternative] if os.path.isfile(alternative) else sorted(glob.glob(alternative))
@@ -71,7 +79,7 @@ def _nothing_there(pattern: str) -> str:
 
 
 class Member(NamedTuple):
-    """One file of a sample: its extension and where its bytes lie in the shard."""
+    """One file of a sample: its extension, and where its bytes are in the shard."""
 
     extension: str
     offset: int
@@ -80,7 +88,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where everything in one shard lies, read off its headers."""
+    """Where everything in one shard is stored, read from its headers."""
 
     name: str
     path: Path
@@ -88,15 +96,15 @@ class ShardIndex:
     """By key, in file order."""
 
     def find(self, key: str, extension: str) -> Member | None:
-        """The sample's member with this extension, None if it has none."""
+        """The sample's member with this extension, or None."""
         return next((member for member in self.samples[key] if member.extension == extension), None)
 
 
 def index_shard(path: Path, name: str | None = None) -> ShardIndex:
     """Index a shard by scanning its tar headers.
 
-    Raises DataError: cannot be opened, compressed, not a tar, cut off, damaged, no samples, no sample with
-    a ``.json`` member, or one member name twice.
+    Raises DataError: the file cannot be opened, is compressed, not a tar, cut off or damaged, has no samples,
+    no sample with a ``.json`` member, or a member name twice.
     """
     _refuse_unreadable(path)
     samples: dict[str, dict[str, Member]] = {}
@@ -145,7 +153,7 @@ def _refuse_unreadable(path: Path) -> None:
 
 
 def shard_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each shard, unique in the list: the stem, with parent folders where stems collide."""
+    """A name for each shard, unique in the list: the stem, preceded by parent folders where stems collide."""
     names = [path.stem for path in paths]
     depth = 1
     while duplicates := {name for name, count in Counter(names).items() if count > 1}:
@@ -190,7 +198,7 @@ class ShardSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of names, keys, extensions and sizes of all members, in order (not of their contents)."""
+        """Hash of the names, keys, extensions and sizes of all members, in order (not of their contents)."""
         digest = hashlib.sha256()
         for index in self.indexes:
             digest.update(f"{index.name}\0{len(index.samples)}\n".encode())
@@ -200,7 +208,7 @@ class ShardSet:
         return digest.hexdigest()[:32]
 
     def where(self, ref: SampleRef) -> str:
-        """The sample's place for messages: file and key."""
+        """Names the sample in messages: file and key."""
         index = self._by_name.get(ref.shard)
         return f"shard {index.path if index else ref.shard}, sample {ref.key!r}"
 
@@ -248,7 +256,7 @@ class ShardSet:
         return index
 
     def _read(self, index: ShardIndex, member: Member) -> bytes:
-        # Opened per read: no descriptors to share or leak, safe from threads, and small against a step.
+        # Opened for each read: no descriptors to share or leak, thread-safe, and cheap compared with a step.
         try:
             with open(index.path, "rb", buffering=0) as file:
                 file.seek(member.offset)
@@ -259,17 +267,17 @@ class ShardSet:
             raise DataError(f"shard {index.path}: cannot be read any more ({error}). Put it back.") from error
         if len(data) < member.size:
             raise DataError(
-                f"shard {index.path}: became shorter while in use. Do not write to it during a run."
+                f"shard {index.path}: became shorter while in use. Do not change it during a run."
             )
         return bytes(data)
 
 
 def check_shards(patterns: Sequence[str], verifiers: Collection[str] | None = None) -> ShardSet:
-    """Open the shards and check the first sample of each, so that bad data is refused before training.
+    """Open the shards and check the first sample of each, so that bad data are refused before training.
 
-    ``verifiers``: names that samples may use; None: any. Returns the opened set, to be used as is.
+    ``verifiers``: the names that samples may use; None: any. Returns the opened set.
 
-    Raises DataError: what ``ShardSet.open`` raises, or a first sample that cannot be used.
+    Raises DataError as ``ShardSet.open`` does, or because a first sample cannot be used.
     """
     shards = ShardSet.open(patterns)
     for index in shards.indexes:

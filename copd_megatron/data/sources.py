@@ -1,4 +1,4 @@
-"""Where a branch's prompts come from: every domain's shards, opened once, and the streams over them."""
+"""Where a branch's prompts come from: each domain's shards, opened once, and the streams over them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from copd_megatron.records import Prompt
 
 
 class PromptSources:
-    """Opens shards as they are asked for. The names under which media are referred to, ``<domain>/train``
-    and ``<domain>/validation``, are the same on every branch."""
+    """Opens a domain's shards when they are first asked for.
+
+    Media are referred to by names that are the same on every branch: ``<domain>/train`` and
+    ``<domain>/validation``.
+    """
 
     def __init__(self, config: Config, model_path: str | Path, shape: ModelShape) -> None:
         self.config = config
@@ -30,7 +33,7 @@ class PromptSources:
         self._open: dict[str, tuple[ShardSet, MediaPrompts | None]] = {}
 
     def stream(self, domain: str, purpose: str) -> PromptStream:
-        """An endless stream over a domain's training prompts; each purpose has an order of its own."""
+        """An endless stream over a domain's training prompts; each purpose has its own order."""
         branch = self.config.branches[domain]
         shards, media = self._shards(domain, "train")
         return PromptStream.from_config(
@@ -45,7 +48,7 @@ class PromptSources:
         )
 
     def validation(self) -> dict[str, list[Prompt]]:
-        """Validation prompts of every domain that has some."""
+        """The validation prompts of every domain that has any."""
         return {
             domain: self._validation(domain)
             for domain, branch in self.config.branches.items()
@@ -53,7 +56,7 @@ class PromptSources:
         }
 
     def know_all_media(self) -> None:
-        """Opens every domain's training shards, so that this branch can read whatever a student refers to."""
+        """Opens every domain's training shards, so that this branch can read any medium a student names."""
         if self.media is not None and not self.config.opd.ship_media:
             for domain, branch in self.config.branches.items():
                 if branch.data.train:
@@ -85,5 +88,5 @@ class PromptSources:
 
 
 def stream_seed(run_seed: int, purpose: str) -> int:
-    """Seed of one stream's order, from what it is for (``native`` or an edge's name)."""
+    """The seed of one stream's order; ``purpose`` is ``native`` or an edge's name."""
     return sample_seed(run_seed, purpose, 0, "stream", 0) % 2**31

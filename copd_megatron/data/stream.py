@@ -19,8 +19,10 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from copd_megatron.config.schema import DataConfig
+from copd_megatron.data.failures import any_failure
+from copd_megatron.data.media import media_members, refuse_unknown_members
 from copd_megatron.data.occurrences import number_occurrences
-from copd_megatron.data.samples import Message, Sample, SampleRef
+from copd_megatron.data.samples import Message, Sample, SampleRef, texts_and_media
 from copd_megatron.data.shards import ShardSet, check_shards
 from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.records import IntArray, MediaRef, Prompt
@@ -41,20 +43,21 @@ class Tokenizer(Protocol):
 
 
 class MediaEncoder(Protocol):
-    """What reads samples with images or videos: ``media_prompts.MediaPrompts``."""
+    """What encodes samples with images or videos: ``media_prompts.MediaPrompts``."""
 
     def encode(
         self, sample: Sample, where: str, system_prompt: str | None = None
     ) -> tuple[IntArray, tuple[MediaRef, ...]]: ...
 
+    def refuse_lone_placeholders(self, sample: Sample, token_ids: IntArray, where: str) -> None: ...
+
     def prefetch(self, samples: Iterable[SampleRef]) -> None: ...
 
 
 def split_evenly[T](items: Sequence[T], rank: int, world: int) -> list[T]:
-    """Part ``rank`` of ``items`` cut into ``world`` contiguous parts whose sizes differ by at most one.
+    """Part ``rank`` of ``items``, divided into ``world`` contiguous parts whose sizes differ by at most one.
 
-    The parts in rank order are the items again: none lost, none twice. Raises ValueError unless
-    0 <= rank < world.
+    Concatenated in rank order, the parts are the items. Raises ValueError unless 0 <= rank < world.
     """
     if not 0 <= rank < world:
         raise ValueError(f"split_evenly: rank {rank} is not in 0 .. {world - 1}. Pass a rank of this group.")
@@ -87,7 +90,9 @@ def encode_prompt(
             )
         text = prompt if system_prompt is None else f"{system_prompt}\n\n{prompt}"
         return np.asarray(tokenizer(text)["input_ids"], dtype=np.int32)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    messages = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [_flat(m) for m in prompt]
+    )
     if system_prompt is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
     encoded = tokenizer.apply_chat_template(
@@ -96,10 +101,18 @@ def encode_prompt(
     return np.asarray(encoded["input_ids"], dtype=np.int32)
 
 
-class PromptReader:
-    """Samples to prompts: reads, checks, tokenises; counts and logs what it has to skip.
+def _flat(message: Message) -> dict[str, Any]:
+    """The message with its text parts joined: templates of text models drop or misprint a list of parts."""
+    content = message["content"]
+    if isinstance(content, str) or any(part["type"] != "text" for part in content):
+        return dict(message)
+    return {**message, "content": "".join(part["text"] for part in content)}
 
-    ``media`` reads samples with images or videos; without it they are skipped.
+
+class PromptReader:
+    """Samples to prompts: reads, checks and tokenises them; counts and logs those that it has to skip.
+
+    ``media`` encodes samples with images or videos; without it such samples are skipped.
     """
 
     def __init__(
@@ -124,16 +137,20 @@ class PromptReader:
         self._media = media
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Announce samples that will be read, in that order: their media are decoded meanwhile."""
+        """Announce samples that will be read, in that order, so that their media are decoded meanwhile."""
         if self._media is not None:
             self._media.prefetch(self.shards.refs[index] for index in indices)
 
     def read(self, index: int) -> Prompt | None:
-        """Prompt of sample ``index``, None if it cannot be used."""
+        """The prompt of sample ``index``, or None if it cannot be used.
+
+        Raises DataError: not this sample but its shard can no longer be read.
+        """
         ref = self.shards.refs[index]
         try:
-            sample = self.shards.read(ref, self._verifiers)
-            token_ids, media = self._encode(sample)
+            with any_failure(self.shards.where(ref)):
+                sample = self.shards.read(ref, self._verifiers)
+                token_ids, media = self._encode(sample)
         except BadSampleError as error:
             self._skip(ref, error)
             return None
@@ -149,19 +166,15 @@ class PromptReader:
 
     def _encode(self, sample: Sample) -> tuple[IntArray, tuple[MediaRef, ...]]:
         where = self.shards.where(sample.ref)
-        if sample.media and self._media is None:
-            raise BadSampleError(
-                where,
-                "media_unsupported",
-                f"has media members {sorted(sample.media)}, which a text branch cannot show to its model",
-                "Give these shards to a branch whose model reads them.",
-            )
-        media: tuple[MediaRef, ...] = ()
+        refuse_unknown_members(sample.media, where)
+        members = media_members(sample.media)
         try:
-            if sample.media and self._media is not None:
+            if self._media is None:
+                _refuse_media(sample, members, where)
+            elif members:
                 token_ids, media = self._media.encode(sample, where, self._system_prompt)
-            else:
-                token_ids = encode_prompt(self._tokenizer, sample.prompt, self._system_prompt)
+                return self._within_limits(token_ids, where), media
+            token_ids = encode_prompt(self._tokenizer, sample.prompt, self._system_prompt)
         except TemplateError as error:
             raise BadSampleError(
                 where,
@@ -169,6 +182,11 @@ class PromptReader:
                 f"the tokenizer's chat template refuses the messages ({error})",
                 "Use roles and an order that the template knows; model.system_prompt adds a system message.",
             ) from error
+        if self._media is not None:
+            self._media.refuse_lone_placeholders(sample, token_ids, where)
+        return self._within_limits(token_ids, where), ()
+
+    def _within_limits(self, token_ids: IntArray, where: str) -> IntArray:
         if len(token_ids) == 0:
             raise BadSampleError(where, "empty_prompt", "the prompt has no tokens", "Drop the sample.")
         if len(token_ids) > self._max_prompt_tokens:
@@ -178,7 +196,7 @@ class PromptReader:
                 f"{len(token_ids)} prompt tokens exceed data.max_prompt_tokens = {self._max_prompt_tokens}",
                 "Raise the limit or shorten the prompt.",
             )
-        return token_ids, media
+        return token_ids
 
     def _skip(self, ref: SampleRef, error: BadSampleError) -> None:
         self.skipped[error.reason] += 1
@@ -186,15 +204,28 @@ class PromptReader:
         if len(logged) < _LOGGED_PER_REASON and ref not in logged:
             logged.add(ref)
             last = len(logged) == _LOGGED_PER_REASON
-            also = " (further ones of this kind are only counted)" if last else ""
+            also = " (further samples of this kind are only counted)" if last else ""
             logger.warning("%s: skipped a sample: %s%s", self.domain, error, also)
+
+
+def _refuse_media(sample: Sample, members: Sequence[str], where: str) -> None:
+    """Raises BadSampleError (``media_unsupported``) if a model that reads only text would need eyes."""
+    shown = [kind for kind, _ in texts_and_media(sample.prompt) if kind != "text"]
+    if members or shown:
+        what = f"media members {sorted(members)}" if members else f"parts of the types {shown}"
+        raise BadSampleError(
+            where,
+            "media_unsupported",
+            f"has {what}, which a text branch cannot show to its model",
+            "Give these shards to a branch whose model reads them.",
+        )
 
 
 class PromptStream:
     """An endless, resumable sequence of prompts.
 
-    ``next`` may be called with any sizes: the sequence of prompts does not depend on how it is cut, nor on
-    being saved and restored in between.
+    ``next`` may be called with any sizes: the sequence of prompts does not depend on how it is divided into
+    batches, nor on whether it is saved and restored in between.
     """
 
     def __init__(self, reader: PromptReader, *, seed: int, shuffle: bool = True) -> None:
@@ -218,10 +249,11 @@ class PromptStream:
         shards: ShardSet | None = None,
         media: MediaEncoder | None = None,
     ) -> PromptStream:
-        """The stream over ``data.train``. ``shards``: opened before (``check_shards``), to save the scan;
-        ``media``: for samples with images or videos, over the same shards.
+        """The stream over ``data.train``.
 
-        ``verifiers``: names that samples may use, None: any. Raises DataError as ``check_shards`` does.
+        ``shards``: the same shards if they are open already (``check_shards``), which saves the scan;
+        ``media``: encodes samples with images or videos, from the same shards; ``verifiers``: the names that
+        samples may use, None: any. Raises DataError as ``check_shards`` does.
         """
         reader = PromptReader(
             shards if shards is not None else check_shards(data.train, verifiers),
@@ -236,7 +268,7 @@ class PromptStream:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next prompt, from 0."""
+        """Epoch of the next prompt, counted from 0."""
         return self._epoch
 
     @property
@@ -278,7 +310,7 @@ class PromptStream:
         return number_occurrences(prompts, drawn)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and what it refers to; plain JSON types."""
+        """The position, and what it refers to, as plain JSON types."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -289,10 +321,10 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken.
+        """Continue from where ``state_dict`` was taken.
 
-        Raises DataError if the shards, seed or shuffling differ from those of the saved position, which
-        would then stand for other samples.
+        Raises DataError if the shards, the seed or the shuffling have changed: the position would mean other
+        samples.
         """
         mine = self.state_dict()
         for name, remedy in (

@@ -1,21 +1,38 @@
-"""A user's own JSONL files to shards, checked line by line."""
+"""A user's own JSONL files to shards, checked line by line.
+
+Whatever would be lost or refused later is refused here, with file and line: a field that holds media (these
+shards hold text), a gold answer that its verifier cannot grade, a key that occurs twice. Other fields that
+nothing asks for are left out, and a message names them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
-from copd_megatron.data.convert.write import NewSample, WrittenDomain, write_shards
-from copd_megatron.data.samples import SampleRef, sample_from_record
+from copd_megatron.data.convert.gold import GoldCheck
+from copd_megatron.data.convert.write import NewSample, WrittenDomain, key_problem, write_shards
+from copd_megatron.data.failures import any_failure
+from copd_megatron.data.samples import SampleRef, check_plain, load_json, sample_from_record, texts_and_media
 from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.rewards import registry
 
 logger = logging.getLogger(__name__)
+
+_CHECKED_TOGETHER = 128
+_LOGGED_LINES = 10
+_MEDIA_FIELD = re.compile(
+    r"(image|img|picture|photo|video|audio|media|frame)s?(_?(path|file|url|uri|byte|data|base64|b64)s?)?",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +43,19 @@ class FieldMap:
     answer: str = "answer"
     """Numbers are written as text."""
     verifier: str = "verifier"
-    """Where a line lacks it, ``default_verifier`` holds."""
+    """Lines without this field use ``default_verifier``."""
     default_verifier: str | None = None
     metadata: str = "metadata"
     extra_metadata: tuple[str, ...] = ()
     """Further fields to keep in the sample's metadata, under their own names."""
     key: str | None = None
-    """Field with the sample's key; null: running number."""
+    """The field with the sample's key; None: a running number."""
+
+    def asked_for(self) -> frozenset[str]:
+        """All names, and the fields that paths begin with."""
+        names = [self.prompt, self.answer, self.verifier, self.metadata, *self.extra_metadata]
+        names += [self.key] if self.key is not None else []
+        return frozenset(names) | frozenset(name.split(".")[0] for name in names)
 
 
 def convert_jsonl(
@@ -47,18 +70,24 @@ def convert_jsonl(
     shard_size: int = 1000,
     skip_bad: bool = False,
     overwrite: bool = False,
+    check_golds: bool = True,
 ) -> WrittenDomain:
     """Write ``<out>/<name>-train-NNNNNN.tar`` and, if asked for, ``<name>-validation-NNNNNN.tar``.
 
-    Order is kept. Validation takes ``num_validation`` distinct prompts, chosen by a hash of (seed, prompt);
-    lines that repeat one of these prompts go nowhere else. Lines are read twice, never held together.
+    The order of lines is kept. Validation takes ``num_validation`` distinct prompts, chosen by a hash of
+    (seed, prompt); lines that repeat one of these prompts are left out of the training set. Files are read
+    twice, so that lines are never all in memory. ``check_golds``: let verifiers grade every gold answer,
+    which takes a grading's time for each line.
 
-    Raises DataError with file and line number: not JSON, missing field, wrong type, unknown verifier
-    (``skip_bad``: such lines are skipped, counted and logged); no usable line; shards that exist already.
+    Raises DataError with file and line number: not JSON, missing field, wrong type, media, unknown verifier,
+    a gold answer that cannot be graded, a bad key (``skip_bad``: such lines are skipped, counted and
+    logged); no usable line; shards that exist already.
     """
+    survey = _Survey(skip_bad=skip_bad)
     ranked: set[str] = set()
-    for sample in _samples(sources, fields, prompt_suffix, skip_bad, log=True):
+    for _, sample in survey.usable(_lines(sources, fields, prompt_suffix), check_golds):
         ranked.add(_rank(seed, sample))
+    survey.report()
     if not ranked:
         raise DataError(f"no usable line in {', '.join(map(str, sources))}. Check files and field names.")
     if not 0 <= num_validation < len(ranked):
@@ -71,14 +100,16 @@ def convert_jsonl(
 
     def part(split: str) -> Iterator[NewSample]:
         taken: set[str] = set()
-        for sample in _samples(sources, fields, prompt_suffix, skip_bad, log=False):
-            rank = _rank(seed, sample)
+        for line in _lines(sources, fields, prompt_suffix):
+            if line.place in survey.bad or isinstance(line.sample, BadSampleError):
+                continue
+            rank = _rank(seed, line.sample)
             if (rank in chosen) != (split == "validation") or rank in taken:
                 continue
             if split == "validation":
                 taken.add(rank)
             counts[split] += 1
-            yield sample
+            yield line.sample
 
     train = write_shards(part("train"), out, f"{name}-train", shard_size=shard_size, overwrite=overwrite)
     validation = []
@@ -91,16 +122,95 @@ def convert_jsonl(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """A line that is not blank, and what it says."""
+
+    place: tuple[int, int]
+    """(number of the file, number of the line)"""
+    where: str
+    sample: NewSample | BadSampleError
+    unused: tuple[str, ...] = ()
+    """Fields that hold something and that nothing asks for."""
+
+
+@dataclass(kw_only=True)
+class _Survey:
+    """What the first reading finds out about all lines together."""
+
+    skip_bad: bool
+    bad: set[tuple[int, int]] = field(default_factory=set)
+    """Places of lines that are skipped."""
+    unused: Counter[str] = field(default_factory=Counter)
+    _key_of: dict[str, str] = field(default_factory=dict)
+    """Where each key was met first."""
+
+    def usable(self, lines: Iterator[_Line], check_golds: bool) -> Iterator[tuple[_Line, NewSample]]:
+        """The lines whose samples can be written, with these. Raises BadSampleError unless ``skip_bad``."""
+        with GoldCheck(num_workers=2, timeout_seconds=10.0) as check:
+            for batch in batched(lines, _CHECKED_TOGETHER):
+                good = list(self._good(batch))
+                samples = [sample for _, sample in good]
+                problems = check.problems(samples) if check_golds else [None] * len(samples)
+                for (line, sample), problem in zip(good, problems, strict=True):
+                    if problem is None:
+                        self.unused.update(line.unused)
+                        yield line, sample
+                    else:
+                        self._refuse(line, _ungradable(line, sample, problem))
+
+    def report(self) -> None:
+        """Say what was left out."""
+        if self.bad:
+            logger.warning("skipped %d bad line(s) in all", len(self.bad))
+        if self.unused:
+            named = ", ".join(f"{name!r} ({count} lines)" for name, count in self.unused.most_common())
+            logger.warning("left out fields that nothing asks for: %s. --keep NAME keeps one.", named)
+
+    def _good(self, lines: Sequence[_Line]) -> Iterator[tuple[_Line, NewSample]]:
+        for line in lines:
+            if isinstance(line.sample, BadSampleError):
+                self._refuse(line, line.sample)
+            elif (problem := self._key_problem(line.sample.key, line.where)) is not None:
+                remedy = "Every key must be unique; without --key-field, lines are numbered."
+                self._refuse(line, BadSampleError(line.where, "bad_key", problem, remedy))
+            else:
+                yield line, line.sample
+
+    def _key_problem(self, key: str | None, where: str) -> str | None:
+        if key is None:
+            return None
+        if (problem := key_problem(key)) is not None:
+            return problem
+        first = self._key_of.setdefault(key, where)
+        return None if first == where else f"key {key!r} occurs twice, first in {first}"
+
+    def _refuse(self, line: _Line, error: BadSampleError) -> None:
+        if not self.skip_bad:
+            raise error
+        self.bad.add(line.place)
+        if len(self.bad) <= _LOGGED_LINES:
+            logger.warning("skipped: %s", error)
+
+
+def _ungradable(line: _Line, sample: NewSample, problem: str) -> BadSampleError:
+    return BadSampleError(
+        line.where,
+        "ungradable",
+        f"answer {sample.answer[:60]!r} with verifier {sample.verifier!r}: {problem}",
+        "Correct the answer, or choose a verifier that understands it.",
+    )
+
+
 def _rank(seed: int, sample: NewSample) -> str:
     text = json.dumps([seed, sample.prompt], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _samples(
-    sources: Sequence[Path], fields: FieldMap, suffix: str, skip_bad: bool, *, log: bool
-) -> Iterator[NewSample]:
-    skipped = 0
-    for source in sources:
+def _lines(sources: Sequence[Path], fields: FieldMap, suffix: str) -> Iterator[_Line]:
+    """All lines in order. Raises DataError: a file cannot be read."""
+    asked_for = fields.asked_for()
+    for file_number, source in enumerate(sources):
         try:
             lines = open(source, "rb")  # noqa: SIM115
         except OSError as error:
@@ -109,56 +219,92 @@ def _samples(
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
+                where, place = f"{source}, line {number}", (file_number, number)
                 try:
-                    yield _sample(line, fields, suffix, f"{source}, line {number}")
+                    with any_failure(where):
+                        row = _row(line, where)
+                        unused = tuple(n for n, value in row.items() if n not in asked_for and _holds(value))
+                        _refuse_media(unused, where)
+                        sample = _sample(row, fields, suffix, where)
+                    yield _Line(place=place, where=where, sample=sample, unused=unused)
                 except BadSampleError as error:
-                    if not skip_bad:
-                        raise
-                    skipped += 1
-                    if log and skipped <= 10:
-                        logger.warning("skipped: %s", error)
-    if log and skipped:
-        logger.warning("skipped %d bad line(s) in all", skipped)
+                    yield _Line(place=place, where=where, sample=error)
 
 
-def _sample(line: bytes, fields: FieldMap, suffix: str, where: str) -> NewSample:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise BadSampleError(
-            where, "not_json", f"not valid JSON ({error})", "Each line must be one JSON object."
-        ) from error
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    remedy = "Each line must be one JSON object."
+    row = load_json(line, where, "not valid JSON", remedy)
+    check_plain(row, where)
     if not isinstance(row, dict):
+        raise BadSampleError(where, "bad_type", f"is a {type(row).__name__}, not an object", remedy)
+    try:
+        json.dumps(row, allow_nan=False)
+    except ValueError as error:
+        problem = "a number is infinite or not a number, which JSON does not have"
+        raise BadSampleError(where, "not_json", problem, "Store it as a string or null.") from error
+    return row
+
+
+def _holds(value: Any) -> bool:
+    return value not in (None, "", [], {})
+
+
+def _refuse_media(unused: Sequence[str], where: str) -> None:
+    media = [name for name in unused if _MEDIA_FIELD.fullmatch(name)]
+    if media:
         raise BadSampleError(
             where,
-            "bad_type",
-            f"is a {type(row).__name__}, not an object",
-            "Each line must be one JSON object.",
+            "media_unsupported",
+            f"field(s) {', '.join(map(repr, media))} hold media, which would be lost: these shards hold text",
+            "tools/convert_dataset.py writes shards with media; for text alone, remove the field.",
         )
+
+
+def _sample(row: dict[str, Any], fields: FieldMap, suffix: str, where: str) -> NewSample:
     record = {
         "prompt": _field(row, fields.prompt, where, "--prompt-field"),
         "answer": _field(row, fields.answer, where, "--answer-field"),
-        "verifier": _field(row, fields.verifier, where, "--verifier-field", default=fields.default_verifier),
+        "verifier": _verifier(row, fields, where),
         "metadata": _field(row, fields.metadata, where, "--metadata-field", default={}),
     }
     if isinstance(record["answer"], int | float) and not isinstance(record["answer"], bool):
         record["answer"] = json.dumps(record["answer"])
-    key = None if fields.key is None else str(_field(row, fields.key, where, "--key-field"))
-    sample = sample_from_record(record, SampleRef(where, key or ""), where)
+    sample = sample_from_record(record, SampleRef(where, ""), where)
+    shown = sorted({kind for kind, _ in texts_and_media(sample.prompt)} - {"text"})
+    if shown:
+        problem = f"the prompt has parts of the types {shown}, but these shards hold text"
+        remedy = "tools/convert_dataset.py writes shards with media."
+        raise BadSampleError(where, "media_unsupported", problem, remedy)
     try:
         registry.get(sample.verifier)
     except registry.UnknownVerifierError as error:
-        raise BadSampleError(
-            where, "unknown_verifier", str(error), "--verifier sets one for lines without."
-        ) from error
+        problem = str(error).removesuffix(".")
+        remedy = "--verifier NAME sets one for lines that name none."
+        raise BadSampleError(where, "unknown_verifier", problem, remedy) from error
     extra = {name: _field(row, name, where, "--keep") for name in fields.extra_metadata}
     return NewSample(
         prompt=_with_suffix(sample.prompt, suffix) if suffix else sample.prompt,
         answer=sample.answer,
         verifier=sample.verifier,
         metadata={**sample.metadata, **extra},
-        key=key,
+        key=_key(row, fields, where),
     )
+
+
+def _verifier(row: dict[str, Any], fields: FieldMap, where: str) -> Any:
+    remedy = "--verifier NAME sets one for all lines without it, --verifier-field names another field."
+    value = _field(row, fields.verifier, where, remedy, default=fields.default_verifier)
+    return fields.default_verifier if value is None and fields.default_verifier is not None else value
+
+
+def _key(row: dict[str, Any], fields: FieldMap, where: str) -> str | None:
+    if fields.key is None:
+        return None
+    value = _field(row, fields.key, where, "--key-field")
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        problem = f"key {value!r} in field {fields.key!r} is no text or integer"
+        raise BadSampleError(where, "bad_key", problem, "Name another field with --key-field, or none.")
+    return str(value)
 
 
 def _with_suffix(prompt: Any, suffix: str) -> Any:
@@ -176,7 +322,10 @@ _MISSING: Any = object()
 
 
 def _field(row: dict[str, Any], name: str, where: str, option: str, default: Any = None) -> Any:
-    """Value of a field, or of a path of fields; ``default`` unless that is None and the field missing."""
+    """The value of a field, or of a path of fields; ``default`` where there is none, unless that is None.
+
+    ``option``: the command line's option that names the field, or a whole sentence.
+    """
     if name in row:
         return row[name]
     value: Any = row
@@ -186,6 +335,5 @@ def _field(row: dict[str, Any], name: str, where: str, option: str, default: Any
         return value
     if default is not None:
         return default
-    raise BadSampleError(
-        where, "missing_field", f"no field {name!r}; it has {sorted(row)}", f"Name the field with {option}."
-    )
+    remedy = f"Name the field with {option}." if " " not in option else option
+    raise BadSampleError(where, "missing_field", f"no field {name!r}; it has {sorted(row)}", remedy)

@@ -1,37 +1,37 @@
-"""Public data sets to train and validation shards: see ``layouts.py`` for the sets and their layouts.
+"""Public data sets to train and validation shards; ``public_sets.py`` knows the sets and their layouts.
 
-Rows that cannot be used (unknown problem type, missing or broken medium, gold answer that its verifier does
-not grade) are skipped, counted by reason, and the first of each reason are logged. Validation rows share no
-image or video with training rows, and those without media no question.
+Rows that cannot be used (unknown problem type, missing or broken medium, gold answer that its verifier cannot
+grade) are skipped and counted by reason, and the first few of each reason are logged. Validation rows share
+no image or video with training rows and, without media, no question.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
-from copd_megatron.data.convert.public_sets import INSTRUCTIONS, LAYOUTS, MediaSource, PublicTask
-from copd_megatron.data.convert.rows import read_rows
+from copd_megatron.config.schema import MediaConfig
+from copd_megatron.data.convert.gold import GoldCheck
+from copd_megatron.data.convert.public_sets import INSTRUCTIONS, LAYOUTS, Layout, MediaSource, PublicTask
+from copd_megatron.data.convert.rows import Row, read_rows
 from copd_megatron.data.convert.write import NewSample, WrittenDomain, existing_shards, write_shards
+from copd_megatron.data.decode.containers import video_container
+from copd_megatron.data.decode.image import storable_image
+from copd_megatron.data.failures import any_failure, name_and_text
 from copd_megatron.data.media import IMAGE, VIDEO, content_hash, kind_of
 from copd_megatron.errors import BadSampleError, DataError
-from copd_megatron.rewards import registry
-from copd_megatron.rewards.isolation import Call, Outcome, WorkerPool
 
 logger = logging.getLogger(__name__)
 
 _LOGGED_PER_REASON = 3
 _GRADED_TOGETHER = 128
-_STORED_AS_IS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
-_NO_ANSWER = "Answer: none of what is sought"
+_MAX_PIXELS = MediaConfig().max_pixels_hard_limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +39,15 @@ class Conversion:
     """What to convert and how."""
 
     layout: str
-    """Name in ``layouts.LAYOUTS``."""
+    """A name in ``public_sets.LAYOUTS``."""
     media_root: Path | None = None
-    """Folder that the rows' paths are relative to."""
+    """The folder that the rows' paths are relative to; they may not lead out of it."""
     kind: str | None = None
-    """Take only rows whose media are of this kind (``image``, ``video``); None: all."""
+    """Take only rows whose media are of this kind (``image``, ``video``); None: all rows."""
     instruction: str | None = None
-    """Put after every question; None: ``layouts.INSTRUCTIONS``, by verifier."""
+    """Appended to every question; None: ``public_sets.INSTRUCTIONS``, by verifier."""
     limit: int | None = None
-    """Stop after so many usable rows."""
+    """Stop after this many usable rows."""
     num_workers: int = 2
     """Processes that check gold answers."""
     timeout_seconds: float = 10.0
@@ -76,11 +76,11 @@ def convert_public(
 ) -> PublicDomain:
     """Write ``<out>/<name>-train-NNNNNN.tar`` and, if asked for, ``<name>-validation-NNNNNN.tar``.
 
-    Rows are read twice, media never held together. Order is kept. Validation is filled with whole groups of
-    rows that share a medium (or, without media, the question), chosen by a hash of (seed, group); what
-    exceeds ``num_validation`` of the last group goes nowhere.
+    Rows are read twice, so that media are never all in memory; their order is kept. Validation takes whole
+    groups of rows that share a medium (or, without media, the question), chosen by a hash of (seed, group);
+    rows of the last group in excess of ``num_validation`` are left out.
 
-    Raises DataError: unknown layout, unreadable files, no usable row, too few groups, shards that exist.
+    Raises DataError: unknown layout, unreadable files, no usable row, too few groups, or shards that exist.
     """
     if conversion.layout not in LAYOUTS:
         raise DataError(f"unknown layout {conversion.layout!r}. Known: {', '.join(LAYOUTS)}.")
@@ -109,7 +109,7 @@ def convert_public(
     if not parts["train"]:
         raise DataError(
             f"{num_validation} validation rows leave none of {len(usable)} usable rows to train on. Ask for "
-            "fewer; rows that share a medium or, without media, the question stay together."
+            "fewer; rows that share a medium (or, without media, the question) stay together."
         )
     paths = {
         split: write_shards(
@@ -132,7 +132,7 @@ def convert_public(
 
 
 class _Groups:
-    """Rows that share a question or a medium, joined (union-find over what identifies each)."""
+    """Groups of rows that share a question or a medium (union-find over what identifies a row)."""
 
     def __init__(self) -> None:
         self._parent: dict[str, str] = {}
@@ -148,7 +148,7 @@ class _Groups:
         self._group_of[number] = marks[0]
 
     def choose(self, numbers: Sequence[int], wanted: int, seed: int) -> tuple[set[int], set[int]]:
-        """Rows for validation, and rows of the same groups that go nowhere."""
+        """Rows for validation, and rows of the same groups that are left out."""
         members: dict[str, list[int]] = {}
         for number in numbers:
             members.setdefault(self._root(self._group_of[number]), []).append(number)
@@ -191,14 +191,25 @@ def _samples(
         if only is not None and number not in only:
             continue
         try:
-            if isinstance(row, BadSampleError):
-                raise row
-            task = layout(row, where)
-            if conversion.kind is not None and any(m.kind != conversion.kind for m in task.media):
-                continue
-            yield number, _sample(task, conversion, where)
+            sample = _sample_of(row, layout, conversion, where)
         except BadSampleError as error:
             _skip(skipped, error)
+            continue
+        if sample is not None:
+            yield number, sample
+
+
+def _sample_of(
+    row: Row | BadSampleError, layout: Layout, conversion: Conversion, where: str
+) -> NewSample | None:
+    """The sample of a row; None if it is of another kind than asked for. Raises BadSampleError."""
+    if isinstance(row, BadSampleError):
+        raise row
+    with any_failure(where):
+        task = layout(row, where)
+        if conversion.kind is not None and any(m.kind != conversion.kind for m in task.media):
+            return None
+        return _sample(task, conversion, where)
 
 
 def _skip(skipped: Counter[str] | None, error: BadSampleError) -> None:
@@ -234,94 +245,55 @@ def _sample(task: PublicTask, conversion: Conversion, where: str) -> NewSample:
 
 def _load(source: MediaSource, root: Path | None, where: str) -> tuple[str, bytes]:
     """Extension and bytes of a medium; images in other formats than PNG, JPEG and WebP become PNG."""
-    data = source.data
+    data, extension = source.data, "mp4"
     if data is None:
         assert source.path is not None
-        path = (root or Path()) / source.path
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadSampleError(
-                where,
-                "missing_media",
-                f"{source.kind} {path} cannot be read ({error.strerror})",
-                "Unpack the set's archives and name their folder with --media-root.",
-            ) from error
-        if source.kind == VIDEO:
-            extension = path.suffix.lstrip(".").lower()
-            if kind_of(extension) != VIDEO:
-                raise BadSampleError(
-                    where, "unknown_format", f"video {path} has extension {extension!r}", "Store it as MP4."
-                )
-            return extension, data
-    if source.kind == VIDEO:
-        return "mp4", data
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format in _STORED_AS_IS:
-                image.verify()
-                return _STORED_AS_IS[image.format], data
-            buffer = io.BytesIO()
-            image.convert("RGBA" if image.has_transparency_data else "RGB").save(buffer, format="PNG")
-            return "png", buffer.getvalue()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        path = _inside(source.path, root, where)
+        extension = path.suffix.lstrip(".").lower()
+        data = _read(path, source.kind, where)
+    if source.kind == IMAGE:
+        return storable_image(data, where, max_pixels=_MAX_PIXELS)
+    if kind_of(extension) != VIDEO or video_container(data) is None:
+        problem = f"video {source.path or ''} is not an MP4, QuickTime, Matroska, WebM or AVI file"
+        raise BadSampleError(where, "unknown_format", problem, "Store it as MP4.")
+    return extension, data
+
+
+def _inside(name: str, root: Path | None, where: str) -> Path:
+    """The file that a row names. Raises BadSampleError for one outside the media folder."""
+    inner = os.path.normpath(name)
+    if os.path.isabs(inner) or inner.split(os.sep)[0] == "..":
         raise BadSampleError(
-            where, "corrupt_image", f"the image cannot be opened ({error})", "Drop the row."
+            where,
+            "missing_media",
+            f"the path {name!r} leads out of the media folder",
+            "Give paths relative to --media-root.",
+        )
+    return (root or Path()) / inner
+
+
+def _read(path: Path, kind: str, where: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise BadSampleError(
+            where,
+            "missing_media",
+            f"{kind} {path} cannot be read ({name_and_text(error)})",
+            "Unpack the set's archives and name their folder with --media-root.",
         ) from error
 
 
 def _graded(
     samples: Iterator[tuple[int, NewSample]], conversion: Conversion, skipped: Counter[str]
 ) -> Iterator[tuple[int, NewSample]]:
-    """The samples whose verifier grades the gold answer 1 and another answer at all."""
-    pool = WorkerPool(conversion.num_workers, conversion.timeout_seconds)
-    try:
+    """The samples whose verifier can grade the gold answer."""
+    with GoldCheck(conversion.num_workers, conversion.timeout_seconds) as check:
         while batch := list(islice(samples, _GRADED_TOGETHER)):
-            outcomes = _grade([sample for _, sample in batch], pool)
-            for index, (number, sample) in enumerate(batch):
-                problem = _problem_of(*outcomes[index])
+            problems = check.problems([sample for _, sample in batch])
+            for (number, sample), problem in zip(batch, problems, strict=True):
                 if problem is None:
                     yield number, sample
                     continue
                 where = f"row {number} (answer {sample.answer[:40]!r}, verifier {sample.verifier})"
                 _skip(skipped, BadSampleError(where, "ungradable", problem, "The row is left out."))
-    finally:
-        pool.close()
-
-
-def _grade(samples: Sequence[NewSample], pool: WorkerPool) -> list[tuple[Outcome, Outcome]]:
-    """Per sample, what its verifier says of the gold answer and of none."""
-    calls: list[Call] = []
-    outcomes: dict[tuple[int, int], Outcome] = {}
-    far: list[tuple[int, int]] = []
-    for index, sample in enumerate(samples):
-        verifier = registry.get(sample.verifier)
-        for turn, response in enumerate((f"Answer: {sample.answer}", _NO_ANSWER)):
-            if verifier.isolated:
-                far.append((index, turn))
-                calls.append(
-                    Call(
-                        target=verifier.target,
-                        response=response,
-                        answer=sample.answer,
-                        metadata=sample.metadata,
-                    )
-                )
-                continue
-            try:
-                value = verifier.verify(response, sample.answer, sample.metadata)
-                outcomes[index, turn] = Outcome(value=float(value))
-            except ValueError as error:  # what a verifier raises for gold answers it cannot use
-                outcomes[index, turn] = Outcome(reason="error", message=str(error))
-    outcomes |= dict(zip(far, pool.run(calls), strict=True))
-    return [(outcomes[index, 0], outcomes[index, 1]) for index in range(len(samples))]
-
-
-def _problem_of(gold: Outcome, other: Outcome) -> str | None:
-    """Why an answer cannot be graded; None if it can."""
-    for outcome in (gold, other):
-        if outcome.value is None:
-            return f"the verifier fails on it ({outcome.reason}: {outcome.message})"
-    if gold.value is not None and gold.value < 1.0:
-        return f"the verifier grades the gold answer {gold.value:g}"
-    return None

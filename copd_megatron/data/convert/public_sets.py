@@ -1,23 +1,23 @@
-r"""Rows of the public sets that CoPD trains on, as tasks of ours. What layout is assumed:
+r"""Rows of the public sets that CoPD trains on, as tasks of ours. The layouts that are assumed:
 
 ``polaris``
     Polaris-Dataset-53K (text mathematics): ``problem``, ``answer``, ``difficulty`` ("3/8", optional).
 ``mmfinereason``
     MMFineReason-SFT-123K (images): ``question`` (``<image>`` where the picture goes, or none), ``answer``,
     ``image`` ({"bytes", "path"} as Hugging Face's image columns have it, a path, or a list of these);
-    ``source``, ``id``, ``pass_rate`` are kept. In JSON, ``bytes`` is base64. Answers that read as an
-    option's letter are graded as choices, all others as mathematics.
+    ``source``, ``id``, ``pass_rate`` are kept. In JSON, ``bytes`` is base64. Answers that are the letter of
+    an option are graded as choices, all others as mathematics.
 ``video_r1``
     Video-R1-260k.json (images and videos): ``problem``, ``problem_type``, ``options``, ``solution``
     ("<answer>B</answer>"), ``data_type`` ("image" or "video"), ``path`` (relative, "./LLaVA-.../x.mp4").
 ``onethinker``
-    onethinker_rl_train.json (images and videos): as Video-R1, but ``answer`` for the solution, ``images`` and
-    ``videos`` (lists of relative paths) for the path, and ``<image>`` / ``<video>`` in ``problem``. Grounding
-    answers are JSON: {"time": [12.3, 25.7]}, {"boxes": [35, 227, 437, 932]}.
+    onethinker_rl_train.json (images and videos): as Video-R1, but with ``answer`` instead of the solution,
+    ``images`` and ``videos`` (lists of relative paths) instead of the path, and ``<image>`` / ``<video>`` in
+    ``problem``. Grounding answers are JSON: {"time": [12.3, 25.7]}, {"boxes": [35, 227, 437, 932]}.
 
-Of the problem types, multiple choice, numerical, math, temporal grounding and spatial grounding are taken.
+Of the problem types, multiple choice, numerical, math, temporal grounding and spatial grounding are used.
 The others (open-ended, free-form, OCR, regression, tracking, segmentation, spatial-temporal grounding) are
-graded by similarity in their sources, not verified, and are skipped and counted.
+graded by similarity in their original projects rather than verified; they are skipped and counted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ INSTRUCTIONS = {
     "temporal_iou": "\nGive start and end in seconds, such as <answer>12.3-25.7</answer>.",
     "box_iou": "\nGive the box as <answer>[x1, y1, x2, y2]</answer>.",
 }
-"""By verifier: put after the question unless told otherwise."""
+"""By verifier: appended to the question unless another instruction is given."""
 
 _VERIFIERS = {
     "multiple choice": "choice",
@@ -66,7 +66,7 @@ class MediaSource:
 
 @dataclass(frozen=True, kw_only=True)
 class PublicTask:
-    """A row, understood."""
+    """What a row asks, in this project's terms."""
 
     question: str
     """May hold ``<image>`` and ``<video>``."""
@@ -77,7 +77,7 @@ class PublicTask:
 
 
 Layout = Callable[[Row, str], PublicTask]
-"""(row, place for messages) -> task; raises BadSampleError for rows it cannot use."""
+"""(row, the words that name its place) -> task; raises BadSampleError for rows that it cannot use."""
 
 
 def polaris(row: Row, where: str) -> PublicTask:
@@ -173,7 +173,7 @@ def _problem(row: Row, where: str, dataset: str, solution: str, media: Sequence[
 
 
 def _choices(options: Sequence[Any]) -> list[str]:
-    """The options' texts without their letters, if the letters are A, B, ... in order."""
+    """The options' texts, without their letters if these are A, B, ... in order."""
     matches = [_OPTION.match(str(option)) for option in options]
     letters = [match.group(1) if match else "" for match in matches]
     if letters == [chr(ord("A") + i) for i in range(len(options))]:
@@ -185,7 +185,7 @@ def _grounding(answer: str, key: str, where: str) -> str:
     try:
         numbers = json.loads(answer)[key]
         values = [float(number) for number in numbers]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise BadSampleError(
             where, "bad_answer", f"answer {answer[:60]!r} has no numbers under {key!r}", "Drop the row."
         ) from error

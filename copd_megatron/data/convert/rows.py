@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from copd_megatron.data.samples import load_json
 from copd_megatron.errors import BadSampleError, DataError
 
 Row = Mapping[str, Any]
 
 
 def read_rows(sources: Sequence[Path]) -> Iterator[tuple[str, Row | BadSampleError]]:
-    """Rows of all files in order, each with its place for messages; an error stands for a broken row.
+    """Rows of all files in order, each with the words that name its place; an error stands for a broken row.
 
     ``.json``: one array of objects; ``.jsonl``: an object per line; ``.parquet``.
 
@@ -28,14 +28,12 @@ def read_rows(sources: Sequence[Path]) -> Iterator[tuple[str, Row | BadSampleErr
         try:
             yield from reader(source)
         except OSError as error:
-            raise DataError(f"{source}: cannot be read ({error.strerror}). Check path and rights.") from error
+            problem = error.strerror or error
+            raise DataError(f"{source}: cannot be read ({problem}). Check path and rights.") from error
 
 
 def _json(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:
-    try:
-        rows = json.loads(source.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{source}: not valid JSON ({error}). Download the file again.") from error
+    rows = load_json(source.read_bytes(), str(source), "not valid JSON", "Download the file again.")
     if not isinstance(rows, list):
         raise DataError(f"{source}: holds a {type(rows).__name__}, not an array of rows. Give such a file.")
     for number, row in enumerate(rows):
@@ -49,10 +47,9 @@ def _jsonl(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:
                 continue
             where = f"{source}, line {number}"
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                problem = f"not valid JSON ({error})"
-                yield where, BadSampleError(where, "not_json", problem, "Each line must be one object.")
+                row = load_json(line, where, "not valid JSON", "Each line must be one object.")
+            except BadSampleError as error:
+                yield where, error
                 continue
             yield _checked(row, where)
 
@@ -65,7 +62,7 @@ def _parquet(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:
             for row in batch.to_pylist():
                 yield _checked(row, f"{source}, row {number}")
                 number += 1
-    except ValueError as error:  # pyarrow.ArrowInvalid is one
+    except (ValueError, NotImplementedError, LookupError) as error:  # pyarrow's are of these kinds
         raise DataError(f"{source}: not readable as Parquet ({error}). Download the file again.") from error
 
 

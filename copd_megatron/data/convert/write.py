@@ -1,15 +1,14 @@
-"""Writing webdataset shards: whole or not at all, and the same bytes for the same samples."""
+"""Writing webdataset shards: all of them or none, and the same bytes for the same samples."""
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import os
-import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from copd_megatron.errors import DataError
 
@@ -23,7 +22,7 @@ class NewSample:
     verifier: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = None
-    """Null: its running number in the data set. No dots or slashes."""
+    """None: its running number in the data set. See ``key_problem``."""
     media: Mapping[str, bytes] = field(default_factory=dict)
     """Further members by extension: ``{"0.png": ..., "mp4": ...}``."""
 
@@ -33,10 +32,11 @@ def write_shards(
 ) -> list[Path]:
     """Write ``<out>/<prefix>-000000.tar`` and so on, ``shard_size`` samples in each; return their paths.
 
-    A shard appears under its name when it is complete. Equal samples give equal bytes.
+    The shards appear under their names once all of them are complete, and replace older ones only then: if
+    anything fails, the folder is as before. Equal samples give equal bytes.
 
-    Raises DataError: shards of that prefix exist (unless ``overwrite``, which removes them first), no
-    samples, a key twice or with a dot or slash, metadata that JSON cannot hold.
+    Raises DataError: shards of that prefix exist (unless ``overwrite``), no samples, a bad or repeated key,
+    a bad extension, metadata that JSON cannot hold.
     """
     if shard_size < 1:
         raise DataError(f"shard size {shard_size} is below 1. Use some hundreds or thousands of samples.")
@@ -47,34 +47,36 @@ def write_shards(
             "Choose another name or folder, or ask for overwriting."
         )
     out.mkdir(parents=True, exist_ok=True)
-    for path in old:
-        path.unlink()
-    paths: list[Path] = []
-    keys: set[str] = set()
-    writer: _ShardWriter | None = None
+    written: list[_ShardWriter] = []
     try:
-        for number, sample in enumerate(samples):
+        for number, (key, sample) in enumerate(_keyed(samples, prefix)):
             if number % shard_size == 0:
-                if writer is not None:
-                    writer.finish()
-                writer = _ShardWriter(out / f"{prefix}-{len(paths):06d}.tar")
-                paths.append(writer.path)
-            assert writer is not None
-            key = sample.key if sample.key is not None else f"{number:09d}"
-            if not key or key in keys or set(key) & set("./\\"):
-                why = "occurs twice" if key in keys else "is empty or has a dot or slash"
-                raise DataError(f"sample {number} of {prefix}: key {key!r} {why}. Use plain, unique keys.")
-            keys.add(key)
-            writer.add(key, sample)
-        if writer is not None:
-            writer.finish()
+                if written:
+                    written[-1].close()
+                written.append(_ShardWriter(out / f"{prefix}-{len(written):06d}.tar"))
+            written[-1].add(key, sample)
+        if not written:
+            raise DataError(f"there are no samples to write to {out / prefix}-*.tar. Check the source.")
+        written[-1].close()
     except BaseException:
-        if writer is not None:
+        for writer in written:
             writer.abandon()
         raise
-    if not paths:
-        raise DataError(f"there are no samples to write to {out / prefix}-*.tar. Check the source.")
-    return paths
+    for path in old:
+        path.unlink()
+    for writer in written:
+        writer.publish()
+    return [writer.path for writer in written]
+
+
+def key_problem(key: str) -> str | None:
+    """Why a sample cannot have this key; None if it can.
+
+    A dot would end the key in a member's name, and a slash would be a folder.
+    """
+    if key and key.isprintable() and not set(key) & set("./\\"):
+        return None
+    return f"key {key!r} is empty or has a dot, a slash or a character that cannot be printed"
 
 
 def existing_shards(out: Path, prefix: str) -> list[Path]:
@@ -87,13 +89,29 @@ def _is_shard_of(name: str, prefix: str) -> bool:
     return name == f"{prefix}-{number}.tar" and number.isdigit()
 
 
+def _keyed(samples: Iterable[NewSample], prefix: str) -> Iterator[tuple[str, NewSample]]:
+    """Samples with their keys. Raises DataError: a key that is bad or occurs twice."""
+    keys: set[str] = set()
+    for number, sample in enumerate(samples):
+        key = sample.key if sample.key is not None else f"{number:09d}"
+        problem = f"key {key!r} occurs twice" if key in keys else key_problem(key)
+        if problem is not None:
+            raise DataError(f"sample {number} of {prefix}: {problem}. Use plain, unique keys.")
+        keys.add(key)
+        yield key, sample
+
+
 class _ShardWriter:
-    """One shard under a temporary name until it is complete."""
+    """One shard, under a temporary name until ``publish``."""
 
     def __init__(self, path: Path) -> None:
+        import webdataset  # here, because it imports torch
+
         self.path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._tar = tarfile.open(self._temporary, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._file: IO[bytes] = open(self._temporary, "wb")  # noqa: SIM115
+        # owner, mode and time are fixed, so that nothing of this moment is in the bytes
+        self._tar = webdataset.TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
 
     def add(self, key: str, sample: NewSample) -> None:
         prompt = sample.prompt if isinstance(sample.prompt, str) else [dict(part) for part in sample.prompt]
@@ -104,24 +122,31 @@ class _ShardWriter:
             "metadata": dict(sample.metadata),
         }
         try:
-            text = json.dumps(record, ensure_ascii=False, sort_keys=True, allow_nan=False)
-        except (TypeError, ValueError) as error:
+            text = json.dumps(record, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
             raise DataError(f"sample {key!r} of {self.path.name}: not storable as JSON ({error}).") from error
-        self._member(f"{key}.json", text.encode())
+        self._tar.write({"__key__": key, "json": text})
         for extension, data in sorted(sample.media.items()):
-            self._member(f"{key}.{extension}", data)
+            # webdataset keeps what begins with an underscore for itself
+            if extension == "json" or extension[:1] in ("", "_") or "/" in extension:
+                raise DataError(
+                    f"sample {key!r} of {self.path.name}: a medium cannot have the extension {extension!r}. "
+                    "Use extensions such as 0.png or mp4."
+                )
+            self._tar.write({"__key__": key, extension: data})
 
-    def _member(self, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)  # defaults: mtime, uid and gid 0, mode 644: nothing of this moment
-        info.size = len(data)
-        self._tar.addfile(info, io.BytesIO(data))
-
-    def finish(self) -> None:
+    def close(self) -> None:
+        """Completes the file. Raises OSError, on a full disk for example."""
         self._tar.close()
+        self._file.close()
+
+    def publish(self) -> None:
         os.replace(self._temporary, self.path)
 
     def abandon(self) -> None:
-        self._tar.close()
+        with contextlib.suppress(OSError):  # a full disk, which is perhaps why it is abandoned
+            self._tar.close()
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

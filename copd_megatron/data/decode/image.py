@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -13,13 +15,22 @@ from copd_megatron.data.decode.upright import AS_STORED, stored_view, upright_si
 from copd_megatron.data.failures import sample_failure
 from copd_megatron.errors import BadSampleError
 
-_FORMATS = ("PNG", "JPEG", "WEBP")
+_STORED = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+"""Formats that samples may have, by PIL's names, and their extensions."""
+_CONVERTED = (*_STORED, "GIF", "BMP", "TIFF", "PPM")
+"""Formats that become one of these when a data set is converted. PIL has others, which run programs."""
 _ORIENTATION = 0x0112
 """EXIF tag."""
 _STRIP_PIXELS = 1 << 20
 
 
-def decode_image(data: bytes, where: str, *, max_pixels: int, reserve: Reserve = unbounded) -> PixelArray:
+def decode_image(
+    data: bytes,
+    where: str,
+    *,
+    max_pixels: int,
+    reserve: Reserve = unbounded,
+) -> PixelArray:
     """[H, W, 3] RGB of a PNG, JPEG or WebP, upright as its EXIF orientation says, transparency on white.
 
     Of 16 bits a channel the upper eight are kept. Memory at the peak: the result (3 bytes a pixel), the
@@ -28,12 +39,34 @@ def decode_image(data: bytes, where: str, *, max_pixels: int, reserve: Reserve =
 
     Raises BadSampleError: ``corrupt_image`` or ``too_many_pixels``; ``where`` names the sample.
     """
+    with _opened(data, where, tuple(_STORED), max_pixels, reserve) as image:
+        image.load()
+        return _upright_rgb(image)
+
+
+def storable_image(data: bytes, where: str, *, max_pixels: int) -> tuple[str, bytes]:
+    """Extension and bytes under which an image goes into a shard: as it is if samples may have its format,
+    else as PNG. Raises BadSampleError as ``decode_image`` does."""
+    with _opened(data, where, _CONVERTED, max_pixels) as image:
+        if image.format in _STORED:
+            image.verify()
+            return _STORED[image.format], data
+        image.load()
+        buffer = io.BytesIO()
+        Image.fromarray(_upright_rgb(image)).save(buffer, format="PNG")
+        return "png", buffer.getvalue()
+
+
+@contextmanager
+def _opened(
+    data: bytes, where: str, formats: tuple[str, ...], max_pixels: int, reserve: Reserve = unbounded
+) -> Iterator[Image.Image]:
+    """An image whose size is within the limit; whatever goes wrong inside is its own failure."""
     with sample_failure(where, "corrupt_image", "the image cannot be decoded", WRITE_AGAIN):
         try:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=formats) as image:
                 reserve(check_pixels(1, image.height, image.width, max_pixels, where))
-                image.load()
-                return _upright_rgb(image)
+                yield image
         except Image.DecompressionBombError as error:
             raise BadSampleError(
                 where, "too_many_pixels", f"PIL refuses it: {error}", "Store the image smaller."

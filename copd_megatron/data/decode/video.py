@@ -98,20 +98,29 @@ def decode_video(
         problem = "the file is not a video in MP4, QuickTime, Matroska, WebM or AVI"
         raise BadSampleError(where, "corrupt_video", problem, "Store the video as MP4.")
     _refuse_shorter(data, container.claimed_bytes, where)
-    options = {"max_pixels": str(_roomy(config.max_pixels_hard_limit)), "protocol_whitelist": "none"}
     with sample_failure(where, "corrupt_video", "the video cannot be decoded", WRITE_AGAIN):
         try:
-            with av.open(
-                io.BytesIO(data),
-                mode="r",
-                format=container.demuxer,
-                options=options,
-                io_open=refuse_other_files,
-            ) as opened:
+            with open_alone(data, container.demuxer, config.max_pixels_hard_limit) as opened:
                 return _decode(opened, data, where, config, reserve)
         except av.FFmpegError as error:  # its MemoryError too: FFmpeg says so of sizes that make no sense
             problem = f"the video cannot be decoded ({name_and_text(error)})"
             raise BadSampleError(where, "corrupt_video", problem, WRITE_AGAIN) from error
+
+
+def open_alone(data: bytes, demuxer: str, max_pixels: int) -> Any:
+    """A PyAV container of this one format that can open no other file or address, nor larger frames.
+
+    Raises what PyAV and ``refuse_other_files`` raise.
+    """
+    import av
+
+    return av.open(
+        io.BytesIO(data),
+        mode="r",
+        format=demuxer,
+        options={"max_pixels": str(_roomy(max_pixels)), "protocol_whitelist": "none"},
+        io_open=refuse_other_files,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,102 @@
+"""Whether verifiers can grade the gold answers of new samples, found out before the samples are stored.
+
+A gold answer that its verifier cannot use fails every response, or every grading, of a run that trains on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from copd_megatron.data.convert.write import NewSample
+from copd_megatron.data.failures import name_and_text
+from copd_megatron.errors import DataError
+from copd_megatron.rewards import registry, verifiers
+from copd_megatron.rewards.isolation import Call, Outcome, WorkerPool
+
+_NO_ANSWER = "Answer: none of what is sought"
+_WAYS_TO_ANSWER = ("Answer: {}", "\\boxed{{{}}}", "<answer>{}</answer>", "{}")
+"""A gold answer must be right in one of these."""
+
+
+class GoldCheck:
+    """Asks verifiers; those that want it run in worker processes, which the context's end stops.
+
+    >>> with GoldCheck(num_workers=2, timeout_seconds=10.0) as check:           # doctest: +SKIP
+    ...     problems = check.problems(samples)
+    """
+
+    def __init__(self, num_workers: int, timeout_seconds: float) -> None:
+        self._pool = WorkerPool(num_workers, timeout_seconds)
+
+    def problems(self, samples: Sequence[NewSample]) -> list[str | None]:
+        """Why each sample's gold answer cannot be graded; None if it can.
+
+        Its verifier must not fail, neither on the gold answer nor on a wrong one. A built-in verifier must
+        grade the gold answer 1 in one of the usual ways of giving it; verifiers of other packages may grade
+        as they like.
+
+        Raises DataError: a verifier cannot be loaded in a worker process.
+        """
+        wrong = self._ask(samples, _NO_ANSWER)
+        found = [_failure(outcome) for outcome in wrong]
+        open_places = [i for i, problem in enumerate(found) if problem is None]
+        first: dict[int, str] = {}
+        for way in _WAYS_TO_ANSWER:
+            golds = self._ask([samples[i] for i in open_places], way)
+            still_open = []
+            for place, outcome in zip(open_places, golds, strict=True):
+                problem = _failure(outcome) or _too_low(samples[place].verifier, outcome)
+                if problem is not None:
+                    first.setdefault(place, problem)
+                    still_open.append(place)
+            open_places = still_open
+        for place in open_places:
+            found[place] = first[place]
+        return found
+
+    def __enter__(self) -> GoldCheck:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.close()
+
+    def _ask(self, samples: Sequence[NewSample], way: str) -> list[Outcome]:
+        """What each sample's verifier says to a response that gives its gold answer in this way."""
+        outcomes: dict[int, Outcome] = {}
+        calls: dict[int, Call] = {}
+        for index, sample in enumerate(samples):
+            verifier, response = registry.get(sample.verifier), way.format(sample.answer)
+            if verifier.isolated:
+                calls[index] = Call(
+                    target=verifier.target,
+                    response=response,
+                    answer=sample.answer,
+                    metadata=sample.metadata,
+                )
+                continue
+            try:
+                value = float(verifier.verify(response, sample.answer, sample.metadata))
+                outcomes[index] = Outcome(value=value)
+            except Exception as error:  # whatever it raises, it cannot grade this sample
+                outcomes[index] = Outcome(reason="error", message=name_and_text(error))
+        try:
+            outcomes |= dict(zip(calls, self._pool.run(list(calls.values())), strict=True))
+        except RuntimeError as error:
+            raise DataError(str(error)) from error
+        return [outcomes[index] for index in range(len(samples))]
+
+
+def _failure(outcome: Outcome) -> str | None:
+    if outcome.value is None:
+        return f"the verifier fails on it ({outcome.reason}: {outcome.message})"
+    return None
+
+
+def _too_low(verifier: str, outcome: Outcome) -> str | None:
+    built_in = registry.get(verifier).verify.__module__.startswith(f"{verifiers.__name__}.")
+    if built_in and outcome.value is not None and outcome.value < 1.0:
+        return f"the verifier grades the gold answer {outcome.value:g}"
+    return None
