@@ -1,19 +1,23 @@
-"""One evaluation for everybody: training, ``copd eval`` and the final table score prompts through here.
+"""The one evaluation that training, ``copd eval`` and the final table use.
 
-It does not know what answers. A ``Sampler`` turns prompts into graded rollouts, wherever they are sampled: on
-all ranks of a training branch, or in the one process of ``copd eval``.
+It does not depend on what samples the responses: a ``Sampler`` turns prompts into graded rollouts, on all
+ranks of a training branch or in the single process of ``copd eval``.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from copd_megatron.config.schema import EvaluationConfig
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout.engine import SamplingSettings
 
+logger = logging.getLogger(__name__)
+
 Sampler = Callable[[Sequence[Prompt], SamplingSettings, str], list[Rollout]]
-"""(prompts, settings, purpose) to graded rollouts of all of them. ``purpose`` enters the sampling seeds."""
+"""(prompts, settings, purpose) to graded rollouts of all prompts. ``purpose`` is part of the sampling
+seeds."""
 
 Accuracies = dict[str, dict[str, float]]
 """Model name to domain to mean verifier score."""
@@ -36,21 +40,22 @@ def accuracy(
     """Mean verifier score of each domain.
 
     Args:
-        sample: what answers and grades.
+        sample: samples and grades responses.
         validation: validation prompts by domain.
-        domains: which of them to score; None: all.
+        domains: domains to score; None means all.
 
     Returns:
-        Domain to the mean reward over all of its responses.
+        Domain to the mean reward of all its responses.
     """
     settings = sampling_settings(options)
     scores = {}
     for domain in validation if domains is None else domains:
+        logger.info("evaluating %d prompts of %s", len(validation[domain]), domain)
         graded = sample(validation[domain], settings, f"validation/{domain}")
         scores[domain] = sum(rollout.reward or 0.0 for rollout in graded) / len(graded)
     return scores
 
 
 def num_prompts(validation: Mapping[str, Sequence[Prompt]]) -> dict[str, int]:
-    """Prompts of each domain, for the table's header."""
+    """Number of prompts of each domain, for the header of the table."""
     return {domain: len(prompts) for domain, prompts in validation.items()}

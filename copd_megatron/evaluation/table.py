@@ -26,14 +26,14 @@ def render_table(
     """Accuracy in per cent, with the plain mean over the domains as the last column.
 
     Args:
-        rows: model -> domain -> accuracy in [0, 1]. A domain that a model lacks, or NaN, shows as ``-``,
-            and so does the mean of such a row: it could not be compared with the others.
+        rows: model -> domain -> accuracy in [0, 1]. A domain that a model lacks, or NaN, shows as ``-``. So
+            does the mean of such a row, because it could not be compared with the others.
         columns: domains, in order.
         style: aligned text or a Markdown table.
         num_prompts: validation prompts per domain, shown in the header.
 
     Raises:
-        ValueError: an accuracy lies outside [0, 1], or a row has a domain that is no column.
+        ValueError: an accuracy is outside [0, 1], or a row has a domain that is not a column.
     """
     _check(rows, columns)
     counts = num_prompts or {}
@@ -75,7 +75,7 @@ def save_table(
     """Writes ``<name>.txt``, ``<name>.md`` and ``<name>.json`` and returns their paths.
 
     The JSON holds fractions, not per cent: ``{"domains": [...], "num_prompts": {...}, "accuracy": {model:
-    {domain: 0.41, "mean": 0.37}}}``, ``null`` where a figure is missing.
+    {domain: 0.41, "mean": 0.37}}}``, with ``null`` for a missing value.
 
     Raises:
         ValueError: as ``render_table``.
@@ -112,17 +112,17 @@ def save_table(
 
 def _check(rows: Accuracies, columns: Sequence[str]) -> None:
     if MEAN_COLUMN in columns:
-        raise ValueError(f"a domain cannot be named {MEAN_COLUMN!r}: the table's last column has that name")
+        raise ValueError(f"a domain cannot be named {MEAN_COLUMN!r}, like the last column of the table")
     for model, accuracies in rows.items():
         extra = [domain for domain in accuracies if domain not in columns]
         if extra:
             raise ValueError(
-                f"row {model!r} has domains {extra} that are not among the columns {list(columns)}"
+                f"row {model!r} has domains {extra}, which are not among the columns {list(columns)}"
             )
         for domain, accuracy in accuracies.items():
             if not (math.isnan(accuracy) or 0.0 <= accuracy <= 1.0):
                 raise ValueError(
-                    f"accuracy of {model!r} on {domain!r} is {accuracy}: a fraction in [0, 1] is expected"
+                    f"accuracy of {model!r} on {domain!r} is {accuracy}; it must be a fraction in [0, 1]"
                 )
 
 
