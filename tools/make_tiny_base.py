@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Make the tiny base model of a CPU quickstart and the shards of its domains, unless they are there.
+"""Make the tiny base model of a CPU quickstart and the shards of its domains, unless they exist already.
 
     python tools/make_tiny_base.py --kind text --out .cache/tiny_text     # Qwen3, two text domains
     python tools/make_tiny_base.py --kind vl --out .cache/tiny_vl         # Qwen3-VL: text, image, video
 
-writes the model, an ordinary Hugging Face folder, to ``.cache/tiny_text``, and the training and validation
-shards to ``.cache/tiny_text_data``. Minutes on two cores; nothing the second time. What is made is said in
-``copd_megatron/tiny/recipe.py`` and ``vl_recipe.py``.
+The first writes the model, an ordinary Hugging Face folder, to ``.cache/tiny_text`` and the training and
+validation shards to ``.cache/tiny_text_data``. This takes minutes on two cores, and no time when repeated.
+``copd_megatron/tiny/recipe.py`` and ``vl_recipe.py`` define what is made.
 """
 
 from __future__ import annotations
@@ -48,23 +48,26 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe | VisualRecipe:
 
 
 class ProgressLines:
-    """A line every some seconds, the first and the last step included."""
+    """A line every few seconds, and for the first and the last step. The first step, which prepares data, is
+    no measure of the remaining time."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self._printed = float("-inf")
+        self._first_done: float | None = None
 
     def __call__(self, step: int, num_steps: int, loss: float) -> None:
         now = time.monotonic()
+        if self._first_done is None:
+            self._first_done = now
         if now - self._printed < _SECONDS_BETWEEN_LINES and step + 1 < num_steps:
             return
         self._printed = now
-        elapsed = now - self._started
-        remaining = elapsed / (step + 1) * (num_steps - step - 1)
-        print(
-            f"  step {step + 1} of {num_steps}: loss {loss:.3f}; {elapsed:.0f} s, {remaining:.0f} s to go",
-            flush=True,
-        )
+        line = f"  step {step + 1} of {num_steps}: loss {loss:.3f}; {now - self._started:.0f} s"
+        if step:
+            remaining = (now - self._first_done) / step * (num_steps - step - 1)
+            line += f", {remaining:.0f} s to go"
+        print(line, flush=True)
 
 
 def main() -> int:
