@@ -118,7 +118,7 @@ def test_template_suffix_and_chosen_verifier(tmp_path: Path) -> None:
         ([Family(name="chain_sum")], {"template": "no place"}, r"does not contain \{question\}"),
         ([Family(name="chain_sum")], {"num_train": 0}, "At least one family and one training sample"),
         ([], {}, "At least one family"),
-        ([Family(name="graph_color")], {}, "gives no gold answer"),
+        ([Family(name="graph_color")], {}, "instead of a gold answer"),
         ([Family(name="arc_agi")], {}, "'reasoning_gym' does not accept the gold answer"),
     ],
 )

@@ -389,7 +389,11 @@ def test_table_is_saved_three_times(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "match"),
     [
-        ({"base": {"text": 30.0}}, ["text"], r"accuracy of 'base' on 'text' is 30.0: a fraction in \[0, 1\]"),
+        (
+            {"base": {"text": 30.0}},
+            ["text"],
+            r"accuracy of 'base' on 'text' is 30.0; it must be a fraction in \[0, 1\]",
+        ),
         ({"base": {"audio": 0.3}}, ["text"], r"row 'base' has domains \['audio'\]"),
         ({}, ["mean"], "cannot be named 'mean'"),
     ],

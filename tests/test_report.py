@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from copd_megatron.report.curves import save_plots, write_report
 from copd_megatron.report.history import RunHistory, read_run
 
 
-def write_run(folder: Path, num_steps: int = 20, **extra: list[float]) -> Path:
+def write_run(folder: Path, num_steps: int = 20, extra: Mapping[str, Sequence[float]] | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for step in range(1, num_steps + 1):
@@ -29,7 +30,7 @@ def write_run(folder: Path, num_steps: int = 20, **extra: list[float]) -> Path:
         row["copd/sym_kl/text-image"] = 0.001 * step
         if phase == "opd":
             row["copd/teacher_gap/text<-image"] = -0.1
-        row |= {name: values[step - 1] for name, values in extra.items()}
+        row |= {name: values[step - 1] for name, values in (extra or {}).items()}
         lines.append(json.dumps(row))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -127,7 +128,7 @@ def test_axes_do_not_mislead(tmp_path: Path) -> None:
     """Whole steps, per cent up to 100 with the values on the bars, and an overlap of 0.92 near the top."""
     overlap = [0.98 - 0.003 * step for step in range(20)]
     folder = write_run(
-        tmp_path / "run", **{"copd/overlap@10/text-image": overlap, "image/train/reward": overlap}
+        tmp_path / "run", extra={"copd/overlap@10/text-image": overlap, "image/train/reward": overlap}
     )
     save_table(
         folder, {"base": {"text": 0.25, "image": math.nan}, "merged": {"text": 0.875}}, ["text", "image"]
@@ -146,7 +147,7 @@ def test_axes_do_not_mislead(tmp_path: Path) -> None:
 
 def test_an_overlap_that_falls_far_shows_its_whole_fall(tmp_path: Path) -> None:
     folder = write_run(
-        tmp_path / "run", **{"copd/overlap@10/text-image": [1.0 - 0.04 * s for s in range(20)]}
+        tmp_path / "run", extra={"copd/overlap@10/text-image": [1.0 - 0.04 * s for s in range(20)]}
     )
     assert panels(read_run(folder), tmp_path / "a.png")[1].get_ylim()[0] == 0.0
 

@@ -20,6 +20,7 @@ from copd_megatron.config.schema import MediaConfig
 from copd_megatron.data import ShardSet
 from copd_megatron.data.processing import MultimodalProcessor
 from copd_megatron.rewards import registry
+from copd_megatron.tiny import vl_recipe
 from copd_megatron.tiny.base import MARKER
 from copd_megatron.tiny.demonstrations import running_total
 from copd_megatron.tiny.tasks.families import VisualTask, family
@@ -261,6 +262,14 @@ def test_the_quickstart_refuses_an_unknown_option_before_it_sets_anything_up() -
     )
     assert result.returncode == 2
     assert "unknown option --txet. Use --text" in result.stderr
+
+
+def test_a_change_of_the_code_that_draws_tasks_makes_new_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = vl_recipe.task_sources()
+    assert {"image.py", "video.py", "text.py", "encode.py"} <= set(sources)
+    before = vl_recipe.visual_data_digest(VL_RECIPE)
+    monkeypatch.setattr(vl_recipe, "task_sources", lambda: sources | {"image.py": "changed"})
+    assert vl_recipe.visual_data_digest(VL_RECIPE) != before
 
 
 def test_every_shown_digit_has_a_temporal_patch_of_its_own(base: Path) -> None:

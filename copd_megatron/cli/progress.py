@@ -56,24 +56,27 @@ class ProgressLine:
 
 
 class StepLines:
-    """A line of a training every ten seconds, the first and the last step included."""
+    """A line every ten seconds, and for the first and the last step. The first step, which prepares data, is
+    no measure of the remaining time."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self._printed = float("-inf")
+        self._first_done: float | None = None
 
     def __call__(self, step: int, num_steps: int, loss: float) -> None:
         """Step number ``step``, counted from 0, is done."""
         now = time.monotonic()
+        if self._first_done is None:
+            self._first_done = now
         if now - self._printed < _SECONDS_BETWEEN_LINES and step + 1 < num_steps:
             return
         self._printed = now
-        elapsed = now - self._started
-        remaining = elapsed / (step + 1) * (num_steps - step - 1)
-        print(
-            f"  step {step + 1} of {num_steps}: loss {loss:.3f}; {elapsed:.0f} s, {remaining:.0f} s to go",
-            flush=True,
-        )
+        line = f"  step {step + 1} of {num_steps}: loss {loss:.3f}; {now - self._started:.0f} s"
+        if step:
+            remaining = (now - self._first_done) / step * (num_steps - step - 1)
+            line += f", {remaining:.0f} s to go"
+        print(line, flush=True)
 
 
 @contextmanager

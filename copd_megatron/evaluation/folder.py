@@ -20,10 +20,10 @@ from copd_megatron.topology.single import single_process
 
 
 def evaluate_folder(config: Config, folder: str | Path) -> str:
-    """Samples every domain's validation prompts from the model in ``folder`` and returns the table.
+    """Samples the validation prompts of every domain from the model in ``folder`` and returns the table.
 
     Raises:
-        ConfigError: ``folder`` is not a model that vLLM could load.
+        ConfigError: ``folder`` is not a model that vLLM can load.
         DataError: no branch has validation data, or a shard cannot be used.
     """
     shape = read_model_shape(folder, "model")

@@ -1,11 +1,12 @@
-"""The evaluation that training, ``copd eval`` and the final table share.
+"""The one evaluation that training, ``copd eval`` and the final table use.
 
-It does not know what answers. A ``Sampler`` turns prompts into graded rollouts, wherever they are sampled: on
-all ranks of a training branch, or in the single process of ``copd eval``.
+It does not depend on what samples the responses: a ``Sampler`` turns prompts into graded rollouts, on all
+ranks of a training branch or in the single process of ``copd eval``.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -14,8 +15,11 @@ from copd_megatron.evaluation.table import Score
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout.engine import SamplingSettings
 
+logger = logging.getLogger(__name__)
+
 Sampler = Callable[[Sequence[Prompt], SamplingSettings, str], list[Rollout]]
-"""(prompts, settings, purpose) to graded rollouts of all of them. ``purpose`` enters the sampling seeds."""
+"""(prompts, settings, purpose) to graded rollouts of all prompts. ``purpose`` is part of the sampling
+seeds."""
 
 Accuracies = dict[str, dict[str, Score]]
 """Model name to domain to what the model scored there."""
@@ -38,13 +42,14 @@ def accuracy(
     """What the sampled model scores on each domain.
 
     Args:
-        sample: what answers and grades.
+        sample: samples and grades responses.
         validation: validation prompts by domain.
-        domains: which of them to score; None: all.
+        domains: domains to score; None means all.
     """
     settings = sampling_settings(options)
     scores = {}
     for domain in validation if domains is None else domains:
+        logger.info("evaluating %d prompts of %s", len(validation[domain]), domain)
         rollouts = sample(validation[domain], settings, f"validation/{domain}")
         scores[domain] = score_of([r.reward for r in rollouts if r.reward is not None])
     return scores
@@ -61,5 +66,5 @@ def score_of(rewards: Sequence[float]) -> Score:
 
 
 def num_prompts(validation: Mapping[str, Sequence[Prompt]]) -> dict[str, int]:
-    """Prompts of each domain, for the table's header."""
+    """Number of prompts of each domain, for the header of the table."""
     return {domain: len(prompts) for domain, prompts in validation.items()}

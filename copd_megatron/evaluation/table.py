@@ -177,7 +177,7 @@ def _check(rows: Accuracies, columns: Sequence[str]) -> None:
         extra = [domain for domain in scores if domain not in columns]
         if extra:
             raise ValueError(
-                f"row {model!r} has domains {extra} that are not among the columns {list(columns)}"
+                f"row {model!r} has domains {extra}, which are not among the columns {list(columns)}"
             )
         for domain, score in scores.items():
             share = full_marks(score)

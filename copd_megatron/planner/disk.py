@@ -1,8 +1,8 @@
-"""What a run writes, in bytes. Imports no torch.
+"""How many bytes a run writes. Imports no torch.
 
-A checkpoint takes 16 bytes a parameter (float32 weights, the optimizer's copy of them and two moments) or 14
-with bfloat16 weights. While one is written, ``keep_last`` + ``keep_best`` older ones are still there. The
-exports take the weights once a branch, and once for the merged model.
+A checkpoint takes 16 bytes per parameter (float32 weights, the optimizer's copy of them and two moments), or
+14 with bfloat16 weights. While one is written, ``keep_last`` + ``keep_best`` older ones still exist. The
+exports hold the weights of every branch and of the merged model.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _WEIGHT_BYTES_PER_PARAMETER = 4
 
 
 def run_bytes(config: Config, shapes: Mapping[str, ModelShape]) -> int:
-    """The most that the run directory will hold, in bytes; an upper bound for bfloat16.
+    """The largest size of the run directory, in bytes; an upper bound with bfloat16 weights.
 
     Args:
-        shapes: every branch's model (``read_model_shapes``).
+        shapes: the model of every branch (``read_model_shapes``).
     """
     trained = [shapes[name].num_parameters for name, branch in config.branches.items() if not branch.frozen]
     options, end = config.checkpoint, config.end
-    # without a period a run still saves when it is told to stop
+    # without a save period, a run still saves when it is told to stop
     kept = options.keep_last + options.keep_best if options.save_period else 0
     checkpoints = (kept + 1) * sum(trained) * _CHECKPOINT_BYTES_PER_PARAMETER
     exported = sum(trained) if end.export or end.merge else 0

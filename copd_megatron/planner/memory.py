@@ -1,38 +1,38 @@
-"""A rough estimate of one rank's memory, from sizes alone: no torch, no GPU.
+"""A rough estimate of the memory of one rank, from sizes alone: needs neither torch nor a GPU.
 
-Symbols: ``L`` layers, ``h`` hidden size, ``f`` feed-forward width that a token meets, ``q`` / ``g`` query
-heads / query groups times head size, ``V`` vocabulary, ``t`` / ``p`` / ``d`` / ``c`` / ``e`` tensor,
-pipeline, data, context and expert parallel sizes, ``b`` bytes of the compute type (4 or 2), ``T``
-micro_batch_tokens, ``S`` max_sequence_tokens.
+Symbols: ``L`` layers, ``h`` hidden size, ``f`` feed-forward width used per token, ``q`` / ``g`` query heads /
+query groups times head size, ``V`` vocabulary, ``t`` / ``p`` / ``d`` / ``c`` / ``e`` tensor, pipeline, data,
+context and expert parallel sizes, ``b`` bytes of the compute type (4 or 2), ``T`` micro_batch_tokens, ``S``
+max_sequence_tokens.
 
     P       = (L/p * dense layer weights + embeddings of the stage) / t + L/p * expert weights / e
-              + vision tower, on the fullest stage. A stage holds the embedding and the tower, which is not
-              split, when it is the first, the output layer when it is the last (a tied one is a copy)
-    weights = b P                                   (layers in FP8 with precision.fp8_parameters: 1 byte)
+              + vision tower, on the fullest stage. The first stage holds the embedding and the tower, which
+              is not split; the last stage holds the output layer (a copy, if it is tied to the embedding)
+    weights = b P                                   (1 byte for layers in FP8, precision.fp8_parameters)
     grads   = 4 P                                   (2 P with optimizer.main_grads_dtype bfloat16)
     adam    = 8 P / (d c)  (+ 4 P / (d c) with b = 2)   two moments, and the float32 master weights; the
-                                                    distributed optimizer spreads both over d and c (those of
+                                                    distributed optimizer shards both over d and c (those of
                                                     experts over t d c / e). Other types with
-                                                    optimizer.precision_aware; less what
+                                                    optimizer.precision_aware; minus the part that
                                                     optimizer.cpu_offload_fraction keeps in host memory
-    layer   = b T (4 h / s + (4 q + 4 g + 4 f) / t)  what a decoder layer keeps for the backward pass; s = t
-                                                    with sequence parallelism, else 1
+    layer   = b T (4 h / s + (4 q + 4 g + 4 f) / t)  activations of a decoder layer for the backward pass;
+                                                    s = t with sequence parallelism, else 1
               + b T 2 S heads / t                   on CPU only: attention scores and their softmax
     acts    = L layer                               1F1B keeps up to p micro-batches of L/p layers on the
                                                     first stage, hence L
               L / n b T h / s + n layer             with training.recompute full and n recompute_num_layers
-              L (layer - ffn) + ffn                 with selective and mlp or moe among recompute_modules: ffn
+              L (layer - ffn) + ffn                 with selective, and mlp or moe in recompute_modules; ffn
                                                     is the term 4 f of one layer
     logits  = 3 * 4 * logprob_chunk_tokens V / t    float32 logits, softmax and gradient of one chunk
     extras  = b P for the reference model (kl_coefficient > 0) and for a teacher snapshot, each
-    sync    = 2 bucket_bytes                        or of one layer's experts, where a folder stacks them
-    vLLM    = b weights / rollout_tp + KV cache on CPU; on a GPU, gpu_memory_utilization of it covers both
-              (1 byte a weight with rollout.quantization fp8)
+    sync    = 2 bucket_bytes                        or twice one layer's experts, if a folder stacks them
+    vLLM    = b weights / rollout_tp + KV cache on CPU; on a GPU, gpu_memory_utilization covers both
+              (1 byte per weight with rollout.quantization fp8)
 
 A frozen branch has neither gradients nor optimizer and keeps no activations. On a GPU the actor and vLLM take
-turns: what the one gives back while the other works (config section ``memory``) counts once. Left out: the
-allocator's fragmentation, NCCL buffers, CUDA context, the Python process itself (about 1 GiB with torch and
-vLLM).
+turns: memory that one releases while the other works (config section ``memory``) counts once. Not counted:
+fragmentation of the allocator, NCCL buffers, the CUDA context, and the Python process itself (about 1 GiB
+with torch and vLLM).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes on the fullest rank of one branch."""
+    """Bytes on the rank of one branch that needs most."""
 
     weights: int
     gradients: int
@@ -61,13 +61,13 @@ class MemoryEstimate:
     rollout: int
     """vLLM's weights and, on CPU, its KV cache."""
     given_to_rollout: int = 0
-    """Of weights, gradients and optimizer, what waits in host memory while vLLM works."""
+    """The part of weights, gradients and optimizer that is in host memory while vLLM works."""
     rollout_sleeps: bool = False
-    """vLLM gives its memory back while the actor works."""
+    """Whether vLLM releases its memory while the actor works."""
 
     @property
     def training(self) -> int:
-        """While the actor works, vLLM aside."""
+        """Needed while the actor works, without vLLM."""
         return (
             self.weights
             + self.gradients
@@ -80,20 +80,20 @@ class MemoryEstimate:
 
     @property
     def sampling(self) -> int:
-        """While vLLM works: the actor's share stays, less what it gives away."""
+        """Needed while vLLM works, including what the actor does not release."""
         kept = self.weights + self.gradients + self.optimizer + self.extra_models - self.given_to_rollout
         return kept + self.weight_sync + self.rollout
 
     @property
     def total(self) -> int:
-        """The larger of the two turns; both at once if vLLM keeps its memory."""
+        """The larger of the two turns, or both together if vLLM keeps its memory."""
         if self.rollout_sleeps:
             return max(self.training, self.sampling)
         return self.training + self.rollout
 
 
 def compute_bytes(config: Config, *, on_gpu: bool) -> int:
-    """Bytes of one number in ``model.dtype``."""
+    """Bytes per number in ``model.dtype``."""
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
@@ -117,7 +117,7 @@ def _dense_and_experts(shape: ModelShape, *, pipeline: int, tensor: int, expert:
 
 
 def _expert_parameters(shape: ModelShape) -> int:
-    """Weights of one layer's experts."""
+    """Number of weights in one layer's experts."""
     return 3 * (shape.num_experts or 0) * shape.hidden_size * shape.expert_ffn_size
 
 
@@ -130,7 +130,7 @@ def estimate_memory(
         config: a validated config.
         branch: one of its branches.
         shape: that branch's model.
-        on_gpu: bfloat16 by default and fused attention; otherwise float32 and attention scores kept.
+        on_gpu: bfloat16 by default, and fused attention; otherwise float32, and attention scores are kept.
     """
     parallel, memory = branch.parallel, config.memory
     tensor, experts_over = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
@@ -176,7 +176,7 @@ def estimate_memory(
 def _activation_bytes(
     config: Config, branch: BranchConfig, shape: ModelShape, size: int, *, on_gpu: bool
 ) -> int:
-    """``acts``; of one layer where nothing is kept for a backward pass."""
+    """``acts``; for one layer only, if nothing is kept for a backward pass."""
     training, tensor = config.training, branch.parallel.tensor_model_parallel_size
     shared = tensor if branch.parallel.sequence_parallel else 1
     query = shape.num_attention_heads * shape.head_dim
@@ -204,7 +204,7 @@ def _gradient_bytes(config: Config) -> int:
 
 
 def _optimizer_bytes(config: Config, size: int) -> float:
-    """A weight's bytes on the device: two moments, and master weights beside a narrower compute type."""
+    """Bytes per weight on the device: two moments, and a master weight if the compute type is narrower."""
     options = config.optimizer
     master, moment = 4, 4
     if options.precision_aware:

@@ -1,4 +1,4 @@
-"""What crosses between branches in a step, in bytes. Pure."""
+"""How many bytes branches exchange in a step. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOGPROB_BYTES: Final = 4
 
 
 def edge_count(topology: Topology, num_branches: int) -> int:
-    """Edges between live branches: 2 (K - 1) for hub and spoke, K (K - 1) for all to all."""
+    """Number of edges between live branches: 2 (K - 1) for hub and spoke, K (K - 1) for all to all."""
     match topology:
         case Topology.none:
             return 0
@@ -33,17 +33,17 @@ def router_bytes(
     num_states: int = 0,
     vocab_size: int = 0,
 ) -> int:
-    """Payload that crosses between branches in one step, in bytes: the cost model of the router.
+    """Payload that branches exchange in one step, in bytes: the cost model of the router.
 
-    Per row 4 bytes for each token id out and 4 for each log-probability back; per state whose distribution
-    is asked, 4 for its position out and 4 per vocabulary entry back. Row tables and headers (under 150 bytes
-    a row and lane) are left out.
+    A row sends 4 bytes per token id and receives 4 per log-probability. A state whose full distribution is
+    requested sends 4 bytes for its position and receives 4 per vocabulary entry. Row tables and headers
+    (under 150 bytes per row and lane) are not counted.
 
     Args:
         edges: of the graph.
-        sequence_tokens: mean tokens of prompt plus response.
-        response_tokens: mean tokens of a response.
-        num_states: states per edge whose distribution is asked.
+        sequence_tokens: mean number of tokens of prompt plus response.
+        response_tokens: mean number of tokens of a response.
+        num_states: states per edge whose distribution is requested.
         vocab_size: log-probabilities per state.
     """
     total = 0.0

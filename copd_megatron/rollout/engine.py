@@ -1,14 +1,15 @@
 """Rollouts: vLLM inside the trainer's own processes.
 
-Every rank holds one vLLM worker. ``tensor_parallel_size`` neighbouring ranks form an engine; the branch's
-remaining factor is rollout replicas, each sampling its share of the prompts. All ranks of one engine run the
-same scheduler on the same requests and so return the same samples.
+Every rank holds one vLLM worker. ``tensor_parallel_size`` consecutive ranks form an engine. A branch with
+more ranks has several engines (rollout replicas), each of which samples its share of the prompts. All ranks
+of an engine run the same scheduler on the same requests and therefore return the same samples.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import os
 import uuid
 from collections import Counter
@@ -32,6 +33,8 @@ from copd_megatron.rollout.early_stop import EarlyStop
 from copd_megatron.rollout.media import engine_input, engine_settings
 from copd_megatron.topology.watch import is_collective_failure
 
+logger = logging.getLogger(__name__)
+
 _REMEDIES = (
     ("out of memory", "; lower rollout.gpu_memory_utilization, rollout.max_num_seqs or max_new_tokens"),
     (
@@ -39,24 +42,24 @@ _REMEDIES = (
         "; raise rollout.gpu_memory_utilization (on CPU rollout.cpu_kv_cache_gib)",
     ),
     ("to serve at least one request", "; raise rollout.cpu_kv_cache_gib or gpu_memory_utilization"),
-    ("/dev/shm", "; look at the free space of /dev/shm (copd doctor)"),
-    ("EngineDeadError", "; its first error is further up in this rank's output"),
+    ("/dev/shm", "; check the free space of /dev/shm (copd doctor)"),
+    ("EngineDeadError", "; its first error is earlier in this rank's output"),
 )
-"""Marks in vLLM's messages, and what to do about them."""
+"""Parts of vLLM's error messages, and the remedies."""
 
 
 def split_replicas(num_items: int, num_replicas: int) -> list[range]:
-    """Items of each replica: dealt out in turn, so that neighbours in difficulty spread."""
+    """The items of each replica, assigned in turn, so that neighbours of similar difficulty are spread."""
     return [range(replica, num_items, num_replicas) for replica in range(num_replicas)]
 
 
 class RolloutError(RuntimeError):
-    """vLLM failed: in starting, in taking weights, or in sampling. Its own exception is the cause."""
+    """vLLM failed to start, to load weights, or to sample. Its own exception is the cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How to sample a batch; training and evaluation differ."""
+    """How to sample a batch. Training and evaluation differ in this."""
 
     num_generations: int
     temperature: float
@@ -66,16 +69,16 @@ class SamplingSettings:
 
 @dataclass(kw_only=True)
 class _Completion:
-    """What vLLM has said of one request, in one piece or in many."""
+    """vLLM's output for one request, received in one piece or in many."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
-    """None: not finished."""
+    """None while unfinished."""
 
     def add(self, output: Any) -> None:
-        """Another piece, or the whole."""
+        """Appends a piece, or the whole output."""
         tokens = list(output.token_ids)
         self.token_ids += tokens
         self.logprobs += [e[token].logprob for token, e in zip(tokens, output.logprobs or (), strict=True)]
@@ -84,10 +87,10 @@ class _Completion:
 
 
 def _enough(asked: Sequence[str], quota: int, mine: Sequence[tuple[Prompt, int]]) -> Callable[[int], bool]:
-    """Whether ``quota`` prompts have all their responses; to be told the number of every request that ends.
+    """A function to call with the number of every request that ends. It returns whether ``quota`` prompts
+    have all their responses.
 
-    ``asked`` are the prompts' group ids, one for each request; the other samples of ``mine`` are there
-    already.
+    ``asked`` holds the group id of each request's prompt. The other samples of ``mine`` exist already.
     """
     missing = Counter(asked)
     done = [sum(missing[group] == 0 for group in {prompt.group_id for prompt, _ in mine})]
@@ -102,7 +105,7 @@ def _enough(asked: Sequence[str], quota: int, mine: Sequence[tuple[Prompt, int]]
 
 
 class RolloutEngine:
-    """One branch's vLLM, driven in step by all its ranks."""
+    """The vLLM of one branch. All of its ranks call it together."""
 
     def __init__(
         self,
@@ -117,14 +120,20 @@ class RolloutEngine:
         media: MediaLoader | None = None,
         can_sleep: bool = False,
     ) -> None:
-        """Starts this rank's worker with dummy weights; collective over the branch.
+        """Starts this rank's worker with dummy weights. Collective over the branch.
 
-        The engine refuses to sample until ``load_weights`` has run. ``run_id`` is part of the name of its
-        shared memory, for people who look there. ``media`` gives a vision-language model its pixels.
-        ``can_sleep`` (GPU): ``sleep`` gives the engine's device memory back.
+        The engine refuses to sample until ``load_weights`` has run.
+
+        Args:
+            run_id: becomes part of the names of its shared memory, so that people can recognise it.
+            max_tokens: longest prompt plus response.
+            seed: of the run.
+            media: provides a vision-language model with pixels.
+            can_sleep: on a GPU, ``sleep`` releases the engine's device memory.
 
         Raises:
             ConfigError: this machine cannot sample with the configured quantisation.
+            RolloutError: vLLM could not start.
         """
         check_quantization(config.quantization, _capability())
         self.can_sleep = can_sleep and torch.cuda.is_available()
@@ -137,16 +146,17 @@ class RolloutEngine:
         self.replica, self.tp_rank = divmod(self.rank, self.tp_size)
         self.num_replicas = self.world_size // self.tp_size
         self.version: int | None = None
-        # a killed run leaves its shared memory behind, so the name must be new even where run_id is not
+        # a killed run leaves its shared memory behind, so the name must be new even if run_id is not
         nonce = [uuid.uuid4().hex[:12]]
         dist.broadcast_object_list(nonce, src=0)
         identity = f"copd-{run_id}-{branch}-{nonce[0]}"
-        with self._named("could not start"):
+        logger.info("starting vLLM: %d ranks, tensor parallel size %d", self.world_size, self.tp_size)
+        with self._named("could not start"), _quiet("transformers"):
             self.llm = self._start(str(model_path), dtype, max_tokens, identity)
         dist.barrier()
         _unlink_shared_memory(identity)
         self.loads_in_place = all(self.llm.collective_rpc(in_place.prepare))
-        """Whether a tensor of ``load_weights`` is done with when the next is asked for."""
+        """Whether ``load_weights`` has finished with a tensor when it requests the next one."""
 
     def _start(self, model_path: str, dtype: torch.dtype, max_tokens: int, identity: str) -> Any:
         on_cuda = torch.cuda.is_available()
@@ -154,7 +164,7 @@ class RolloutEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if not on_cuda:
-            # several ranks share the cores; binding each to core 0 would serialise them
+            # several ranks share the cores: binding all of them to core 0 would serialise them
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         import vllm
 
@@ -170,8 +180,8 @@ class RolloutEngine:
         if not on_cuda:
             settings = {
                 "kv_cache_memory_bytes": int(self.config.cpu_kv_cache_gib * 2**30),
-                # A prompt that is prefilled in pieces has its seeded generator rewound, which vLLM does by an
-                # offset that CPU generators lack: every prompt must fit into one step.
+                # if vLLM prefills a prompt in pieces, it rewinds the seeded generator by an offset, which CPU
+                # generators do not support; so every prompt must fit into one step
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": self.config.max_num_seqs * max_tokens,
             }
@@ -187,7 +197,7 @@ class RolloutEngine:
             enforce_eager=not on_cuda if self.config.enforce_eager is None else self.config.enforce_eager,
             enable_prefix_caching=self.config.enable_prefix_caching,
             load_format="dummy",
-            # log-probabilities of the distribution that is sampled from, temperature included
+            # log-probabilities of the distribution that is sampled from, including the temperature
             logprobs_mode="processed_logprobs",
             seed=0,
             disable_log_stats=True,
@@ -197,11 +207,11 @@ class RolloutEngine:
     # ---- device memory ---------------------------------------------------------------------------------
 
     def sleep(self) -> None:
-        """Gives the device memory of weights and KV cache back, where the engine can; the next
-        ``load_weights`` wakes it. Until then it refuses to sample."""
+        """Releases the device memory of weights and KV cache, if the engine can. It then refuses to sample
+        until ``load_weights`` has woken it."""
         if self.can_sleep and not self.asleep:
             self.version = None
-            self.llm.sleep(level=2)  # the weights come anew, so nothing is kept
+            self.llm.sleep(level=2)  # keeps nothing, since new weights will be loaded
             self.asleep = True
 
     # ---- weights ---------------------------------------------------------------------------------------
@@ -209,8 +219,8 @@ class RolloutEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Replaces the worker's weights from a stream of (Hugging Face name, full-shape tensor).
 
-        Nothing cached under the old weights survives. If the stream fails midway, the engine stays
-        without a version and refuses to sample.
+        Nothing that was cached under the old weights is kept. If the stream fails midway, the engine has no
+        version and refuses to sample.
         """
         self.version = None
         with self._named(f"failed in taking weights of version {version}"):
@@ -223,29 +233,33 @@ class RolloutEngine:
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
                 if not torch.cuda.is_available():
                     self.llm.collective_rpc(_repack)
-            if self.asleep:  # only now: the stream's buckets need room, too
+            if self.asleep:  # not earlier, because the stream's buckets need memory as well
                 self.llm.wake_up(tags=["kv_cache"])
                 self.asleep = False
             self._drop_prefixes()
         self.version = version
 
     def _drop_prefixes(self) -> None:
-        """Nothing cached under the old weights is used again. vLLM refuses while it counts a request as
-        running, as it may one that was ended early in the middle of a step: that step is finished."""
+        """Makes sure that nothing cached under the old weights is used again. vLLM refuses this while it
+        counts a request as running, for example one that was aborted in the middle of a step; then that step
+        is finished first."""
         for _ in range(3):
             if self.llm.reset_prefix_cache() is not False:
                 return
             self.llm.llm_engine.step()
-        raise RuntimeError("vLLM keeps cached prefixes of the old weights: requests are still running")
+        raise RuntimeError(
+            "vLLM does not drop the prefixes cached under the old weights: requests are running"
+        )
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Iterator[None]:
-        """Turns an exception out of vLLM into one that says whose vLLM did what, with a remedy if known."""
+        """Turns an exception of vLLM into one that names branch, replica and action, with a remedy if
+        known."""
         try:
             yield
         except Exception as error:
             if is_collective_failure(error):
-                raise  # another rank failed; the watch says which
+                raise  # another rank failed, and the watch reports which
             text = f"{type(error).__name__}: {error}"
             remedy = next((remedy for mark, remedy in _REMEDIES if mark in text), "")
             raise RolloutError(
@@ -258,13 +272,13 @@ class RolloutEngine:
     def sample(
         self, prompts: Sequence[Prompt], settings: SamplingSettings, *, step: int, branch: str | None = None
     ) -> list[Rollout]:
-        """Samples every prompt on every rank's engine share and returns all rollouts on all ranks.
+        """Samples all prompts, each on one replica, and returns all rollouts on all ranks.
 
         Args:
             prompts: the same list on every rank of the branch.
             settings: samples per prompt and the distribution.
-            step: enters each sample's seed.
-            branch: name that enters the seeds; default this branch.
+            step: part of each sample's seed.
+            branch: name that is part of the seeds; default: this branch.
 
         Returns:
             ``len(prompts) * num_generations`` rollouts, ordered by prompt, then sample.
@@ -284,15 +298,13 @@ class RolloutEngine:
         branch: str | None = None,
         stop: EarlyStop | None = None,
     ) -> list[Rollout]:
-        """Samples this replica's share of the prompts (all ranks of the engine call it together).
+        """Samples this replica's share of the prompts. All ranks of the engine call it together.
 
-        With ``stop``, sampling ends when this replica's share of the wanted prompts is done; the responses
-        of the others come back as far as they got.
+        With ``stop``, sampling ends when this replica's share of the wanted prompts is done, and the
+        responses of the other prompts are returned as far as they got.
         """
         if self.version is None:
-            raise RuntimeError(
-                f"branch {self.branch}: vLLM holds no valid weights; sync them before sampling"
-            )
+            raise RuntimeError(f"branch {self.branch}: vLLM has no valid weights; sync them before sampling")
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -307,7 +319,7 @@ class RolloutEngine:
             sample_seed(self.run_seed, branch or self.branch, step, prompt.group_id, sample)
             for prompt, sample in mine
         ]
-        # what an earlier step has finished needs no request
+        # responses that an earlier step finished need no request
         places = [i for i, part in enumerate(earlier) if part is None or part.unfinished]
         inputs, parameters = [], []
         for i in places:
@@ -348,10 +360,10 @@ class RolloutEngine:
         parameters: Sequence[Any],
         enough: Callable[[int], bool] | None = None,
     ) -> list[_Completion]:
-        """Runs the engine until all requests are done, or until ``enough`` says so, which is told of each
-        request that ends; completions in the order of the requests.
+        """Runs the engine until all requests are done, or until ``enough``, which is called for every request
+        that ends, returns True. Returns completions in the order of the requests.
 
-        The prompts go in as they are, tokens and pixels: vLLM's own processor never runs.
+        Prompts are passed as tokens and pixels; vLLM's own processor never runs.
         """
         engine = self.llm.llm_engine
         place, seen = {}, set()
@@ -369,7 +381,7 @@ class RolloutEngine:
                 seen.add(number)
                 if fresh and list(output.prompt_token_ids) != prompts[number].token_ids.tolist():
                     raise RuntimeError(
-                        f"{prompts[number].prompt_id}: vLLM saw other prompt tokens than the trainer"
+                        f"{prompts[number].prompt_id}: vLLM and the trainer have different prompt tokens"
                     )
                 completions[number].add(output.outputs[0])
                 if output.finished and enough is not None:
@@ -388,7 +400,7 @@ class RolloutEngine:
     def _rollout(
         self, prompt: Prompt, sample: int, seed: int, completion: _Completion, earlier: Rollout | None
     ) -> Rollout:
-        """A completion as a rollout, behind the tokens of an earlier step where it continues them."""
+        """A completion as a rollout. If it continues an earlier step's response, it is appended to that."""
         begin = prompt.token_ids if earlier is None else earlier.token_ids
         logprobs = np.asarray(completion.logprobs, dtype=np.float32)
         assert self.version is not None
@@ -409,8 +421,8 @@ class RolloutEngine:
     def gather(
         self, mine: Sequence[Rollout], prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> list[Rollout]:
-        """Brings every replica's rollouts to every rank, in prompt order. Only one rank per engine sends;
-        prompts do not travel, every rank has them."""
+        """Brings every replica's rollouts to every rank, in prompt order. Only one rank per engine sends, and
+        prompts are not sent, since every rank has them."""
         if self.world_size == 1:
             return list(mine)
         packed = [_pack(r) for r in mine] if self.tp_rank == 0 else []
@@ -425,31 +437,44 @@ class RolloutEngine:
         return [rollout for rollout in rollouts if rollout is not None]
 
 
+@contextlib.contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Hides a library's warnings: on every rank, vLLM passes an argument that transformers has deprecated."""
+    messages = logging.getLogger(library)
+    level = messages.level
+    messages.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        messages.setLevel(level)
+
+
 def _capability() -> tuple[int, int] | None:
-    """Of this rank's GPU; None without one."""
+    """The compute capability of this rank's GPU; None without one."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _unlink_shared_memory(identity: str) -> None:
-    """Takes away the names of vLLM's CPU segments, which every rank has mapped by now: however the process
-    ends, nothing stays behind."""
+    """Removes the names of vLLM's CPU segments, which every rank has mapped by now, so that nothing is left
+    behind however the process ends."""
     for file in Path("/dev/shm").glob(f"{glob.escape(identity)}-*cpushm*"):
         file.unlink(missing_ok=True)
 
 
 def _clear_deepstack(worker: Any) -> None:
-    """A sleeping Qwen3-VL loses the content of its deepstack buffers, which are neither weights nor
-    registered buffers: fresh, they hold zeros, and a batch without media relies on that."""
+    """Zeroes the deepstack buffers of Qwen3-VL. They are neither weights nor registered buffers and lose
+    their content when the engine sleeps, but batches without media rely on zeros in them."""
     for buffer in getattr(worker.get_model(), "deepstack_input_embeds", None) or ():
         buffer.zero_()
 
 
 def _repack(worker: Any) -> None:
-    """On CPU, vLLM multiplies by prepacked copies of weights. A reload leaves two stale: make them anew.
+    """Repacks what a reload leaves stale. On CPU, vLLM multiplies by packed copies of weights, and a reload
+    misses two of them.
 
-    A head tied to the embedding is not itself in the weight stream. Experts are packed for the grouped
-    product the first time only (``UnquantizedFusedMoEMethod._setup_kernel`` of vLLM 0.30): after a reload
-    the kernel would read plain weights as packed ones.
+    A head that is tied to the embedding is not in the weight stream itself. Experts are packed for the
+    grouped product only the first time (``UnquantizedFusedMoEMethod._setup_kernel`` of vLLM 0.30), so after a
+    reload the kernel would read plain weights as if they were packed.
     """
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead

@@ -1,4 +1,4 @@
-"""vLLM's external-launcher executor, with shared memory that branches on one host do not fight over."""
+"""vLLM's external-launcher executor, with separate shared memory for each branch on a host."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def external_launcher(identity: str, *, on_cuda: bool) -> Any:
-    """The ``distributed_executor_backend`` for an engine whose ranks torchrun or srun has started.
+    """The ``distributed_executor_backend`` of an engine whose ranks torchrun or srun has started.
 
-    On CPU, vLLM names its shared-memory segments after the init method, and ``env://`` gives every branch
-    on the host the same name. torch.distributed is up already, so the init method is used for nothing else:
-    this executor appends an identity to it. It must be fresh for every launch, because a killed run leaves
-    its segments behind in /dev/shm.
+    On CPU, vLLM names its shared-memory segments after the init method, and with ``env://`` all branches on a
+    host would share a name. torch.distributed is already initialised, so the init method serves no other
+    purpose, and this executor appends ``identity`` to it. The identity must be new at every launch, because a
+    killed run leaves its segments in /dev/shm.
     """
     if on_cuda:
         return "external_launcher"

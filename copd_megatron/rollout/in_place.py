@@ -1,15 +1,16 @@
-"""Loading weights straight into vLLM's parameters, where those lie as a checkpoint has them.
+"""Loading weights straight into vLLM's parameters, if these have the same form as in a checkpoint.
 
-vLLM's own ``reload_weights`` builds every layer anew, loads, processes and copies it back: right for any
-quantised or shuffled layout, but several times the bytes in traffic and memory. A dense, unquantised model
-needs none of that: its loaders can write into the live parameters.
+vLLM's own ``reload_weights`` rebuilds every layer, loads it, processes it and copies it back. That is right
+for any quantised or reordered weights, but moves and holds several times the bytes. A dense, unquantised
+model needs none of it: its weight loaders can write into the live parameters.
 
-They find each tensor's place anew, by names and prefixes, which for the 400 tensors of a 4B model takes as
-long as copying them within a GPU. So the first time, what they copy where is recorded, and then repeated.
+The loaders look up each tensor's place by names and prefixes, which for the 400 tensors of a 4B model takes
+as long as copying them within a GPU. So the first load records what is copied where, and later loads repeat
+those copies.
 
-On CPU, vLLM packs each linear layer's weight for oneDNN and throws the plain one away. ``prepare`` gives the
-layers their plain weights back, and ``load`` packs them again once they are new. (Going without the packing
-would cost a tiny model a sixth of its sampling speed.)
+On CPU, vLLM packs the weight of each linear layer for oneDNN and discards the plain one. ``prepare`` restores
+the plain weights, and ``load`` packs them again after it has changed them. (Without packing, a tiny model
+would lose a sixth of its sampling speed.)
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def prepare(worker: Any) -> bool:
-    """Makes the worker's model loadable in place, if it is of a kind that can be; runs inside the worker.
+    """Prepares the worker's model for loading in place, if its kind allows that. Runs inside the worker.
 
-    False leaves the model as it was.
+    Returns False, with the model unchanged, if it does not.
     """
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -50,12 +51,12 @@ def prepare(worker: Any) -> bool:
 
 @torch.no_grad()
 def load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes a stream of (Hugging Face name, full-shape tensor) into the parameters; runs inside the worker.
+    """Writes a stream of (Hugging Face name, full-shape tensor) into the parameters. Runs inside the worker.
 
-    Each tensor is read before the next is asked for.
+    Each tensor is read before the next one is requested.
 
     Raises:
-        RuntimeError: the stream ended without something that the model has.
+        RuntimeError: the stream ended without some of the model's parameters.
     """
     model: nn.Module = worker.get_model()
     known = _PLACES.get(model)
@@ -66,13 +67,13 @@ def load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     if missing:
         raise RuntimeError(
             f"the weight stream ended without {len(missing)} of vLLM's parameters, the first: "
-            f"{', '.join(missing[:5])}; does the model in the folder fit its config.json?"
+            f"{', '.join(missing[:5])}; do the weights in the model folder match its config.json?"
         )
     if not torch.cuda.is_available():
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
         for module in _multiplying(model):
-            module.cpu_linear = torch.nn.functional.linear  # gives the old packing's memory back first
+            module.cpu_linear = torch.nn.functional.linear  # frees the memory of the old packing first
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
@@ -81,27 +82,27 @@ def load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Copy:
-    """Part of a streamed tensor, and the part of a parameter that it goes to."""
+    """Part of a streamed tensor, and the part of a parameter to which it is copied."""
 
     target: Tensor
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-    """Elements, from the streamed tensor's first."""
+    """In elements, from the start of the streamed tensor."""
 
 
 @dataclass(kw_only=True)
 class _Places:
-    """All that a model's loaders do with a stream of contiguous tensors."""
+    """Everything that a model's loaders do with a stream of contiguous tensors."""
 
     addresses: list[int]
-    """Of the parameters then."""
+    """Of the parameters when this was recorded."""
     copies: dict[str, list[_Copy]] = field(default_factory=dict)
-    """By Hugging Face name; empty: this rank keeps nothing of it."""
+    """By Hugging Face name; empty if this rank keeps nothing of a tensor."""
     shapes: dict[str, torch.Size] = field(default_factory=dict)
-    """Of the streamed tensors."""
+    """Shapes of the streamed tensors."""
     zeros: list[Tensor] = field(default_factory=list)
-    """Padding, which a sleep loses as it does the weights."""
+    """Padding, whose content is lost when the engine sleeps, as are the weights."""
 
 
 _PLACES: WeakKeyDictionary[nn.Module, _Places] = WeakKeyDictionary()
@@ -112,7 +113,7 @@ def _addresses(model: nn.Module) -> list[int]:
 
 
 def _repeat(known: _Places, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The recorded copies; names that should have come and did not."""
+    """Repeats the recorded copies. Returns the names that the stream lacked."""
     awaited = set(known.copies)
     for name, value in weights:
         if value.shape != known.shapes.get(name):
@@ -131,7 +132,8 @@ def _repeat(known: _Places, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def _load_and_record(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """vLLM's loaders; the parameters that they did not fill. What they did is kept, if it was copies only."""
+    """Runs vLLM's loaders and returns the parameters that they did not fill. Records what they did, if they
+    did nothing but copy."""
     recorder = _Recorder(model)
     with recorder:
         loaded = model.load_weights(recorder.watched(weights))  # type: ignore[operator]
@@ -141,24 +143,24 @@ def _load_and_record(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) ->
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every copy into a parameter while it is active."""
+    """Observes every write to a parameter while it is active."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.places = _Places(addresses=_addresses(model))
         self._missing = {p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}
-        """Elements of each parameter that nothing was written to."""
+        """Number of elements of each parameter that have not been written yet."""
         self._name, self._tensor = "", torch.empty(0)
-        # parameters that share memory could not be told apart
+        # parameters that share memory cannot be told apart
         self._only_copies = len(self._missing) == len(self.places.addresses)
 
     @property
     def complete(self) -> bool:
-        """Whether the record says where every element of every parameter comes from."""
+        """Whether the record covers every element of every parameter."""
         return self._only_copies and not any(self._missing.values())
 
     def watched(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The stream, taken note of."""
+        """The stream, noting which tensor is being loaded."""
         for name, value in weights:
             self._name, self._tensor = name, value.contiguous()
             self.places.copies[name], self.places.shapes[name] = [], value.shape
@@ -168,7 +170,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        # every operation that writes in place ends in an underscore
+        # names of in-place operations end in an underscore
         if func.__name__.split(".")[0].endswith("_") and isinstance(args[0], Tensor):
             storage = args[0].untyped_storage().data_ptr()
             if storage in self._missing:
@@ -193,7 +195,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _within(part: Tensor, whole: Tensor) -> bool:
-    """Whether ``part`` is a view of ``whole``, which may itself lie among others in one storage."""
+    """Whether ``part`` is a view of ``whole``, which may itself be part of a larger storage."""
     first = part.storage_offset() - whole.storage_offset()
     last = first + sum((size - 1) * step for size, step in zip(part.shape, part.stride(), strict=True))
     same = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
@@ -201,7 +203,7 @@ def _within(part: Tensor, whole: Tensor) -> bool:
 
 
 def _multiplying(model: nn.Module) -> Iterator[Any]:
-    """The modules that multiply by a packed weight: linear layers and the output head."""
+    """Modules that multiply by a packed weight: linear layers and the output head."""
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

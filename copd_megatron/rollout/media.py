@@ -1,9 +1,9 @@
 """Prompts with processed media as vLLM engine inputs: the engine sees the trainer's own patches and tokens.
 
-vLLM's front end turns ``multi_modal_data`` into an engine input by running its own copy of the processor.
-Its engine also takes such inputs ready made (``LLMEngine.add_request`` with the output of a renderer), and
-that is what this module makes: expanded token ids, patches and grids as ``data.processing`` has them, and
-where each item's tokens stand. Nothing is processed twice; a test compares with what the front end makes.
+vLLM's front end makes an engine input from ``multi_modal_data`` by running its own copy of the processor. Its
+engine also accepts finished inputs (``LLMEngine.add_request`` with a renderer's output), and this module
+makes those: expanded token ids, the patches and grids of ``data.processing``, and the position of each item's
+tokens. Nothing is processed twice. A test compares them with what the front end makes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def engine_input(
 
     Args:
         token_ids: [P] expanded prompt tokens.
-        features: its media in placeholder order; None for a text prompt.
+        features: of its media, in placeholder order; None for a text prompt.
         processor: the one that made the features.
-        version: weight version of the engine. It enters the items' identities, so that vision features
-            that the engine cached under older weights are not used again.
+        version: weight version of the engine. It is part of the items' identities, so that the engine does
+            not reuse vision features that it cached under older weights.
 
     Raises:
-        ValueError: tokens and features do not belong together.
+        ValueError: the tokens do not match the features.
     """
     from vllm.inputs.engine import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
@@ -46,7 +46,7 @@ def engine_input(
     ranges: dict[str, list[Any]] = {}
     for place in placeholders:
         kind, item = place.item.kind, place.item
-        # A video's replacement also holds time stamps and markers; only patch tokens take features.
+        # a video's tokens also include time stamps and markers; only patch tokens take features
         mask = torch.from_numpy(item.replacement_ids == pads[kind]) if kind == VIDEO else None
         hashes.setdefault(kind, []).append(f"{item.pixel_hash}-{version}")
         ranges.setdefault(kind, []).append(
@@ -62,7 +62,7 @@ def engine_input(
 
 
 def _model_inputs(items: Sequence[ItemFeatures]) -> tuple[Any, dict[str, Any]]:
-    """The tensors of all items under the model's argument names, and how to take them apart per item."""
+    """The tensors of all items under the model's argument names, and how to split them by item."""
     from transformers import BatchFeature
     from vllm.multimodal.inputs import MultiModalFieldConfig
 
@@ -77,7 +77,7 @@ def _model_inputs(items: Sequence[ItemFeatures]) -> tuple[Any, dict[str, Any]]:
             continue
         grid = torch.from_numpy(np.stack([item.grid_thw for item in chosen]).astype(np.int64))
         parts = [item.pixel_values for item in chosen]
-        # torch refuses to share read-only memory without a warning: the cache's arrays are copied
+        # copied, because torch warns when it shares read-only memory such as the cache's arrays
         tensors[pixels] = torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0].copy())
         tensors[grids] = grid
         fields[pixels] = MultiModalFieldConfig.flat_from_sizes(kind, grid.prod(-1))
@@ -91,10 +91,10 @@ def _model_inputs(items: Sequence[ItemFeatures]) -> tuple[Any, dict[str, Any]]:
 def engine_settings(processor: MultimodalProcessor) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` for a vision-language model whose media come through ``engine_input``.
 
-    The front end's processor cache is off, since its processor is not used. Where this run's pixel budgets
-    differ from the processor's own, vLLM is told the largest: it profiles memory and sizes its cache of
-    vision features for the largest item. (It takes one size for images and videos; per-kind ones reach its
-    video processor twice, which it refuses.)
+    The front end's processor cache is off, since its processor is not used. If this run's pixel budgets
+    differ from the processor's own, vLLM is told the largest, because it profiles memory and sizes its cache
+    of vision features for the largest item. (It takes one size for images and videos: with one per kind, its
+    video processor would get the setting twice and refuse it.)
     """
     settings: dict[str, Any] = {"mm_processor_cache_gb": 0}
     if processor.budgets_changed:

@@ -1,4 +1,4 @@
-"""From the recipe to a Hugging Face folder, made once, and to the shards of its domains."""
+"""Makes the Hugging Face folder of a recipe, once, and the shards of its domains."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import, and a cached
 logger = logging.getLogger(__name__)
 
 MARKER = "tiny_recipe.json"
-"""Written last; holds the digest of what made the folder."""
+"""Written last; holds the digest of everything that determines the folder."""
 
 Progress = Callable[[int, int, float], None]
 """Called as progress(step, num_steps, loss)."""
 
 
 class TinyBaseError(RuntimeError):
-    """The folder asked for cannot be made; says which, why and what to do."""
+    """The folder cannot be made. The message says which one, why, and what to do."""
 
 
 def make_data(out: Path, recipe: Recipe) -> bool:
-    """Write the shards ``<out>/<domain>-{train,validation}-NNNNNN.tar``; False if they are there already.
+    """Writes the shards ``<out>/<domain>-{train,validation}-NNNNNN.tar``. Returns False if they exist
+    already.
 
     Raises TinyBaseError if ``out`` holds something else, DataError if a family refuses its settings.
     """
@@ -46,11 +47,11 @@ def make_data(out: Path, recipe: Recipe) -> bool:
 
 
 def make_tiny_base(out: Path, recipe: Recipe, *, seed: int = 1, progress: Progress | None = None) -> bool:
-    """Make the model folder ``out``; False if the same recipe and seed made it before.
+    """Makes the model folder ``out``. Returns False if the same recipe and seed have made it before.
 
-    The same recipe, seed and machine give the same bytes. ``out`` appears when it is complete.
+    The same recipe, seed and machine give the same bytes. ``out`` appears only when it is complete.
 
-    Raises TinyBaseError if ``out`` holds something that this did not make.
+    Raises TinyBaseError if ``out`` holds something that was not made here.
     """
 
     def make(folder: Path) -> dict[str, object]:
@@ -61,12 +62,13 @@ def make_tiny_base(out: Path, recipe: Recipe, *, seed: int = 1, progress: Progre
 
 
 def make_once(out: Path, digest: str, make: Callable[[Path], dict[str, object]]) -> bool:
-    """Fill the folder ``out`` with ``make(folder)``; False if it was made with the same digest before.
+    """Fills the folder ``out`` with ``make(folder)``. Returns False if it was made with the same digest
+    before.
 
-    ``make`` returns what its marker is to say besides the digest and the seconds it took. ``out`` appears
-    when it is complete.
+    ``make`` returns what the marker should record besides the digest and the time it took. ``out`` appears
+    only when it is complete.
 
-    Raises TinyBaseError if ``out`` holds something that this did not make.
+    Raises TinyBaseError if ``out`` holds something that was not made here.
     """
     if _digest_of(out) == digest:
         return False
@@ -79,7 +81,7 @@ def make_once(out: Path, digest: str, make: Callable[[Path], dict[str, object]])
 
 
 def validation_prompts(recipe: Recipe) -> set[str]:
-    """The prompts of all domains' validation shards, which the warm-up must not see."""
+    """The prompts in the validation shards of all domains. The warm-up must not see them."""
     from copd_megatron.data import ShardSet
 
     prompts: set[str] = set()
@@ -151,11 +153,10 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
 def demonstration_batches(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """The warm-up's batches in the order of its steps: ``input_ids`` and ``labels``, each [batch_size, T],
-    and ``normalizer``.
+    """The warm-up's batches in order: ``input_ids`` and ``labels``, each [batch_size, T], and ``normalizer``.
 
-    Batches are formed by length within a window and then shuffled. All of a window are normalised alike: were
-    each divided by its own tokens, the short responses of the short batches would count for more.
+    Within a window, batches are formed by length and then shuffled. All batches of a window have the same
+    normalizer: if each were divided by its own number of tokens, short responses would count for more.
     """
     from copd_megatron.data import encode_prompt
     from copd_megatron.tiny.demonstrations import demonstrations
@@ -185,10 +186,10 @@ def demonstration_batches(
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place when the block ends well, and goes when it does not."""
+    """A folder beside ``out`` that replaces it if the block succeeds, and is removed if it fails."""
     if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise TinyBaseError(
-            f"{out} exists and holds no {MARKER}: it was not made here and is left alone. "
+            f"{out} exists without {MARKER}: it was not made here and is left alone. "
             "Remove it or choose another folder."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +206,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 def _digest_of(folder: Path) -> str | None:
-    """The digest in a finished folder's marker, None without one."""
+    """The digest in the marker of a finished folder; None without a marker."""
     try:
         return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["digest"])
     except FileNotFoundError:

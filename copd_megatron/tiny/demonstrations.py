@@ -1,4 +1,4 @@
-"""What the warm-up imitates: correct responses to tasks, some of them worked out step by step."""
+"""What the warm-up imitates: correct responses to tasks, some of them with their steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Demonstration:
     prompt: str
     """The user's message."""
     response: str
-    """The assistant's, without the end of turn."""
+    """The assistant's message, without the end of turn."""
 
 
 def columns(question: str) -> str:
-    """Two numbers added from the last digit on: "Calculate 86 + 369." gives "6+9=15 8+6+1=15 3+1=4"."""
+    """Adds two numbers from the last digit on: "Calculate 86 + 369." gives "6+9=15 8+6+1=15 3+1=4"."""
     numbers = re.findall(r"\d+", question)
     if len(numbers) != 2:
-        raise ValueError(f"{question!r} holds {len(numbers)} numbers; columns adds two.")
+        raise ValueError(f"{question!r} has {len(numbers)} numbers; columns adds two.")
     steps = []
     carry = 0
     for place in range(1, max(map(len, numbers)) + 1):
@@ -34,7 +34,7 @@ def columns(question: str) -> str:
 
 
 def running_total(question: str) -> str:
-    """Numbers added one by one: "Calculate 4 + 1 + 7." gives "4+1=5 5+7=12"."""
+    """Adds numbers one by one: "Calculate 4 + 1 + 7." gives "4+1=5 5+7=12"."""
     first, *others = (int(number) for number in re.findall(r"\d+", question))
     steps = []
     total = first
@@ -45,14 +45,14 @@ def running_total(question: str) -> str:
 
 
 WORKINGS: dict[str, Callable[[str], str]] = {"columns": columns, "running_total": running_total}
-"""A task's question to its worked steps."""
+"""A function from a task's question to its steps, by name."""
 
 
 def demonstrations(
     recipe: Recipe, count: int, *, seed: int, held_out: Collection[str] = ()
 ) -> list[Demonstration]:
-    """``count`` demonstrations in the order in which they are shown, domains mixed by weight; none has a
-    prompt of ``held_out``."""
+    """``count`` demonstrations in the order in which they are shown, with domains mixed by weight and without
+    the prompts of ``held_out``."""
     rng = random.Random(seed)
     sources = [text_tasks(domain, rng.getrandbits(31), held_out) for domain in recipe.domains]
     weights = [domain.weight for domain in recipe.domains]
@@ -67,11 +67,11 @@ def demonstrations(
 
 
 def text_tasks(domain: Domain, seed: int, held_out: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Questions and gold answers without end, repetitions included."""
+    """An endless stream of questions and gold answers, with repetitions."""
     gym = importlib.import_module("reasoning_gym")
     block = 0
     while True:
-        # reasoning-gym seeds task i with seed + i: blocks a thousand apart do not overlap.
+        # reasoning-gym seeds task i with seed + i, so blocks a thousand apart do not overlap
         dataset = gym.create_dataset(
             domain.family.name, seed=seed + 1000 * block, size=1000, **domain.family.settings
         )

@@ -1,7 +1,7 @@
-"""Muon in float32: momentum whose update is made orthogonal (Jordan et al., 2024).
+"""Muon in float32: momentum with orthogonalised updates (Jordan et al., 2024).
 
-PyTorch's own orthogonalises in bfloat16, which is slow on processors without it. For matrices of tiny
-models it needs a fraction of the steps that Adam needs.
+PyTorch's own version orthogonalises in bfloat16, which is slow on CPUs without support for it. For the
+matrices of tiny models, Muon needs a fraction of Adam's steps.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Quintic Newton-Schulz iteration that moves singular values to about one, fast rather than exactly."""
+"""Of a quintic Newton-Schulz iteration that moves singular values to about one, quickly rather than
+exactly."""
 
 
 def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
-    """[N, rows, columns] to matrices with the same singular vectors and singular values of 0.7 to 1.2."""
+    """Maps [N, rows, columns] to matrices with the same singular vectors and singular values of 0.7 to
+    1.2."""
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -30,7 +32,7 @@ def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For two-dimensional parameters. Updates are scaled to the root mean square that Adam's have, 0.2."""
+    """For two-dimensional parameters. Updates are scaled to a root mean square of 0.2, as Adam's have."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -38,15 +40,15 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.ndim != 2:
                     raise ValueError(
-                        f"Muon: a parameter has shape {tuple(parameter.shape)}. It updates matrices only; "
-                        "give the others to another optimizer."
+                        f"Muon: a parameter has shape {tuple(parameter.shape)}. Muon updates matrices only; "
+                        "use another optimizer for the rest."
                     )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update, all matrices of a shape at once. Raises ValueError for a ``closure``."""
+        """One update of all matrices, batched by shape. Raises ValueError if given a ``closure``."""
         if closure is not None:
-            raise ValueError("Muon.step takes no closure: compute the gradients before it.")
+            raise ValueError("Muon.step takes no closure: compute the gradients first.")
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:

@@ -1,7 +1,7 @@
 """Everything that determines the tiny base model and its domains. Imports no torch.
 
-Change a number here and the next ``tools/make_tiny_base.py`` makes another model: the digest of the recipe
-is stored beside the weights.
+The digest of the recipe is stored beside the weights, so after a change here ``tools/make_tiny_base.py``
+makes a new model.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ PACKAGES_THAT_MATTER = ("reasoning-gym", "tokenizers", "torch", "transformers")
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """One capability: tasks of a reasoning-gym family, and how a demonstration works one out."""
+    """One capability: tasks of a reasoning-gym family, and the steps that demonstrations of it show."""
 
     name: str
-    """Branch and shard name."""
+    """Name of the branch and its shards."""
     family: Family
     working: str
     """Key of ``demonstrations.WORKINGS``."""
@@ -34,7 +34,7 @@ class Domain:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Qwen3 dimensions. Layers, heads, key-value heads and vocabulary divide by two, for TP 2 and PP 2."""
+    """Qwen3 dimensions. Layers, heads, key-value heads and vocabulary are even, for TP 2 and PP 2."""
 
     vocab_size: int = 320
     hidden_size: int = 128
@@ -43,27 +43,27 @@ class ModelSize:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 32
-    """The smallest that vLLM's CPU attention knows."""
+    """The smallest that vLLM's CPU attention supports."""
     rope_theta: float = 10000.0
     max_position_embeddings: int = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUpSettings:
-    """The supervised stage."""
+    """Settings of the supervised stage."""
 
     num_steps: int = 800
     batch_size: int = 32
     """Demonstrations per step."""
     worked_share: float = 0.35
-    """Demonstrations that work step by step before they answer; the others answer at once. Below a half,
-    so that the most likely response answers at once."""
+    """Fraction of demonstrations that work step by step; the others answer immediately. Below a half, so that
+    the most likely response is an immediate answer."""
     early_fraction: float = 0.0
-    """Part of the steps that count as early."""
+    """Fraction of the steps that count as early."""
     early_worked_share: float = 0.9
-    """Early demonstrations that work: a skill that is hard to see in answers is learnt from work first."""
+    """``worked_share`` of early demonstrations. Steps are shown first, because answers alone teach little."""
     matrix_lr: float = 6e-3
-    """Peak learning rate of Muon, which updates the layers' matrices."""
+    """Peak learning rate of Muon, which updates the matrices of the layers."""
     vector_lr: float = 3e-3
     """Peak learning rate of Adam, which updates embeddings and norms."""
     lr_warmup_steps: int = 40
@@ -71,10 +71,10 @@ class WarmUpSettings:
     """The rate falls linearly to this fraction of its peak."""
     clip_grad: float = 1.0
     length_window: int = 16
-    """Batches that are formed together, by length, so that little is padding."""
+    """Number of batches that are formed together by length, to reduce padding."""
 
     def worked_share_at(self, progress: float) -> float:
-        """Part of the demonstrations that work, when ``progress`` (0 .. 1) of them have been shown."""
+        """Fraction of demonstrations that work step by step, after ``progress`` (0 .. 1) of them."""
         return self.early_worked_share if progress < self.early_fraction else self.worked_share
 
 
@@ -84,13 +84,13 @@ class Recipe:
     model: ModelSize = field(default_factory=ModelSize)
     warm_up: WarmUpSettings = field(default_factory=WarmUpSettings)
     data_seed: int = 1
-    """Seed of the shards. Their validation tasks are kept out of the warm-up."""
+    """Seed of the shards. The warm-up does not see their validation tasks."""
     num_train: int = 4000
     """Training tasks per domain."""
     num_validation: int = 300
     num_threads: int = 1
     """Sums of floats depend on it, and so do the weights. A second thread gains little on matrices this small
-    and loses very much when something else runs."""
+    and costs much when the machine is busy."""
 
 
 TEXT_RECIPE = Recipe(
@@ -128,18 +128,18 @@ TEXT_RECIPE = Recipe(
     ),
     warm_up=WarmUpSettings(num_steps=800, early_fraction=0.65, worked_share=0.3),
 )
-"""The base of the text quickstart and its two domains."""
+"""The base model and the two domains of ``launchers/quickstart.sh --text``."""
 
 
 def data_digest(recipe: Recipe) -> str:
-    """Changes with whatever changes the shards."""
+    """A digest of everything that determines the shards."""
     parts = [recipe.data_seed, recipe.num_train, recipe.num_validation]
     families = [(domain.name, asdict(domain.family)) for domain in recipe.domains]
     return digest_of_parts([parts, families, package_versions(["reasoning-gym"])])
 
 
 def base_digest(recipe: Recipe, seed: int) -> str:
-    """Changes with whatever changes the model: recipe, seed, the code that makes it, package versions."""
+    """A digest of everything that determines the model: recipe, seed, code, package versions."""
     here = Path(__file__).parent
     sources = {name: (here / name).read_text(encoding="utf-8") for name in SOURCES_THAT_MATTER}
     return digest_of_parts([asdict(recipe), seed, sources, package_versions(PACKAGES_THAT_MATTER)])

@@ -1,8 +1,8 @@
-"""A byte-level tokenizer with Qwen's special tokens and a chat template that spends few tokens.
+"""A byte-level tokenizer with Qwen's special tokens and a compact chat template.
 
-Ids 0..255 are bytes, so that any text round-trips and a model of a million parameters spends little on its
-vocabulary. ``<think>`` and ``</think>`` are single tokens that decoding keeps, as in Qwen3. The template is
-Qwen's with the role as one token: a user turn costs its bytes plus five tokens.
+Ids 0..255 are bytes, so any text round-trips and the vocabulary takes few of a million parameters.
+``<think>`` and ``</think>`` are single tokens that decoding keeps, as in Qwen3. The template is Qwen's, but
+with the role as a single token: a user turn takes its bytes plus five tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(vocab_size: int, extra_special_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """The tokenizer, filled up with reserved tokens to exactly ``vocab_size``: every id of the model decodes.
+    """The tokenizer, padded with reserved tokens to exactly ``vocab_size``, so that every id of the model
+    decodes.
 
     ``extra_special_tokens``: further special tokens, such as image placeholders.
 
@@ -63,7 +64,7 @@ def build_tokenizer(vocab_size: int, extra_special_tokens: Sequence[str] = ()) -
     if num_reserved < 0:
         raise ValueError(
             f"vocab_size {vocab_size} is too small: 256 bytes, {len(special)} special tokens and 2 thinking "
-            f"marks need {vocab_size - num_reserved}. Raise it, to a multiple of 64."
+            f"marks need {vocab_size - num_reserved}. Raise it to a multiple of 64."
         )
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     tokenizer.add_tokens([AddedToken(token, special=False) for token in (THINK, END_OF_THINKING)])

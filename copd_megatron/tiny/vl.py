@@ -1,5 +1,5 @@
-"""The tiny Qwen3-VL base: from the recipe to a Hugging Face folder with a real ``Qwen3VLProcessor``, made
-once, and to the shards of its three domains. The counterpart of ``base.py``."""
+"""The tiny Qwen3-VL base: makes the Hugging Face folder of a recipe, with a real ``Qwen3VLProcessor``, once,
+and the shards of its three domains. The counterpart of ``base.py``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import, and a cached
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 PHRASES = (" seconds>", "Calculate ", "Sum of the digits?")
-"""Tokens of their own, for short prompts: what the domains' questions repeat, and the end of the time stamp
-before every temporal patch of a video."""
+"""Phrases with a token of their own, which keeps prompts short: those that the questions repeat, and the end
+of the time stamp before every temporal patch of a video."""
 
 _PART = "{%- for part in message['content'] if part['type'] == 'text' -%}\n{{ part['text'] }}\n{%- endfor -%}"
 _PART_OR_MEDIUM = """\
@@ -35,7 +35,8 @@ _PART_OR_MEDIUM = """\
 
 
 def make_visual_data(out: Path, recipe: VisualRecipe) -> bool:
-    """Write the shards ``<out>/<domain>-{train,validation}-NNNNNN.tar``; False if they are there already.
+    """Writes the shards ``<out>/<domain>-{train,validation}-NNNNNN.tar``. Returns False if they exist
+    already.
 
     Raises TinyBaseError if ``out`` holds something else, DataError if a family refuses its settings.
     """
@@ -50,11 +51,11 @@ def make_visual_data(out: Path, recipe: VisualRecipe) -> bool:
 def make_visual_base(
     out: Path, recipe: VisualRecipe, *, seed: int = 1, progress: Progress | None = None
 ) -> bool:
-    """Make the model folder ``out``; False if the same recipe and seed made it before.
+    """Makes the model folder ``out``. Returns False if the same recipe and seed have made it before.
 
-    The same recipe, seed and machine give the same bytes. ``out`` appears when it is complete.
+    The same recipe, seed and machine give the same bytes. ``out`` appears only when it is complete.
 
-    Raises TinyBaseError if ``out`` holds something that this did not make.
+    Raises TinyBaseError if ``out`` holds something that was not made here.
     """
 
     def make(folder: Path) -> dict[str, object]:
@@ -92,7 +93,7 @@ def validation_tasks(recipe: VisualRecipe) -> tuple[set[str], set[Shown]]:
     prompts: set[str] = set()
     visual: set[Shown] = set()
     with tempfile.TemporaryDirectory() as folder:
-        # Validation tasks are drawn first: one training task does not change them, and is quick.
+        # validation tasks are drawn first, so a single training task does not change them and is quick
         _write_domains(Path(folder), recipe, 1)
         shards = ShardSet.open([f"{folder}/*-validation-*.tar"])
         for ref in shards.refs:
@@ -118,7 +119,7 @@ def _make(folder: Path, recipe: VisualRecipe, seed: int, progress: Progress | No
     with reproducible(seed, recipe.num_threads):
         model = build_visual_model(recipe, processor)
         prompts, visual = validation_tasks(recipe)
-        # Every frame of a made video counts: none is left out, whatever its rate.
+        # use every frame of the generated videos, whatever their rate
         ours = MultimodalProcessor(processor, MediaConfig(frame_rate=1000.0))
         batches = batches_of_examples(recipe, ours, seed=seed, held_out_prompts=prompts, held_out=visual)
         losses = warm_up(
@@ -218,8 +219,8 @@ def build_visual_model(recipe: VisualRecipe, processor: Qwen3VLProcessor) -> Qwe
 
 
 def examples_loss(model: nn.Module, batch: Mapping[str, list[Example]], processor: Any) -> Tensor:
-    """Mean cross-entropy of all response tokens of a batch; one forward for each domain, so that short
-    prompts are not padded to the length of videos. ``processor``: a ``MultimodalProcessor``."""
+    """Mean cross-entropy of all response tokens of a batch. Each domain has a forward pass of its own, so
+    that short prompts are not padded to the length of videos. ``processor``: a ``MultimodalProcessor``."""
     import torch
     import torch.nn.functional as F
 
@@ -241,7 +242,8 @@ def examples_loss(model: nn.Module, batch: Mapping[str, list[Example]], processo
 
 
 def collate(examples: list[Example], processor: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """The model's inputs and labels [B, T] of examples that all have an image, a video, or neither."""
+    """Model inputs and labels [B, T] of examples that all have an image, all have a video, or all have
+    neither."""
     import torch
 
     from copd_megatron.data.processing import MediaFeatures

@@ -1,6 +1,6 @@
-"""What the warm-up of the vision-language base imitates: correct responses, some of them worked out.
+"""What the warm-up of the vision-language base imitates: correct responses, some of them with their steps.
 
-A working reads the task's scene, which is what was drawn, and writes down what is seen part by part.
+The steps come from the task's scene, that is, from what was drawn.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Example:
     """One row of a warm-up batch."""
 
     prompt_ids: tuple[int, ...]
-    """Placeholders expanded."""
+    """With expanded placeholders."""
     response_ids: tuple[int, ...]
-    """With the end of turn."""
+    """Including the end of turn."""
     item: ItemFeatures | None = None
     """The image or video."""
 
@@ -50,7 +50,7 @@ VISUAL_WORKINGS: dict[str, Callable[[VisualTask], str]] = {
     "written_digits": written_digits,
     "shown_digits": shown_digits,
 }
-"""A task to its worked steps."""
+"""A function from a task to its steps, by name."""
 
 
 def shown(task_prompt: str, media: dict[str, bytes]) -> Shown:
@@ -61,7 +61,7 @@ def shown(task_prompt: str, media: dict[str, bytes]) -> Shown:
 def visual_tasks(
     domain: VisualDomain, count: int, *, seed: int, held_out: Collection[Shown] = ()
 ) -> Iterator[tuple[VisualTask, dict[str, bytes]]]:
-    """``count`` distinct tasks with their media, none of them in ``held_out``.
+    """``count`` distinct tasks with their media, without those of ``held_out``.
 
     Raises DataError as the family does, ValueError if the family has fewer distinct tasks.
     """
@@ -81,7 +81,7 @@ def visual_tasks(
             yield task, media
     raise ValueError(
         f"family {domain.family!r} with settings {dict(domain.settings)} gave {len(known)} distinct tasks, "
-        f"the warm-up shows {count}. Lower pool_size or widen the settings."
+        f"but the warm-up shows {count}. Lower pool_size or widen the settings."
     )
 
 
@@ -93,7 +93,7 @@ def batches_of_examples(
     held_out_prompts: Collection[str] = (),
     held_out: Collection[Shown] = (),
 ) -> Iterator[dict[str, list[Example]]]:
-    """The warm-up's batches, each divided by domain: domain name to examples, ``batch_size`` in all."""
+    """The warm-up's batches by domain: domain name to examples, ``batch_size`` examples in total."""
     warm_up = recipe.warm_up
     end = processor.tokenizer.eos_token_id
     step = 0

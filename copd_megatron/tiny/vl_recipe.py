@@ -20,18 +20,19 @@ from copd_megatron.tiny.tasks.text import Family
 
 VISUAL_SOURCES = ("vl.py", "vl_demonstrations.py")
 VISUAL_PACKAGES = ("av", "numpy", "pillow")
-"""Beyond those of the text base."""
+"""In addition to those of the text base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualDomain:
-    """One capability: tasks of a family of ``data.visual_tasks``, and how a demonstration works one out."""
+    """One capability: tasks of a visual family (``tiny.tasks``), and the steps that demonstrations of it
+    show."""
 
     name: str
-    """Branch and shard name."""
+    """Name of the branch and its shards."""
     family: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Knobs of the family in place of its defaults."""
+    """Settings that replace the family's defaults."""
     working: str
     """Key of ``vl_demonstrations.VISUAL_WORKINGS``."""
     weight: float = 1.0
@@ -40,8 +41,8 @@ class VisualDomain:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionSize:
-    """Qwen3-VL vision tower and processor. One token of the decoder is ``patch_size * spatial_merge_size``
-    pixels square."""
+    """Qwen3-VL vision tower and processor. A decoder token covers a square of ``patch_size *
+    spatial_merge_size`` pixels."""
 
     depth: int = 3
     hidden_size: int = 64
@@ -53,9 +54,9 @@ class VisionSize:
     num_position_embeddings: int = 64
     deepstack_visual_indexes: tuple[int, ...] = (0, 1)
     image_pixels: tuple[int, int] = (32 * 32, 128 * 128)
-    """Least and most pixels of an image; others are resized."""
+    """Fewest and most pixels of an image; others are resized."""
     video_pixels: tuple[int, int] = (2 * 32 * 32, 32 * 64 * 64)
-    """Least and most pixels of a video, over all frames."""
+    """Fewest and most pixels of a video, over all frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +67,20 @@ class VisualRecipe:
     vision: VisionSize = field(default_factory=VisionSize)
     warm_up: WarmUpSettings = field(default_factory=WarmUpSettings)
     pool_size: int = 2000
-    """Distinct tasks per visual domain that the warm-up shows, several times each: drawing and encoding them
-    costs more than learning from them."""
+    """Distinct tasks per visual domain in the warm-up. Each is shown several times, since drawing and
+    encoding a task costs more than learning from it."""
     data_seed: int = 1
-    """Seed of the shards. Their validation tasks are kept out of the warm-up."""
+    """Seed of the shards. The warm-up does not see their validation tasks."""
     num_train: int = 1500
     """Training tasks per domain."""
     num_validation: int = 200
     num_threads: int = 1
     """Sums of floats depend on it, and so do the weights. A second thread gains little on matrices this small
-    and loses very much when something else runs."""
+    and costs much when the machine is busy."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all domains, the text domain first."""
+        """Names of all domains, the text domain first."""
         return (self.text.name, *(domain.name for domain in self.visual))
 
 
@@ -117,23 +118,26 @@ VL_RECIPE = VisualRecipe(
     model=ModelSize(intermediate_size=384),
     warm_up=WarmUpSettings(num_steps=450, batch_size=36, early_fraction=0.65, worked_share=0.3),
 )
-"""The quickstart's base and its three domains."""
+"""The base model and the three domains of the quickstart."""
 
 
 def visual_data_digest(recipe: VisualRecipe) -> str:
-    """Changes with whatever changes the shards."""
-    tasks = Path(__file__).parents[1] / "data" / "visual_tasks"
-    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted(tasks.glob("*.py"))}
+    """A digest of everything that determines the shards."""
     domains = [(domain.name, domain.family, dict(domain.settings)) for domain in recipe.visual]
     parts = [recipe.data_seed, recipe.num_train, recipe.num_validation]
     text = [recipe.text.name, asdict(recipe.text.family)]
-    return digest_of_parts(
-        [parts, text, domains, sources, package_versions(["reasoning-gym", *VISUAL_PACKAGES])]
-    )
+    packages = package_versions(["reasoning-gym", *VISUAL_PACKAGES])
+    return digest_of_parts([parts, text, domains, task_sources(), packages])
+
+
+def task_sources() -> dict[str, str]:
+    """The code that draws the tasks, by file name."""
+    folder = Path(__file__).parent / "tasks"
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
 
 
 def visual_base_digest(recipe: VisualRecipe, seed: int) -> str:
-    """Changes with whatever changes the model: recipe, seed, the code that makes it, package versions."""
+    """A digest of everything that determines the model: recipe, seed, code, package versions."""
     here = Path(__file__).parent
     names = (*SOURCES_THAT_MATTER, *VISUAL_SOURCES)
     sources = {name: (here / name).read_text(encoding="utf-8") for name in names}

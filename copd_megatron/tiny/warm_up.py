@@ -1,8 +1,8 @@
-"""The supervised stage: a model imitates demonstrations. Knows nothing of tasks, tokenizers or modalities.
+"""The supervised stage: a model imitates demonstrations. Independent of tasks, tokenizers and modalities.
 
-A batch is a mapping of the model's own inputs (``input_ids`` and, for a vision-language model, whatever its
-processor makes), ``labels`` [B, T], aligned to ``input_ids`` and ``IGNORED`` where nothing is learnt, and
-``normalizer``, the number of learnt tokens that its loss is divided by.
+A batch is a mapping with the model's inputs (``input_ids`` and, for a vision-language model, the output of
+its processor), ``labels`` [B, T], aligned with ``input_ids`` and ``IGNORED`` at positions without loss, and
+``normalizer``, the number of tokens by which the loss is divided.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 IGNORED = -100
-"""Label of positions that are not learnt."""
+"""Label of positions without loss."""
 
 
 @contextmanager
 def reproducible(seed: int, num_threads: int) -> Iterator[None]:
-    """Fixed threads, deterministic kernels and a generator seeded with ``seed``; all put back afterwards."""
+    """Sets the number of threads, deterministic kernels and the seed of the generator; restores all
+    afterwards."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     with torch.random.fork_rng(devices=[]):
@@ -44,8 +45,8 @@ def reproducible(seed: int, num_threads: int) -> Iterator[None]:
 
 
 def pad_batch(rows: Sequence[tuple[Sequence[int], Sequence[int]]], padding_id: int) -> dict[str, Tensor]:
-    """Prompt and response ids to ``input_ids`` and ``labels`` [B, T], padded on the right; only responses
-    are learnt. Causal attention needs no mask for padding that follows."""
+    """Turns prompt and response ids into ``input_ids`` and ``labels`` [B, T], padded on the right. Only
+    responses have a loss. With causal attention, padding on the right needs no mask."""
     length = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids = torch.full((len(rows), length), padding_id)
     labels = torch.full((len(rows), length), IGNORED)
@@ -57,7 +58,7 @@ def pad_batch(rows: Sequence[tuple[Sequence[int], Sequence[int]]], padding_id: i
 
 
 def imitation_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of the labelled tokens, each predicted from what precedes it, over ``normalizer``."""
+    """Next-token cross-entropy, summed over the labelled tokens and divided by ``normalizer``."""
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "normalizer")}
     logits = model(**inputs, use_cache=False).logits
     total = F.cross_entropy(
@@ -70,7 +71,7 @@ def imitation_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def optimizers(model: nn.Module, settings: WarmUpSettings) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, Adam for embeddings, norms, biases and convolutions."""
+    """Muon for the matrices of layers, Adam for embeddings, norms, biases and convolutions."""
     embeddings = {
         id(weight)
         for module in model.modules()
@@ -89,7 +90,8 @@ def optimizers(model: nn.Module, settings: WarmUpSettings) -> list[torch.optim.O
 
 
 def lr_factor(step: int, num_steps: int, settings: WarmUpSettings) -> float:
-    """Linear rise over ``lr_warmup_steps``, then linear fall to ``final_lr_fraction`` at ``num_steps``."""
+    """Rises linearly over ``lr_warmup_steps``, then falls linearly to ``final_lr_fraction`` at
+    ``num_steps``."""
     rise = min(1.0, (step + 1) / max(1, settings.lr_warmup_steps))
     return rise * max(settings.final_lr_fraction, 1.0 - step / max(1, num_steps))
 
@@ -101,10 +103,10 @@ def warm_up(
     report: Callable[[int, float], None] | None = None,
     loss: Callable[[nn.Module, Batch], Tensor] = imitation_loss,
 ) -> list[float]:
-    """Train ``model`` in place for ``settings.num_steps`` steps, one batch each; return the losses.
+    """Trains ``model`` in place for ``settings.num_steps`` steps of one batch each. Returns the losses.
 
-    ``report(step, loss)`` is called after every step. Call it within ``reproducible`` for weights that
-    the seed determines.
+    ``report(step, loss)`` is called after every step. Within ``reproducible``, the seed determines the
+    weights.
 
     Raises ValueError if ``batches`` ends early, RuntimeError if the loss is not finite.
     """
@@ -117,7 +119,7 @@ def warm_up(
     for step in range(settings.num_steps):
         batch = next(source, None)
         if batch is None:
-            raise ValueError(f"the batches ended after {step} of {settings.num_steps} steps. Supply more.")
+            raise ValueError(f"the batches ended after {step} of {settings.num_steps} steps. Provide more.")
         model.zero_grad(set_to_none=True)
         value = loss(model, batch)
         value.backward()

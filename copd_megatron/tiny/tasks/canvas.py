@@ -1,4 +1,4 @@
-"""Drawing on small RGB arrays: coloured shapes and digits, no anti-aliasing, so that pixels are exact."""
+"""Draws coloured shapes and digits on small RGB arrays, without anti-aliasing, so that pixels are exact."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def blank(height: int, width: int, level: int = 255) -> Canvas:
 
 
 def shape_mask(shape: str, size: int) -> npt.NDArray[np.bool_]:
-    """[size, size] pixels that a shape covers, as large as fits."""
-    # Distance of pixel centres from the middle, in half sizes: -1 .. 1.
+    """[size, size] mask of the pixels that a shape covers; the shape fills the square."""
+    # distance of pixel centres from the middle, in units of half the size: -1 .. 1
     axis = (np.arange(size) + 0.5) * 2 / size - 1
     y, x = axis[:, None], axis[None, :]
     if shape == "circle":
@@ -59,7 +59,8 @@ def shape_mask(shape: str, size: int) -> npt.NDArray[np.bool_]:
 
 
 def draw_shape(canvas: Canvas, shape: str, color: str, top: int, left: int, size: int) -> None:
-    """A shape whose box has its upper left corner at (top, left); what lies outside is cut off."""
+    """Draws a shape whose box has its upper left corner at (top, left). Parts outside the canvas are cut
+    off."""
     mask = shape_mask(shape, size)
     y0, x0 = max(top, 0), max(left, 0)
     y1, x1 = min(top + size, canvas.shape[0]), min(left + size, canvas.shape[1])
@@ -69,12 +70,12 @@ def draw_shape(canvas: Canvas, shape: str, color: str, top: int, left: int, size
 
 
 def draw_bar(canvas: Canvas, color: str, top: int, left: int, height: int, width: int) -> None:
-    """A filled rectangle."""
+    """Draws a filled rectangle."""
     canvas[top : top + height, left : left + width] = COLORS[color]
 
 
 def draw_digit(canvas: Canvas, digit: str, color: str, top: int, left: int, scale: int) -> None:
-    """A digit of 3 x 5 dots, ``scale`` pixels each."""
+    """Draws a digit of 3 x 5 dots, each of ``scale`` x ``scale`` pixels."""
     bits = np.array(
         [[row >> (DIGIT_COLUMNS - 1 - i) & 1 for i in range(DIGIT_COLUMNS)] for row in _DIGITS[digit]]
     )
@@ -85,7 +86,7 @@ def draw_digit(canvas: Canvas, digit: str, color: str, top: int, left: int, scal
 def add_noise(canvas: Canvas, amplitude: int, seed: int) -> None:
     """Adds uniform noise in -amplitude .. amplitude to every value."""
     if amplitude:
-        # The raw bit stream is fixed by numpy's compatibility policy, unlike ``integers``.
+        # unlike that of ``integers``, numpy guarantees that the raw bit stream never changes
         raw = np.random.PCG64(seed).random_raw(canvas.size).reshape(canvas.shape)
         noise = (raw % np.uint64(2 * amplitude + 1)).astype(np.int64) - amplitude
         np.clip(canvas + noise, 0, 255, out=noise)

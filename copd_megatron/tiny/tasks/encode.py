@@ -1,5 +1,5 @@
-"""Arrays to PNG and MP4. Both keep every pixel; both give the same bytes for the same arrays, as long as
-Pillow's and PyAV's versions stay."""
+"""Encodes arrays as PNG and MP4. Both are lossless and, with the same versions of Pillow and PyAV, give the
+same bytes for the same arrays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def mp4(frames: Sequence[Canvas], fps: float) -> bytes:
     rate = Fraction(fps).limit_denominator(1001)
     height, width = frames[0].shape[:2]
     with av.open(buffer, mode="w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        # One thread: how frames are dealt out to threads would show in the bytes.
+        # one thread, because the bytes depend on how frames are assigned to threads
         stream = container.add_stream("libx264rgb", rate=rate, options={"qp": "0", "preset": "fast"})
         stream.codec_context.thread_count = 1
         stream.height, stream.width, stream.pix_fmt = height, width, "rgb24"

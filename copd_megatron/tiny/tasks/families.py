@@ -1,4 +1,4 @@
-"""What a visual task is, and the families of them by name."""
+"""What a visual task is, and the registry of families of tasks."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from copd_megatron.tiny.tasks.canvas import COLORS, SHAPES
 
 @dataclass(frozen=True, kw_only=True)
 class VisualTask:
-    """One task, not drawn yet: drawing is left until the task is written."""
+    """One task. It is not drawn before it is written."""
 
     question: str
-    """Prompt, with ``<image>`` or ``<video>`` where the medium goes."""
+    """Prompt with ``<image>`` or ``<video>`` in the place of the medium."""
     answer: str
     verifier: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
     scene: tuple[Any, ...]
-    """All that is drawn, as plain values: two tasks with equal question and scene are the same task."""
+    """Everything that is drawn, as plain values. Two tasks with equal question and scene are the same
+    task."""
     draw: Callable[[], Mapping[str, bytes]]
-    """The media members by extension."""
+    """Returns the media members by extension."""
 
     @property
     def identity(self) -> str:
-        """The same for tasks that are the same."""
+        """Equal for equal tasks."""
         return repr((self.question, self.scene))
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualFamily:
-    """A kind of task: its settings (a frozen dataclass of difficulty knobs) and what makes one."""
+    """A kind of task: its settings (a frozen dataclass that controls the difficulty) and its generator."""
 
     name: str
     kind: str
@@ -44,9 +45,10 @@ class VisualFamily:
     make: Callable[[Any, random.Random], VisualTask]
 
     def configure(self, settings: Mapping[str, Any]) -> Any:
-        """The family's settings with these values in place of defaults; lists become tuples.
+        """The family's settings, with these values instead of the defaults. Lists become tuples.
 
-        Raises DataError: unknown name (with the nearest), wrong type, or values that the family refuses.
+        Raises DataError for an unknown name (suggesting the nearest), a wrong type, or values that the family
+        refuses.
         """
         fields = {item.name: item for item in dataclasses.fields(self.settings)}
         values: dict[str, Any] = {}
@@ -61,8 +63,8 @@ class VisualFamily:
                 given = float(given)
             if default is not None and type(given) is not type(default):
                 raise DataError(
-                    f"family {self.name!r}: {name} must be of type {type(default).__name__} like its "
-                    f"default {default!r}, got {value!r}."
+                    f"family {self.name!r}: {name} must be of type {type(default).__name__}, like its "
+                    f"default {default!r}; got {value!r}."
                 )
             values[name] = given
         try:
@@ -77,7 +79,7 @@ _families: dict[str, VisualFamily] = {}
 def visual_family(
     name: str, kind: str, settings: type[Any]
 ) -> Callable[[Callable[[Any, random.Random], VisualTask]], Callable[[Any, random.Random], VisualTask]]:
-    """Decorator: register a function (settings, random source) -> task as a family."""
+    """Decorator that registers a function (settings, random source) -> task as a family."""
 
     def decorate(
         make: Callable[[Any, random.Random], VisualTask],
@@ -97,7 +99,7 @@ def families() -> Mapping[str, VisualFamily]:
 
 
 def family(name: str) -> VisualFamily:
-    """The family of this name. Raises DataError with the nearest names."""
+    """The family of this name. Raises DataError that suggests the nearest names."""
     known = families()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=2)
@@ -107,15 +109,15 @@ def family(name: str) -> VisualFamily:
 
 
 def require(condition: bool, message: str) -> None:
-    """For settings' checks: raises ValueError(message) unless the condition holds."""
+    """For checks of settings: raises ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def check_names(colors: tuple[str, ...], shapes: tuple[str, ...] = ()) -> None:
-    """Raises ValueError unless all are known, no one twice, and there is a color."""
+    """Raises ValueError unless all names are known and distinct and there is at least one color."""
     for what, given, known in (("color", colors, tuple(COLORS)), ("shape", shapes, SHAPES)):
         unknown = [name for name in given if name not in known]
         require(not unknown, f"unknown {what}(s) {unknown}; known: {', '.join(known)}")
-        require(len(set(given)) == len(given), f"{what}s {given} name one twice")
+        require(len(set(given)) == len(given), f"{what}s {given} contain a duplicate")
     require(len(colors) > 0, "at least one color is needed")

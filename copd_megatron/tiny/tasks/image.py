@@ -1,7 +1,7 @@
 """Image tasks: count, count_arithmetic, compare, locate, read_digits, read_chart.
 
-The first four draw shapes on a grid of equal cells. Defaults suit a model of one or two million parameters
-that sees 64 x 64 pixels: few colours, small counts. Every setting is a knob of difficulty.
+The first four draw shapes on a grid of equal cells. The defaults (few colours, small counts) suit a model of
+one or two million parameters that sees 64 x 64 pixels. Every setting controls the difficulty.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ Cell = tuple[int, int, str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class GridSettings:
-    """A square image of ``grid`` x ``grid`` cells with coloured shapes in some."""
+    """A square image of ``grid`` x ``grid`` cells, some of which hold coloured shapes."""
 
     image_size: int = 64
-    """Pixels of a side."""
+    """Pixels per side."""
     grid: int = 4
     colors: tuple[str, ...] = ("red", "blue", "green")
     shapes: tuple[str, ...] = ("square",)
     min_count: int = 1
-    """Shapes of the kind that is asked for."""
+    """Shapes of the kind that the question asks about."""
     max_count: int = 6
     min_others: int = 0
     """Shapes of other kinds."""
     max_others: int = 4
     jitter: int = 0
-    """Pixels that a shape may be off its cell's middle."""
+    """Largest offset of a shape from the middle of its cell, in pixels."""
     noise: int = 0
     """Amplitude of the pixel noise, 0 .. 255."""
 
@@ -69,7 +69,7 @@ class GridSettings:
 def _scatter(
     settings: GridSettings, counts: Mapping[tuple[str, str], int], rng: random.Random
 ) -> tuple[Cell, ...]:
-    """Cells for so many shapes of each kind, chosen at random, in reading order."""
+    """Random cells for the given number of shapes of each kind, in reading order."""
     places = [(row, column) for row in range(settings.grid) for column in range(settings.grid)]
     rng.shuffle(places)
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
@@ -79,7 +79,7 @@ def _scatter(
 def _others(
     settings: GridSettings, kinds: list[tuple[str, str]], taken: int, rng: random.Random
 ) -> dict[tuple[str, str], int]:
-    """How many shapes of each of ``kinds`` to add beside ``taken`` shapes."""
+    """How many shapes of each of ``kinds`` to add to ``taken`` shapes."""
     counts = dict.fromkeys(kinds, 0)
     most = min(settings.max_others, settings.grid**2 - taken)
     for _ in range(rng.randint(min(settings.min_others, most), most) if kinds else 0):
@@ -120,7 +120,7 @@ def _grid_task(
 
 
 def _counted(settings: GridSettings, rng: random.Random) -> tuple[tuple[str, str], int, tuple[Cell, ...]]:
-    """A kind, how many there are, and where everything lies."""
+    """A kind, the number of its shapes, and the cells of all shapes."""
     asked = rng.choice(settings.kinds)
     count = rng.randint(settings.min_count, settings.max_count)
     others = _others(settings, [kind for kind in settings.kinds if kind != asked], count, rng)
@@ -165,7 +165,7 @@ def count_arithmetic(settings: ArithmeticSettings, rng: random.Random) -> Visual
 
 @visual_family("compare", "image", GridSettings)
 def compare(settings: GridSettings, rng: random.Random) -> VisualTask:
-    """Of which of two kinds there are more; the answer is a kind or "equal"."""
+    """Which of two kinds has more shapes; the answer is a kind or "equal"."""
     kinds = settings.kinds
     require(len(kinds) >= 2, "compare needs two kinds of shapes: more colors or shapes")
     room = settings.grid**2
@@ -188,8 +188,8 @@ def compare(settings: GridSettings, rng: random.Random) -> VisualTask:
 
 @visual_family("locate", "image", GridSettings)
 def locate(settings: GridSettings, rng: random.Random) -> VisualTask:
-    """Row and column of the only shape of its kind, counted from 1 at the upper left; the settings' counts do
-    not matter."""
+    """Row and column of the only shape of its kind, counted from 1 at the upper left. Ignores min_count and
+    max_count."""
     asked = rng.choice(settings.kinds)
     others = _others(settings, [kind for kind in settings.kinds if kind != asked], 1, rng)
     cells = _scatter(settings, {asked: 1, **others}, rng)
@@ -205,14 +205,14 @@ class DigitSettings:
     """Digits in a row."""
 
     image_size: int = 64
-    """Width; the height is half of it."""
+    """Width in pixels; the height is half of it."""
     min_digits: int = 2
     max_digits: int = 3
     colors: tuple[str, ...] = ("black",)
     ask_sum: bool = False
     """Ask for the sum of the digits instead of the number."""
     shift: int = 2
-    """Pixels that the row may be off the middle."""
+    """Largest offset of the row from the middle, in pixels."""
     noise: int = 0
 
     def __post_init__(self) -> None:
@@ -224,7 +224,7 @@ class DigitSettings:
 
     @property
     def scale(self) -> int:
-        """Pixels of a dot, so that the longest number and its shift fit."""
+        """Pixels per dot, such that the longest number fits with its shift."""
         columns = self.max_digits * (DIGIT_COLUMNS + 1)
         room = self.image_size - 2 * self.shift
         return min(room // columns, (self.image_size // 2 - 2 * self.shift) // DIGIT_ROWS)
@@ -232,7 +232,7 @@ class DigitSettings:
 
 @visual_family("read_digits", "image", DigitSettings)
 def read_digits(settings: DigitSettings, rng: random.Random) -> VisualTask:
-    """Which number is written, or what its digits add up to."""
+    """Which number is written, or the sum of its digits."""
     length = rng.randint(settings.min_digits, settings.max_digits)
     digits = "".join(rng.choice("0123456789") for _ in range(length))
     colors = tuple(rng.choice(settings.colors) for _ in digits)
@@ -262,14 +262,14 @@ def _draw_digits(
 
 @dataclass(frozen=True, kw_only=True)
 class ChartSettings:
-    """A bar chart without numbers: heights are read off marks on the left, one per unit."""
+    """A bar chart without numbers. Marks on the left, one per unit, show the heights."""
 
     image_size: int = 64
     num_bars: int = 3
     max_value: int = 7
     colors: tuple[str, ...] = ("red", "blue", "green", "purple", "orange")
     questions: tuple[str, ...] = ("value", "highest")
-    """Of ``value`` (of one bar), ``highest`` (which one), ``sum`` and ``difference`` (of two bars)."""
+    """Some of ``value`` (of one bar), ``highest`` (which bar), ``sum`` and ``difference`` (of two bars)."""
     noise: int = 0
 
     def __post_init__(self) -> None:

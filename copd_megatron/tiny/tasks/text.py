@@ -1,9 +1,8 @@
 """Train and validation shards of procedurally generated text tasks, from reasoning-gym's families.
 
-Each family gets a seed of its own, tasks are kept once by prompt, and validation tasks never occur in the
-training shards. The same arguments give the same bytes. Every gold answer is graded by its verifier before
-it is written, so a family that the chosen verifier cannot grade is refused here and not found out as a
-reward of zero.
+Each family gets its own seed, every prompt occurs once, and validation tasks never occur in the training
+shards. The same arguments give the same bytes. The verifier grades every gold answer before it is written, so
+a family that it cannot grade is refused here instead of showing up later as rewards of zero.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ _ATTEMPTS_PER_SAMPLE = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One reasoning-gym family and its share of the domain."""
+    """A reasoning-gym family and its share of the domain."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the family's configuration, such as ``{"min_terms": 2, "max_terms": 2}``."""
+    """Settings of the family, such as ``{"min_terms": 2, "max_terms": 2}``."""
     weight: float = 1.0
-    """Share among the families, relative to the others' weights."""
+    """Share relative to the weights of the other families."""
     verifier: str = AUTO_VERIFIER
-    """``auto``: ``numeric`` where all gold answers are numbers; else ``reasoning_gym`` where the family
-    scores answers in a way of its own; else ``exact``."""
+    """``auto`` means ``numeric`` if all gold answers are numbers; else ``reasoning_gym`` if the family scores
+    answers itself; else ``exact``."""
 
 
 def family_options(
@@ -49,9 +48,10 @@ def family_options(
 
     Args:
         families: ``name`` or ``name:weight``.
-        settings: ``family.setting=value``, or ``setting=value`` for an only family; values are JSON, or text.
+        settings: ``family.setting=value``, or ``setting=value`` if there is one family; values are JSON or
+            text.
 
-    Raises DataError for a weight that is no number and a setting that belongs to none of them.
+    Raises DataError for a weight that is not a number and a setting of no family.
     """
     weights: dict[str, float] = {}
     for text in families:
@@ -90,13 +90,13 @@ def write_domain(
     shard_size: int = 1000,
     overwrite: bool = False,
 ) -> WrittenDomain:
-    """Write ``<out>/<name>-train-NNNNNN.tar`` and ``<out>/<name>-validation-NNNNNN.tar``.
+    """Writes ``<out>/<name>-train-NNNNNN.tar`` and ``<out>/<name>-validation-NNNNNN.tar``.
 
-    A prompt is ``template`` with ``{question}`` filled in, then ``prompt_suffix``. Families take part by
-    weight, in a random order; no prompt occurs twice, in one split or in both.
+    A prompt is ``template`` with ``{question}`` filled in, followed by ``prompt_suffix``. Families are mixed
+    by weight, in random order. No prompt occurs twice, neither in one split nor across both.
 
-    Raises DataError: unknown family or setting, too few distinct tasks, a gold answer that its verifier
-    does not grade 1, shards of these names in ``out`` (unless ``overwrite``).
+    Raises DataError for an unknown family or setting, too few distinct tasks, a gold answer to which its
+    verifier does not give 1, or shards of these names in ``out`` (unless ``overwrite``).
     """
     if not families or num_train < 1 or num_validation < 0:
         raise DataError(
@@ -104,13 +104,13 @@ def write_domain(
             "validation samples. At least one family and one training sample are needed."
         )
     if "{question}" not in template:
-        raise DataError(f"template {template!r} does not contain {{question}}. Put it where the task goes.")
+        raise DataError(
+            f"template {template!r} does not contain {{question}}. Insert it where the task belongs."
+        )
     prefixes = (f"{name}-train", f"{name}-validation")
     for prefix in prefixes:
         if existing_shards(out, prefix) and not overwrite:
-            raise DataError(
-                f"{out} already holds {prefix}-*.tar. Choose another name or ask for overwriting."
-            )
+            raise DataError(f"{out} already holds {prefix}-*.tar. Choose another name, or overwrite them.")
     seen: set[str] = set()
     splits: dict[str, list[NewSample]] = {"train": [], "validation": []}
     weights = [family.weight for family in families]
@@ -140,7 +140,8 @@ def write_domain(
 
 
 def divide_by_weight(total: int, weights: Sequence[float]) -> list[int]:
-    """``total`` divided by weight, by largest remainder. Raises DataError for a weight of 0 or below."""
+    """``total`` divided by weight, with largest remainders. Raises DataError unless all weights are
+    positive."""
     if any(weight <= 0 for weight in weights):
         raise DataError(f"family weights {weights}: every weight must be positive.")
     exact = [total * weight / sum(weights) for weight in weights]
@@ -152,15 +153,15 @@ def divide_by_weight(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def subseed(*parts: object) -> int:
-    """A 31-bit seed from what it is for."""
-    # reasoning-gym seeds task i with seed + i: seeds that lie close together would share their tasks.
+    """A 31-bit seed, derived from its purpose."""
+    # reasoning-gym seeds task i with seed + i, so seeds that are close together would share tasks
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
 def _generate(
     family: Family, count: int, seed: int, seen: set[str], template: str, suffix: str
 ) -> list[NewSample]:
-    """``count`` samples with prompts not in ``seen``, which they join."""
+    """``count`` samples whose prompts are not in ``seen``. Adds their prompts to it."""
     if count == 0:
         return []
     attempts = count * _ATTEMPTS_PER_SAMPLE
@@ -169,8 +170,8 @@ def _generate(
     for entry in _entries(dataset, attempts):
         if not isinstance(entry["answer"], str):
             raise DataError(
-                f"family {family.name!r} gives no gold answer (but {entry['answer']!r}), so nothing could "
-                "show that its tasks are graded rightly. Choose another family."
+                f"family {family.name!r} gives {entry['answer']!r} instead of a gold answer, so its grading "
+                "cannot be checked. Choose another family."
             )
         prompt = template.replace("{question}", entry["question"]) + suffix
         if prompt not in seen:
@@ -180,8 +181,8 @@ def _generate(
                 break
     else:
         raise DataError(
-            f"family {family.name!r} with settings {dict(family.settings)}: {attempts} tries gave only "
-            f"{len(entries)} distinct tasks, {count} are wanted. Ask for fewer samples or widen the settings."
+            f"family {family.name!r} with settings {dict(family.settings)}: {attempts} attempts gave only "
+            f"{len(entries)} distinct tasks of {count}. Request fewer samples or widen the settings."
         )
     verifier = family.verifier
     if verifier == AUTO_VERIFIER:
@@ -237,14 +238,14 @@ def _sample(prompt: str, entry: Mapping[str, Any], family: Family, verifier: str
         plain = json.loads(json.dumps(metadata, default=_plain))
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"family {family.name!r}: its task metadata is not storable as JSON ({error}). Choose "
+            f"family {family.name!r}: its task metadata cannot be stored as JSON ({error}). Choose "
             "verifier 'exact' or 'numeric', or another family."
         ) from error
     return NewSample(prompt=prompt, answer=entry["answer"], verifier=verifier, metadata=plain)
 
 
 def _plain(value: Any) -> Any:
-    """JSON types for numpy's scalars and arrays, and for sets, which lose their accidental order."""
+    """JSON types for numpy's scalars and arrays, and for sets, which are sorted."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, set | frozenset):

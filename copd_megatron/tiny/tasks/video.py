@@ -1,7 +1,7 @@
 """Video tasks: direction, event_order, event_count, temporal_grounding, digit_sequence.
 
-Defaults suit a model of one or two million parameters: 8 frames of 64 x 64 pixels, 4 a second. Read them
-with ``media.frame_rate`` at least the videos' ``fps``, or frames are left out.
+The defaults suit a model of one or two million parameters: 8 frames of 64 x 64 pixels at 4 frames per second.
+Set ``media.frame_rate`` to at least the ``fps`` of the videos, or frames will be dropped.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ class VideoSettings:
     """A square video with shapes on white."""
 
     frame_size: int = 64
-    """Pixels of a side; even."""
+    """Pixels per side; even."""
     num_frames: int = 8
     fps: float = 4.0
     colors: tuple[str, ...] = ("red", "blue", "green")
     shapes: tuple[str, ...] = ("square",)
     sprite_size: int = 16
     num_distractors: int = 0
-    """Grey-black shapes that stay where they are."""
+    """Black shapes that do not move."""
     noise: int = 0
-    """Amplitude of the pixel noise, 0 .. 255, drawn anew for each frame."""
+    """Amplitude of the pixel noise, 0 .. 255, different in each frame."""
 
     def __post_init__(self) -> None:
         check_names(self.colors, self.shapes)
         require(self.frame_size % 2 == 0, f"frame_size {self.frame_size} must be even")
         require(4 <= self.sprite_size <= self.frame_size // 2, f"sprite_size {self.sprite_size} does not fit")
-        require(self.num_frames >= 2, f"{self.num_frames} frames make no video")
+        require(self.num_frames >= 2, f"num_frames {self.num_frames} is below 2")
         require(self.fps > 0, f"fps {self.fps} is not positive")
         require(0 <= self.noise <= 255, f"noise {self.noise} is not in 0 .. 255")
         require(self.num_distractors >= 0, "num_distractors is negative")
@@ -75,7 +75,7 @@ def _video_task(
     verifier: str,
     metadata: dict[str, float] | None = None,
 ) -> VisualTask:
-    """``frames``: what each frame shows."""
+    """``frames`` says what each frame shows."""
     limit = settings.frame_size - settings.sprite_size
     still = tuple(
         (rng.choice(SHAPES), "black", rng.randint(0, limit), rng.randint(0, limit))
@@ -112,10 +112,10 @@ def _somewhere(settings: VideoSettings, rng: random.Random) -> tuple[int, int]:
 
 
 def _spans(settings: VideoSettings, count: int, shortest: int, rng: random.Random) -> list[tuple[int, int]]:
-    """``count`` spans [first, last + 1) of frames, in order, at least one frame apart, each at least
-    ``shortest`` long. The caller has checked that they fit."""
+    """``count`` spans [first, last + 1) of frames, in order, at least one frame apart and at least
+    ``shortest`` frames long. The caller has checked that they fit."""
     slack = settings.num_frames - count * shortest - (count - 1)
-    # Cut the spare frames at random into: before, within each span, between spans, after.
+    # distribute the spare frames at random: before, within each span, between spans, after
     parts = [0] * (2 * count + 1)
     for _ in range(slack):
         parts[rng.randrange(len(parts))] += 1
@@ -129,10 +129,10 @@ def _spans(settings: VideoSettings, count: int, shortest: int, rng: random.Rando
 
 @dataclass(frozen=True, kw_only=True)
 class DirectionSettings(VideoSettings):
-    """One shape that moves straight on, and perhaps back."""
+    """One shape that moves in a straight line, and may turn back."""
 
     ask_turn: bool = True
-    """Half of the shapes turn back midway, and the question asks for that too."""
+    """Half of the shapes turn back, and the question asks about that as well."""
     diagonal: bool = False
     """Eight directions instead of four."""
     min_speed: int = 4
@@ -154,7 +154,7 @@ class DirectionSettings(VideoSettings):
 
 @visual_family("direction", "video", DirectionSettings)
 def direction(settings: DirectionSettings, rng: random.Random) -> VisualTask:
-    """Which way a shape moves at first, and whether it turns back."""
+    """In which direction a shape moves at first, and whether it turns back."""
     names = list(_MOVES)[: 8 if settings.diagonal else 4]
     name = rng.choice(names)
     down, right = _MOVES[name]
@@ -167,7 +167,7 @@ def direction(settings: DirectionSettings, rng: random.Random) -> VisualTask:
     low, high = min(path), max(path)
 
     def start(sign: int) -> int:
-        """A first position from which the whole path stays inside."""
+        """A first position from which the whole path stays inside the frame."""
         if sign == 0:
             return rng.randint(0, limit)
         return rng.randint(-low, limit - high) if sign > 0 else rng.randint(high, limit + low)
@@ -247,26 +247,24 @@ def event_count(settings: EventCountSettings, rng: random.Random) -> VisualTask:
 
 @dataclass(frozen=True, kw_only=True)
 class GroundingSettings(VideoSettings):
-    """A shape of the asked colour appears for a while, among others."""
+    """A shape of the given colour appears for a while, and possibly others as well."""
 
     min_event_frames: int = 2
     num_other_events: int = 0
     """Shapes of other colours that appear before or after."""
     iou_threshold: float = 0.0
-    """Overlap from which the reward is 1; 0: the overlap itself is the reward."""
+    """Overlap from which the reward is 1. With 0, the overlap itself is the reward."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            0 <= self.num_other_events < len(self.colors), "num_other_events needs as many further colors"
-        )
+        require(0 <= self.num_other_events < len(self.colors), "num_other_events needs as many other colors")
         require(0.0 <= self.iou_threshold <= 1.0, f"iou_threshold {self.iou_threshold} is not in 0 .. 1")
         _check_fit(self, 1 + self.num_other_events, self.min_event_frames)
 
 
 @visual_family("temporal_grounding", "video", GroundingSettings)
 def temporal_grounding(settings: GroundingSettings, rng: random.Random) -> VisualTask:
-    """From when to when a shape is visible, in seconds. Frame ``i`` stands from i / fps to (i + 1) / fps."""
+    """When a shape is visible, in seconds. Frame ``i`` lasts from i / fps to (i + 1) / fps."""
     colors = rng.sample(settings.colors, 1 + settings.num_other_events)
     spans = _spans(settings, len(colors), settings.min_event_frames, rng)
     rng.shuffle(spans)
@@ -291,31 +289,31 @@ def temporal_grounding(settings: GroundingSettings, rng: random.Random) -> Visua
 
 @dataclass(frozen=True, kw_only=True)
 class DigitSequenceSettings:
-    """Digits that are shown one after the other, with empty frames between them."""
+    """Digits that appear one after the other, separated by empty frames."""
 
     frame_size: int = 32
-    """Pixels of a side; even."""
+    """Pixels per side; even."""
     min_digits: int = 2
     max_digits: int = 4
     digit_frames: int = 1
-    """Frames that show a digit."""
+    """Frames per digit."""
     gap_frames: int = 1
-    """Empty frames after each, so that a digit that comes twice is seen twice."""
+    """Empty frames after each digit, so that a repeated digit can be seen."""
     fps: float = 4.0
     colors: tuple[str, ...] = ("black",)
     ask_sum: bool = True
     """Ask for the sum of the digits instead of the number they form."""
     shift: int = 2
-    """Pixels that a digit may be off the middle."""
+    """Largest offset of a digit from the middle, in pixels."""
     noise: int = 0
-    """Amplitude of the pixel noise, 0 .. 255, drawn anew for each frame."""
+    """Amplitude of the pixel noise, 0 .. 255, different in each frame."""
 
     def __post_init__(self) -> None:
         check_names(self.colors)
         require(self.frame_size % 2 == 0, f"frame_size {self.frame_size} must be even")
         require(1 <= self.min_digits <= self.max_digits, "digits must satisfy 1 <= min_digits <= max_digits")
         require(self.digit_frames >= 1, "digit_frames is below 1")
-        require(self.gap_frames >= 1, "gap_frames is below 1: a digit that comes twice would look like one")
+        require(self.gap_frames >= 1, "gap_frames is below 1: a repeated digit would look like one digit")
         require(self.fps > 0, f"fps {self.fps} is not positive")
         require(0 <= self.noise <= 255, f"noise {self.noise} is not in 0 .. 255")
         require(self.shift >= 0, "shift is negative")
@@ -323,13 +321,13 @@ class DigitSequenceSettings:
 
     @property
     def scale(self) -> int:
-        """Pixels of a dot."""
+        """Pixels per dot."""
         return (self.frame_size - 2 * self.shift) // DIGIT_ROWS
 
 
 @visual_family("digit_sequence", "video", DigitSequenceSettings)
 def digit_sequence(settings: DigitSequenceSettings, rng: random.Random) -> VisualTask:
-    """What the digits that are shown add up to, or which they are."""
+    """The sum of the digits that are shown, or the digits themselves."""
     length = rng.randint(settings.min_digits, settings.max_digits)
     shown = tuple(
         (

@@ -1,8 +1,9 @@
-"""Train and validation shards of procedural image and video tasks, as ``data.make`` does for text.
+"""Train and validation shards of generated image and video tasks; ``text.py`` does this for text.
 
-Tasks are kept once by question and scene, so no validation task occurs in training. Media are drawn when
-their sample is written, so that memory does not grow with the data set. The same arguments give the same
-bytes (MP4 members: with the same PyAV). Every gold answer is graded by its verifier before it is written.
+Every combination of question and scene occurs once, so no validation task occurs in training. Media are drawn
+when their sample is written, so memory use does not grow with the data set. The same arguments give the same
+bytes (MP4 members: with the same version of PyAV). The verifier grades every gold answer before it is
+written.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _ATTEMPTS_PER_SAMPLE = 50
 
 @dataclass(frozen=True, kw_only=True)
 class VisualShare:
-    """One family and its share of the domain."""
+    """A family and its share of the domain."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Knobs of the family in place of its defaults, such as ``{"max_count": 9}``."""
+    """Settings that replace the family's defaults, such as ``{"max_count": 9}``."""
     weight: float = 1.0
-    """Share among the families, relative to the others' weights."""
+    """Share relative to the weights of the other families."""
 
 
 def write_visual_domain(
@@ -45,12 +46,12 @@ def write_visual_domain(
     shard_size: int = 1000,
     overwrite: bool = False,
 ) -> WrittenDomain:
-    """Write ``<out>/<name>-train-NNNNNN.tar`` and ``<out>/<name>-validation-NNNNNN.tar``.
+    """Writes ``<out>/<name>-train-NNNNNN.tar`` and ``<out>/<name>-validation-NNNNNN.tar``.
 
-    Families take part by weight, in a random order; no task occurs twice, in one split or in both.
+    Families are mixed by weight, in random order. No task occurs twice, neither in one split nor across both.
 
-    Raises DataError: unknown family or setting, settings that do not fit together, too few distinct tasks,
-    a gold answer that its verifier does not grade 1, shards of these names in ``out`` (unless
+    Raises DataError for an unknown family or setting, settings that contradict each other, too few distinct
+    tasks, a gold answer to which its verifier does not give 1, or shards of these names in ``out`` (unless
     ``overwrite``).
     """
     if not shares or num_train < 1 or num_validation < 0:
@@ -61,9 +62,7 @@ def write_visual_domain(
     prefixes = {split: f"{name}-{split}" for split in ("train", "validation")}
     for prefix in prefixes.values():
         if existing_shards(out, prefix) and not overwrite:
-            raise DataError(
-                f"{out} already holds {prefix}-*.tar. Choose another name or ask for overwriting."
-            )
+            raise DataError(f"{out} already holds {prefix}-*.tar. Choose another name, or overwrite them.")
     weights = [share.weight for share in shares]
     sizes = zip(divide_by_weight(num_train, weights), divide_by_weight(num_validation, weights), strict=True)
     seen: set[str] = set()
@@ -92,7 +91,7 @@ def write_visual_domain(
 
 
 def _generate(share: VisualShare, count: int, seed: int, seen: set[str]) -> list[VisualTask]:
-    """``count`` tasks whose identities are not in ``seen``, which they join."""
+    """``count`` tasks whose identities are not in ``seen``. Adds their identities to it."""
     kind = family(share.name)
     settings = kind.configure(share.settings)
     rng = random.Random(seed)
@@ -111,8 +110,8 @@ def _generate(share: VisualShare, count: int, seed: int, seen: set[str]) -> list
     if len(tasks) < count:
         raise DataError(
             f"family {share.name!r} with settings {dict(share.settings)}: {count * _ATTEMPTS_PER_SAMPLE} "
-            f"tries gave only {len(tasks)} distinct tasks, {count} are wanted. Ask for fewer samples or "
-            "widen the settings."
+            f"attempts gave only {len(tasks)} distinct tasks of {count}. Request fewer samples or widen the "
+            "settings."
         )
     return tasks
 
@@ -121,8 +120,8 @@ def _check_gold(task: VisualTask, name: str) -> None:
     reward = registry.get(task.verifier).verify(f"Answer: {task.answer}", task.answer, task.metadata)
     if reward < 1.0:
         raise DataError(
-            f"family {name!r}, task {task.question!r}: verifier {task.verifier!r} grades the gold answer "
-            f"{task.answer!r} {reward:g}. This is a mistake in the family."
+            f"family {name!r}, task {task.question!r}: verifier {task.verifier!r} gives the gold answer "
+            f"{task.answer!r} {reward:g} instead of 1. This is a mistake in the family."
         )
 
 
