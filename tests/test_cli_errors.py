@@ -255,6 +255,23 @@ def test_merge_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("branches.alpha.data.train=[nowhere/at-all-*.tar]", "no shard matches 'nowhere/at-all-*.tar'"),
+        ("branches.alpha.reward.verifiers=[mathematics]", "mathematics"),
+    ],
+)
+def test_dry_run_finds_what_is_missing(
+    config: dict[str, Any], tmp_path: Path, override: str, said: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    answer = copd("train", str(path), "--dry-run", override)
+    assert answer.status == 2
+    assert said in answer.message
+
+
 def test_dry_run_starts_nothing_and_needs_no_torch(config: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copd_megatron.config import BranchConfig, Config, ModelConfig, ModelShape, ParallelConfig, RolloutConfig
-from copd_megatron.config.schema import Recompute
+from copd_megatron.config.schema import Recompute, TeacherMode
 from copd_megatron.planner.memory import MemoryEstimate, estimate_memory, stage_parameters
 from copd_megatron.topology.layout import Layout
 
@@ -259,3 +259,17 @@ def test_a_frozen_branch_keeps_no_training_state() -> None:
     estimate = estimate_memory(config, config.branches["one"], SHAPE, on_gpu=False)
     assert (estimate.gradients, estimate.optimizer) == (0, 0)
     assert estimate.weights == 4 * SHAPE.num_parameters
+
+
+def test_a_frozen_branch_is_not_charged_for_what_it_does_not_have() -> None:
+    """No engine, no buckets of a weight sync, no reference or snapshot of weights that never change."""
+    config = make_config({"one": ((1, 1, 1, 1), 1)})
+    config.loss.kl_coefficient, config.opd.teacher_mode = 0.1, TeacherMode.phase_snapshot
+    trained = estimate_memory(config, config.branches["one"], SHAPE, on_gpu=True)
+    assert min(trained.rollout, trained.weight_sync, trained.extra_models) > 0 and trained.rollout_sleeps
+    config.branches["one"].frozen = True
+    for on_gpu in (False, True):
+        estimate = estimate_memory(config, config.branches["one"], SHAPE, on_gpu=on_gpu)
+        assert (estimate.rollout, estimate.weight_sync, estimate.extra_models) == (0, 0, 0)
+        assert not estimate.rollout_sleeps
+        assert estimate.total == estimate.weights + estimate.activations + estimate.logits

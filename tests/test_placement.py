@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from copd_megatron.launch.placement import PlacementError, host_list, place
 from copd_megatron.topology.layout import BranchLayout, Layout
 from copd_megatron.topology.slurm import first_host, step_environment
+from tests.support.domains import make_domains
 from tests.support.models import make_model
 
 Sizes = list[tuple[int, int, int]]
@@ -112,13 +113,16 @@ def test_tensor_parallelism_beyond_a_node_is_refused() -> None:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("slurm_launch")
     make_model(root / "base", seed=1)
+    make_domains(root / "data", num_train=4, num_validation=0)
     settings = {
         "model": {"path": str(root / "base"), "max_sequence_tokens": 2048},
         "branch_defaults": {
-            "data": {"train": ["none.tar"]},
             "parallel": {"tensor_model_parallel_size": 2},
         },
-        "branches": {"alpha": {}, "beta": {}},
+        "branches": {
+            name: {"data": {"train": [str(root / "data" / f"{name}-train-*.tar")]}}
+            for name in ("alpha", "beta")
+        },
     }
     (root / "config.yaml").write_text(yaml.safe_dump(settings))
     return root / "config.yaml"
@@ -147,6 +151,7 @@ def test_the_check_prints_every_ranks_host_without_torch(config: Path) -> None:
         (["--hosts", "n1,n2,n3"], "that is 2 nodes of 2; the job has 3. Submit it with --nodes=2"),
         (["--hosts", "n1,n2", "optimizer.lrr=1"], "optimizer.lrr"),
         (["--hosts", "n1,n2", "model.path=/nowhere"], "/nowhere"),
+        (["--hosts", "n1,n2", "branches.beta.data.train=[nowhere.tar]"], "no shard matches 'nowhere.tar'"),
     ],
 )
 def test_the_check_refuses_what_could_not_start(config: Path, arguments: list[str], says: str) -> None:

@@ -37,7 +37,9 @@ def command(config: str, overrides: tuple[str, ...], dry_run: bool) -> int:
     validate(settings, world_size=world_size, model=read_model_shapes(settings))
     if dry_run:
         from copd_megatron.launch.dry_run import dry_run as description
+        from copd_megatron.launch.preflight import check_inputs
 
+        check_inputs(settings)
         print(description(settings))
         return 0
 

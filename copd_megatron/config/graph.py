@@ -75,7 +75,8 @@ class Graph:
         """One line an edge, for the dry run."""
         if not self.edges:
             return "no distillation: every branch learns alone"
-        lines = [f"{len(self.edges)} edges over {len(self.branches)} branches (student<-teacher):"]
+        count = f"{len(self.edges)} edge{'s' if len(self.edges) > 1 else ''}"
+        lines = [f"{count} over {len(self.branches)} branches (student<-teacher):"]
         width = max(len(edge.name) for edge in self.edges)
         lines += [
             f"  {edge.name:<{width}}  {edge.objective}, weight {edge.weight:g}, beta {edge.beta:g}, "

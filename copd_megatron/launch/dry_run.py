@@ -31,7 +31,7 @@ def dry_run(config: Config, world_size: int | None = None) -> str:
         world_size: processes of the job, if known: a layout that does not fit is refused.
 
     Raises:
-        ConfigError: the run could not start; the same checks as a real start makes.
+        ConfigError: the settings make no run. Data and verifiers are ``preflight.check_inputs``' to check.
     """
     shapes = read_model_shapes(config)
     validate(config, world_size, shapes)
@@ -54,15 +54,19 @@ def _describe_memory(config: Config, shapes: Mapping[str, ModelShape]) -> str:
     for name, branch in config.branches.items():
         shape = shapes[name]
         estimate = estimate_memory(config, branch, shape, on_gpu=on_gpu)
-        parts = ", ".join(f"{part.replace('_', ' ')} {_size(getattr(estimate, part))}" for part in _PARTS)
-        turns = ""
-        if estimate.rollout_sleeps:
-            actor, rollout = _size(estimate.training), _size(estimate.sampling)
-            turns = f" ({actor} while the actor works, {rollout} while vLLM does)"
-        lines.append(
-            f"{name}: {shape.num_parameters:,} parameters; {_size(estimate.total)} a rank{turns} = {parts}"
+        parts = " + ".join(
+            f"{part.replace('_', ' ')} {_size(getattr(estimate, part))}"
+            for part in _PARTS
+            if getattr(estimate, part)
         )
-        if on_gpu:
+        lines.append(f"{name}: {shape.num_parameters:,} parameters; {_size(estimate.total)} a rank")
+        if estimate.rollout_sleeps:
+            lines.append(
+                f"  the larger of two turns: {_size(estimate.training)} while the actor works (all but the "
+                f"rollout part), {_size(estimate.sampling)} while vLLM does (that, and what the actor keeps)"
+            )
+        lines.append(f"  parts: {parts}")
+        if on_gpu and not branch.frozen:
             share = branch.rollout.gpu_memory_utilization
             lines.append(f"  of which vLLM's share grows to {share:.0%} of the GPU with its KV cache")
     return "\n".join(lines)

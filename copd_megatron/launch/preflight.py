@@ -29,12 +29,7 @@ def check_start(config: Config) -> None:
     Raises:
         ConfigError, DataError, UnknownVerifierError: the run could not start, or would harm another one.
     """
-    check_packages(config.logging)
-    for branch in config.branches.values():
-        registry.resolve(branch.reward.verifiers)
-        for patterns in (branch.data.train, branch.data.validation):
-            if patterns:
-                check_shards(patterns, branch.reward.verifiers)
+    check_inputs(config)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_shared_memory(
             local_ranks(sum(branch.parallel.world_size for branch in config.branches.values()))
@@ -43,6 +38,20 @@ def check_start(config: Config) -> None:
         folder = run_directory(config)
         check_run_dir(config, folder)
         check_disk(config, read_model_shapes(config), folder)
+
+
+def check_inputs(config: Config) -> None:
+    """Packages, verifiers and shards that the configuration names.
+
+    Raises:
+        ConfigError, DataError, UnknownVerifierError: something is missing or cannot be used.
+    """
+    check_packages(config.logging)
+    for branch in config.branches.values():
+        registry.resolve(branch.reward.verifiers)
+        for patterns in (branch.data.train, branch.data.validation):
+            if patterns:
+                check_shards(patterns, branch.reward.verifiers)
 
 
 def check_run_dir(config: Config, folder: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from copd_megatron.config import ConfigError, load_config, read_model_shapes, validate
 from copd_megatron.launch.placement import PlacementError, host_list, place
+from copd_megatron.launch.preflight import check_inputs
 from copd_megatron.topology.layout import Layout
 
 
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layout = Layout.from_config(config)
         placement = place(layout, num_nodes=len(hosts), ranks_per_node=arguments.ranks_per_node)
         validate(config, world_size=layout.world_size, model=read_model_shapes(config))
+        check_inputs(config)
     except (ConfigError, PlacementError, FileNotFoundError, ValueError) as error:
         print(f"copd: {error}", file=sys.stderr)
         return 2

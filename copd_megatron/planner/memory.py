@@ -141,13 +141,9 @@ def estimate_memory(
     size = compute_bytes(config, on_gpu=on_gpu)
     trains = not branch.frozen
 
-    extra_models = int(config.loss.kl_coefficient > 0 and trains)
-    extra_models += int(config.opd.teacher_mode is not TeacherMode.live and config.schedule.opd_steps > 0)
-
-    quantized = branch.rollout.quantization is RolloutQuantization.fp8
-    rollout = (1 if quantized else size) * shape.num_parameters // branch.rollout.tensor_parallel_size
-    if not on_gpu:
-        rollout += int(branch.rollout.cpu_kv_cache_gib * GIB)
+    snapshots = config.opd.teacher_mode is not TeacherMode.live and config.schedule.opd_steps > 0
+    # a frozen branch never changes, so it needs neither a reference nor a snapshot, and it does not sample
+    extra_models = int(config.loss.kl_coefficient > 0) + int(snapshots) if trains else 0
 
     weights = (1 if config.precision.fp8_parameters else size) * parameters
     gradients = _gradient_bytes(config) * parameters if trains else 0
@@ -166,11 +162,18 @@ def estimate_memory(
         activations=_activation_bytes(config, branch, shape, size, on_gpu=on_gpu),
         logits=3 * 4 * config.training.logprob_chunk_tokens * shape.vocab_size // tensor,
         extra_models=size * parameters * extra_models,
-        weight_sync=2 * bucket,
-        rollout=rollout,
+        weight_sync=2 * bucket if trains else 0,
+        rollout=_rollout_bytes(branch, shape, size, on_gpu=on_gpu) if trains else 0,
         given_to_rollout=given,
-        rollout_sleeps=on_gpu and memory.sleep_rollouts,
+        rollout_sleeps=on_gpu and memory.sleep_rollouts and trains,
     )
+
+
+def _rollout_bytes(branch: BranchConfig, shape: ModelShape, size: int, *, on_gpu: bool) -> int:
+    """vLLM's weights and, on CPU, its KV cache."""
+    quantized = branch.rollout.quantization is RolloutQuantization.fp8
+    weights = (1 if quantized else size) * shape.num_parameters // branch.rollout.tensor_parallel_size
+    return weights if on_gpu else weights + int(branch.rollout.cpu_kv_cache_gib * GIB)
 
 
 def _activation_bytes(
