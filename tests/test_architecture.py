@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what a branch is made of
     "data": {"config", "errors", "model", "records", "rewards"},
     "opd": {"config", "errors", "records", "topology"},
-    "policy": {"config", "errors", "hf", "model", "objectives", "records"},
+    "policy": {"config", "errors", "hf", "model", "objectives", "records", "topology"},
     "rollout": {"config", "data", "errors", "records", "topology"},
     "weight_sync": {"config", "errors", "hf", "model", "policy", "rollout"},
     "checkpoint": {"config", "errors", "policy", "topology"},

@@ -29,8 +29,14 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from copd_megatron.checkpoint.distcp import HashingFile, append
 from copd_megatron.checkpoint.manifest import FileEntry
+from copd_megatron.topology.messages import register
+
+# what the plan of a save is told in, between the ranks of a branch
+register(MetadataIndex)
+register(_StorageInfo)
 
 
+@register
 @dataclass(kw_only=True)
 class Written:
     """What one rank wrote."""

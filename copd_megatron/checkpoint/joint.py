@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
@@ -48,6 +47,7 @@ from copd_megatron.checkpoint.manifest import (
 )
 from copd_megatron.policy import cpu
 from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
+from copd_megatron.topology.collectives import gather_messages
 from copd_megatron.topology.world import World
 
 logger = logging.getLogger(__name__)
@@ -220,9 +220,8 @@ class JointSaver:
     def _finish_branch(self, pending: _Pending, written: Written) -> tuple[BranchEntry | None, str | None]:
         """Megatron's metadata and the loop state, by the branch's first rank: (its entry, what failed)."""
         world, saved = self.world, pending.saved
-        parts: list[Any] | None = [None] * world.branch_size if world.is_branch_first else None
         with world.watch.operation("checkpoint.collect", ranks=world.branch_ranks[world.branch]):
-            dist.gather_object(written, parts, dst=0)
+            parts = gather_messages(written)
         if parts is None:
             return None, None
         problems = [part.error for part in parts if part.error is not None]

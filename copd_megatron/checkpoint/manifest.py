@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from copd_megatron.topology.messages import register
+
 logger = logging.getLogger(__name__)
 
 MANIFEST: Final = "manifest.json"
@@ -25,6 +27,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read or used; says which, why, and the remedy."""
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
     """One file of a checkpoint."""
@@ -35,6 +38,7 @@ class FileEntry:
     sha256: str
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class BranchEntry:
     """One branch of a checkpoint."""
@@ -55,6 +59,7 @@ class BranchEntry:
         return sum(file.num_bytes for file in self.files)
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A whole checkpoint."""

@@ -20,11 +20,13 @@ from torch.distributed.run import main as torchrun
 
 from copd_megatron.checkpoint.manifest import complete_checkpoints
 from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
+from copd_megatron.launch.rendezvous import register_loopback
 
 
 def main(arguments: list[str]) -> int:
     """Runs torchrun with ``arguments[1:]`` for the run directory ``arguments[0]``."""
     run_dir, *rest = arguments
+    register_loopback()
     limit = int(os.environ.get("COPD_MAX_RESTARTS", "0"))
     try:
         for restarts in range(limit + 1):

@@ -23,6 +23,10 @@ def become_torchrun(config: Config, arguments: Sequence[str]) -> NoReturn:
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
         # after a signal the ranks get the time to save
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(30, int(config.checkpoint.save_before_seconds))),
+        # ranks of one machine talk to each other over its loopback interface: nobody else can reach them
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "VLLM_HOST_IP": "127.0.0.1",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -30,8 +34,9 @@ def become_torchrun(config: Config, arguments: Sequence[str]) -> NoReturn:
     os.environ["COPD_RUN_ID"] = uuid.uuid4().hex[:12]
     command = [
         *(sys.executable, "-m", "copd_megatron.launch.local", str(run_directory(config))),
-        # torchrun would give the ranks this machine's name as address, which need not resolve (containers)
-        *("--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"),
+        *("--nnodes=1", f"--nproc-per-node={ranks}", f"--rdzv-id={os.environ['COPD_RUN_ID']}"),
+        # torchrun's own would listen on all interfaces
+        "--rdzv-backend=copd-loopback",
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         *("-m", "copd_megatron.cli", *arguments),
     ]

@@ -31,6 +31,7 @@ from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout import in_place
 from copd_megatron.rollout.early_stop import EarlyStop
 from copd_megatron.rollout.media import engine_input, engine_settings
+from copd_megatron.topology.collectives import all_gather_messages
 from copd_megatron.topology.watch import is_collective_failure
 
 logger = logging.getLogger(__name__)
@@ -147,9 +148,8 @@ class RolloutEngine:
         self.num_replicas = self.world_size // self.tp_size
         self.version: int | None = None
         # a killed run leaves its shared memory behind, so the name must be new even if run_id is not
-        nonce = [uuid.uuid4().hex[:12]]
-        dist.broadcast_object_list(nonce, src=0)
-        identity = f"copd-{run_id}-{branch}-{nonce[0]}"
+        nonce = all_gather_messages(uuid.uuid4().hex[:12])[0]
+        identity = f"copd-{run_id}-{branch}-{nonce}"
         logger.info("starting vLLM: %d ranks, tensor parallel size %d", self.world_size, self.tp_size)
         with self._named("could not start"), _quiet("transformers"):
             self.llm = self._start(str(model_path), dtype, max_tokens, identity)
@@ -426,8 +426,7 @@ class RolloutEngine:
         if self.world_size == 1:
             return list(mine)
         packed = [_pack(r) for r in mine] if self.tp_rank == 0 else []
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, packed)
+        parts = all_gather_messages(packed)
         rollouts: list[Rollout | None] = [None] * (len(prompts) * settings.num_generations)
         for replica, share in enumerate(split_replicas(len(prompts), self.num_replicas)):
             arrived = iter(parts[replica * self.tp_size])

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -27,6 +26,8 @@ from typing import Any, Final, Literal, Protocol, Self, cast
 import torch
 import torch.distributed as dist
 
+from copd_megatron.topology.collectives import all_gather_messages
+from copd_megatron.topology.store import serve_store
 from copd_megatron.topology.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -108,33 +109,19 @@ class World:
             self.router.barrier().wait()
 
     def all_gather_objects(self, obj: Any, name: str = "all_gather_objects") -> list[Any]:
-        """Small picklable objects of all ranks, by global rank. Trusts the job's own ranks (pickle)."""
+        """Small values of all ranks, by global rank, on every one of them; see ``messages`` for what they may
+        hold."""
+
+        def all_gather(parts: list[torch.Tensor], part: torch.Tensor) -> None:
+            self.router.allgather([parts], [part]).wait()
+
         with self.watch.operation(name):
-            data, size = _pickled(obj)
-            sizes = [torch.empty_like(size) for _ in range(self.world_size)]
-            self.router.allgather([sizes], [size]).wait()
-            longest = int(max(sizes))
-            padded = torch.zeros(longest, dtype=torch.uint8)
-            padded[: data.numel()] = data
-            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
-            self.router.allgather([parts], [padded]).wait()
-        return [pickle.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, sizes, strict=True)]
+            return all_gather_messages(obj, num_ranks=self.world_size, all_gather=all_gather)
 
     def branch_gather(self, obj: Any, name: str = "branch_gather") -> list[Any]:
-        """Small picklable objects of this branch's ranks, by branch rank, on every one of them."""
-        gathered: list[Any] = [None] * self.branch_size
+        """Small values of this branch's ranks, by branch rank, on every one of them."""
         with self.watch.operation(name, ranks=self.branch_ranks[self.branch]):
-            data, size = _pickled(obj)
-            sizes = [torch.empty_like(size) for _ in range(self.branch_size)]
-            dist.all_gather(sizes, size)
-            longest = int(max(sizes))
-            padded = torch.zeros(longest, dtype=torch.uint8)
-            padded[: data.numel()] = data
-            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.branch_size)]
-            dist.all_gather(parts, padded)
-        for i, (part, n) in enumerate(zip(parts, sizes, strict=True)):
-            gathered[i] = pickle.loads(part[: int(n)].numpy().tobytes())
-        return gathered
+            return all_gather_messages(obj)
 
     def branch_environment(self) -> dict[str, str]:
         """RANK, WORLD_SIZE and LOCAL_RANK as libraries inside a branch must read them.
@@ -297,8 +284,11 @@ def _connect(rank: int, timeout: timedelta) -> tuple[dist.Store, bool]:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts = rank == 0 and not _launcher_serves()
     try:
-        tcp = dist.TCPStore(host, port, None, hosts, timeout, wait_for_workers=False)
-    except RuntimeError as error:
+        if hosts:
+            tcp = serve_store(host, port, timeout)
+        else:
+            tcp = dist.TCPStore(host, port, None, False, timeout, wait_for_workers=False)
+    except (RuntimeError, OSError) as error:
         role = "serve" if hosts else "reach"
         raise WorldError(
             f"rank {rank} cannot {role} the job's store at MASTER_ADDR:MASTER_PORT = {host}:{port}: {error}"
@@ -351,8 +341,3 @@ def _router_group(
     options._timeout = timeout
     options._threads = 2 * len(options._devices)
     return cast(RouterGroup, dist.ProcessGroupGloo(store, rank, world_size, options))
-
-
-def _pickled(obj: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    data = torch.frombuffer(bytearray(pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)), dtype=torch.uint8)
-    return data, torch.tensor([data.numel()], dtype=torch.int64)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from copd_megatron.objectives.base import MicroBatchRows
 from copd_megatron.objectives.surrogate import flatten
 from copd_megatron.records import TrainRow
+from copd_megatron.topology.collectives import all_gather_messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,7 @@ class Tally:
         """(sums, maxima) over the branch's ranks; collective. Only ranks with ``counts`` contribute: one
         per data-parallel replica, as its other ranks hold the same values or none."""
         mine = (_read(self._sums), _read(self._maxima)) if counts else ({}, {})
-        parts: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
+        parts = all_gather_messages(mine)
         sums: dict[str, float] = {}
         maxima: dict[str, float] = {}
         for part_sums, part_maxima in parts:

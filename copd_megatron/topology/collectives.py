@@ -1,0 +1,63 @@
+"""Messages between the ranks of a torch.distributed group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from copd_megatron.topology.messages import decode, encode
+
+AllGather = Callable[[list[Tensor], Tensor], None]
+"""Fills the list with the tensor of every rank, which all have one shape."""
+
+
+def all_gather_messages(
+    value: Any, *, num_ranks: int | None = None, all_gather: AllGather = dist.all_gather
+) -> list[Any]:
+    """Small values of all ranks, by rank, on every one of them. Collective.
+
+    Args:
+        value: anything that ``messages.encode`` takes; it may differ in size from rank to rank.
+        num_ranks: ranks of the group; None: of the default group.
+        all_gather: of the group, for CPU tensors.
+    """
+    count = dist.get_world_size() if num_ranks is None else num_ranks
+    data, sizes = _sized(value, count, all_gather)
+    parts = [torch.empty(max(sizes), dtype=torch.uint8) for _ in range(count)]
+    all_gather(parts, _padded(data, max(sizes)))
+    return [_read(part, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def gather_messages(value: Any) -> list[Any] | None:
+    """Small values of all ranks of the default group, on its first rank; None elsewhere. Collective."""
+    count = dist.get_world_size()
+    data, sizes = _sized(value, count, dist.all_gather)
+    first = dist.get_rank() == 0
+    parts = [torch.empty(max(sizes), dtype=torch.uint8) for _ in range(count)] if first else None
+    dist.gather(_padded(data, max(sizes)), parts, dst=0)
+    if parts is None:
+        return None
+    return [_read(part, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _sized(value: Any, count: int, all_gather: AllGather) -> tuple[Tensor, list[int]]:
+    """This rank's message, and the size of every rank's."""
+    data = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
+    size = torch.tensor([data.numel()], dtype=torch.int64)
+    sizes = [torch.empty_like(size) for _ in range(count)]
+    all_gather(sizes, size)
+    return data, [int(one) for one in sizes]
+
+
+def _padded(data: Tensor, length: int) -> Tensor:
+    padded = torch.zeros(length, dtype=torch.uint8)
+    padded[: data.numel()] = data
+    return padded
+
+
+def _read(part: Tensor, size: int) -> Any:
+    return decode(part[:size].numpy().tobytes())
