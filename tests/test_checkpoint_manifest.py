@@ -26,6 +26,7 @@ from copd_megatron.checkpoint.manifest import (
     Manifest,
     complete_checkpoints,
     hash_problems,
+    mark_unfinished,
     read_manifest,
     remove_unfinished,
     set_aside,
@@ -164,12 +165,40 @@ def test_the_newest_and_the_best_are_kept(
 def test_unfinished_saves_are_removed_and_damaged_ones_put_aside(tmp_path: Path) -> None:
     whole, damaged = _checkpoint(tmp_path, 1), _checkpoint(tmp_path, 2)
     step_folder(tmp_path, 3).mkdir()
+    mark_unfinished(step_folder(tmp_path, 3))
     remove_unfinished(tmp_path)
     assert list(step_folders(tmp_path)) == [2, 1]
+    assert not list(step_folder(tmp_path, 3).parent.glob("step_000003*"))
     assert set_aside(damaged).name == "step_000002.damaged"
     again = _checkpoint(tmp_path, 2)
     assert set_aside(again).name == "step_000002.damaged1"
     assert list(step_folders(tmp_path).values()) == [whole]
+
+
+def test_what_no_save_has_made_is_kept_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder of somebody else's, and a checkpoint that lost its manifest and nothing else."""
+    foreign = step_folder(tmp_path, 1000)
+    foreign.mkdir(parents=True)
+    (foreign / "thesis.txt").write_text("years of work")
+    torn = _checkpoint(tmp_path, 2)
+    files = sorted(path.name for path in torn.rglob("*") if path.is_file() and path.name != MANIFEST)
+    (torn / MANIFEST).unlink()
+    remove_unfinished(tmp_path)
+    assert not step_folders(tmp_path)
+    kept = foreign.with_name("step_001000.no_manifest")
+    assert (kept / "thesis.txt").read_text() == "years of work"
+    lost = torn.with_name("step_000002.no_manifest")
+    assert sorted(path.name for path in lost.rglob("*") if path.is_file()) == files
+    assert str(kept) in caplog.text and str(lost) in caplog.text
+
+
+def test_a_checkpoint_that_is_being_deleted_is_no_ones_work(tmp_path: Path) -> None:
+    """A crash between the deletion of the manifest and that of the rest."""
+    folder = _checkpoint(tmp_path, 3)
+    mark_unfinished(folder)
+    (folder / MANIFEST).unlink()
+    remove_unfinished(tmp_path)
+    assert not list(folder.parent.glob("step_000003*"))
 
 
 def test_a_run_directory_belongs_to_one_job(tmp_path: Path) -> None:

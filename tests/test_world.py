@@ -407,3 +407,36 @@ def test_harness_returns_results_and_raises_the_failing_ranks_traceback(
     with pytest.raises(DistributedTestError, match="2 of 2 ranks failed"):
         run_distributed(_hangs, 2, timeout=1)
     assert time.monotonic() - start < 20
+
+
+_ENDS_JUST_AFTER = """
+import sys, time
+from datetime import timedelta
+from copd_megatron.topology.store import serve_store
+from copd_megatron.topology.watch import Watch
+
+store = serve_store("127.0.0.1", 0, timedelta(seconds=30))
+watch = Watch(store, 0, {"a": [0]}, timeout_seconds=1.0, heartbeat_seconds=0.4)
+for number in range(3):
+    with watch.operation(f"slow {number}"):
+        time.sleep(float(sys.argv[1]))
+    time.sleep(1.2)  # the work that goes on
+print("went on", flush=True)
+watch.close()
+"""
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(1.8, 0), (6.0, EXIT_STUCK)])
+def test_an_operation_that_ends_just_after_its_limit_kills_nobody(seconds: float, status: int) -> None:
+    """The watch looks again when it has found out who waits for whom; one that is stuck still ends the
+    job."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ENDS_JUST_AFTER, str(seconds)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert ("went on" in done.stdout) == (status == 0)
+    assert ("operation 'slow 0' without progress" in done.stderr) == (status != 0)

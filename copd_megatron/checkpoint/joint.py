@@ -33,6 +33,7 @@ from copd_megatron.checkpoint.manifest import (
     Manifest,
     complete_checkpoints,
     hash_problems,
+    mark_unfinished,
     read_manifest,
     remove_checkpoint,
     remove_unfinished,
@@ -210,6 +211,7 @@ class JointSaver:
                 remove_checkpoint(folder)
                 for branch in self.world.branches:
                     (folder / branch).mkdir(parents=True)
+                mark_unfinished(folder)
                 sync_folder(folder.parent)
                 sync_folder(folder)
             except OSError as error:

@@ -18,6 +18,8 @@ from copd_megatron.topology.messages import register
 logger = logging.getLogger(__name__)
 
 MANIFEST: Final = "manifest.json"
+UNFINISHED: Final = ".unfinished"
+"""Mark in a checkpoint's folder that a save leaves there until its manifest is written."""
 FORMAT: Final = 1
 _FOLDER = re.compile(r"step_(\d{6,})")
 _READ_BYTES = 8 * 2**20
@@ -119,6 +121,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     content = asdict(manifest)
     record = {"format": FORMAT, "sha256": _digest(content), "manifest": content}
     write_durably(folder / MANIFEST, json.dumps(record, indent=1).encode())
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -270,23 +273,36 @@ def to_delete(scores: Mapping[int, float | None], *, keep_last: int, keep_best: 
 
 def remove_checkpoint(folder: Path) -> None:
     """Deletes a checkpoint, its manifest first, so that a crash on the way leaves none that looks valid."""
-    (folder / MANIFEST).unlink(missing_ok=True)
     if folder.exists():
+        mark_unfinished(folder)
+        (folder / MANIFEST).unlink(missing_ok=True)
         sync_folder(folder)
         shutil.rmtree(folder)
 
 
+def mark_unfinished(folder: Path) -> None:
+    """Says that a save has made this folder, so that it may be deleted if the save dies."""
+    (folder / UNFINISHED).touch()
+
+
 def remove_unfinished(run_dir: Path) -> None:
-    """Deletes folders without a manifest: what a save that died left behind."""
+    """Deals with folders without a manifest. What a save that died left behind bears its mark and is deleted;
+    anything else may be somebody's, and is renamed and named."""
     for folder in step_folders(run_dir).values():
-        if not (folder / MANIFEST).exists():
+        if (folder / MANIFEST).exists():
+            continue
+        if (folder / UNFINISHED).exists():
             logger.info("removing %s, an unfinished save", folder)
             shutil.rmtree(folder)
+            continue
+        logger.warning(
+            "%s has no %s and is not used; renamed to %s", folder, MANIFEST, set_aside(folder, "no_manifest")
+        )
 
 
-def set_aside(folder: Path) -> Path:
-    """Renames a damaged checkpoint, so that it is neither read nor counted again; returns the new name."""
+def set_aside(folder: Path, why: str = "damaged") -> Path:
+    """Renames a checkpoint, so that it is neither read nor counted again; returns the new name."""
     number = 0
-    while (target := folder.with_name(f"{folder.name}.damaged{number or ''}")).exists():
+    while (target := folder.with_name(f"{folder.name}.{why}{number or ''}")).exists():
         number += 1
     return folder.rename(target)

@@ -56,6 +56,8 @@ _BACKEND_MARKS = (
     "Broken pipe",
 )
 
+_NOT_STUCK: Final = "the operation has ended"
+
 
 class CollectiveError(RuntimeError):
     """A collective failed inside an operation: a peer died, or the backend's own timeout expired.
@@ -342,16 +344,22 @@ class Watch:
             if (expired or self._aborted) and not self._stop.is_set():
                 self._end_process(current)
 
+    def _moved_on(self, current: _Current) -> bool:
+        """Whether the thread of use has left the state that it was suspected in."""
+        return self._current is not current or self._stop.is_set()
+
     def _end_process(self, current: _Current) -> None:
-        """Report, dump stacks, and end the process; never returns."""
+        """Report, dump stacks, and end the process. Returns only if the operation has ended after all."""
         me = f"{self.branch} rank {self.branch_rank} (global rank {self.rank})"
         where = f"operation {current.path!r}" if current.path else "no operation"
         waited = time.monotonic() - current.since
         headline = f"watch: {me} in {where} without progress for {waited:.0f} s"
         if current.timeout_seconds != float("inf"):
             headline += f" (limit {current.timeout_seconds:.0f} s)"
-        patience = 5 * self.heartbeat_seconds + 5.0
+        patience = 8 * self.heartbeat_seconds + 6.0
         answer = _answer_within(patience, lambda: self._agree_on_end(headline, current))
+        if isinstance(answer, str) or (self._moved_on(current) and not isinstance(answer, tuple)):
+            return
         if isinstance(answer, tuple):
             leader, report = answer
         else:
@@ -364,16 +372,40 @@ class Watch:
             time.sleep(1.0)
         os._exit(EXIT_STUCK)
 
-    def _agree_on_end(self, headline: str, current: _Current) -> tuple[bool, str]:
-        """Whether this rank is the one that reports for all, and what it has to say."""
+    def _agree_on_end(self, headline: str, current: _Current) -> tuple[bool, str] | str:
+        """Whether this rank is the one that reports for all, and what it has to say; or ``_NOT_STUCK``.
+
+        Finding out who waits for whom takes a while, and the operation may end in it. So the job is ended
+        only when that is done and the operation is still the same.
+        """
         mine = self._mine()
         store: Store = self._store.clone()  # type: ignore[attr-defined]
-        verdict = store.compare_set("watch/abort", "", headline).decode()
         # Only one rank reads the table: a thousand at once would swamp the store.
-        if verdict == headline:
-            return True, format_report(mine, self._read_table(store), current.ranks)
+        suspecting = store.compare_set("watch/suspecting", "", str(self.rank)).decode()
+        if suspecting == str(self.rank) and not self._aborted:
+            report = format_report(mine, self._read_table(store), current.ranks)
+            if self._moved_on(current):
+                store.delete_key("watch/suspecting")
+                return _NOT_STUCK
+            verdict = store.compare_set("watch/abort", "", headline).decode()
+            if verdict == headline:
+                return True, report
+        elif not self._aborted and not self._told_to_end(store, current):
+            if self._moved_on(current):
+                return _NOT_STUCK
+            # whoever was to report has gone silent itself
+            store.compare_set("watch/abort", "", headline)
         time.sleep(3 * self.heartbeat_seconds)
-        return False, f"asked to stop by: {verdict}"
+        return False, f"asked to stop by: {store.get('watch/abort').decode()}"
+
+    def _told_to_end(self, store: Store, current: _Current) -> bool:
+        """Waits for the rank that reports to end the job, or for this rank's operation to end."""
+        deadline = time.monotonic() + 4 * self.heartbeat_seconds + 2.0
+        while time.monotonic() < deadline and not self._moved_on(current):
+            if store.check(["watch/abort"]):
+                return True
+            time.sleep(self.heartbeat_seconds / 4)
+        return store.check(["watch/abort"])
 
     def _silent_store(self, seconds: float, error: Exception | None) -> str:
         """What a report says when the store does not."""
