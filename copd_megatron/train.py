@@ -18,10 +18,10 @@ from copd_megatron.topology.layout import Layout
 
 
 def train(config: Config) -> int:
-    """Runs what is left of the schedule and what follows it; called by every rank of the job.
+    """Runs the rest of the schedule, then exports, merges and evaluates. Every rank of the job calls it.
 
     Returns:
-        The process's exit status: 0, or ``EXIT_PREEMPTED`` if the run was saved and stopped before its end.
+        The exit status of the process: 0, or ``EXIT_PREEMPTED`` if the run saved and stopped before its end.
     """
     recipe: Recipe = RECIPES.load(config.recipe, "recipe")
     recipe.check(config)

@@ -36,8 +36,6 @@ copd_setup cpu
 
 # Everything it needs is local from here on.
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false
-# vLLM's CPU build announces its memory binding as a warning in every process; errors still appear.
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
 base=${COPD_TINY_BASE:-.cache/tiny_$kind}
 say "1 of 2: a tiny base model and its data"

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from typing import NoReturn
 
-from copd_megatron.config import Config
+from copd_megatron.config import Config, Device
 from copd_megatron.launch.run_dir import run_directory
 
 
@@ -28,6 +28,9 @@ def become_torchrun(config: Config, arguments: Sequence[str]) -> NoReturn:
         "NCCL_SOCKET_IFNAME": "lo",
         "VLLM_HOST_IP": "127.0.0.1",
     }
+    if config.run.device is Device.cpu:
+        # vLLM's CPU build announces its memory binding as a warning, in every process
+        defaults["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.environ["COPD_MAX_RESTARTS"] = str(config.run.max_restarts)
