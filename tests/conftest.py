@@ -12,6 +12,15 @@ from tests.support.models import make_model
 from tests.support.models_vl import MEDIA, make_processor
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked ``gpu`` skip themselves on a machine without one."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def layout_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of a ``dense`` model with tied embeddings and of a ``mixture`` of four experts."""

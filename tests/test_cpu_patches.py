@@ -141,7 +141,6 @@ def test_unknown_megatron_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_enable_refuses_a_machine_with_cuda() -> None:
     with pytest.raises(RuntimeError, match=r"run\.device=cuda"):
         cpu.enable()

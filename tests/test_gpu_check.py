@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import gpu_check
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import gpu_check  # noqa: E402 - a script of tools, beside which its own modules are found
+from tests.support.gpu import run_gpu_check
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    """Results and output of a call."""
-    out = tmp_path / "results.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "tools/gpu_check.py", "--device", "cpu", "--work", str(tmp_path / "work")),
-            *("--out", str(out), *arguments),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return json.loads(out.read_text()), done.stdout
+    """Results and output of a call on the CPU."""
+    return run_gpu_check(tmp_path, "--device", "cpu", *arguments)
 
 
 def test_scores_run_and_a_recipe_without_its_gpu_is_skipped(tmp_path: Path) -> None:
@@ -125,6 +109,25 @@ def test_fp8_is_compared_with_bfloat16_at_its_shape() -> None:
     assert "none" in line and line.endswith("missed"), "the aim of MFU is that in bfloat16"
     assert len(results["training text-4b blockwise"]) == 3, "the file keeps what was measured"
     assert table.startswith("on NVIDIA H100, NVIDIA H200")
+
+
+def test_figures_that_miss_their_aim_are_told_in_words() -> None:
+    gpu = {"device": "NVIDIA H200"}
+    theirs = {"transformers_bfloat16_mean_logprob_error": 0.01}
+    results = {
+        "scores text none": gpu | theirs | {"mean_logprob_error": 0.019, "max_logprob_error": 0.3},
+        "scores vl none": gpu | theirs | {"mean_logprob_error": 0.03},
+        "scores text delayed": gpu | {"max_logprob_error": 0.6, "cold_max_logprob_error": 9.0},
+        "packing": gpu | {"text_grad_norm_relative_difference": 0.2, "vl_mean_logprob_difference": 0.01},
+        "training text-4b none": gpu | {"mfu": 0.1},
+        "context": {"skipped": "two GPUs"},
+    }
+    assert gpu_check.missed(results) == [
+        "scores vl none: mean_error_over_transformers is 3, the aim is <= 2",
+        "scores text delayed: max_logprob_error is 0.6, the aim is <= 0.5",
+        "packing: text_grad_norm_relative_difference is 0.2, the aim is <= 0.05",
+        "training text-4b none: mfu is 0.1, the aim is >= 0.45",
+    ]
 
 
 def test_speeds_have_no_aim_on_cpu_but_agreement_has() -> None:

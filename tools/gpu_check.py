@@ -6,6 +6,7 @@
     python tools/gpu_check.py --part scores sync --kinds vl       some parts; results gather in --out
     python tools/gpu_check.py --part training --shape text-4b --recipes none blockwise
     python tools/gpu_check.py --device cpu                        the correctness parts at tiny size
+    python -m pytest -m gpu                                       all parts as tests, held to their aims
 
 group correctness
   environment  versions, device, rates of its memory and of its link to the host
@@ -311,12 +312,26 @@ class Aim:
     """End of those names."""
 
 
+_OVER = "mean_error_over_transformers"
+"""Mean error of the actor's log-probabilities over that of transformers in the same type."""
+
 AIMS = (
     Aim(results="training", ends=" none", figure="mfu", says=">= 0.45", met=lambda value: value >= 0.45),
     Aim(results="training", figure="speed_over_bfloat16", says=">= 1.25", met=lambda value: value >= 1.25),
     Aim(results="rollout", figure="share_of_plain_vllm", says=">= 0.95", met=lambda value: value >= 0.95),
     Aim(results="sync text", figure="seconds", says="< 1", met=lambda value: value < 1),
     Aim(results="sync text", figure="share_of_copy_rate", says=">= 0.5", met=lambda value: value >= 0.5),
+    # Wide enough for bfloat16's rounding. A wrong mask, position or scale goes far beyond.
+    Aim(results="scores", ends=" none", figure=_OVER, says="<= 2", met=lambda value: value <= 2),
+    *(
+        Aim(results="scores", ends=end, figure="max_logprob_error", says="<= 0.5", met=lambda v: v <= 0.5)
+        for end in (f" {recipe}" for recipe in RECIPES if recipe != "none")
+    ),
+    *(
+        Aim(results="packing", figure=f"{kind}_{what}_difference", says="<= 0.05", met=lambda v: v <= 0.05)
+        for kind in ("text", "vl")
+        for what in ("mean_logprob", "grad_norm_relative")
+    ),
     *(
         Aim(results=part, figure=f"{kind}gen_kl_error{when}", says="<= 1e-3", met=lambda value: value <= 1e-3)
         for part in ("sync text", "sync vl", "sync moe", "cycle")
@@ -334,15 +349,28 @@ def aim_of(name: str, figure: str, device: str) -> Aim | None:
     """Of a result's figure; speeds have none on CPU."""
     for aim in AIMS:
         if aim.figure == figure and name.startswith(aim.results) and name.endswith(aim.ends):
-            return aim if device != "CPU" or "error" in figure else None
+            return aim if device != "CPU" or "error" in figure or "difference" in figure else None
     return None
 
 
+def missed(results: dict[str, Any]) -> list[str]:
+    """Figures that miss their aim, in words."""
+    found = []
+    for name, result in compared(results).items():
+        for figure, value in result.items():
+            aim = aim_of(name, figure, str(result.get("device", "")))
+            if aim is not None and isinstance(value, int | float) and not aim.met(value):
+                found.append(f"{name}: {figure} is {value:.4g}, the aim is {aim.says}")
+    return found
+
+
 def compared(results: dict[str, Any]) -> dict[str, Any]:
-    """The results, each FP8 training with its speed over that in bfloat16, where both trained the same
-    shape and as many layers."""
+    """The results with the figures that take two: an FP8 training's speed over that in bfloat16, where both
+    trained the same shape and as many layers; the actor's error over transformers' own in bfloat16."""
     found = {name: dict(result) for name, result in results.items()}
     for name, result in found.items():
+        if theirs := result.get("transformers_bfloat16_mean_logprob_error"):
+            result[_OVER] = result["mean_logprob_error"] / theirs
         part, _, rest = name.partition(" ")
         plain = found.get(f"{part} {rest.rpartition(' ')[0]} none", {})
         if part != "training" or name.endswith(" none"):

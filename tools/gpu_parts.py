@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gpu_correctness
 import gpu_speed
-from gpu_correctness import scores_with
 from gpu_measure import Figures
-
-__all__ = ["PARTS", "scores_with"]
 
 PARTS: dict[str, Callable[[argparse.Namespace, Figures], None]] = {
     "environment": gpu_correctness.environment,
