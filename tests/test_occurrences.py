@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from copd_megatron.data.occurrences import number_occurrences
 from copd_megatron.data.seeds import sample_seed
 from copd_megatron.records import Prompt
-from tests.test_data import stream_of, write
+from tests.support.shards import write
+from tests.test_prompt_stream import stream_of
 
 
 def bare_prompt(name: str) -> Prompt:

@@ -17,7 +17,7 @@ from copd_megatron.data import (
     ShardSet,
     check_shards,
 )
-from tests.test_data import write
+from tests.support.shards import write
 
 
 @pytest.fixture

@@ -259,6 +259,19 @@ def test_written_bytes_are_reproducible(tmp_path: Path) -> None:
     ]
 
 
+def test_webdataset_would_write_the_same_bytes(tmp_path: Path) -> None:
+    import webdataset
+
+    samples = [new_sample(i, key=f"k\u00e9y{i}" * 30, media={"0.png": b"x" * 700 * i}) for i in range(4)]
+    (path,) = write_shards(samples, tmp_path, "toy")
+    theirs = io.BytesIO()
+    with webdataset.TarWriter(theirs, user="", group="", mode=0o644, mtime=0, encoder=False) as sink:
+        for ref in (shards := ShardSet.open([str(path)])):
+            for extension in ("json", "0.png"):
+                sink.write({"__key__": ref.key, extension: shards.read_member(ref, extension)})
+    assert path.read_bytes() == theirs.getvalue()
+
+
 def test_a_failed_write_leaves_no_torn_shard(tmp_path: Path) -> None:
     def samples() -> Any:
         yield from map(new_sample, range(15))
@@ -267,6 +280,12 @@ def test_a_failed_write_leaves_no_torn_shard(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"sample '000000015' of toy-000001\.tar.*JSON"):
         write_shards(samples(), tmp_path, "toy", shard_size=10)
     assert list(tmp_path.iterdir()) == []
+    write(tmp_path, 3, prefix="toy")
+    before = (tmp_path / "toy-000000.tar").read_bytes()
+    with pytest.raises(DataError, match="JSON"):
+        write_shards(samples(), tmp_path, "toy", shard_size=10, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["toy-000000.tar"]
+    assert (tmp_path / "toy-000000.tar").read_bytes() == before
 
 
 def test_existing_shards_are_not_overwritten_unasked(tmp_path: Path) -> None:

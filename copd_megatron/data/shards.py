@@ -4,10 +4,10 @@ A shard is a plain ``.tar`` in webdataset's layout (see ``samples.py``). Opening
 so its index costs the same whether its members are texts or videos; samples are read one by one, when they
 are needed.
 
-The ``webdataset`` package writes shards (``convert/write.py``) and fetches those that are not files of this
-machine (``remote.py``). It does not read them here, because it streams each shard in file order, while a run
-needs a global order that (seed, epoch) determines, and access by reference from other branches; it also
-imports torch. A test holds that it reads these shards and that its own are read.
+The ``webdataset`` package fetches shards that are not files of this machine (``remote.py``). It does not read
+them here, because it streams each shard in file order, while a run needs a global order that (seed, epoch)
+determines, and access by reference from other branches; it also imports torch. Tests hold that it reads the
+shards written here, byte for byte its own, and that shards it writes are read.
 """
 
 from __future__ import annotations

@@ -36,6 +36,12 @@ A line of questions.jsonl:
 @click.option("--key-field", help="Field with the sample's key; default: a running number.")
 @click.option("--prompt-suffix", default="", help="Put after every prompt.")
 @click.option("--skip-bad", is_flag=True, help="Skip and count bad lines instead of stopping.")
+@click.option(
+    "--check-golds/--no-check-golds",
+    default=True,
+    show_default=True,
+    help="Let the verifiers grade every gold answer first; takes a grading's time for each line.",
+)
 def command(
     sources: tuple[Path, ...],
     out: Path,
