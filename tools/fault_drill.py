@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Kill a run again and again, start it again each time, and compare it with a run nobody disturbed.
+"""Kill a run again and again, restart it each time, and compare it with an undisturbed run.
 
     python tools/fault_drill.py configs/two_branch_tiny.yaml --kills 10 --out drill schedule.cycles=1
 
-Ranks, whole branches, the whole job and its launcher alone are killed with SIGKILL: at random instants,
-inside saves and inside exchanges. Nothing in the run knows of the drill: which operation a rank is in is read
-from outside, off the watch's entries in the job's store (the rank is halted first, so that it is still in it
-when it dies), and processes are found in /proc. Saves checkpoints every step, unless the overrides say
-otherwise.
+Single ranks, whole branches, the whole job, or its launcher alone are killed with SIGKILL: at random
+instants, during saves, and during exchanges. The run does not know about the drill: which operation a rank is
+in is read from outside, from the watch's entries in the job's store (the rank is stopped first, so that it is
+still in it when it dies), and processes are found in /proc. Saves a checkpoint every step, unless the
+overrides say otherwise.
 
-Prints a table of the kills; the exit status is 0 if metrics (timings aside), exported weights and the final
-table are the same, bit for bit, 1 if something differs. Ten kills take a while: the same command goes on
-where one ended, and with ``--seconds`` a command ends by itself, with status 75, when its time is up.
+Prints a table of the kills. The exit status is 0 if metrics (except timings), exported weights and the final
+table are the same bit for bit, 1 if something differs or a run failed, and 2 if the command cannot be carried
+out as given. Ten kills take a while: the same command continues where the last one ended, and with
+``--seconds`` a command stops by itself, with status 75, when its time is up.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _tree  # noqa: F401 - the code beside this folder
 from torch.distributed import DistError, PrefixStore, TCPStore
 
 from copd_megatron.checkpoint.compare import compare_runs, metrics_of
@@ -42,14 +42,14 @@ from copd_megatron.topology.layout import Layout
 
 SAVE_OPERATIONS = ("checkpoint.prepare", "checkpoint.collect", "checkpoint.gather", "checkpoint.manifest")
 WRITE = "checkpoint.write"
-"""Among them, unless saves are asynchronous: then a thread writes, of which the watch does not tell."""
+"""One more, unless saves are asynchronous: then a thread writes, which the watch does not see."""
 EXCHANGE = ("opd.exchange",)
 TRAINING = ("rollout.", "policy.", "opd.", "rewards.")
 WORK = (*TRAINING, "checkpoint.", "weight_sync", "metrics")
 TARGETS = ("rank", "branch", "job", "launcher")
 _POLL_SECONDS = 0.0005
 _ORPHAN_SECONDS = 15.0
-"""What ranks get to notice that their launcher is dead."""
+"""How long ranks have to notice that their launcher is dead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Outcome:
     steps_before: int
     """Steps in ``metrics.jsonl`` afterwards."""
     checkpoint: int | None
-    """Newest whole checkpoint afterwards."""
+    """Newest complete checkpoint afterwards."""
     torn: list[str]
     """Checkpoints without a manifest afterwards."""
     exit_code: int
@@ -92,7 +92,7 @@ class Outcome:
 
     @property
     def in_save(self) -> bool:
-        """Whether the watched rank was saving (not looking for, or loading, a checkpoint)."""
+        """Whether the watched rank was saving (not searching for, or loading, a checkpoint)."""
         return any(name in self.seen for name in (*SAVE_OPERATIONS, WRITE))
 
     @property
@@ -110,7 +110,7 @@ class Outcome:
 
 
 class Job:
-    """A run, with what can be seen of it from outside."""
+    """A run, as it can be seen from outside."""
 
     def __init__(self, config: Path, overrides: Sequence[str], run_dir: Path, log: Path) -> None:
         self.run_dir = run_dir
@@ -137,7 +137,7 @@ class Job:
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
     def find(self, world_size: int) -> bool:
-        """Looks for the ranks' processes and the job's store; whether all are there."""
+        """Looks for the processes of the ranks and the store of the job; returns whether all are there."""
         environments = {}
         for pid in _children(self.process.pid):
             environment = _environment(pid)
@@ -164,10 +164,11 @@ class Job:
             return ""
 
     def halted_in(self, rank: int, operations: Sequence[str]) -> str | None:
-        """Halts a rank that is in one of ``operations`` (all of what it is in), else lets it go on (None)."""
+        """Stops a rank if it is in one of ``operations``, and returns all that it is in; else lets it
+        continue."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pids[rank], signal.SIGSTOP)
-        # what it had sent before it halted has reached the store when the first look has been answered
+        # what it sent before it stopped has reached the store once the first look is answered
         self.operation(rank)
         path = self.operation(rank)
         if any(name in path for name in operations):
@@ -177,7 +178,7 @@ class Job:
         return None
 
     def kill(self, ranks: Sequence[int], *, launcher: bool) -> None:
-        """SIGKILL for ranks, and for the launcher before them."""
+        """Sends SIGKILL to ranks, and to the launcher before them."""
         pids = [self.pids[rank] for rank in ranks]
         if launcher:
             pids.insert(0, self.process.pid)
@@ -186,7 +187,8 @@ class Job:
                 os.kill(pid, signal.SIGKILL)
 
     def end(self, timeout: float) -> tuple[int, int]:
-        """Waits for the launcher and its ranks, ends what is left; (exit code, how many ranks were left)."""
+        """Waits for the launcher and its ranks, and kills what is left; returns (exit code, ranks left
+        over)."""
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -205,7 +207,7 @@ class Job:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -230,7 +232,8 @@ def _environment(pid: int) -> dict[str, str]:
 def plan_kills(
     count: int, layout: Layout, seed: int, num_steps: int, save_operations: Sequence[str]
 ) -> list[Kill]:
-    """``count`` kills, in an order drawn by ``seed``: at least a quarter in saves, a quarter in exchanges.
+    """``count`` kills, in an order that ``seed`` determines: a quarter or more in saves, a quarter in
+    exchanges.
 
     The others come at random instants, early enough that ``count`` of them fit into ``num_steps``.
     """
@@ -254,7 +257,7 @@ def plan_kills(
 
 
 def wait_for(job: Job, kill: Kill, world_size: int, step_seconds: float) -> str | None:
-    """Watches the job until it is time; the operation seen, or None if the job ended before."""
+    """Watches the job until it is time; returns the operation seen, or None if the job ended before."""
     while job.running and not job.find(world_size):
         time.sleep(0.05)
     watch = _wait_for_operation if kill.operations else _wait_for_instant
@@ -277,7 +280,7 @@ def _wait_for_operation(job: Job, kill: Kill, step_seconds: float) -> str | None
 def _wait_for_instant(job: Job, kill: Kill, step_seconds: float) -> str | None:
     steps, part = divmod(kill.after, 1)
     resumed = next(iter(complete_checkpoints(job.run_dir)), 0)
-    # with steps to wait for, only once it trains: until it has resumed, the last attempt's steps are there
+    # with steps to wait for, only once it trains: until it has resumed, the steps of the last attempt count
     work = TRAINING if steps else WORK
     begun: float | None = None
     while job.running:
@@ -291,7 +294,7 @@ def _wait_for_instant(job: Job, kill: Kill, step_seconds: float) -> str | None:
 
 
 def strike(job: Job, kill: Kill, layout: Layout) -> None:
-    """Kills what the plan says."""
+    """Kills what ``kill`` names."""
     branch = layout.branch_of(kill.rank)
     ranks = {
         "rank": [kill.rank],
@@ -303,7 +306,7 @@ def strike(job: Job, kill: Kill, layout: Layout) -> None:
 
 
 class Drill:
-    """A reference run and a drilled one in a folder, and how far they have come."""
+    """A reference run and a drilled one in a folder, and their progress."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.config: Path = options.config
@@ -325,11 +328,11 @@ class Drill:
             self.outcomes = [Outcome(**outcome) for outcome in told["kills"]]
 
     def run(self) -> list[str]:
-        """Whatever is left to be done; how the runs differ.
+        """Does what is left to do; returns how the runs differ.
 
         Raises:
             TimeoutError: the time is up.
-            RuntimeError: a run failed that nobody disturbed.
+            RuntimeError: a run failed by itself.
         """
         if not (self.reference / "evaluation.json").exists():
             print("reference run", flush=True)
@@ -354,14 +357,16 @@ class Drill:
         return problems
 
     def _one(self, number: int, kill: Kill) -> Outcome:
-        """Starts the run, kills, and looks at what is left."""
+        """Starts the run, kills part of it, and looks at what is left."""
         self._check_time()
         log = self.out / f"drilled_{number}.log"
         job = Job(self.config, self.overrides, self.run_dir, log)
         seen = wait_for(job, kill, self.layout.world_size, self._step_seconds())
         if seen is None:
             code, _ = job.end(60)
-            why = "it ended before: give it more steps" if code == 0 else f"it failed by itself, see {log}"
+            why = (
+                "it ended before that: give it more steps" if code == 0 else f"it failed by itself, see {log}"
+            )
             raise RuntimeError(f"kill {number + 1}, {kill.label}: status {code} of the run, {why}")
         strike(job, kill, self.layout)
         begin = time.monotonic()
@@ -379,7 +384,7 @@ class Drill:
         )
 
     def _finish(self, run_dir: Path) -> None:
-        """Runs to the end."""
+        """Runs the training to its end."""
         self._check_time()
         log = self.out / f"{run_dir.name}_to_the_end.log"
         code, _ = Job(self.config, self.overrides, run_dir, log).end(3600)
@@ -388,7 +393,7 @@ class Drill:
 
     def _check_time(self) -> None:
         if time.monotonic() > self._end:
-            raise TimeoutError(f"{len(self.outcomes)} kills done; start the same command again to go on")
+            raise TimeoutError(f"{len(self.outcomes)} kills done; run the same command again to continue")
 
     def _step_seconds(self) -> float:
         """The longest step of the reference run: the first after a start, which warms up."""
@@ -419,7 +424,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="draws what is killed when")
+    parser.add_argument("--seed", type=int, default=0, help="determines what is killed, and when")
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="start nothing more after this; default: no limit"
     )
@@ -439,8 +444,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error)
         return EXIT_PREEMPTED
     except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        print(f"fault_drill: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
     for problem in problems[:20]:
         print(f"  {problem}")
     saves = sum(outcome.in_save for outcome in drill.outcomes)

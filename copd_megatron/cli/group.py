@@ -15,7 +15,7 @@ class _WithExamples(click.Command):
 
     def __init__(self, *arguments: Any, examples: str = "", **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.examples = dedent(examples).strip()
+        self.examples = dedent(examples).strip("\n")
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the examples, then the closing text."""

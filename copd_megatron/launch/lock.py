@@ -1,4 +1,4 @@
-"""One job per run directory. Neither torch nor Megatron."""
+"""One job per run directory. Imports neither torch nor Megatron."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 LOCK: Final = "run.lock"
 _WAIT_SECONDS = 10.0
-"""What a job that was killed gets to end, before another that was started at once is refused."""
+"""How long a job that was just killed has to end before the next one is refused."""
 _POLL_SECONDS = 0.2
 
 
 class RunLock:
-    """Keeps a second job out of a run directory, in which it would cut metrics and delete unfinished saves.
+    """Keeps a second job out of a run directory, where it would truncate metrics and delete unfinished saves.
 
-    A lock of the kernel on ``run.lock``: it is gone when the process is, however that ends.
+    A kernel lock on ``run.lock``: it goes when the process goes, however that ends.
     """
 
     def __init__(self, run_dir: Path, *, wait_seconds: float = _WAIT_SECONDS) -> None:
@@ -66,9 +66,11 @@ class RunLock:
                     file.seek(0)
                     raise ConfigError(
                         f"run.dir: {self.path.parent} is in use by {file.read().strip() or 'another job'}: "
-                        "end that one first, or choose another run.name or run.dir"
+                        "stop that one first, or choose another run.name or run.dir"
                     ) from None
             except OSError as error:
-                logger.warning("%s cannot be locked (%s): nothing keeps a second job out", self.path, error)
+                logger.warning(
+                    "%s cannot be locked (%s): nothing keeps a second job out of it", self.path, error
+                )
                 return
             time.sleep(_POLL_SECONDS)

@@ -1,13 +1,13 @@
-"""Which node each rank goes to: pure arithmetic, no torch.
+"""Which node each rank runs on: pure arithmetic, no torch.
 
-Tensor parallelism talks most and so stays inside a node: a branch is dealt out in blocks of
-``lcm(tp, rollout tp)`` neighbouring ranks, none of which is cut. A branch fills whole nodes first; what is
-left of it goes, in one piece, where it fits most tightly. So every branch spans as few nodes as it can:
+Tensor parallelism communicates most and so stays inside a node: a branch is placed in blocks of ``lcm(tp,
+rollout tp)`` neighbouring ranks, and no block is split. A branch fills whole nodes first; the rest of it
+goes, in one piece, where it fits most tightly. So every branch spans as few nodes as possible:
 
     spans = ceil(ranks / (block * floor(ranks_per_node / block)))
 
-Worked example: branches of 4, 8 and 4 ranks, tp 4, on nodes of 8: two nodes, the 8 on one of them and both
-fours on the other, although rank order alone would cut the 8 in two.
+Worked example: branches of 4, 8 and 4 ranks with tp 4 on nodes of 8 take two nodes, the 8 on one of them and
+both fours on the other, although rank order alone would split the 8.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from copd_megatron.topology.layout import BranchLayout, Layout
 
 
 class PlacementError(ValueError):
-    """The branches do not fit the nodes; the message names the number that does."""
+    """The branches do not fit the nodes; the message names the number of nodes that does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +33,15 @@ class Placement:
     num_nodes: int
     ranks_per_node: int
     spans: dict[str, int]
-    """Nodes that each branch is spread over."""
+    """Number of nodes that each branch is spread over."""
 
     @property
     def num_idle(self) -> int:
-        """Places for ranks (GPUs) that stay empty."""
+        """Places for ranks (GPUs) that stay idle."""
         return self.num_nodes * self.ranks_per_node - len(self.node_of_rank)
 
     def describe(self) -> str:
-        """For people: one line."""
+        """One line for people."""
         spans = ", ".join(f"{name} on {n} node{'s' if n > 1 else ''}" for name, n in self.spans.items())
         idle = f"; {self.num_idle} of {self.num_nodes * self.ranks_per_node} places stay idle"
         return f"{len(self.node_of_rank)} ranks on {self.num_nodes} x {self.ranks_per_node}: {spans}" + (
@@ -57,16 +57,16 @@ class _Node:
 
 
 def place(layout: Layout, *, num_nodes: int | None, ranks_per_node: int) -> Placement:
-    """Spreads the ranks of ``layout`` over equal nodes.
+    """Assigns the ranks of ``layout`` to nodes of equal size.
 
     Args:
         layout: the branches.
-        num_nodes: nodes of the job; None: as many as are needed.
-        ranks_per_node: ranks that a node has room for: its GPUs.
+        num_nodes: nodes of the job; None: as many as needed.
+        ranks_per_node: ranks that a node has room for, one per GPU.
 
     Raises:
-        PlacementError: a tensor parallel group is larger than a node, or ``num_nodes`` is not the number
-            that the branches need.
+        PlacementError: a tensor-parallel group is larger than a node, or ``num_nodes`` is not what the
+            branches need.
     """
     if ranks_per_node < 1:
         raise PlacementError(f"{ranks_per_node} ranks per node: give at least 1 (sbatch --ntasks-per-node)")
@@ -101,10 +101,10 @@ def place(layout: Layout, *, num_nodes: int | None, ranks_per_node: int) -> Plac
 
 
 def host_list(placement: Placement, hosts: Sequence[str]) -> list[str]:
-    """The host of every rank, by global rank: what SLURM's arbitrary distribution reads.
+    """The host of every rank, by global rank, as SLURM's arbitrary distribution reads it.
 
     Raises:
-        PlacementError: another number of hosts than nodes.
+        PlacementError: the number of hosts is not the number of nodes.
     """
     if len(hosts) != placement.num_nodes:
         raise PlacementError(f"{len(hosts)} hosts for {placement.num_nodes} nodes: {', '.join(hosts)}")
@@ -117,7 +117,7 @@ def _block(branch: BranchLayout) -> int:
 
 
 def _pack(layout: Layout, ranks_per_node: int) -> list[_Node]:
-    """Best fit of the branches' pieces, largest first; no piece is larger than a node."""
+    """Best fit, largest piece first; no piece of a branch is larger than a node."""
     pieces: list[tuple[str, int]] = []
     for name, branch in layout.branches.items():
         block = _block(branch)
@@ -143,7 +143,7 @@ def _pack(layout: Layout, ranks_per_node: int) -> list[_Node]:
 
 
 def _alternatives(layout: Layout, ranks_per_node: int, num_nodes: int) -> str:
-    """A hint at a smaller node that would be filled, where this one is not."""
+    """A hint at smaller nodes that would be filled, where these are not."""
     per_node = layout.world_size // num_nodes
     if layout.world_size % num_nodes or per_node >= ranks_per_node:
         return ""

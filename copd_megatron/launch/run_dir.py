@@ -1,4 +1,4 @@
-"""Where a run writes, and whether it goes on with what is there. Imports neither torch nor vLLM."""
+"""Where a run writes, and whether it continues what is there. Imports neither torch nor vLLM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def run_directory(config: Config) -> Path:
 
 
 def starts_anew(config: Config) -> bool:
-    """Whether what an earlier run left in the directory is thrown away: ``run.overwrite``, but not when a
+    """Whether what an earlier run left in the directory is deleted: with ``run.overwrite``, except when a
     launcher restarts the job."""
     launchers = ("TORCHELASTIC", "SLURM", "COPD")
     restarted = any(os.environ.get(f"{launcher}_RESTART_COUNT", "0") != "0" for launcher in launchers)

@@ -1,9 +1,9 @@
-"""Before a SLURM job starts its ranks: does the configuration fit the nodes, and which rank goes where.
+"""Before a SLURM job starts its ranks: does the configuration fit the nodes, and which rank runs where?
 
     python -m copd_megatron.launch.slurm CONFIG [key=value ...] --hosts n1,n2 --ranks-per-node 8
 
-prints the host of every rank, one a line, for srun's arbitrary distribution, and on stderr what that means.
-Ends with 2 and a message when the run could not start. Needs neither torch nor a GPU; takes a second.
+prints the host of every rank, one per line, for srun's arbitrary distribution, and on stderr what that means.
+Exits with 2 and a message when the run could not start. Needs neither torch nor a GPU; takes a second.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from copd_megatron.topology.layout import Layout
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="slurm_launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m copd_megatron.launch.slurm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--hosts", required=True, help="names of the job's nodes, with commas")
+    parser.add_argument("--hosts", required=True, help="names of the job's nodes, separated by commas")
     parser.add_argument("--ranks-per-node", required=True, type=int, help="GPUs per node")
     arguments = parser.parse_intermixed_args(argv)
     hosts = [host for host in arguments.hosts.split(",") if host]
