@@ -70,6 +70,9 @@ class Prompt:
     occurrence: int = 0
     """0 the first time a prompt is drawn for a step, 1 the second time, and so on: a small data set repeats
     its prompts where one epoch ends and the next begins."""
+    opens_thinking: bool = False
+    """It ends with ``<think>``, as some chat templates have it: the response begins in the middle of
+    thinking."""
 
     @property
     def group_id(self) -> str:

@@ -41,6 +41,8 @@ class Tokenizer(Protocol):
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
+    def decode(self, token_ids: Any) -> Any: ...
+
 
 class MediaEncoder(Protocol):
     """What encodes samples with images or videos: ``media_prompts.MediaPrompts``."""
@@ -109,6 +111,13 @@ def _flat(message: Message) -> dict[str, Any]:
     return {**message, "content": "".join(part["text"] for part in content)}
 
 
+def _opens_thinking(tokenizer: Tokenizer, token_ids: IntArray) -> bool:
+    """Whether the chat template has begun the model's thinking in the prompt."""
+    if "<think>" not in str(getattr(tokenizer, "chat_template", None)):
+        return False
+    return str(tokenizer.decode(token_ids[-8:].tolist())).rstrip().endswith("<think>")
+
+
 class PromptReader:
     """Samples to prompts: reads, checks and tokenises them; counts and logs those that it has to skip.
 
@@ -162,6 +171,7 @@ class PromptReader:
             verifier=sample.verifier,
             metadata=sample.metadata,
             media=media,
+            opens_thinking=_opens_thinking(self._tokenizer, token_ids),
         )
 
     def _encode(self, sample: Sample) -> tuple[IntArray, tuple[MediaRef, ...]]:

@@ -7,7 +7,18 @@ import unicodedata
 from dataclasses import dataclass
 from enum import Enum
 
-_MARKER = re.compile(r"\banswer(?:\*\*)?(?:[ \t]+is(?:[ \t]*:)?|[ \t]*:)(?:\*\*)?", re.IGNORECASE)
+_MARKER = re.compile(
+    r"\banswer(?:\*\*)?(?:[ \t]+is(?:[ \t]*[:\uff1a])?|[ \t]*[:\uff1a])(?:\*\*)?", re.IGNORECASE
+)
+_NO_ANSWER = re.compile(
+    r"\W*(?:correct|right|wrong|helpful|useful|clear|complete|satisfactory|what you)\b", re.IGNORECASE
+)
+"""What follows "answer is" where a sentence is about the answer: "I hope this answer is helpful!"."""
+_HOPE = re.compile(r"(?<=[\s.!?])I hope (?:it|my|that|the|this)\b.*", re.IGNORECASE)
+_MARKERS_READ = 8
+_FENCE = re.compile(r"```[A-Za-z]{0,12}[ \t]*\n(.*?)\n?[ \t]*```\s*\Z", re.DOTALL)
+_FENCE_SEARCHED = 20_000
+"""Characters from the end in which a fenced block is looked for."""
 _SPACES = re.compile(r"\s+")
 
 
@@ -23,6 +34,8 @@ class Source(Enum):
 
 @dataclass(frozen=True)
 class FinalAnswer:
+    """A response's final answer, and why it is taken for it."""
+
     text: str
     source: Source
 
@@ -34,7 +47,8 @@ def final_answer(response: str, *, multiline: bool = False) -> FinalAnswer:
     2. the contents of the last ``<answer>...</answer>``,
     3. what follows the last "Answer:" or "answer is": the rest of its line or, where that is empty, all
        that follows,
-    4. the last line that is not empty (``multiline``: the whole text, for answers of several lines).
+    4. the contents of a fenced block at the end, or else the last line that is not empty (``multiline``: the
+       whole text, for answers of several lines).
 
     Only what follows the last ``</think>`` counts; a response cut off while thinking has no final answer.
     """
@@ -49,17 +63,14 @@ def final_answer(response: str, *, multiline: bool = False) -> FinalAnswer:
     tagged = _last_tagged(text)
     if tagged is not None:
         return FinalAnswer(tagged.strip(), Source.tag)
-    markers = list(_MARKER.finditer(text))
-    if markers:
-        after = text[markers[-1].end() :]
-        line, _, rest = after.partition("\n")
-        found = line.strip() or rest.strip()
-        if found:
-            return FinalAnswer(found, Source.marker)
+    marked = _last_marked(text)
+    if marked is not None:
+        return FinalAnswer(marked, Source.marker)
     stripped = text.strip()
     if not stripped:
         return FinalAnswer("", Source.nothing)
-    return FinalAnswer(stripped if multiline else stripped.rsplit("\n", 1)[-1].strip(), Source.last_line)
+    last = stripped if multiline else stripped.rsplit("\n", 1)[-1].strip()
+    return FinalAnswer(_last_fenced(stripped) or last, Source.last_line)
 
 
 def last_boxed(text: str) -> str | None:
@@ -90,6 +101,33 @@ def _last_tagged(text: str) -> str | None:
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     return text[start + len("<answer>") : end] if start >= 0 else None
+
+
+def _last_marked(text: str) -> str | None:
+    """What follows the last marker that introduces an answer."""
+    for marker in reversed(list(_MARKER.finditer(text))[-_MARKERS_READ:]):
+        line, _, rest = text[marker.end() :].partition("\n")
+        if _NO_ANSWER.match(line):
+            continue
+        found = _HOPE.sub("", line).strip() or _unfenced(rest.strip())
+        if found and found.count("**") % 2:  # "**Answer: 42**"
+            found = found.removesuffix("**").rstrip()
+        return found or None
+    return None
+
+
+def _last_fenced(text: str) -> str | None:
+    """Contents of a fenced block that the text ends with, None without one."""
+    if not text.endswith("```"):
+        return None
+    end = text[-_FENCE_SEARCHED:]
+    start = end.rfind("```", 0, -3)
+    fenced = _FENCE.fullmatch(end, start) if start >= 0 else None
+    return None if fenced is None else fenced.group(1).strip()
+
+
+def _unfenced(text: str) -> str:
+    return (_last_fenced(text) or text) if text.startswith("```") else text
 
 
 def normalize(answer: str, *, case_sensitive: bool = False) -> str:

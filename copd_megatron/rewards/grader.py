@@ -12,6 +12,7 @@ from types import TracebackType
 from copd_megatron.config.schema import RewardConfig
 from copd_megatron.records import Rollout
 from copd_megatron.rewards import registry
+from copd_megatron.rewards.final_answer import Source, final_answer
 from copd_megatron.rewards.isolation import Call, Outcome, WorkerPool
 from copd_megatron.rewards.registry import Verifier
 
@@ -62,15 +63,13 @@ class Grader:
         such samples before training), RuntimeError if no process can be started that runs
         a verifier.
         """
-        tasks: dict[tuple[int, str], Rollout] = {}
+        tasks: dict[_Key, Rollout] = {}
         for rollout in rollouts:
-            tasks.setdefault((id(rollout.prompt), rollout.text), rollout)
+            tasks.setdefault(_key(rollout), rollout)
         outcomes = dict(zip(tasks, self._run(list(tasks.values())), strict=True))
         self._warn_of_ungraded(outcomes.values())
         return [
-            dataclasses.replace(
-                rollout, reward=self._settle(rollout, outcomes[id(rollout.prompt), rollout.text])
-            )
+            dataclasses.replace(rollout, reward=self._settle(rollout, outcomes[_key(rollout)]))
             for rollout in rollouts
         ]
 
@@ -101,7 +100,7 @@ class Grader:
         calls = [
             Call(
                 target=verifiers[index].target,
-                response=rollouts[index].text,
+                response=_response(verifiers[index], rollouts[index]),
                 answer=rollouts[index].prompt.answer,
                 metadata=rollouts[index].prompt.metadata,
                 reusable=verifiers[index].reusable,
@@ -165,9 +164,25 @@ class Grader:
         return 0.0
 
 
+_Key = tuple[int, str, bool]
+
+
+def _key(rollout: Rollout) -> _Key:
+    """Rollouts with the same key get the same grade."""
+    return id(rollout.prompt), rollout.text, rollout.truncated
+
+
+def _response(verifier: Verifier, rollout: Rollout) -> str:
+    """The response as its verifier is to see it: with the opening of thinking that stands in the prompt, and
+    empty where it was cut off before it gave an answer."""
+    text = f"<think>{rollout.text}" if rollout.prompt.opens_thinking else rollout.text
+    cut = rollout.truncated and verifier.reads_final_answer
+    return "" if cut and final_answer(text).source is Source.last_line else text
+
+
 def _call_here(verifier: Verifier, rollout: Rollout) -> Outcome:
-    prompt = rollout.prompt
+    prompt, response = rollout.prompt, _response(verifier, rollout)
     try:
-        return Outcome(value=float(verifier.verify(rollout.text, prompt.answer, prompt.metadata)))
+        return Outcome(value=float(verifier.verify(response, prompt.answer, prompt.metadata)))
     except Exception as error:  # whatever a verifier raises is its sample's failure
         return Outcome(reason="error", message=f"{type(error).__name__}: {error}"[:500])

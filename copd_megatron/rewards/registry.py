@@ -31,6 +31,9 @@ class Verifier:
     reusable: bool = False
     """Evaluates nothing that it is given, so that the process may grade the next response, too. Otherwise
     every response gets a fresh process."""
+    reads_final_answer: bool = False
+    """Grades what ``final_answer`` finds and nothing else, so that a response that was cut off before it gave
+    an answer scores 0."""
     prepare: Callable[[], None] | None = None
     """Called once, outside the time limit, before the processes that grade are forked: slow imports, and
     whatever else they should all find ready."""
@@ -49,16 +52,25 @@ def register(
     *,
     isolated: bool = True,
     reusable: bool = False,
+    reads_final_answer: bool = False,
     prepare: Callable[[], None] | None = None,
 ) -> Callable[[Verify], Verify]:
-    """Decorator: make a module-level function available as verifier ``name``.
+    """Decorator: make a module-level function available as verifier ``name``. The other arguments are those
+    of ``Verifier``.
 
     Raises ValueError: the name is taken by another function, or the function is not at module level (a
     worker process could not import it).
     """
 
     def decorate(verify: Verify) -> Verify:
-        verifier = Verifier(name=name, verify=verify, isolated=isolated, reusable=reusable, prepare=prepare)
+        verifier = Verifier(
+            name=name,
+            verify=verify,
+            isolated=isolated,
+            reusable=reusable,
+            reads_final_answer=reads_final_answer,
+            prepare=prepare,
+        )
         if "." in verify.__qualname__ or verify.__qualname__ == "<lambda>":
             raise ValueError(
                 f"verifier {name!r}: {verifier.target} is not a module-level function. Define it with def at "

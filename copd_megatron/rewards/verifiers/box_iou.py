@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from copd_megatron.rewards.final_answer import final_answer
+from copd_megatron.rewards.metadata import setting
 from copd_megatron.rewards.registry import register
 
 Box = tuple[float, float, float, float]
@@ -16,7 +17,7 @@ _NUMBER = r"\s{0,3}(-?\d{1,9}(?:\.\d{1,9})?)\s{0,3}"
 _BOX = re.compile(r"[\[(]" + ",".join([_NUMBER] * 4) + r"[\])]")
 
 
-@register("box_iou", isolated=False)
+@register("box_iou", isolated=False, reads_final_answer=True)
 def box_iou(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     """Overlap of the answered box with the gold one: area of intersection / area of union.
 
@@ -32,7 +33,7 @@ def box_iou(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     if found is None:
         return 0.0
     overlap = iou(found, gold)
-    threshold = metadata.get("iou_threshold")
+    threshold = setting(metadata, "iou_threshold", None)
     return overlap if threshold is None else float(overlap >= float(threshold))
 
 

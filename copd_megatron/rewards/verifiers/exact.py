@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from copd_megatron.rewards.final_answer import final_answer, normalize
+from copd_megatron.rewards.metadata import setting
 from copd_megatron.rewards.registry import register
 
 
-@register("exact", isolated=False)
+@register("exact", isolated=False, reads_final_answer=True)
 def exact(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     """1.0 if the normalised final answer equals the normalised gold answer.
 
     metadata: ``case_sensitive`` (default false).
     """
-    case_sensitive = bool(metadata.get("case_sensitive", False))
+    case_sensitive = bool(setting(metadata, "case_sensitive", False))
     found = final_answer(response, multiline="\n" in answer.strip()).text
     gold = normalize(answer, case_sensitive=case_sensitive)
     return float(bool(gold) and normalize(found, case_sensitive=case_sensitive) == gold)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from copd_megatron.rewards.final_answer import final_answer, normalize
+from copd_megatron.rewards.metadata import setting
 from copd_megatron.rewards.registry import register
 
 # Groups: sign, number with optional thousands separators, exponent, and the denominator of a fraction.
@@ -18,13 +19,46 @@ _MAX_DIGITS = 400
 _DEFAULT_REL_TOL = 1e-9
 
 
-@register("numeric", isolated=False)
-def numeric(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
-    """1.0 if the last number of the final answer equals the gold number.
+def _mixed(match: re.Match[str]) -> str:
+    """Two and a half, as one fraction."""
+    whole, numerator, denominator = (int(group) for group in match.groups())
+    return f"{whole * denominator + numerator}/{denominator}"
 
-    Two integers must be equal unless metadata gives a tolerance; other numbers may differ by
-    max(rel_tol * larger magnitude, abs_tol). metadata: ``rel_tol`` (default 1e-9), ``abs_tol`` (0).
-    Understood: 1,234.5, -3/4, 2.5e-3, a unit or sign of currency or percent beside the number (ignored).
+
+_DIGITS = r"\s{0,3}(\d{1,400})\s{0,3}"
+_POWER = r"\s?(?:\^|\*\*)\s?\{?\s?([+-]?\d{1,9})\s?\}?"
+_UNIT = r"\b(?:[mck]?m|dm|s|ft|in|yd|mi|units?|inch(?:es)?|feet|met(?:er|re)s?|seconds?)"
+_REWRITTEN = (
+    (re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;!:]"), ""),
+    (re.compile(r"(?<=\d)(?:\{,\}|~)(?=\d{3})"), ""),  # thousands
+    (re.compile(r"\\([$%#&])"), r"\1"),
+    (re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s?\{([^{}]{0,200})\}"), r" \1 "),
+    (re.compile(r"\^\s?(?:\\circ|\{\s?\\circ\s?\})(?![A-Za-z])|\\degree(?![A-Za-z])"), ""),
+    (re.compile(r"(" + _UNIT + r")\s?\^\s?\{?-?[123]\}?"), r"\1"),
+    (re.compile(r"\^\s?\{?\s?(?:\\text\s?\{)?(?:st|nd|rd|th)\b\}{0,2}"), ""),
+    (re.compile(r"(?<![\d.])(\d{1,9})\s?\\[dt]?frac\s?\{" + _DIGITS + r"\}\s?\{" + _DIGITS + r"\}"), _mixed),
+    (re.compile(r"\\[dt]?frac\s?\{" + _DIGITS + r"\}\s?\{" + _DIGITS + r"\}"), r"\1/\2"),
+    (re.compile(r"\\[dt]?frac\s?(\d)\s?(\d)"), r"\1/\2"),
+    (re.compile(r"(?<=\d)\s?(?:\\times|\\cdot|\u00d7|\u00b7|\*)\s?10" + _POWER), r"e\1"),
+    (re.compile(r"(?<![\w.^{])10" + _POWER), r"1e\1"),
+)
+"""LaTeX that is part of a number, and what ``_NUMBER`` understands in its place."""
+_PART_BEFORE = re.compile(
+    r"(?:[\^_]\s?\{?\s?|[\^_]\{[^{}]{0,40}\}\s?|\\[A-Za-z]+\s?(?:\[[^\[\]]{0,40}\])?[{(]?\s?|[^\s\d$]/)$"
+)
+_PART_AFTER = re.compile(r"\s?(?:\^|!|\*\*|\\[A-Za-z])")
+"""What a number stands beside where it is only part of a formula: an exponent, a root's radicand, a
+factor."""
+
+
+@register("numeric", isolated=False, reads_final_answer=True)
+def numeric(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
+    r"""1.0 if the last number of the final answer equals the gold number.
+
+    Two integers must be equal unless metadata gives a tolerance; other numbers may differ by max(rel_tol *
+    larger magnitude, abs_tol). metadata: ``rel_tol`` (default 1e-9), ``abs_tol`` (0). Understood: 1,234.5,
+    -3/4, 2.5e-3, ``\frac{3}{4}``, ``3 \times 10^5``, a unit or sign of currency or percent beside the number
+    (ignored). A number that is part of a formula (the 2 of ``\sqrt{2}``) is not an answer.
 
     Raises ValueError if the gold answer holds no number.
     """
@@ -34,19 +68,45 @@ def numeric(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     found = last_number(final_answer(response).text)
     if found is None:
         return 0.0
-    if isinstance(gold, int) and isinstance(found, int) and not {"rel_tol", "abs_tol"} & set(metadata):
+    has_tolerance = any(setting(metadata, name, None) is not None for name in ("rel_tol", "abs_tol"))
+    if isinstance(gold, int) and isinstance(found, int) and not has_tolerance:
         return float(gold == found)
-    rel_tol = float(metadata.get("rel_tol", _DEFAULT_REL_TOL))
-    abs_tol = float(metadata.get("abs_tol", 0.0))
+    rel_tol = float(setting(metadata, "rel_tol", _DEFAULT_REL_TOL))
+    abs_tol = float(setting(metadata, "abs_tol", 0.0))
     return float(math.isclose(gold, found, rel_tol=rel_tol, abs_tol=abs_tol))
 
 
 def last_number(text: str) -> int | float | None:
-    """The last number in the text; None without one, or where it is too long for a float."""
-    matches = list(_NUMBER.finditer(normalize(text).replace("\u2212", "-")))
+    """The last number in the text; None without one, or where it is too long for a float or part of a
+    formula."""
+    readable = _readable(text)
+    matches = list(_NUMBER.finditer(readable))
     if not matches:
         return None
-    sign, digits, exponent, denominator = matches[-1].groups()
+    match = matches[-1]
+    if _PART_BEFORE.search(readable[max(0, match.start() - 60) : match.start()]) or _PART_AFTER.match(
+        readable, match.end()
+    ):
+        return None
+    return _value(*match.groups())
+
+
+def is_number(text: str) -> bool:
+    """Whether the text is one number and nothing else."""
+    match = _NUMBER.fullmatch(normalize(text).replace("\u2212", "-"))
+    return match is not None and last_number(text) is not None
+
+
+def _readable(text: str) -> str:
+    """The text with numbers written plainly."""
+    plain = normalize(text).replace("\u2212", "-")
+    if "\\" in plain or "^" in plain or "~" in plain or "*" in plain or "\u00d7" in plain or "{,}" in plain:
+        for pattern, plainly in _REWRITTEN:
+            plain = pattern.sub(plainly, plain)
+    return plain.strip()
+
+
+def _value(sign: str, digits: str, exponent: str | None, denominator: str | None) -> int | float | None:
     digits = digits.replace(",", "")
     if len(digits) > _MAX_DIGITS or len(denominator or "") > _MAX_DIGITS:
         return None
@@ -58,9 +118,3 @@ def last_number(text: str) -> int | float | None:
             return None
         value /= float(denominator)
     return (int(value) if value.is_integer() else value) if math.isfinite(value) else None
-
-
-def is_number(text: str) -> bool:
-    """Whether the text is one number and nothing else."""
-    match = _NUMBER.fullmatch(normalize(text).replace("\u2212", "-"))
-    return match is not None and last_number(text) is not None

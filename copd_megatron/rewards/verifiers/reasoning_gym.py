@@ -32,7 +32,7 @@ def _scorer(family: str) -> Score:
     return scorer
 
 
-@register("reasoning_gym", isolated=True, reusable=True, prepare=_prepare)
+@register("reasoning_gym", isolated=True, reusable=True, reads_final_answer=True, prepare=_prepare)
 def reasoning_gym(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     """The family's own score of the final answer.
 
@@ -44,6 +44,8 @@ def reasoning_gym(response: str, answer: str, metadata: Mapping[str, Any]) -> fl
     without ``dataset``.
     """
     found = final_answer(response, multiline="\n" in answer.strip()).text
+    if not found:
+        return 0.0
     entry = {
         "question": setting(metadata, "question", ""),
         "answer": answer,

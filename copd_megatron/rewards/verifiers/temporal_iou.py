@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from copd_megatron.rewards.final_answer import final_answer
+from copd_megatron.rewards.metadata import setting
 from copd_megatron.rewards.registry import register
 
 _TIME = r"(\d{1,9}(?::\d{1,2}){0,2}(?:\.\d{1,9})?)"
@@ -18,15 +19,22 @@ _INTERVAL = re.compile(
     re.IGNORECASE,
 )
 
+_LABELLED = re.compile(
+    r"\bstart(?:[ _]?time)?[\"']?\s{0,3}[:=]?\s{0,3}[\"']?" + _TIME + r"[\"']?\s{0,3}(?:seconds?|secs?|s)?"
+    r"[,;]?\s{1,10}(?:and\s)?[\"']?end(?:[ _]?time)?[\"']?\s{0,3}[:=]?\s{0,3}[\"']?" + _TIME + r"(?![\d:])",
+    re.IGNORECASE,
+)
+"""``{"start": 1.5, "end": 3.0}``, ``start: 1.5, end: 3.0``"""
 
-@register("temporal_iou", isolated=False)
+
+@register("temporal_iou", isolated=False, reads_final_answer=True)
 def temporal_iou(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     """Overlap of the answered interval with the gold one: length of intersection / length of union.
 
     ``answer``: "1.5-3.0", in seconds or as ``minutes:seconds``. metadata: ``iou_threshold``; if given, the
-    reward is 1.0 from that overlap on and 0.0 below it. The response's final answer may be written
-    "1.5-3.0", "1.5 to 3.0 seconds", "[1.5, 3.0]" or "00:01.5 - 00:03"; its last interval counts. An interval
-    that ends before it begins scores 0.
+    reward is 1.0 from that overlap on and 0.0 below it. The response's final answer may be written "1.5-3.0",
+    "1.5 to 3.0 seconds", "[1.5, 3.0]", "00:01.5 - 00:03" or as JSON with ``start`` and ``end``; its last
+    interval counts. An interval that ends before it begins scores 0.
 
     Raises ValueError if the gold answer holds no interval of positive length.
     """
@@ -37,7 +45,7 @@ def temporal_iou(response: str, answer: str, metadata: Mapping[str, Any]) -> flo
     if found is None:
         return 0.0
     overlap = interval_iou(found, gold)
-    threshold = metadata.get("iou_threshold")
+    threshold = setting(metadata, "iou_threshold", None)
     return overlap if threshold is None else float(overlap >= float(threshold))
 
 
@@ -55,10 +63,10 @@ def interval_iou(first: tuple[float, float], second: tuple[float, float]) -> flo
 
 def last_interval(text: str) -> tuple[float, float] | None:
     """The last interval written in the text, in seconds; None without one."""
-    matches = list(_INTERVAL.finditer(text))
+    matches = [*_INTERVAL.finditer(text), *_LABELLED.finditer(text)]
     if not matches:
         return None
-    start, end = matches[-1].groups()
+    start, end = max(matches, key=lambda match: match.end()).groups()
     return _seconds(start), _seconds(end)
 
 

@@ -1,0 +1,76 @@
+"""How large the numbers in a formula would get, told before anything is evaluated."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+MAX_BITS = 200_000
+"""Largest number that is evaluated: 60,000 digits. ``9^{9^9}`` has 1.2 thousand million bits."""
+MAX_EXPONENT = 10_000
+"""Largest power of a sum that is expanded."""
+_MAX_NODES = 5_000
+
+
+def is_evaluable(expression: Any) -> bool:
+    """Whether no number in a sympy expression, made without evaluation, exceeds the bounds.
+
+    Also False for expressions of thousands of terms, and for powers of a sum that would be expanded into
+    thousands of terms.
+    """
+    budget = [_MAX_NODES]
+    try:
+        return _bits(expression, budget) <= MAX_BITS
+    except (OverflowError, RecursionError, _TooLargeError):
+        return False
+
+
+class _TooLargeError(Exception):
+    """A part of the expression exceeds a bound."""
+
+
+def _bits(node: Any, budget: list[int]) -> float:
+    """An upper bound of the binary logarithm of what a node comes to, taken without its sign; 0 for symbols.
+
+    Raises _TooLargeError where a part of it exceeds a bound.
+    """
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise _TooLargeError
+    kind = type(node).__name__
+    parts = [_bits(part, budget) for part in _parts(node)]
+    if getattr(node, "is_Rational", False):
+        bits = math.log2(max(abs(int(node.p)), int(node.q)))
+    elif getattr(node, "is_Float", False):
+        bits = abs(float(node._mpf_[2] + node._mpf_[3]))
+    elif kind in ("Pow", "exp"):
+        bits = _bits_of_power(node, parts)
+    elif kind in ("factorial", "factorial2", "subfactorial", "gamma", "RisingFactorial", "FallingFactorial"):
+        value = _value_of(max(parts))
+        bits = value * max(1.0, math.log2(max(value, 2.0)))
+    elif kind == "binomial":
+        bits = _value_of(max(parts))
+    else:
+        bits = sum(parts) if kind == "Mul" else max(parts, default=2.0) + math.log2(max(len(parts), 1))
+    if bits > MAX_BITS:
+        raise _TooLargeError
+    return bits
+
+
+def _bits_of_power(node: Any, parts: list[float]) -> float:
+    base, exponent = (2.0, parts[0]) if type(node).__name__ == "exp" else (parts[0], parts[1])
+    times = _value_of(exponent)
+    if node.args[0].free_symbols and times > MAX_EXPONENT:
+        raise _TooLargeError
+    return max(base, 1.0) * times
+
+
+def _value_of(bits: float) -> float:
+    """The number that has this binary logarithm."""
+    return 2.0 ** min(bits, 64.0)
+
+
+def _parts(node: Any) -> tuple[Any, ...]:
+    if hasattr(node, "flat"):  # a matrix
+        return tuple(node.flat())
+    return tuple(getattr(node, "args", ()))
