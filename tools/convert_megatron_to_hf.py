@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from copd_megatron.checkpoint.progress import ProgressLine
-from copd_megatron.formats.convert import SHARD_BYTES, megatron_to_hf
+from copd_megatron.merge.convert import SHARD_BYTES, megatron_to_hf
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

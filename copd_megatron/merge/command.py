@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest
 from copd_megatron.errors import ConfigError
-from copd_megatron.merge.recipe import ALIASES, METHODS, ModelInput, Recipe, read_recipe
+from copd_megatron.merge.recipe import ALIASES, METHODS, WITHOUT_BASE, ModelInput, Recipe, read_recipe
 
 if TYPE_CHECKING:
     from copd_megatron.merge.engine import MergeOutcome
@@ -34,7 +34,7 @@ Interrupted, the same command goes on where it stopped.
 """
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_NEEDS_BASE = set(METHODS) - {"linear"}
+_NEEDS_BASE = set(METHODS) - WITHOUT_BASE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,7 +174,7 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
     if method == "slerp" and arguments.t is None:
         shared["t"] = 0.5
     per_model: list[dict[str, Any]] = [{} for _ in models]
-    if method != "slerp":
+    if "weight" in METHODS[method]["model"]:
         _spread("weight", _per_model("--weights", arguments.weights, len(models)), per_model)
         if not arguments.weights:
             # The uniform mean, or its like: task vectors are summed unless the method divides by the weights.
@@ -182,9 +182,8 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
             for parameters in per_model:
                 parameters["weight"] = 1.0 if divides else 1.0 / len(models)
     elif arguments.weights:
-        raise ConfigError(
-            "merge: --weights: slerp takes --t instead, the way from the first model to the second"
-        )
+        instead = "--t instead, the way from the first model to the second" if method == "slerp" else "none"
+        raise ConfigError(f"merge: --weights: {method} takes {instead}")
     _spread("density", _per_model("--density", arguments.density, len(models)), per_model)
     return Recipe(
         method=method,
@@ -192,7 +191,7 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
             ModelInput(path=path, parameters=parameters)
             for path, parameters in zip(models, per_model, strict=True)
         ),
-        base=base if method != "linear" else None,
+        base=base if method not in WITHOUT_BASE else None,
         parameters={key: value for key, value in shared.items() if value is not None},
         dtype=arguments.dtype,
         out_dtype=arguments.out_dtype,
