@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from copd_megatron.hf.files import file_layouts
 from safetensors.torch import load_file, save_file
 
 from copd_megatron.checkpoint.manifest import CheckpointError, hash_file
 from copd_megatron.config.schema import ParallelConfig
-from copd_megatron.formats.convert import hf_to_megatron, megatron_to_hf
 from copd_megatron.formats.megatron_reader import MegatronFolder
-from copd_megatron.hf.files import file_layouts
+from copd_megatron.merge.convert import hf_to_megatron, megatron_to_hf
 from tests.support.actors import load_and_compare
 from tests.support.checkpoint_runs import run_tool
 from tests.support.layouts import Job, run_layouts
@@ -231,7 +231,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     script = f"""
 import resource, sys
 from pathlib import Path
-from copd_megatron.formats.convert import hf_to_megatron, megatron_to_hf
+from copd_megatron.merge.convert import hf_to_megatron, megatron_to_hf
 root = Path({str(tmp_path)!r})
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from copd_megatron.hf.files import file_layouts
 
 from copd_megatron.checkpoint.manifest import (
     MANIFEST,
@@ -29,7 +30,6 @@ from copd_megatron.checkpoint.manifest import (
 )
 from copd_megatron.config import BranchConfig, Config, ModelConfig
 from copd_megatron.config.schema import OptimizerConfig, ParallelConfig
-from copd_megatron.hf.files import file_layouts
 from copd_megatron.topology.layout import Layout
 from tests.support.actors import make_actor
 from tests.support.checkpoint_runs import load_tool, run_tool

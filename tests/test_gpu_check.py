@@ -278,7 +278,7 @@ def test_a_gpu_trains_as_many_layers_as_fit(monkeypatch: pytest.MonkeyPatch, tmp
     from gpu_material import make_folder
     from gpu_measure import GIB, layers_that_fit
 
-    from copd_megatron.model.shape import read_model_shape
+    from copd_megatron.hf.model_config import read_model_shape
 
     text, vision = (read_model_shape(make_folder(tmp_path, shape)) for shape in ("text-4b", "vl-4b"))
     assert text.num_parameters == pytest.approx(4.02e9, rel=0.01)

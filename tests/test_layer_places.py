@@ -29,8 +29,8 @@ def check_places(folder: Path) -> None:
     which knows no layers, expects of a checkpoint."""
     from copd_megatron.config.schema import ParallelConfig
     from copd_megatron.hf.folder import HFFolder
+    from copd_megatron.hf.model_config import read_model_shape
     from copd_megatron.model.places import megatron_tensors, stack_sizes
-    from copd_megatron.model.shape import read_model_shape
     from copd_megatron.policy import cpu
     from copd_megatron.policy.megatron.model import build_chunks, transformer_config
     from copd_megatron.policy.shard import ShardView, load_hf

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from copd_megatron.formats.safetensors import SafetensorsSource
 from safetensors import safe_open
 from torch import Tensor
 
 from copd_megatron.cli.main import main
-from copd_megatron.formats.safetensors import SafetensorsSource
 from copd_megatron.merge.check import MismatchError
 from copd_megatron.merge.engine import MergeOutcome, run_merge
 from copd_megatron.merge.methods import Settings, merge_tensors

@@ -27,12 +27,12 @@ from copd_megatron.checkpoint.manifest import (
 )
 from copd_megatron.cli.main import main
 from copd_megatron.config.schema import ParallelConfig
-from copd_megatron.formats.convert import hf_to_megatron, megatron_to_hf
 from copd_megatron.formats.megatron_reader import megatron_tensors_of
+from copd_megatron.hf.model_config import read_sizes
 from copd_megatron.merge.check import MismatchError
+from copd_megatron.merge.convert import hf_to_megatron, megatron_to_hf
 from copd_megatron.merge.engine import run_merge
 from copd_megatron.merge.recipe import ModelInput, Recipe
-from copd_megatron.model.shape import read_sizes
 from copd_megatron.report.merge_distance import branch_distances
 from tests.support.actors import load_and_compare
 from tests.support.layouts import Job, run_layouts

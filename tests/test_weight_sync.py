@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from copd_megatron.config.schema import ParallelConfig, RolloutConfig, WeightSyncConfig
 from copd_megatron.hf.folder import HFFolder
-from copd_megatron.model.shape import ModelShape, read_model_shape
+from copd_megatron.hf.model_config import read_model_shape
+from copd_megatron.model.shape import ModelShape
 from copd_megatron.model.slots import slots
 from copd_megatron.weight_sync.plan import BranchLayout, plan_sync, wanted_range
 from tests.support.actors import make_actor, make_engine, random_prompts

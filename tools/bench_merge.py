@@ -113,8 +113,8 @@ def make_checkpoint(folder: Path, size_bytes: float, shard_bytes: float, *, bran
     the values do not matter, their spread does."""
     import torch
 
-    from copd_megatron.formats.safetensors import SafetensorsSink
-    from copd_megatron.formats.tensors import TensorSpec, block_range
+    from copd_megatron.formats.hf import HFSink
+    from copd_megatron.hf.tensors import TensorSpec, block_range
 
     folder.mkdir(parents=True)
     tensors = dict(shapes(size_bytes))
@@ -142,7 +142,7 @@ def make_checkpoint(folder: Path, size_bytes: float, shard_bytes: float, *, bran
     moved = torch.randn(20_000_003, generator=generator.manual_seed(100 + branch)) * 0.001
     values = (noise + moved if branch else noise).bfloat16()
     specs = [TensorSpec(name, shape, torch.bfloat16) for name, shape in sorted(tensors.items())]
-    sink = SafetensorsSink(folder, specs, int(shard_bytes))
+    sink = HFSink.of(folder, specs, int(shard_bytes))
     position = 0
     for index, shard in enumerate(sink.shards):
         writer = sink.open(index)

@@ -247,7 +247,7 @@ def measure(arguments: argparse.Namespace, folder: Path, rollout_tp: int) -> Mea
         layout=f"TP {arguments.tp} x PP {arguments.pp} x DP {arguments.dp} -> vLLM TP {rollout_tp}",
         device=torch.cuda.get_device_name() if on_cuda else "cpu",
         num_ranks=dist.get_world_size(),
-        model_bytes=sum(HFFolder(folder).num_bytes(name) for name in HFFolder(folder).names()),
+        model_bytes=sum(spec.num_bytes for layout in HFFolder(folder).layouts for spec in layout.specs),
         loaded_bytes=_sum(loaded),
         received_bytes=_sum(sync.stream.received_bytes),
         bucket_bytes=int(arguments.bucket_mib * MIB),
@@ -295,10 +295,10 @@ def make_model(folder: Path, *, size_bytes: int, hidden: int, vocab: int, tied: 
     """Writes a random Qwen3 of about ``size_bytes``: as many layers as that takes, a multiple of
     ``multiple``. Returns its bytes."""
     import torch
-    from safetensors.torch import save_file
     from transformers import Qwen3Config
 
-    from copd_megatron.model.shape import read_model_shape
+    from copd_megatron.hf.model_config import read_model_shape
+    from copd_megatron.hf.planned_file import write_safetensors
     from copd_megatron.model.slots import slots
     from copd_megatron.tiny.tokenizer import build_tokenizer
 
@@ -322,13 +322,13 @@ def make_model(folder: Path, *, size_bytes: int, hidden: int, vocab: int, tied: 
     )
     config.save_pretrained(folder)
     build_tokenizer(vocab).save_pretrained(folder)
-    save_file({"placeholder": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+    write_safetensors(folder / "model.safetensors", {"placeholder": torch.zeros(1)})
     shape = read_model_shape(folder)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         slot.name: (torch.randn(slot.shape, generator=generator) * 0.02).to(dtype) for slot in slots(shape, 1)
     }
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_safetensors(folder / "model.safetensors", tensors)
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 

@@ -30,7 +30,10 @@ from copd_megatron.config.schema import (
     RolloutConfig,
     TrainingConfig,
 )
-from copd_megatron.model.shape import ModelShape, read_model_shape
+from copd_megatron.hf.companions import shard_name, write_index
+from copd_megatron.hf.model_config import read_model_shape
+from copd_megatron.hf.planned_file import write_safetensors
+from copd_megatron.model.shape import ModelShape
 from copd_megatron.records import IntArray, MediaRef, Prompt, TrainRow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,10 +116,8 @@ def make_folder(work: Path, shape: str, *, weights: bool = False, layers: int | 
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    from safetensors.torch import save_file
-
     (folder / "config.json").write_text(json.dumps(_hf_config(folder, shape, layers), indent=2))
-    save_file({"placeholder": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+    write_safetensors(folder / "model.safetensors", {"placeholder": torch.zeros(1)})
     if weights:
         _write_weights(folder)
     (folder / "done").touch()
@@ -124,10 +125,7 @@ def make_folder(work: Path, shape: str, *, weights: bool = False, layers: int | 
 
 
 def _write_weights(folder: Path) -> None:
-    from safetensors.torch import save_file
-
     from copd_megatron.model.slots import slots
-    from copd_megatron.weight_sync.export import shard_name, write_index
 
     draw, dtype = _Draw(read_model_shape(folder)), compute_dtype()
     groups: list[list[Any]] = [[]]
@@ -140,13 +138,15 @@ def _write_weights(folder: Path) -> None:
         groups[-1].append(slot)
         held += size
     where: dict[str, str] = {}
+    total = 0
     (folder / "model.safetensors").unlink()
     for number, group in enumerate(groups, start=1):
         tensors = {slot.name: draw(slot.name, slot.shape).to(dtype).cpu() for slot in group}
         file = shard_name(number, len(groups))
-        save_file(tensors, folder / file, {"format": "pt"})
+        write_safetensors(folder / file, tensors)
         where |= dict.fromkeys(tensors, file)
-    write_index(folder, where, 0)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    write_index(folder, where, total)
 
 
 class _Draw:

@@ -40,7 +40,7 @@ from gpu_measure import (
 
 from copd_megatron.config.hardware import missing_for
 from copd_megatron.config.schema import FP8Recipe, LossConfig, MemoryConfig, WeightSyncConfig
-from copd_megatron.model.shape import read_model_shape
+from copd_megatron.hf.model_config import read_model_shape
 from copd_megatron.objectives.surrogate import ClippedSurrogate
 
 # ---- training --------------------------------------------------------------------------------------------

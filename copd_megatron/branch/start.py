@@ -15,9 +15,9 @@ from copd_megatron.config.graph import Edge, build_graph
 from copd_megatron.config.schema import BranchConfig
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.sources import PromptSources
+from copd_megatron.hf.model_config import read_model_shape
 from copd_megatron.launch.lock import RunLock
 from copd_megatron.launch.run_dir import run_directory
-from copd_megatron.model.shape import read_model_shape
 from copd_megatron.objectives.base import Context, Objective, ObjectiveFactory
 from copd_megatron.opd.router import Router
 from copd_megatron.plugins import OBJECTIVES

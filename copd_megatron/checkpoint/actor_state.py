@@ -13,6 +13,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from torch import Tensor
 
+from copd_megatron.checkpoint.distcp import check_items
 from copd_megatron.checkpoint.manifest import CheckpointError
 from copd_megatron.policy import cpu
 from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
@@ -96,7 +98,7 @@ def load_state(
     wanted = actor.snapshot() if with_teacher else None
     state = sharded_state(actor, teacher=wanted, loading=True, with_rng=same_layout)
     groups = _hyperparameters(actor)
-    loaded = _load(state, folder)
+    loaded = _load(state, folder, actor.device)
     with cpu.cuda_to_cpu(), torch.no_grad():
         _copy_model(actor, loaded["model"])
         if actor.optimizer is not None:
@@ -119,13 +121,14 @@ def load_weights(actor: MegatronActor, folder: str) -> None:
     """
     actor.take_weights()
     state = {"model": actor.model.sharded_state_dict(prefix="")}
-    loaded = _load(state, folder)
+    loaded = _load(state, folder, actor.device)
     with torch.no_grad():
         _copy_model(actor, loaded["model"])
 
 
-def _load(state: dict[str, Any], folder: str) -> dict[str, Any]:
+def _load(state: dict[str, Any], folder: str, device: torch.device) -> dict[str, Any]:
     """``dist_checkpointing.load``, without what it lacks and with errors that help."""
+    _refuse_programs(folder, device)
     _drop_extra_state(state, folder)
     try:
         with warnings.catch_warnings():
@@ -138,6 +141,22 @@ def _load(state: dict[str, Any], folder: str) -> dict[str, Any]:
             "saved with"
         ) from error
     return loaded
+
+
+def _refuse_programs(folder: str, device: torch.device) -> None:
+    """Megatron's loader runs what the pickles in a folder ask for: the ranks look at them first, each at its
+    share, and none loads until all have looked."""
+    problem = None
+    try:
+        check_items(Path(folder), part=dist.get_rank(), num_parts=dist.get_world_size())
+    except CheckpointError as error:
+        problem = error
+    refusals = torch.tensor(int(problem is not None), device=device)
+    dist.all_reduce(refusals)
+    if problem is not None:
+        raise problem
+    if refusals:
+        raise CheckpointError(f"{folder}: refused by another rank, whose message says why")
 
 
 # ---- weights ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Files of ``torch.distributed.checkpoint``, which Megatron's distributed format is made of. Torch only.
 
-A ``.distcp`` file is a sequence of items, each as ``torch.save`` writes it; ``.metadata`` (a pickle) says
-which tensor's which part lies where.
+A ``.distcp`` file is a sequence of items, each as ``torch.save`` writes it; ``.metadata``, a pickle, is the
+index: which part of which tensor lies where. Both are read without running anything that they ask for.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from typing import IO, Any, Final, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 
-from copd_megatron.checkpoint.manifest import FileEntry, hash_file, sync_folder
+from copd_megatron.checkpoint.manifest import CheckpointError, FileEntry, hash_file, sync_folder
+from copd_megatron.checkpoint.safe_pickle import check_saved, load_metadata
 
 METADATA: Final = ".metadata"
 BACKEND: Final = "metadata.json"
@@ -128,3 +135,85 @@ def write_metadata(
         )
         for name in (METADATA, BACKEND)
     ]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """A folder's index, checked so far that its fields can be relied on.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+        CheckpointError: it is damaged, asks for what an index has not, or names files outside the folder.
+    """
+    path = folder / METADATA
+    found = load_metadata(path)
+    try:
+        problem = _problem_of(found)
+    except (AttributeError, TypeError) as error:
+        problem = repr(error)
+    if problem is not None:
+        raise CheckpointError(f"{path} is damaged: {problem}; copy the checkpoint again")
+    assert isinstance(found, Metadata)
+    return found
+
+
+def _problem_of(found: Any) -> str | None:
+    """What is wrong with an index; None: nothing."""
+    if not isinstance(found, Metadata):
+        return f"it holds a {type(found).__name__}"
+    if not isinstance(found.state_dict_metadata, dict) or not isinstance(found.storage_data, dict):
+        return "it does not list tensors and where they are"
+    for key, entry in found.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata):
+            continue
+        if not isinstance(entry, TensorStorageMetadata) or not isinstance(
+            entry.properties.dtype, torch.dtype
+        ):
+            return f"{key} has no type"
+        sizes = [entry.size, *(s for chunk in entry.chunks for s in (chunk.offsets, chunk.sizes))]
+        if not all(_are_sizes(size, len(entry.size)) for size in sizes):
+            return f"{key} has no shape"
+    for index, place in found.storage_data.items():
+        if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
+            return "it does not say where its tensors are"
+        if place.relative_path != Path(place.relative_path).name or not _are_sizes(
+            (place.offset, place.length), 2
+        ):
+            return f"{index.fqn} is said to be in {place.relative_path!r} at {place.offset!r}"
+        if index.offset is not None and not isinstance(index.offset, torch.Size):
+            return f"{index.fqn} has the offset {index.offset!r}"
+    return None
+
+
+def _are_sizes(values: Any, length: int) -> bool:
+    return (
+        isinstance(values, tuple)
+        and len(values) == length
+        and all(type(value) is int and value >= 0 for value in values)
+    )
+
+
+def check_items(folder: Path, *, part: int = 0, num_parts: int = 1) -> None:
+    """Refuses a folder whose index, or one of whose saved objects, would run something when Megatron loads
+    it. (Tensors are loaded by torch as tensors only.)
+
+    Args:
+        part, num_parts: look at this share of the objects only, so that ranks share them.
+
+    Raises:
+        FileNotFoundError: the folder has no index.
+        CheckpointError: it asks for what no checkpoint needs, or is damaged.
+    """
+    index = read_metadata(folder)
+    objects = [
+        (key, place)
+        for key, place in index.storage_data.items()
+        if not isinstance(index.state_dict_metadata.get(key.fqn), TensorStorageMetadata)
+    ]
+    for key, place in objects[part::num_parts]:
+        path = folder / place.relative_path
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), place.length, place.offset)
+        check_saved(data, f"{path}: {key.fqn}")

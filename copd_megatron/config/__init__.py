@@ -55,7 +55,8 @@ from copd_megatron.config.schema import (
 )
 from copd_megatron.config.validate import validate
 from copd_megatron.errors import ConfigError
-from copd_megatron.model.shape import ModelShape, read_model_shape
+from copd_megatron.hf.model_config import read_model_shape
+from copd_megatron.model.shape import ModelShape
 
 __all__ = [
     "AdvantageConfig",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from copd_megatron.config.schema import Config
-from copd_megatron.model.shape import ModelShape, read_model_shape
+from copd_megatron.hf.model_config import read_model_shape
+from copd_megatron.model.shape import ModelShape
 
 
 def read_model_shapes(config: Config) -> dict[str, ModelShape]:

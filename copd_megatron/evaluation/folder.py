@@ -11,7 +11,7 @@ from copd_megatron.data.sources import PromptSources
 from copd_megatron.evaluation.run import accuracy, num_prompts
 from copd_megatron.evaluation.table import render_table
 from copd_megatron.hf.folder import HFFolder
-from copd_megatron.model.shape import read_model_shape
+from copd_megatron.hf.model_config import read_model_shape
 from copd_megatron.policy.device import model_dtype
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards.grader import Grader

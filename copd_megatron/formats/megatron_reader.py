@@ -1,19 +1,18 @@
-"""A folder in Megatron's distributed format as a source of Hugging Face tensors. Neither Megatron nor a job.
+"""The tensors of a folder in Megatron's distributed format, under Megatron's names, read by range. Neither
+Megatron-Core nor a job is needed.
 
-Reads by range with ``pread``: an item that ``torch.save`` wrote is an uncompressed zip archive, and the
-tensor's bytes lie in it as they are. Memory is what the caller asks for, plus a bounded buffer.
+An item that ``torch.save`` wrote is an uncompressed zip archive, and the tensor's bytes lie in it as they
+are: they are read in place, with ``pread``. Memory is what the caller asks for, plus a bounded buffer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import os
-import pickle
+import struct
 import zipfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,33 +21,20 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from copd_megatron.checkpoint.distcp import METADATA
+from copd_megatron.checkpoint.distcp import METADATA, read_metadata
 from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest
-from copd_megatron.hf.files import Spec, bytes_of, read_exactly
-from copd_megatron.model.places import Place, full_shape, places, shape_from_record
-from copd_megatron.model.shape import ModelShape, read_sizes
+from copd_megatron.hf.folder import read_exactly
+from copd_megatron.hf.tensors import bytes_of
 
-HF_FILES: Final = "hf"
-"""Folder in a converted checkpoint with the Hugging Face folder's other files."""
-HEADERS: Final = "safetensors.headers"
-"""In it, the headers of its safetensors files."""
-_BUFFER_BYTES = 8 * 2**20
-
-
-@dataclass(kw_only=True)
-class _Chunk:
-    """One saved part of a Megatron tensor."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    path: Path
-    begin: int
-    length: int
-    position: int | None = None
-    """Where the raw bytes begin in the file, once looked up."""
+_BUFFER_BYTES: Final = 8 * 2**20
+_DAMAGE = (
+    *(zipfile.BadZipFile, KeyError, NotImplementedError, OverflowError, StopIteration, ValueError),
+    struct.error,
+)
+"""What reading an archive raises that is none."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MegatronTensorInfo:
     """One tensor of a checkpoint, under Megatron's name."""
 
@@ -61,128 +47,75 @@ class MegatronTensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class MegatronFolder:
-    """A branch's folder of a joint checkpoint, or a converted one. Safe to use from several threads."""
+@dataclass(kw_only=True)
+class _Chunk:
+    """One saved part of a tensor."""
 
-    def __init__(self, folder: str | Path, *, dims: ModelShape | None = None) -> None:
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    path: Path
+    begin: int
+    length: int
+    position: int | None = None
+    """Where the raw bytes begin in the file, once looked up."""
+
+    def reaches(self, at: tuple[int, ...]) -> bool:
+        """Whether it holds some of what lies at an index along the first axes."""
+        axes = zip(at, self.offsets, self.sizes, strict=False)
+        return all(begin <= place < begin + size for place, begin, size in axes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Near:
+    """A tensor's chunks by the layer (and expert) that they hold, and those that hold several."""
+
+    by_place: dict[tuple[int, ...], list[_Chunk]]
+    others: list[_Chunk]
+
+
+class MegatronTensors:
+    """The tensors of one folder. Safe to use from several threads."""
+
+    def __init__(self, folder: Path) -> None:
         """
         Args:
-            folder: holds ``.metadata``; a checkpoint's own folder is taken for its only trained branch.
-            dims: sizes of the model; None: as the manifest or the converted configuration says.
+            folder: holds ``.metadata``.
 
         Raises:
-            FileNotFoundError: no such checkpoint.
-            CheckpointError: it is damaged, has several branches, or does not say what model it holds.
+            FileNotFoundError, CheckpointError: it has no index, or a damaged one.
         """
-        self.folder = find_folder(Path(folder))
-        self.label = str(self.folder)
-        metadata = _read_metadata(self.folder)
-        self._tensors = {
-            key: value
-            for key, value in metadata.state_dict_metadata.items()
-            if isinstance(value, TensorStorageMetadata)
-        }
+        self.folder = folder
+        metadata = read_metadata(folder)
+        self.info = _tensors_of(metadata)
         self._chunks = self._locate(metadata)
-        found, self.companions = _model_of(self.folder)
-        self.dims = dims or found
-        if self.dims is None:
-            raise CheckpointError(
-                f"{self.folder} does not say what model it holds: neither {MANIFEST} in the folder above nor "
-                f"{HF_FILES}/config.json in it; give the Hugging Face folder that the model came from"
-            )
-        self._places = places(self.dims)
-        missing = [name for name, parts in self._places.items() if parts[0].key not in self._tensors]
-        if missing:
-            raise CheckpointError(
-                f"{self.folder} lacks {len(missing)} of {len(self._places)} tensors, {missing[0]} for one: "
-                "it holds another architecture"
-            )
+        self._near: dict[tuple[str, int], _Near] = {}
 
     def _locate(self, metadata: Metadata) -> dict[str, list[_Chunk]]:
-        chunks: dict[str, list[_Chunk]] = {}
+        sizes = {
+            (key, tuple(chunk.offsets)): tuple(chunk.sizes)
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+            for chunk in entry.chunks
+        }
+        found: dict[str, list[_Chunk]] = {}
         for index, storage in metadata.storage_data.items():
-            tensor = self._tensors.get(index.fqn)
-            if tensor is None:
+            if index.fqn not in self.info:
                 continue
-            offsets = tuple(index.offset or (0,) * len(tensor.size))
-            sizes = next(tuple(c.sizes) for c in tensor.chunks if tuple(c.offsets) == offsets)
-            chunks.setdefault(index.fqn, []).append(
-                _Chunk(
-                    offsets=offsets,
-                    sizes=sizes,
-                    path=self.folder / storage.relative_path,
-                    begin=storage.offset,
-                    length=storage.length,
+            offsets = tuple(index.offset or (0,) * len(self.info[index.fqn].shape))
+            if (index.fqn, offsets) not in sizes:
+                raise CheckpointError(
+                    f"{self.folder / METADATA} is damaged: no part of {index.fqn} begins at {offsets}; copy "
+                    "the checkpoint again"
                 )
+            chunk = _Chunk(
+                offsets=offsets,
+                sizes=sizes[index.fqn, offsets],
+                path=self.folder / storage.relative_path,
+                begin=storage.offset,
+                length=storage.length,
             )
-        return chunks
-
-    # ---- Hugging Face names --------------------------------------------------------------------------------
-
-    def names(self) -> list[str]:
-        """Hugging Face tensor names, sorted."""
-        return sorted(self._places)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Raises KeyError when there is no such tensor."""
-        return full_shape(self._places[name])
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Raises KeyError when there is no such tensor."""
-        dtype: torch.dtype = self._tensors[self._places[name][0].key].properties.dtype
-        return dtype
-
-    def specs(self) -> dict[str, Spec]:
-        """All Hugging Face tensors, in forward order."""
-        return {n: Spec(name=n, shape=self.shape(n), dtype=self.dtype(n)) for n in self._places}
-
-    def read(self, name: str) -> Tensor:
-        """A whole tensor."""
-        out = torch.empty(self.shape(name), dtype=self.dtype(name))
-        self.read_into(name, 0, out.view(-1))
-        return out
-
-    def pieces(self, name: str, num_bytes: int = _BUFFER_BYTES) -> Iterator[Tensor]:
-        """A tensor's values in order, flat, at most ``num_bytes`` at a time."""
-        dtype, total = self.dtype(name), math.prod(self.shape(name))
-        step = max(num_bytes // dtype.itemsize, 1)
-        for start in range(0, total, step):
-            out = torch.empty(min(step, total - start), dtype=dtype)
-            self.read_into(name, start, out)
-            yield out
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fills ``out`` (1-D, contiguous, of the tensor's type) with elements [start, start + len(out)).
-
-        Raises:
-            KeyError: no such tensor.
-            OSError: a file is truncated or cannot be read.
-        """
-        parts = self._places[name]
-        if parts[0].stack is None:
-            self._read_plain(parts[0], start, out)
-            return
-        size = math.prod(parts[0].shape)
-        for place in parts:
-            low, high = max(start, place.begin), min(start + out.numel(), place.begin + size)
-            if low < high:  # whole experts, since they lie transposed
-                inputs, outputs = place.shape
-                expert = torch.empty(outputs, inputs, dtype=out.dtype)
-                self._read_rows(place, 0, outputs, expert)
-                out[low - start : high - start] = expert.t().reshape(-1)[
-                    low - place.begin : high - place.begin
-                ]
-
-    def _read_plain(self, place: Place, start: int, out: Tensor) -> None:
-        width = max(math.prod(place.shape[1:]), 1)
-        stop = start + out.numel()
-        first, last = start // width, -(-stop // width)
-        if start % width == 0 and stop % width == 0:
-            self._read_rows(place, first, last, out.view(last - first, width))
-            return
-        rows = torch.empty(last - first, width, dtype=out.dtype)
-        self._read_rows(place, first, last, rows)
-        out.copy_(rows.view(-1)[start - first * width : stop - first * width])
+            found.setdefault(index.fqn, []).append(chunk)
+        return found
 
     def identity(self) -> str:
         """Text that changes when the content does."""
@@ -191,23 +124,20 @@ class MegatronFolder:
         stats = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
         return "\n".join([seal, *stats])
 
-    # ---- reading -------------------------------------------------------------------------------------------
+    def read_rows(self, key: str, at: tuple[int, ...], start: int, out: Tensor) -> None:
+        """Fills ``out`` [rows, width] with rows from ``start`` on of a tensor, or of one layer (and expert)
+        of it.
 
-    def _read_rows(self, place: Place, first: int, last: int, out: Tensor) -> None:
-        """Rows [first, last) of a Hugging Face tensor into ``out`` [last - first, width]."""
-        done = 0
-        for start, stop in place.rows_between(first, last):
-            self._read_box(place, start, stop, out[done : done + stop - start])
-            done += stop - start
+        Args:
+            at: index along the first axes: layer, then expert.
 
-    def _read_box(self, place: Place, start: int, stop: int, out: Tensor) -> None:
-        """Rows [start, stop) of the (layer of the) Megatron tensor, from the chunks that hold them."""
-        depth = len(place.at)
-        filled = 0
-        for chunk in self._chunks[place.key]:
-            inside = [at - offset for at, offset in zip(place.at, chunk.offsets, strict=False)]
-            if any(not 0 <= i < size for i, size in zip(inside, chunk.sizes, strict=False)):
-                continue
+        Raises:
+            CheckpointError: the checkpoint does not hold them all.
+            OSError: a file is truncated or cannot be read.
+        """
+        depth, stop, filled = len(at), start + len(out), 0
+        for chunk in self._chunks_at(key, at):
+            inside = [i - offset for i, offset in zip(at, chunk.offsets, strict=False)]
             skipped = sum(i * math.prod(chunk.sizes[axis + 1 :]) for axis, i in enumerate(inside))
             offsets, sizes = chunk.offsets[depth:], chunk.sizes[depth:]
             low, high = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
@@ -220,8 +150,23 @@ class MegatronFolder:
             filled += target.numel()
         if filled != out.numel():
             raise CheckpointError(
-                f"{self.folder}: {place.key} has {filled} of {out.numel()} values that {METADATA} promises"
+                f"{self.folder}: {key} has {filled} of {out.numel()} values that {METADATA} promises"
             )
+
+    def _chunks_at(self, key: str, at: tuple[int, ...]) -> list[_Chunk]:
+        """The chunks that reach into one layer (and expert). Most hold just one, and a mixture has thousands
+        of them, so those are looked up."""
+        depth = len(at)
+        if (key, depth) not in self._near:
+            near = _Near(by_place={}, others=[])
+            for chunk in self._chunks.get(key, []):
+                if all(size == 1 for size in chunk.sizes[:depth]):
+                    near.by_place.setdefault(chunk.offsets[:depth], []).append(chunk)
+                else:
+                    near.others.append(chunk)
+            self._near[key, depth] = near
+        near = self._near[key, depth]
+        return near.by_place.get(at, []) + [chunk for chunk in near.others if chunk.reaches(at)]
 
     def _read_chunk(self, chunk: _Chunk, start: int, target: Tensor) -> None:
         """``target.numel()`` elements of a chunk from ``start`` into a (possibly strided) target."""
@@ -242,17 +187,16 @@ class MegatronFolder:
     def _position(self, chunk: _Chunk, descriptor: int, dtype: torch.dtype) -> int:
         """Where in the file the chunk's values begin."""
         if chunk.position is None:
+            where = f"{chunk.path}, byte {chunk.begin}"
             try:
                 position, num_bytes = _stored_values(descriptor, chunk.begin, chunk.length)
-            except (zipfile.BadZipFile, KeyError, StopIteration, ValueError) as error:
+            except _DAMAGE as error:
                 raise CheckpointError(
-                    f"{chunk.path}, byte {chunk.begin}: no tensor as torch.save writes it ({error!r}): the "
-                    "file is damaged"
+                    f"{where}: no tensor as torch.save writes it ({error!r}): the file is damaged"
                 ) from error
             if num_bytes != math.prod(chunk.sizes) * dtype.itemsize:
                 raise CheckpointError(
-                    f"{chunk.path}, byte {chunk.begin}: a tensor of {num_bytes} bytes where {chunk.sizes} of "
-                    f"{dtype} should be"
+                    f"{where}: a tensor of {num_bytes} bytes where {chunk.sizes} of {dtype} should be"
                 )
             chunk.position = position
         return chunk.position
@@ -299,22 +243,23 @@ def _stored_values(descriptor: int, begin: int, length: int) -> tuple[int, int]:
     return header + 30 + name + extra, entry.file_size
 
 
-def megatron_tensors_of(folder: Path) -> dict[str, MegatronTensorInfo]:
-    """Every tensor of a folder under Megatron's name, the optimizer's too.
-
-    Raises:
-        FileNotFoundError, CheckpointError: there is no such checkpoint, or its metadata is damaged.
-    """
+def _tensors_of(metadata: Metadata) -> dict[str, MegatronTensorInfo]:
     return {
         key: MegatronTensorInfo(
             shape=tuple(value.size), dtype=value.properties.dtype, num_chunks=len(value.chunks)
         )
-        for key, value in _read_metadata(folder).state_dict_metadata.items()
+        for key, value in metadata.state_dict_metadata.items()
         if isinstance(value, TensorStorageMetadata)
     }
 
 
-# ---- finding ---------------------------------------------------------------------------------------------
+def megatron_tensors_of(folder: Path) -> dict[str, MegatronTensorInfo]:
+    """Every tensor of a folder under Megatron's name, the optimizer's too.
+
+    Raises:
+        FileNotFoundError, CheckpointError: there is no such checkpoint, or its index is damaged.
+    """
+    return _tensors_of(read_metadata(folder))
 
 
 def find_folder(path: Path, branch: str | None = None) -> Path:
@@ -339,34 +284,3 @@ def find_folder(path: Path, branch: str | None = None) -> Path:
             f"{path} holds the branches {', '.join(trained)}: name one, {path}/{trained[0]}"
         )
     return path / wanted
-
-
-def _read_metadata(folder: Path) -> Metadata:
-    try:
-        with (folder / METADATA).open("rb") as file:
-            metadata: Metadata = pickle.load(file)
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"{folder / METADATA} is damaged: {error}") from error
-    return metadata
-
-
-def _model_of(folder: Path) -> tuple[ModelShape | None, Path | None]:
-    """Sizes of the model, and a folder with its configuration and tokenizer, as far as the checkpoint
-    knows."""
-    if (folder / HF_FILES / "config.json").is_file():
-        return read_sizes(folder / HF_FILES), folder / HF_FILES
-    if (folder.parent / MANIFEST).is_file():
-        entry = read_manifest(folder.parent).branches.get(folder.name)
-        if entry is not None:
-            source = Path(entry.model_path)
-            return shape_from_record(entry.dims), source if source.is_dir() else None
-    return None, None
-
-
-def recorded_headers(folder: Path) -> Mapping[str, str] | None:
-    """Headers of the safetensors files that a converted folder came from, by file name, in base 64."""
-    path = folder / HF_FILES / HEADERS
-    if not path.is_file():
-        return None
-    record: dict[str, str] = json.loads(path.read_text())
-    return record

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from copd_megatron.formats.tensors import TensorSource
 from copd_megatron.hf.companions import read_json
-from copd_megatron.model.shape import SUPPORTED_ARCHITECTURES, read_sizes
+from copd_megatron.hf.model_config import read_sizes
+from copd_megatron.hf.tensors import block_range
+from copd_megatron.model.shape import SUPPORTED_ARCHITECTURES
+from copd_megatron.model.slots import tied_copy
 
 IGNORED_CONFIG_KEYS = {
     "_name_or_path",
@@ -31,6 +37,10 @@ _SHOWN = 5
 
 class MismatchError(ValueError):
     """Models that cannot be merged with each other: names what differs."""
+
+
+class NotFiniteError(ValueError):
+    """A model holds NaN or infinities, or the result would: names the model and the tensor."""
 
 
 def check_mergeable(sources: Sequence[TensorSource], *, allow: Sequence[str] = ()) -> None:
@@ -61,8 +71,42 @@ def _check_types(source: TensorSource) -> None:
     ]
     if narrow:
         raise MismatchError(
-            f"merge: {source.label} is quantised: {_list(narrow)}; merge the models before quantising them"
+            f"{source.label} is quantised: {_list(narrow)}; merge or convert models before quantising them"
         )
+
+
+def check_tied_copies(sources: Sequence[TensorSource], companions: Path) -> None:
+    """Refuses models whose stored output embedding is not the embedding that config.json ties it to: a format
+    that keeps it once would lose it.
+
+    Args:
+        companions: folder with the models' config.json.
+
+    Raises:
+        MismatchError: names the model.
+    """
+    for tied, original in tied_copy(read_sizes(companions, "model")).items():
+        for source in sources:
+            if tied in source.names() and not _equal(source, tied, original):
+                raise MismatchError(
+                    f"{source.label}: {tied} differs from {original}, but config.json ties them: set "
+                    "tie_word_embeddings to false there"
+                )
+
+
+def _equal(source: TensorSource, one: str, other: str) -> bool:
+    """Whether two tensors of a model hold the same bytes."""
+    a, b = source.spec(one), source.spec(other)
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    for block in range(a.num_blocks):
+        start, stop = block_range(a, block)
+        left, right = (torch.empty(stop - start, dtype=a.dtype) for _ in range(2))
+        source.read_into(one, start, left)
+        source.read_into(other, start, right)
+        if not torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
+            return False
+    return True
 
 
 def _check_tensors(first: TensorSource, other: TensorSource, pair: str) -> None:

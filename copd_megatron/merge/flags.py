@@ -9,9 +9,9 @@ from typing import Any
 
 from copd_megatron.checkpoint.manifest import MANIFEST, read_manifest
 from copd_megatron.errors import ConfigError
-from copd_megatron.merge.recipe import ALIASES, METHODS, ModelInput, Recipe, read_recipe
+from copd_megatron.merge.recipe import ALIASES, METHODS, WITHOUT_BASE, ModelInput, Recipe, read_recipe
 
-_NEEDS_BASE = set(METHODS) - {"linear"}
+_NEEDS_BASE = set(METHODS) - WITHOUT_BASE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def recipe_from(flags: MergeFlags) -> Recipe:
             ModelInput(path=path, parameters=parameters)
             for path, parameters in zip(models, _of_each_model(flags, method, len(models)), strict=True)
         ),
-        base=base if method != "linear" else None,
+        base=base if method not in WITHOUT_BASE else None,
         parameters=_of_all_models(flags, method),
         dtype=flags.dtype,
         out_dtype=flags.out_dtype,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from copd_megatron.merge.engine import SHARD_BYTES, run_merge
+from copd_megatron.merge.engine import run_merge
+from copd_megatron.merge.merger import SHARD_BYTES
 from copd_megatron.merge.recipe import ModelInput, Recipe
 
 

@@ -13,6 +13,7 @@ theta_b the base, delta_k = theta_k - theta_b:
 ``dare_ties``         the same dropping, then the sign election of ``ties`` without ``normalize``
 ``slerp``             along the great circle between base and model, by the fraction ``t``; a straight line
                       where they are nearly parallel (|cos| > 0.9995)
+``passthrough``       one model, as it is: bit for bit, unless the result has another type
 
 Precision. Sixteen-bit (and narrower) tensors are merged in float32, so each element is rounded once, to the
 result's type; mergekit computes the task-vector methods in the tensors' own type and rounds at every step.
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from copd_megatron.formats.tensors import TensorSpec, block_range
+from copd_megatron.hf.tensors import TensorSpec, block_range
 from copd_megatron.merge.scratch import scratch
 from copd_megatron.merge.sparsify import Keep, Magnitude, RandomMask, Sparsifier
 
@@ -69,8 +70,27 @@ class TensorMerge(Protocol):
     def advance(self) -> None: ...
 
     def combine(self, block: int, values: Sequence[Tensor]) -> Tensor:
-        """The merged block, in the type of the arithmetic and in scratch memory (see ``scratch``)."""
+        """The merged block, in the type of the arithmetic; in scratch memory (see ``scratch``) or an input's,
+        so to be copied before the next."""
         ...
+
+
+class Copy:
+    """One model's values."""
+
+    pending = False
+
+    def __init__(self, spec: TensorSpec, settings: Settings) -> None:
+        """There is nothing to set."""
+
+    def measure(self, block: int, values: Sequence[Tensor]) -> None:
+        raise AssertionError("nothing to measure")
+
+    def advance(self) -> None:
+        raise AssertionError("nothing to measure")
+
+    def combine(self, block: int, values: Sequence[Tensor]) -> Tensor:
+        return values[0]
 
 
 class Linear:
@@ -271,6 +291,7 @@ def start(method: str, spec: TensorSpec, settings: Settings) -> TensorMerge:
         "dare_linear": lambda s, p: _dare(s, p, elect_signs=False),
         "dare_ties": lambda s, p: _dare(s, p, elect_signs=True),
         "slerp": Slerp,
+        "passthrough": Copy,
     }
     return makers[method](spec, settings)
 

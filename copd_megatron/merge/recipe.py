@@ -50,11 +50,14 @@ METHODS: dict[str, dict[str, set[str]]] = {
     "dare_linear": {"model": {"weight", "density"}, "shared": {"normalize", "rescale", "lambda"}},
     "dare_ties": {"model": {"weight", "density"}, "shared": {"normalize", "rescale", "lambda", "int8_mask"}},
     "slerp": {"model": set(), "shared": {"t"}},
+    "passthrough": {"model": set(), "shared": set()},
 }
 """Parameters of each method: those that each model may set for itself, and those of the merge as a whole.
 ``int8_mask`` only saves mergekit memory; it is accepted and changes nothing."""
 
 ALIASES = {"mean": "linear", "weighted": "linear"}
+WITHOUT_BASE = {"linear", "passthrough"}
+"""Methods that know no base."""
 
 _DEFAULTS: dict[str, dict[str, Scalar]] = {
     "linear": {"normalize": True},
@@ -63,6 +66,7 @@ _DEFAULTS: dict[str, dict[str, Scalar]] = {
     "dare_linear": {"normalize": False, "rescale": True, "lambda": 1.0, "density": 1.0},
     "dare_ties": {"normalize": False, "rescale": True, "lambda": 1.0, "density": 1.0},
     "slerp": {},
+    "passthrough": {},
 }
 
 _TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source")
@@ -117,12 +121,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise unknown_key(self.origin, f"merge_method.{self.method}", [*METHODS, *ALIASES])
-        if self.method == "linear" and self.base is not None:
+        if self.method in WITHOUT_BASE and self.base is not None:
             raise ConfigError(
-                f"{self.origin}: base_model: linear averages the models listed and knows no base; list it "
-                "under models if it shall count, or leave it out (--report takes --base by itself)"
+                f"{self.origin}: base_model: {self.method} takes the models listed and knows no base; list "
+                "it under models if it is to count, or leave it out (--report takes --base by itself)"
             )
-        if self.method != "linear" and self.base is None:
+        if self.method not in WITHOUT_BASE and self.base is None:
             raise ConfigError(
                 f"{self.origin}: base_model: {self.method} needs one; give the model all started from"
             )
@@ -130,6 +134,11 @@ class Recipe:
             raise ConfigError(
                 f"{self.origin}: models: slerp goes from base_model to one other model, here are "
                 f"{len(self.models)}; use linear or ties for more"
+            )
+        if self.method == "passthrough" and len(self.models) > 1:
+            raise ConfigError(
+                f"{self.origin}: models: passthrough copies one model, here are {len(self.models)}; use "
+                "linear for their mean"
             )
         if not self.models:
             raise ConfigError(f"{self.origin}: models: there is nothing to merge")
@@ -161,6 +170,29 @@ class Recipe:
         """Paths of what is read: the base first where there is one."""
         models = tuple(model.path for model in self.models)
         return models if self.base is None else (self.base, *models)
+
+    @property
+    def copies(self) -> bool:
+        """Whether the result is one model as it is."""
+        return self.method == "passthrough"
+
+    def remarks(self) -> list[str]:
+        """What a user may not expect of the result, one sentence each."""
+        found = []
+        if len(self.models) == 1 and self.method not in ("slerp", "passthrough"):
+            found.append(f"{self.models[0].path} is the only model: there is nothing to merge it with")
+        paths = [_same_path(path) for path in self.inputs]
+        for path in dict.fromkeys(path for path in paths if paths.count(path) > 1):
+            what = (
+                "the base as well: it has not moved" if path == paths[0] and self.base else "counted as often"
+            )
+            found.append(f"{path} is given {paths.count(path)} times, and {what}")
+        for key in ("density", "weight"):
+            given = [model.parameters.get(key, self.parameters.get(key)) for model in self.models]
+            for model, value in zip(self.models, given, strict=True):
+                if _is_scalar(value) and float(value) == 0:
+                    found.append(f"the {key} of {model.path} is 0: nothing of it gets into the result")
+        return found
 
     def companion_index(self) -> int:
         """Which of ``inputs`` gives configuration, tokenizer and processor files.
@@ -252,7 +284,7 @@ def read_recipe(path: str | Path, *, seed: int = 0) -> Recipe:
     method = ALIASES.get(str(raw["merge_method"]), str(raw["merge_method"]))
     base = _path_of(raw["base_model"], f"{origin}: base_model") if raw.get("base_model") else None
     models = _models(raw.get("models"), origin)
-    if base is not None and method != "linear":
+    if base is not None and method not in WITHOUT_BASE:
         # mergekit lists the base among the models or not, as one likes; its parameters mean nothing.
         models = [model for model in models if _same_path(model.path) != _same_path(base)]
     elif base is not None and any(_same_path(model.path) == _same_path(base) for model in models):

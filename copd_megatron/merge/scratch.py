@@ -11,7 +11,7 @@ import threading
 import torch
 from torch import Tensor
 
-from copd_megatron.formats.tensors import BLOCK_ELEMENTS
+from copd_megatron.hf.tensors import BLOCK_ELEMENTS
 
 
 class Scratch(threading.local):

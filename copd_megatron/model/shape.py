@@ -1,14 +1,10 @@
-"""The base model's shape, from its Hugging Face folder, with json only."""
+"""The sizes of a model. Pure: no torch, no files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from copd_megatron.errors import ConfigError
 
 SUPPORTED_ARCHITECTURES = (
     "Qwen3ForCausalLM",
@@ -16,9 +12,6 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
 )
-_WEIGHTS = "model.safetensors"
-_WEIGHTS_INDEX = "model.safetensors.index.json"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,168 +116,15 @@ class ModelShape:
         return self.num_layers * self.layer_parameters + embeddings + self.hidden_size + vision
 
 
-def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
-    """Reads ``config.json`` and checks that the folder is a model that can be trained.
-
-    Args:
-        folder: Hugging Face folder, relative to the working directory.
-        key: setting that named it, for the error message.
+def shape_from_record(record: Mapping[str, Any]) -> ModelShape:
+    """The ``ModelShape`` whose fields a mapping holds, as ``dataclasses.asdict`` makes it and JSON keeps it.
 
     Raises:
-        ConfigError: no such folder, no config.json, not Qwen3, no safetensors weights, no tokenizer.
+        TypeError: the fields are not those of a ``ModelShape``.
     """
-    path = Path(folder).expanduser()
-    where = f"{key}: {folder}"
-    if not path.is_dir():
-        raise ConfigError(
-            f"{where}: no such folder (working directory {Path.cwd()}); it has to be a Hugging Face model "
-            f"folder with config.json, safetensors and a tokenizer"
-        )
-    shape = read_sizes(path, key)
-    _check_weights(path, where)
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise ConfigError(
-            f"{where}: no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)} beside config.json "
-            f"(AutoTokenizer.save_pretrained writes them)"
-        )
-    return shape
-
-
-def read_sizes(folder: str | Path, key: str = "model.path") -> ModelShape:
-    """The model that a folder's ``config.json`` describes, whether or not its weights are there.
-
-    Raises:
-        ConfigError: no config.json, or not Qwen3.
-    """
-    where = f"{key}: {folder}"
-    config = _read_json(Path(folder) / "config.json", where)
-    architectures = config.get("architectures") or []
-    known = [name for name in architectures if name in SUPPORTED_ARCHITECTURES]
-    if not known:
-        found = ", ".join(map(str, architectures)) or "none named"
-        raise ConfigError(
-            f"{where}: config.json: architectures is {found}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
-    return _shape(config, known[0], where)
-
-
-def _read_json(path: Path, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{where}: {path.name} is missing; is it a Hugging Face model folder?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{where}: {path.name} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where}: {path.name} holds a {type(content).__name__}, expected an object")
-    return content
-
-
-def _check_weights(path: Path, where: str) -> None:
-    """One safetensors file, or an index all of whose files are there."""
-    if (path / _WEIGHTS).is_file():
-        return
-    if not (path / _WEIGHTS_INDEX).is_file():
-        raise ConfigError(
-            f"{where}: no {_WEIGHTS} and no {_WEIGHTS_INDEX}; other weight formats are not read: save the "
-            f"model again with save_pretrained, which writes safetensors"
-        )
-    weight_map = _read_json(path / _WEIGHTS_INDEX, where).get("weight_map")
-    if not isinstance(weight_map, Mapping) or not weight_map:
-        raise ConfigError(f"{where}: {_WEIGHTS_INDEX} has no weight_map; copy the model again")
-    absent = sorted({name for name in weight_map.values() if not (path / str(name)).is_file()})
-    if absent:
-        raise ConfigError(
-            f"{where}: {len(absent)} weight file(s) of {_WEIGHTS_INDEX} are missing, {absent[0]} the first; "
-            f"copy the model again"
-        )
-
-
-def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelShape:
-    text = config.get("text_config", config)
-    size = _Sizes(text, where)
-    heads = size("num_attention_heads")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(
-            f"{where}: config.json: rope_type is {rope['rope_type']}; scaled rotary embeddings are not "
-            "supported, use the model without them"
-        )
-    vision = config.get("vision_config")
-    experts = _expert_settings(text, size, where) if "Moe" in architecture else {}
-    if experts and vision is not None and not experts["normalize_expert_weights"]:
-        raise ConfigError(
-            f"{where}: config.json: text_config.norm_topk_prob is {text.get('norm_topk_prob', 'missing')}; "
-            "Qwen3-VL always normalises the weights of the chosen experts and vLLM wants to be told: set it "
-            "to true, as the published folders have it"
-        )
-    section = rope.get("mrope_section") or (24, 20, 20)
-    return ModelShape(
-        architecture=architecture,
-        num_layers=size("num_hidden_layers"),
-        hidden_size=size("hidden_size"),
-        ffn_hidden_size=size("intermediate_size"),
-        num_attention_heads=heads,
-        num_query_groups=size("num_key_value_heads", default=heads),
-        # Qwen3's head size is a field of its own; transformers takes 128 where config.json lacks it.
-        head_dim=size("head_dim", default=128),
-        vocab_size=size("vocab_size"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        rope_theta=float(rope.get("rope_theta") or text.get("rope_theta", 1e6)),
-        norm_eps=float(text.get("rms_norm_eps", 1e-6)),
-        vision=None if vision is None else _vision_shape(vision, where),
-        mrope_section=None if vision is None else (section[0], section[1], section[2]),
-        image_token_id=config.get("image_token_id"),
-        video_token_id=config.get("video_token_id"),
-        **experts,
-    )
-
-
-def _expert_settings(text: Mapping[str, Any], size: _Sizes, where: str) -> dict[str, Any]:
-    """The fields of a mixture of experts."""
-    if text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1:
-        raise ConfigError(
-            f"{where}: config.json: mlp_only_layers or decoder_sparse_step make some layers dense; only "
-            "models whose every layer has experts are supported"
-        )
-    return {
-        # transformers 5 writes num_local_experts, earlier versions and the published folders num_experts
-        "num_experts": size("num_local_experts" if "num_local_experts" in text else "num_experts"),
-        "num_experts_per_token": size("num_experts_per_tok"),
-        "expert_ffn_size": size("moe_intermediate_size"),
-        "normalize_expert_weights": bool(text.get("norm_topk_prob", False)),
-    }
-
-
-def _vision_shape(config: Mapping[str, Any], where: str) -> VisionShape:
-    size = _Sizes(config, where, prefix="vision_config.")
-    return VisionShape(
-        depth=size("depth"),
-        hidden_size=size("hidden_size"),
-        ffn_hidden_size=size("intermediate_size"),
-        in_channels=size("in_channels", default=3),
-        patch_size=size("patch_size"),
-        temporal_patch_size=size("temporal_patch_size", default=2),
-        spatial_merge_size=size("spatial_merge_size", default=2),
-        out_hidden_size=size("out_hidden_size"),
-        num_positions=size("num_position_embeddings"),
-        num_deepstack=len(config.get("deepstack_visual_indexes") or ()),
-    )
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Reads positive whole numbers of a config.json, with errors that name them."""
-
-    config: Mapping[str, Any]
-    where: str
-    prefix: str = ""
-
-    def __call__(self, key: str, default: int | None = None) -> int:
-        value = self.config.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(
-                f"{self.where}: config.json: {self.prefix}{key} is {value!r}, "
-                "expected a positive whole number"
-            )
-        return value
+    values = dict(record)
+    if values.get("vision") is not None:
+        values["vision"] = VisionShape(**values["vision"])
+    if values.get("mrope_section") is not None:
+        values["mrope_section"] = tuple(values["mrope_section"])
+    return ModelShape(**values)

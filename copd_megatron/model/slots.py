@@ -99,6 +99,8 @@ class Slot:
     it, whole."""
     stack: Stack | None = None
     """How a Hugging Face folder holds it, where that is not under ``name``, which vLLM takes all the same."""
+    pads_vocabulary: bool = False
+    """Its rows are tokens: Megatron and vLLM pad them, each in its own way, before they split them."""
     copy_of_embedding: bool = False
     """The tied output weight on the last stage: loaded from the embedding, never exported."""
 
@@ -148,7 +150,8 @@ def slots(dims: ModelShape, pp_size: int, vpp_size: int = 1) -> list[Slot]:
         for name, shape in vision_tensors(dims.vision).items():
             add(f"model.visual.{name}", shape, None, 0, f"visual.{name}", "parameter")
     decoder = dims.decoder_prefix
-    add(f"{decoder}.embed_tokens.weight", (dims.vocab_size, hidden), 0, 0, "embedding.word_embeddings")
+    tokens = partial(add, shape=(dims.vocab_size, hidden), dim=0, pads_vocabulary=True)
+    tokens(f"{decoder}.embed_tokens.weight", stage=0, module="embedding.word_embeddings")
     for chunk, stage in itertools.product(range(vpp_size), range(pp_size)):
         for local, layer in enumerate(
             layers_of_stage(dims.num_layers, stage, pp_size, chunk=chunk, vpp_size=vpp_size)
@@ -190,12 +193,19 @@ def slots(dims: ModelShape, pp_size: int, vpp_size: int = 1) -> list[Slot]:
                 _feed_forward(add, name, stage, module, hidden, ffn, stacks=stacks, expert=expert)
     add = partial(put, chunk=vpp_size - 1)
     add(f"{decoder}.norm.weight", (hidden,), None, last, "decoder.final_layernorm")
+    tokens = partial(tokens, chunk=vpp_size - 1, stage=last, module="output_layer")
     if not dims.tie_word_embeddings:
-        add("lm_head.weight", (dims.vocab_size, hidden), 0, last, "output_layer")
+        tokens("lm_head.weight")
     elif pp_size > 1:
-        embedding = (dims.vocab_size, hidden)
-        add(f"{decoder}.embed_tokens.weight", embedding, 0, last, "output_layer", copy_of_embedding=True)
+        tokens(f"{decoder}.embed_tokens.weight", copy_of_embedding=True)
     return table
+
+
+def tied_copy(dims: ModelShape) -> dict[str, str]:
+    """The output embedding that some folders store though it is tied, and what it is equal to."""
+    return (
+        {"lm_head.weight": f"{dims.decoder_prefix}.embed_tokens.weight"} if dims.tie_word_embeddings else {}
+    )
 
 
 def _feed_forward(

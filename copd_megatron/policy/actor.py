@@ -42,7 +42,8 @@ from copd_megatron.config.schema import (
     PrecisionConfig,
     TrainingConfig,
 )
-from copd_megatron.model.shape import ModelShape, read_model_shape
+from copd_megatron.hf.model_config import read_model_shape
+from copd_megatron.model.shape import ModelShape
 from copd_megatron.objectives.base import TokenLoss
 from copd_megatron.policy import cpu
 from copd_megatron.policy.batch.balance import CostModel, plan_micro_batches, plan_packed

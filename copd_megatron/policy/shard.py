@@ -10,6 +10,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor, nn
 
 from copd_megatron.hf.folder import HFFolder
+from copd_megatron.model.fused import FUSED_NORMS, rows_of_part
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.model.slots import Slot, expert_owner, slots
 
@@ -46,12 +47,8 @@ class ShardView:
         ]
 
     def _parameter(self, slot: Slot) -> nn.Parameter:
-        """The Megatron parameter behind a slot. Transformer Engine's fused norm-and-linear modules hold the
-        norm's weight; the slot table names modules as the local spec does."""
-        fused = {
-            "input_layernorm": "self_attention.linear_qkv.layer_norm_weight",
-            "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm_weight",
-        }
+        """The Megatron parameter behind a slot, under the name that this machine's layers give it: the slot
+        table names modules as Megatron's own layers do, Transformer Engine's fuse norms and group experts."""
         model = self._chunks[slot.chunk]
         if slot.part == "parameter":
             return model.get_parameter(slot.module)
@@ -62,29 +59,21 @@ class ShardView:
             # Transformer Engine's grouped linear holds its experts' weights side by side
             return model.get_parameter(path if _has_weight(model, path) else f"{slot.module}.weight{local}")
         path = f"{slot.module}.weight"
-        if leaf in fused and not _has_weight(model, path):
-            path = f"{layer}.{fused[leaf]}"
+        if leaf in FUSED_NORMS and not _has_weight(model, path):
+            path = f"{layer}.{FUSED_NORMS[leaf]}"
         return model.get_parameter(path)
 
     def _view(self, slot: Slot) -> Tensor:
         """A (possibly strided) view whose elements, in order, are this rank's share of the tensor; of a copy
         where the parameter is kept in FP8."""
         weight = plain(self._parameter(slot))
-        dims = self.dims
-        if slot.part in ("q", "k", "v"):
-            groups = dims.num_query_groups // self.tp_size
-            per_group = dims.num_attention_heads // dims.num_query_groups
-            fused = weight.view(groups, per_group + 2, dims.head_dim, dims.hidden_size)
-            if slot.part == "q":
-                return fused[:, :per_group]
-            return fused[:, per_group] if slot.part == "k" else fused[:, per_group + 1]
-        if slot.part in ("gate", "up"):
-            half = weight.shape[0] // 2
-            return weight[:half] if slot.part == "gate" else weight[half:]
-        if slot.dim == 0 and slot.shape[0] == dims.vocab_size:
+        if slot.pads_vocabulary:
             start, stop = slot.range_of(self.tp_rank, self.tp_size)
             return weight[: stop - start]
-        return weight
+        rows = rows_of_part(slot.part, len(weight), self.dims)
+        if rows.stop - rows.start == len(weight):
+            return weight
+        return weight.unflatten(0, (-1, rows.period))[:, rows.start : rows.stop]
 
     def local_shape(self, slot: Slot) -> tuple[int, ...]:
         """Shape of this rank's share."""

@@ -22,7 +22,8 @@ import numpy.typing as npt
 import torch
 
 from copd_megatron.formats.open import open_source
-from copd_megatron.formats.tensors import TensorSource, TensorSpec, block_range
+from copd_megatron.formats.tensors import TensorSource
+from copd_megatron.hf.tensors import TensorSpec, block_range
 from copd_megatron.merge.check import check_mergeable
 from copd_megatron.merge.recipe import layer_label
 from copd_megatron.merge.scratch import scratch

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
+from copd_megatron.hf.appear import appear, partial_of
+from copd_megatron.hf.companions import copy_companions, set_dtype, shard_name, write_index
+from copd_megatron.hf.dtypes import dtype_name
+from copd_megatron.hf.planned_file import write_safetensors
 from copd_megatron.model.slots import Slot
 from copd_megatron.policy.actor import MegatronActor
 from copd_megatron.weight_sync.stream import ShardStream
 
-INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 2 * 2**30
+SHARD_BYTES: Final = 2 * 2**30
 
 
 def export_hf(
@@ -32,13 +34,13 @@ def export_hf(
         OSError: the folder cannot be written (disk full, no permission); what stood there before stays.
     """
     target = Path(folder)
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_of(target)
     stream = ShardStream(actor, rollout_tp=1, bucket_bytes=shard_bytes, destinations=(0,))
     first = dist.get_rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        copy_companions(source, partial)
+        copy_companions(Path(source), partial)
     where: dict[str, str] = {}
     total = 0
     for number, (bucket, filled) in enumerate(zip(stream.buckets, stream.buckets_filled(), strict=True), 1):
@@ -46,14 +48,13 @@ def export_hf(
             continue
         file = shard_name(number, len(stream.buckets))
         tensors = as_stored(bucket.slots, filled)
-        save_file(tensors, partial / file, {"format": "pt"})
+        write_safetensors(partial / file, tensors)
         where |= dict.fromkeys(tensors, file)
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
+        total += sum(tensor.nbytes for tensor in tensors.values())
     if first:
         write_index(partial, where, total)
-        set_dtype(partial, str(stream.dtype).removeprefix("torch."))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        set_dtype(partial, dtype_name(stream.dtype))
+        appear(partial, target)
     dist.barrier()
 
 
@@ -69,31 +70,3 @@ def as_stored(slots: Sequence[Slot], filled: Mapping[str, Tensor]) -> dict[str, 
             stored[stack.name] = torch.empty(stack.shape, dtype=value.dtype)
         stored[stack.name][slot.expert, :, stack.columns] = value.t()
     return stored
-
-
-def shard_name(number: int, count: int) -> str:
-    """Hugging Face's file name of shard ``number`` (from 1)."""
-    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
-def write_index(folder: Path, where: dict[str, str], total_bytes: int) -> None:
-    """The index over several shards; a single file needs none."""
-    if len(set(where.values())) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(where.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def set_dtype(folder: Path, dtype: str) -> None:
-    """Says in config.json which type the weights now have."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["dtype"] = dtype
-    config.pop("torch_dtype", None)
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def copy_companions(source: str | Path, target: Path) -> None:
-    """Everything of a Hugging Face folder but the weights: configuration, tokenizer, processor, template."""
-    for file in sorted(Path(source).iterdir()):
-        if file.is_file() and file.suffix in {".json", ".txt", ".jinja", ".model"} and file.name != INDEX:
-            shutil.copyfile(file, target / file.name)

@@ -1,6 +1,6 @@
 """Which slice of which tensor travels from which rank to which rank in a weight sync. Pure.
 
-Source: a Megatron branch at TP x PP x DP, every Hugging Face tensor split as ``policy.hf_layout`` says.
+Source: a Megatron branch at TP x PP x DP, every Hugging Face tensor split as ``model.slots`` says.
 Destination: the same ranks as vLLM workers at their own tensor parallelism; the remaining factor of the
 branch is rollout replicas. Each destination rank receives exactly the rows that its vLLM shard keeps, and
 what it already owns as a Megatron rank it never receives.
@@ -75,7 +75,7 @@ def wanted_range(slot: Slot, dims: ModelShape, rollout_rank: int, rollout_tp: in
     if slot.dim is None:
         return None
     size = slot.shape[slot.dim]
-    if size == dims.vocab_size and slot.dim == 0 and slot.part == "whole":
+    if slot.pads_vocabulary:
         share = math.ceil(size / VLLM_VOCAB_PADDING) * VLLM_VOCAB_PADDING // rollout_tp
     elif slot.part in ("k", "v") and rollout_tp > dims.num_query_groups:
         # vLLM replicates key/value heads over ranks when there are fewer heads than ranks

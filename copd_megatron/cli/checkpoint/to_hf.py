@@ -41,7 +41,7 @@ def command(
     """
     import torch
 
-    from copd_megatron.formats.convert import SHARD_BYTES, megatron_to_hf
+    from copd_megatron.merge.convert import SHARD_BYTES, megatron_to_hf
 
     with ProgressLine() as progress:
         megatron_to_hf(

@@ -30,7 +30,7 @@ def command(source: Path, target: Path, dtype: str | None) -> int:
     """
     import torch
 
-    from copd_megatron.formats.convert import hf_to_megatron
+    from copd_megatron.merge.convert import hf_to_megatron
 
     with ProgressLine() as progress:
         hf_to_megatron(source, target, dtype=getattr(torch, dtype) if dtype else None, progress=progress)

@@ -1,119 +1,53 @@
-"""Megatron's distributed format as merge source and sink: branches of joint checkpoints, converted folders.
+"""Megatron's distributed format as a sink of Hugging Face tensors.
 
-Both sides work under Hugging Face names: a Hugging Face tensor is some rows of (a layer of) a Megatron tensor
-(``checkpoint.hf_names``), so a merge of any formats into any format goes block by block, straight from file
-to file.
+A Hugging Face tensor is some rows of (a layer of) a Megatron tensor (``model.places``), so a merge of any
+formats into any format goes block by block, straight from file to file.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from copd_megatron.checkpoint.distcp import write_metadata
-from copd_megatron.checkpoint.manifest import (
-    MANIFEST,
-    CheckpointError,
-    Manifest,
-    hash_problems,
-    read_manifest,
-    size_problems,
-)
-from copd_megatron.formats.convert import TensorTable, common_state, tied_copy
-from copd_megatron.formats.megatron_reader import HF_FILES, MegatronFolder, recorded_headers
-from copd_megatron.formats.planned_file import Extent, PlannedFile, PlannedFileWriter
-from copd_megatron.formats.tensors import TensorSpec, cut
-from copd_megatron.hf.files import file_layouts, specs_of_header
-from copd_megatron.model.places import MegatronTensor, Place, full_shape, megatron_tensors, places
+from copd_megatron.formats.megatron_source import HF_FILES
+from copd_megatron.hf.planned_file import Extent, PlannedFile, PlannedFileWriter
+from copd_megatron.hf.template import Template
+from copd_megatron.hf.tensors import TensorSpec, cut
+from copd_megatron.model.places import MegatronTensor, Place, megatron_tensors, places, stack_sizes
 from copd_megatron.model.shape import ModelShape
-
-
-class MegatronSource:
-    """A branch's folder under Hugging Face names, read range by range; safe for several threads."""
-
-    def __init__(self, folder: Path) -> None:
-        """
-        Args:
-            folder: a branch's folder of a joint checkpoint, a converted folder, or a joint checkpoint with
-                one trained branch.
-
-        Raises:
-            CheckpointError: it is damaged or unfinished, has several branches, or does not say what model
-                it holds.
-        """
-        self._folder = MegatronFolder(folder)
-        self.label = self._folder.label
-        self.companions: Path | None = self._folder.companions
-        self.dims: ModelShape | None = self._folder.dims
-        self._manifest = _manifest_of(self._folder.folder)
-        if self._manifest and (problems := size_problems(self._folder.folder.parent, self._manifest)):
-            raise CheckpointError(f"merge: {'; '.join(problems)}; merge an older checkpoint")
-        self._alias = self._stored_copies()
-
-    def names(self) -> Sequence[str]:
-        return sorted([*self._folder.names(), *self._alias])
-
-    def spec(self, name: str) -> TensorSpec:
-        original = self._alias.get(name, name)
-        return TensorSpec(name, self._folder.shape(original), self._folder.dtype(original))
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        self._folder.read_into(self._alias.get(name, name), start, out)
-
-    def identity(self) -> str:
-        return self._folder.identity()
-
-    def problems(self) -> list[str]:
-        return hash_problems(self._folder.folder.parent, self._manifest) if self._manifest else []
-
-    def _stored_copies(self) -> dict[str, str]:
-        """Tied tensors that Megatron keeps once but the model's Hugging Face folder stores twice: the copy,
-        and what it is a copy of."""
-        assert self.dims is not None
-        tied = tied_copy(self.dims)
-        record = recorded_headers(self._folder.folder)
-        stored: set[str] = set()
-        if tied and record is not None:
-            headers = [base64.b64decode(text) for text in record.values()]
-            stored = {spec.name for header in headers for spec in specs_of_header(header)}
-        elif tied and self.companions is not None and any(self.companions.glob("*.safetensors")):
-            stored = {spec.name for layout in file_layouts(self.companions) for spec in layout.specs}
-        return {name: original for name, original in tied.items() if name in stored}
-
-
-def _manifest_of(folder: Path) -> Manifest | None:
-    """The joint checkpoint's manifest, cut down to this branch; None for a converted folder."""
-    if not (folder.parent / MANIFEST).is_file():
-        return None
-    manifest = read_manifest(folder.parent)
-    branches = {name: entry for name, entry in manifest.branches.items() if name == folder.name}
-    return replace(manifest, branches=branches)
-
-
-# ---- writing ---------------------------------------------------------------------------------------------
+from copd_megatron.model.slots import tied_copy
 
 
 class MegatronSink:
-    """A folder in Megatron's distributed format, one ``.distcp`` file per shard; as
-    ``tools/convert_hf_to_megatron.py`` writes it, but for the checksums inside the archives around tensors,
-    which are 0: nothing that loads checkpoints looks at them, and they would take a second pass.
+    """A folder in Megatron's distributed format, one ``.distcp`` file per shard. Jobs of any layout load it.
+
+    The checksums inside the archives around tensors are 0: nothing that loads checkpoints looks at them, and
+    they would take a second pass.
 
     Args:
         folder: exists; several processes may write different shards of it.
         dims: the model's sizes.
-        specs: all tensors under Hugging Face names.
+        specs: all tensors under Hugging Face names, every expert's by itself.
         shard_bytes: largest file, unless a single (fused) tensor is larger.
+        label: what messages call the tensors' origin.
+        template: kept in the folder, so that a conversion back gives the same files.
         fsync: a shard is closed only when the disk has it.
 
     Raises:
@@ -128,13 +62,15 @@ class MegatronSink:
         specs: Sequence[TensorSpec],
         shard_bytes: int,
         *,
+        label: str,
+        template: Template | None = None,
         fsync: bool = False,
     ) -> None:
-        self.folder, self._fsync = folder, fsync
+        self.folder, self._template, self._fsync = folder, template, fsync
         self._specs = {spec.name: spec for spec in specs}
-        _check_names(self._specs, dims)
-        table = TensorTable(dims)
-        frame = common_state()
+        _check_names(self._specs, dims, label)
+        table = _Table(dims)
+        frame = _common_state()
         first = _Item(index=table.common_state(), begin=0, length=len(frame))
         self._files: list[_File] = []
         groups = cut(megatron_tensors(dims), shard_bytes, self._num_bytes)
@@ -163,6 +99,8 @@ class MegatronSink:
         return self._plan(index).digest()
 
     def finish(self) -> None:
+        if self._template is not None:
+            self._template.write_record(self.companions)
         found = [
             (item.index, _StorageInfo(file.name, item.begin, item.length))
             for file in self._files
@@ -173,13 +111,14 @@ class MegatronSink:
     def _num_bytes(self, tensor: MegatronTensor) -> int:
         return sum(self._specs[name].num_bytes for name, _ in tensor.parts)
 
-    def _lay(self, file: _File, tensor: MegatronTensor, table: TensorTable) -> None:
+    def _lay(self, file: _File, tensor: MegatronTensor, table: _Table) -> None:
         """Gives a tensor its place behind what is in the file already."""
         types = {self._specs[name].dtype for name, _ in tensor.parts}
         if len(types) > 1:
             raise ValueError(
-                f"merge: {', '.join(name for name, _ in tensor.parts)} are one tensor in Megatron but have "
-                f"types {', '.join(sorted(map(str, types)))}; give --out-dtype"
+                f"{', '.join(name for name, _ in tensor.parts)} are one tensor in Megatron but have types "
+                f"{', '.join(sorted(map(str, types)))}; choose one (--out-dtype of copd merge, --dtype of a "
+                "conversion)"
             )
         index, shape = table.add(tensor, types.pop())
         archive = _archive(shape, self._specs[tensor.parts[0][0]].dtype)
@@ -211,6 +150,72 @@ class MegatronSink:
             extents=extents,
             num_bytes=file.num_bytes,
         )
+
+
+def _check_names(specs: Mapping[str, TensorSpec], dims: ModelShape, label: str) -> None:
+    """Refuses tensors that are not those of a model of these sizes."""
+    wanted = places(dims)
+    extra = sorted(specs.keys() - wanted.keys() - tied_copy(dims).keys())
+    missing = sorted(wanted.keys() - specs.keys())
+    if extra or missing:
+        raise ValueError(
+            f"{label} "
+            + (f"lacks {len(missing)} tensors" if missing else f"has {len(extra)} tensors too many")
+            + f" for a {dims.architecture} of the sizes in config.json, {(missing or extra)[0]} for one; "
+            "Megatron's format holds no other models"
+        )
+    for name, place in wanted.items():
+        if specs[name].shape != place.shape:
+            raise ValueError(f"{label}: {name} is {specs[name].shape}, config.json implies {place.shape}")
+
+
+class _Table:
+    """What ``.metadata`` says of a model's tensors, told one (layer of a) tensor at a time."""
+
+    def __init__(self, dims: ModelShape) -> None:
+        self._dims = dims
+        self.described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+
+    def common_state(self) -> MetadataIndex:
+        """Takes note of ``_common_state()``; by which index it is found."""
+        key = "common_state/shard_0_1"
+        self.described[key] = BytesStorageMetadata()
+        return MetadataIndex(key)
+
+    def add(self, tensor: MegatronTensor, dtype: torch.dtype) -> tuple[MetadataIndex, torch.Size]:
+        """Takes note of a tensor.
+
+        Returns:
+            By which index it is found, and the shape it is stored in: layers and experts have axes of their
+            own.
+
+        Raises:
+            ValueError: it belongs to a stack of another type.
+        """
+        stacked = stack_sizes(self._dims, tensor.key)
+        shape = torch.Size((*(1 for _ in stacked), *tensor.shape))
+        whole = torch.Size((*stacked, *tensor.shape))
+        offset = torch.Size((*tensor.at, *(0 for _ in tensor.shape)))
+        entry = self.described.setdefault(
+            tensor.key,
+            TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=whole, chunks=[]),
+        )
+        assert isinstance(entry, TensorStorageMetadata)
+        if entry.properties.dtype is not dtype:
+            raise ValueError(
+                f"layer {tensor.at[0]} of {tensor.key} is {dtype}, another {entry.properties.dtype}: "
+                "stacked tensors must have one type; choose one (--out-dtype of copd merge, --dtype of a "
+                "conversion)"
+            )
+        entry.chunks.append(ChunkStorageMetadata(offsets=offset, sizes=shape))
+        return MetadataIndex(tensor.key, offset, len(entry.chunks) - 1), shape
+
+
+def _common_state() -> bytes:
+    """What Megatron wants beside the tensors, as ``torch.save`` writes it: there is nothing in it."""
+    stream = io.BytesIO()
+    torch.save([{}], stream)
+    return stream.getvalue()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,25 +289,3 @@ class _Recorder(io.RawIOBase):
         self.pieces.append((self._place, piece))
         self._place += len(piece)
         return len(piece)
-
-
-def _check_names(specs: Mapping[str, TensorSpec], dims: ModelShape) -> None:
-    if dims.stacks_experts:
-        raise ValueError(
-            f"merge: a {dims.architecture} cannot be written in Megatron's format straight away, since its "
-            "experts lie transposed there: write Hugging Face's (--format hf), then "
-            "tools/convert_hf_to_megatron.py"
-        )
-    wanted = {name: full_shape(parts) for name, parts in places(dims).items()}
-    extra = sorted(specs.keys() - wanted.keys() - tied_copy(dims).keys())
-    missing = sorted(wanted.keys() - specs.keys())
-    if extra or missing:
-        what = "lacks" if missing else "has, beyond it,"
-        raise ValueError(
-            f"merge: Megatron's format needs the tensors of a {dims.architecture} of config.json's sizes; "
-            f"the result {what} {(missing or extra)[0]} and {len(missing or extra) - 1} more; write Hugging "
-            "Face's format (--format hf)"
-        )
-    for name, shape in wanted.items():
-        if specs[name].shape != shape:
-            raise ValueError(f"merge: {name} is {specs[name].shape}, config.json implies {shape}")

@@ -1,7 +1,7 @@
 """Files whose every byte has its place before the first is written: written out of order, checked by block.
 
-Shapes and types of a merge's result are known beforehand. What frames the values (headers, archives around
-tensors) is written when a file is opened, and every block then goes straight to its place, from any thread.
+Shapes and types are known beforehand. What frames the values (a header, the archives around tensors in other
+formats) is written when a file is opened, and every block then goes straight to its place, from any thread.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
-import torch
 from torch import Tensor
 
-from copd_megatron.formats.tensors import BLOCK_ELEMENTS, TensorSpec, block_range
+from copd_megatron.hf.header import FileLayout, library_layout
+from copd_megatron.hf.tensors import BLOCK_ELEMENTS, TensorSpec, block_range, bytes_of
 
 Extent = tuple[int, int]
 """First byte in the file, and number of bytes."""
+
+_MODE: Final = 0o644
+"""Of every file written, minus the process's umask."""
 
 
 class Extents(Protocol):
@@ -32,7 +35,7 @@ class Extents(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedFile:
-    """One file of a result."""
+    """One file to be written."""
 
     path: Path
     frame: tuple[tuple[int, bytes], ...]
@@ -43,7 +46,7 @@ class PlannedFile:
     num_bytes: int
 
     def digest(self) -> str | None:
-        """The digest of the file as it lies there; None: it is not there, or not as planned."""
+        """The digest of the file as it is on the disk; None: it is not there, or not as planned."""
         if not self.path.is_file() or self.path.stat().st_size != self.num_bytes:
             return None
         sums: dict[tuple[str, int], int] = {}
@@ -72,15 +75,19 @@ class PlannedFile:
 
 
 class PlannedFileWriter:
-    """A ``ShardWriter`` for one file: the frame first, then every block at its place, each with a CRC-32.
+    """Writes one file: the frame first, then every block at its place, each with a CRC-32.
 
     Raises:
         OSError: the disk has no room for the whole file; said when it is opened, not after hours.
     """
 
-    def __init__(self, plan: PlannedFile, *, fsync: bool) -> None:
+    def __init__(self, plan: PlannedFile, *, fsync: bool = False) -> None:
+        """
+        Args:
+            fsync: ``close`` waits until the disk has the file.
+        """
         self._plan, self._fsync = plan, fsync
-        self._descriptor = os.open(plan.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._descriptor = os.open(plan.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, _MODE)
         try:
             os.posix_fallocate(self._descriptor, 0, max(plan.num_bytes, 1))
             for position, frame in plan.frame:
@@ -118,6 +125,38 @@ class PlannedFileWriter:
             done += os.pwrite(self._descriptor, view[done:], position + done)
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's own memory, as bytes."""
-    return memoryview(tensor.view(torch.uint8).numpy())
+def planned_safetensors(folder: Path, layout: FileLayout) -> PlannedFile:
+    """A safetensors file of that layout in a folder."""
+    begins = layout.begins
+    sizes = {spec.name: spec.dtype.itemsize for spec in layout.specs}
+
+    def extents(name: str, start: int, stop: int) -> list[Extent]:
+        return [(begins[name] + start * sizes[name], (stop - start) * sizes[name])]
+
+    return PlannedFile(
+        path=folder / layout.name,
+        frame=((0, layout.preamble),),
+        specs=layout.specs,
+        extents=extents,
+        num_bytes=layout.num_bytes,
+    )
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors (contiguous, on the CPU) into one file, byte for byte as the safetensors library does.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    writer = PlannedFileWriter(planned_safetensors(path.parent, library_layout(path.name, specs)))
+    try:
+        for spec in specs:
+            values = tensors[spec.name].view(-1)
+            for block in range(spec.num_blocks):
+                start, stop = block_range(spec, block)
+                writer.write(spec.name, start, values[start:stop])
+    except BaseException:
+        writer.abort()
+        raise
+    writer.close()

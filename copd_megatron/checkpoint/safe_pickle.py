@@ -1,0 +1,112 @@
+"""Pickles of files that somebody else may have written: read without running anything they ask for.
+
+Unpickling calls whatever function a file names. Here only the names in a list can be called, all of them
+harmless; any other is refused, by name.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pathlib
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Final
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+
+from copd_megatron.checkpoint.manifest import CheckpointError
+
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+METADATA_NAMES: Final[Mapping[tuple[str, str], Any]] = {
+    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+    **{
+        (metadata.__name__, name): getattr(metadata, name)
+        for name in (
+            "_MEM_FORMAT_ENCODING",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+        )
+    },
+    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    # what older versions of Megatron-Core wrote; it has the fields of torch's
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): metadata.Metadata,
+}
+"""What the index of ``torch.distributed.checkpoint`` is made of: (module, name) to what stands for it."""
+
+_DAMAGE = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError),
+    *(MemoryError, OverflowError, RecursionError, TypeError, ValueError),
+)
+"""What unpickling raises on bytes that are no pickle, or a damaged one."""
+
+
+class _Refused(Exception):
+    """A pickle asks for a name that is not in the list."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds the names in a list only."""
+
+    def __init__(self, file: IO[bytes], allowed: Mapping[tuple[str, str], Any]) -> None:
+        super().__init__(file)
+        self._allowed = allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._allowed:
+            raise _Refused(f"{module}.{name}")
+        return self._allowed[module, name]
+
+
+def load_metadata(path: Path) -> Any:
+    """What the pickle ``.metadata`` of ``torch.distributed.checkpoint`` holds.
+
+    Raises:
+        CheckpointError: it is damaged, or asks for anything that such an index is not made of.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        try:
+            return _Unpickler(file, METADATA_NAMES).load()
+        except _Refused as refused:
+            raise CheckpointError(refusal(path, str(refused))) from None
+        except _DAMAGE as error:
+            raise CheckpointError(f"{path} is damaged: {error!r}; copy the checkpoint again") from error
+
+
+def check_saved(data: bytes, where: str) -> None:
+    """Refuses what ``torch.save`` wrote if loading it would run anything.
+
+    Raises:
+        CheckpointError: it asks for a name that torch does not count as safe, or is damaged.
+    """
+    try:
+        # Transformer Engine's bookkeeping is saved as bytes in memory
+        with torch.serialization.safe_globals([io.BytesIO]):
+            torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, *_DAMAGE) as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named is None:
+            reason = repr(error)[:400]
+            raise CheckpointError(f"{where} is damaged: {reason}; copy the checkpoint again") from error
+        raise CheckpointError(refusal(where, named[1])) from None
+
+
+def refusal(where: object, name: str) -> str:
+    """What is said of a file that asks for a name it must not have."""
+    return (
+        f"{where} asks for {name}, which no checkpoint needs: loading it could run a program. It is not "
+        "loaded; delete it, and get the checkpoint from a source that you trust"
+    )

@@ -1,0 +1,69 @@
+"""Whether a merge may write where it is told to: what it did not make, and what it reads, stays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from copd_megatron.errors import ConfigError
+from copd_megatron.merge.journal import Journal
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuses a target that is no folder's name, or has something under it already.
+
+    Raises:
+        ConfigError: it is no folder's name, holds the working directory, or is a symbolic link.
+        FileExistsError: there is a file of that name, or a folder that is not to be overwritten.
+    """
+    if target.name in ("", "..") or Path.cwd().is_relative_to(target.resolve()):
+        raise ConfigError(f"merge: --out {target} holds the working directory; give a folder to be made")
+    if target.is_symlink():
+        raise ConfigError(
+            f"merge: --out {target} is a symbolic link; give what it leads to, {target.resolve()}"
+        )
+    for parent in target.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ConfigError(f"merge: --out {target}: {parent} is a file; choose another folder")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"merge: --out {target} is a file; choose another name")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"merge: {target} is there already; choose another folder or overwrite it")
+
+
+def check_partial(partial: Path, journal: Journal, target: Path, read: Sequence[Path]) -> None:
+    """Refuses to replace or to remove what is not a merge's own, or is read by this one.
+
+    Args:
+        partial: where the unfinished result goes.
+        journal: of what stands there.
+        target: where the result goes.
+        read: files and folders that the merge reads.
+
+    Raises:
+        ConfigError: one of them would be destroyed.
+        FileExistsError: something that no merge made is in the way.
+    """
+    for path in read:
+        for folder in (target, partial):
+            if _holds(folder, path):
+                raise ConfigError(
+                    f"merge: --out {target}: {folder} holds {path}, which is read; overwriting it would "
+                    "destroy that: choose another folder"
+                )
+    if os.path.lexists(partial) and (partial.is_symlink() or not journal.exists):
+        if partial.is_dir() and not partial.is_symlink() and not any(partial.iterdir()):
+            return
+        raise FileExistsError(
+            f"merge: {partial}, where the unfinished result would go, is there already and no merge made it; "
+            "move it, or choose another --out"
+        )
+
+
+def _holds(folder: Path, path: Path) -> bool:
+    """Whether a path is a folder or lies in it."""
+    if not folder.exists():
+        return False
+    resolved = path.resolve()
+    return any(one.exists() and one.samefile(folder) for one in (resolved, *resolved.parents))
