@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from copd_megatron.hf.files import file_layouts
 
 from copd_megatron.checkpoint.manifest import (
     MANIFEST,
@@ -30,6 +29,7 @@ from copd_megatron.checkpoint.manifest import (
 )
 from copd_megatron.config import BranchConfig, Config, ModelConfig
 from copd_megatron.config.schema import OptimizerConfig, ParallelConfig
+from copd_megatron.hf.folder import HFFolder
 from copd_megatron.topology.layout import Layout
 from tests.support.actors import make_actor
 from tests.support.checkpoint_runs import load_tool, run_tool
@@ -291,7 +291,7 @@ def test_the_inspector_says_what_a_checkpoint_holds(outcome: Any, capsys: pytest
     assert f"{folder}: step 3" in said and "whole (sizes and hashes checked)" in said
     assert "alpha: Qwen3ForCausalLM, weights version 3, tp 2, 5 files" in said
     assert "beta: Qwen3ForCausalLM, weights version 3, one rank, 4 files" in said
-    parameters = sum(math.prod(spec.shape) for spec in file_layouts(outcome[1].parent / "model")[0].specs)
+    parameters = sum(math.prod(spec.shape) for spec in HFFolder(outcome[1].parent / "model").layouts[0].specs)
     of_weights = re.findall(r"weights float32: \d+ tensors, (\S+) kB", said)
     assert [float(size) for size in of_weights] == pytest.approx([parameters * 4 / 1e3] * 2, rel=0.01)
     for file in read_manifest(folder).files:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from copd_megatron.formats.tensors import BLOCK_ELEMENTS
+from copd_megatron.hf.tensors import BLOCK_ELEMENTS
 from copd_megatron.merge.methods import Settings, merge_tensors
 from copd_megatron.merge.sparsify import Magnitude, RandomMask
 from tests.support import merge_reference as reference

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from copd_megatron.formats.safetensors import SafetensorsSource
 from safetensors import safe_open
 from torch import Tensor
 
 from copd_megatron.cli.main import main
+from copd_megatron.hf.folder import HFFolder
 from copd_megatron.merge.check import MismatchError
 from copd_megatron.merge.engine import MergeOutcome, run_merge
 from copd_megatron.merge.methods import Settings, merge_tensors
@@ -441,10 +441,10 @@ def test_broken_inputs_are_named(family: list[Path], tmp_path: Path) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:-10])
     with pytest.raises(ValueError, match="truncated"):
-        SafetensorsSource(broken)
+        HFFolder(broken)
     file.write_bytes(data[:20])
     with pytest.raises(ValueError, match="torn"):
-        SafetensorsSource(broken)
+        HFFolder(broken)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="no checkpoint that can be read"):
         run_merge(recipe_of([family[0], broken]), tmp_path / "out")

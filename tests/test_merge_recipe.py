@@ -283,7 +283,7 @@ def test_recipes_need_no_torch() -> None:
 def test_every_method_is_merged_by_the_engine() -> None:
     import torch
 
-    from copd_megatron.formats.tensors import TensorSpec
+    from copd_megatron.hf.tensors import TensorSpec
     from copd_megatron.merge.methods import Settings, start
 
     for method in METHODS:

@@ -357,7 +357,7 @@ def test_buckets_on_the_wire_are_bounded(
 ) -> None:
     source = HFFolder(folders[kind])
     largest_group = max(
-        sum(source.num_bytes(s.name) for s in members)
+        sum(source.spec(s.name).num_bytes for s in members)
         for members in _groups(read_model_shape(folders[kind])).values()
     )
     for rank in streamed[kind, number]:

@@ -36,7 +36,7 @@ def open_source(
     """
     location = Path(path)
     if not location.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a local folder")
+        raise FileNotFoundError(f"there is no {path}; give a local folder")
     if (location / ".metadata").is_file() or (location / MANIFEST).is_file():
         # imported where it is needed: torch.distributed.checkpoint takes time and memory
         from copd_megatron.formats.megatron_source import MegatronSource

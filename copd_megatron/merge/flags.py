@@ -102,13 +102,13 @@ def _of_all_models(flags: MergeFlags, method: str) -> dict[str, Any]:
 def _of_each_model(flags: MergeFlags, method: str, count: int) -> list[dict[str, Any]]:
     """Parameters of each of ``count`` models."""
     each: list[dict[str, Any]] = [{} for _ in range(count)]
-    if method == "slerp" and flags.weights:
-        raise ConfigError(
-            "merge: --weights: slerp takes --t instead, the way from the first model to the second"
-        )
+    weighted = "weight" in METHODS[method]["model"]
+    if flags.weights and not weighted:
+        instead = "--t instead, the way from the first model to the second" if method == "slerp" else "none"
+        raise ConfigError(f"merge: --weights: {method} takes {instead}")
     if flags.weights:
         _spread("weight", _per_model("--weights", flags.weights, count), each)
-    elif method != "slerp":
+    elif weighted:
         # The uniform mean, or its like: task vectors are summed unless the method divides by the weights.
         divides = method in ("linear", "ties") if flags.normalize is None else flags.normalize
         for parameters in each:
