@@ -7,7 +7,7 @@ import click
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.parameters import OVERRIDES
 from copd_megatron.config import load_config
-from copd_megatron.model.shape import read_model_shape
+from copd_megatron.hf.model_config import read_model_shape
 
 EXAMPLES = """
     copd eval configs/two_branch_tiny.yaml runs/two_branch_tiny/export/merged
