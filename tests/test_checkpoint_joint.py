@@ -179,10 +179,10 @@ def _damage(world: Any, run_dir: Path) -> None:
 
 def _failure_in_the_background(folder: Path) -> bool:
     """Whether an error that is no full disk comes out of the writer's thread."""
-    from copd_megatron.checkpoint.files import ShardWriter
+    from copd_megatron.checkpoint.files import RankWriter
 
     folder.mkdir(exist_ok=True)
-    writer = ShardWriter(folder, copy=True)
+    writer = RankWriter(folder, copy=True)
     writer._items.append(("no item", "no tensor"))  # type: ignore[arg-type]
     writer.start()
     with pytest.raises(AttributeError):

@@ -24,7 +24,7 @@ from copd_megatron.hf.folder import HFFolder
 from copd_megatron.merge.check import MismatchError
 from copd_megatron.merge.engine import MergeOutcome, run_merge
 from copd_megatron.merge.methods import Settings, merge_tensors
-from copd_megatron.merge.recipe import ModelInput, Recipe
+from copd_megatron.merge.recipe import MergeRecipe, ModelInput
 from copd_megatron.report.merge_distance import branch_distances
 from tests.support import merge_reference as reference
 from tests.support.merge_folders import make_family, tensors_of, write_folder
@@ -38,14 +38,14 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return make_family(tmp_path_factory.mktemp("family"), 3)
 
 
-def recipe_of(family: list[Path], method: str = "linear", **options: Any) -> Recipe:
+def recipe_of(family: list[Path], method: str = "linear", **options: Any) -> MergeRecipe:
     base, branches = (None, family[1:]) if method == "linear" else (str(family[0]), family[1:])
     branches = branches[:1] if method == "slerp" else branches
     parameters: dict[str, Any] = {} if method == "slerp" else {"weight": 0.4}
     if method in ("ties", "dare_linear", "dare_ties"):
         parameters["density"] = 0.6
     shared = {"t": 0.3} if method == "slerp" else {}
-    return Recipe(
+    return MergeRecipe(
         method=method,
         base=base,
         models=tuple(ModelInput(path=str(b), parameters=parameters) for b in branches),
@@ -150,7 +150,7 @@ def test_types(tmp_path: Path) -> None:
 
 def test_inputs_of_different_types_are_promoted(family: list[Path], tmp_path: Path) -> None:
     half = write_folder(tmp_path / "half", {n: t.bfloat16() for n, t in tensors_of(family[1]).items()})
-    recipe = Recipe(
+    recipe = MergeRecipe(
         method="linear",
         models=(
             ModelInput(path=str(half), parameters={"weight": 1}),
@@ -168,7 +168,7 @@ def test_whole_numbers_must_agree(family: list[Path], tmp_path: Path) -> None:
     folders = [
         write_folder(tmp_path / str(k), {**tensors_of(family[k]), "model.ids": buffers[k]}) for k in range(2)
     ]
-    recipe = Recipe(
+    recipe = MergeRecipe(
         method="linear", models=tuple(ModelInput(path=str(f), parameters={"weight": 1}) for f in folders)
     )
     run_merge(recipe, tmp_path / "out")
@@ -181,7 +181,7 @@ def test_whole_numbers_must_agree(family: list[Path], tmp_path: Path) -> None:
 
 def test_weights_by_pattern_and_depth_reach_the_tensors(family: list[Path], tmp_path: Path) -> None:
     weight = [{"filter": "mlp", "value": [0.0, 1.0]}, {"filter": "norm", "value": 0.25}, {"value": 0.5}]
-    recipe = Recipe(
+    recipe = MergeRecipe(
         method="task_arithmetic",
         base=str(family[0]),
         models=(ModelInput(path=str(family[1]), parameters={"weight": weight}),),
@@ -218,7 +218,7 @@ class Killed(BaseException):
     """Ends a merge as a signal would."""
 
 
-def interrupted(recipe: Recipe, out: Path, *, after_shards: int, shard_bytes: int) -> None:
+def interrupted(recipe: MergeRecipe, out: Path, *, after_shards: int, shard_bytes: int) -> None:
     """Runs a merge until some shards are finished."""
 
     def watch(done: int, total: int) -> None:
@@ -231,7 +231,7 @@ def interrupted(recipe: Recipe, out: Path, *, after_shards: int, shard_bytes: in
     assert not out.exists()
 
 
-def resumed(recipe: Recipe, out: Path, **options: Any) -> MergeOutcome:
+def resumed(recipe: MergeRecipe, out: Path, **options: Any) -> MergeOutcome:
     return run_merge(recipe, out, shard_bytes=60_000, threads=1, **options)
 
 

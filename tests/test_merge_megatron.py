@@ -32,7 +32,7 @@ from copd_megatron.hf.model_config import read_sizes
 from copd_megatron.merge.check import MismatchError
 from copd_megatron.merge.convert import hf_to_megatron, megatron_to_hf
 from copd_megatron.merge.engine import run_merge
-from copd_megatron.merge.recipe import ModelInput, Recipe
+from copd_megatron.merge.recipe import MergeRecipe, ModelInput
 from copd_megatron.report.merge_distance import branch_distances
 from tests.support.actors import load_and_compare
 from tests.support.layouts import Job, run_layouts
@@ -75,10 +75,10 @@ def converted(
     return found
 
 
-def recipe_of(folders: list[Path], method: str = "ties") -> Recipe:
+def recipe_of(folders: list[Path], method: str = "ties") -> MergeRecipe:
     base, branches = (str(folders[0]), folders[1:]) if method != "linear" else (None, folders[1:])
     density = {"density": 0.6} if method != "linear" else {}
-    return Recipe(
+    return MergeRecipe(
         method=method,
         base=base,
         models=tuple(ModelInput(path=str(f), parameters={"weight": 0.4, **density}) for f in branches),
@@ -360,7 +360,7 @@ def test_what_megatrons_format_cannot_hold_is_refused(
 ) -> None:
     tensors = tensors_of(families["text tied"][1])
     extra = write_folder(tmp_path / "extra", {**tensors, "model.extra": torch.ones(2)}, **TIED)
-    recipe = Recipe(method="linear", models=(ModelInput(path=str(extra), parameters={"weight": 1}),))
+    recipe = MergeRecipe(method="linear", models=(ModelInput(path=str(extra), parameters={"weight": 1}),))
     with pytest.raises(ValueError, match=r"has, beyond it, model\.extra"):
         run_merge(recipe, tmp_path / "out", output_format="megatron")
     mixed = {n: t.half() if n.endswith("q_proj.weight") else t for n, t in tensors.items()}

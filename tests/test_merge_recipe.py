@@ -15,7 +15,7 @@ from copd_megatron.cli import merge
 from copd_megatron.cli.parameters import Size
 from copd_megatron.config import ConfigError
 from copd_megatron.merge.flags import recipe_from
-from copd_megatron.merge.recipe import METHODS, Recipe, layer_depths, layer_label, read_recipe
+from copd_megatron.merge.recipe import METHODS, MergeRecipe, layer_depths, layer_label, read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs" / "merge").glob("*.yaml"))
@@ -31,7 +31,7 @@ def two(**parameters: Any) -> list[dict[str, Any]]:
     return [{"model": "a", "parameters": parameters}, {"model": "b", "parameters": parameters}]
 
 
-def from_flags(*flags: str) -> Recipe:
+def from_flags(*flags: str) -> MergeRecipe:
     context = merge.command.make_context("merge", [*flags, "--out", "x"])
     return recipe_from(merge.flags_of(context.params))
 

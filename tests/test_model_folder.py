@@ -77,12 +77,12 @@ def test_the_parameter_count_holds_the_vision_tower(tmp_path: Path) -> None:
     from transformers import Qwen3VLForConditionalGeneration
 
     from copd_megatron.tiny.vl import build_processor, build_visual_model
-    from copd_megatron.tiny.vl_recipe import VL_RECIPE
+    from copd_megatron.tiny.vl_recipe import VL_BASE
 
-    model = build_visual_model(VL_RECIPE, build_processor(VL_RECIPE))
+    model = build_visual_model(VL_BASE, build_processor(VL_BASE))
     assert isinstance(model, Qwen3VLForConditionalGeneration)
     model.save_pretrained(tmp_path)
-    build_processor(VL_RECIPE).save_pretrained(tmp_path)
+    build_processor(VL_BASE).save_pretrained(tmp_path)
     expected = sum(parameter.numel() for parameter in model.parameters())
     assert read_model_shape(tmp_path).num_parameters == expected
 

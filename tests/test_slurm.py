@@ -24,7 +24,7 @@ import pytest
 from copd_megatron.checkpoint.compare import compare_runs
 from copd_megatron.checkpoint.manifest import complete_checkpoints
 from copd_megatron.tiny.vl import make_visual_base, make_visual_data
-from copd_megatron.tiny.vl_recipe import VL_RECIPE
+from copd_megatron.tiny.vl_recipe import VL_BASE
 from tests.support.checkpoint_runs import BRANCHES, prepare, write_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,11 +244,11 @@ def visual_runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> R
     right now and then, and small steps of its recipe's own tasks."""
     root = _folder_of("three_branch", tmp_path_factory)
     recipe = dataclasses.replace(
-        VL_RECIPE,
+        VL_BASE,
         pool_size=120,
         num_train=60,
         num_validation=12,
-        warm_up=dataclasses.replace(VL_RECIPE.warm_up, num_steps=150, batch_size=18),
+        warm_up=dataclasses.replace(VL_BASE.warm_up, num_steps=150, batch_size=18),
     )
     # where the configuration, which the job takes as it is shipped, looks for them
     make_visual_data(root / ".cache/tiny_vl_data", recipe)

@@ -26,7 +26,7 @@ from copd_megatron.tiny.base import (
 )
 from copd_megatron.tiny.demonstrations import WORKINGS, columns, demonstrations, running_total
 from copd_megatron.tiny.muon import Muon, orthogonalize
-from copd_megatron.tiny.recipe import TEXT_RECIPE, Domain, Recipe, WarmUpSettings, base_digest, data_digest
+from copd_megatron.tiny.recipe import TEXT_BASE, Domain, TextBase, WarmUpSettings, base_digest, data_digest
 from copd_megatron.tiny.tasks.text import Family
 from copd_megatron.tiny.warm_up import IGNORED, imitation_loss, lr_factor, pad_batch, reproducible, warm_up
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = dataclasses.replace(
-    TEXT_RECIPE,
+    TEXT_BASE,
     warm_up=WarmUpSettings(num_steps=6, batch_size=8, length_window=4),
     num_train=30,
     num_validation=20,
@@ -49,7 +49,7 @@ SMALL = dataclasses.replace(
 def tokenizer() -> PreTrainedTokenizerFast:
     from copd_megatron.tiny.tokenizer import build_tokenizer
 
-    return build_tokenizer(TEXT_RECIPE.model.vocab_size)
+    return build_tokenizer(TEXT_BASE.model.vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_plain_text_costs_a_token_per_byte_and_a_thinking_mark_costs_one(
 
 
 def test_every_id_of_the_model_is_a_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    vocab_size = TEXT_RECIPE.model.vocab_size
+    vocab_size = TEXT_BASE.model.vocab_size
     assert len(tokenizer) == vocab_size and vocab_size % 64 == 0
     assert None not in tokenizer.convert_ids_to_tokens(list(range(vocab_size)))
 
@@ -131,7 +131,7 @@ def test_workings() -> None:
 
 
 def test_every_demonstration_is_correct_and_so_is_each_of_its_steps() -> None:
-    shown = demonstrations(TEXT_RECIPE, 600, seed=5)
+    shown = demonstrations(TEXT_BASE, 600, seed=5)
     numeric = registry.get("numeric").verify
     for item in shown:
         gold = str(sum(int(number) for number in re.findall(r"\d+", item.prompt)))
@@ -143,9 +143,9 @@ def test_every_demonstration_is_correct_and_so_is_each_of_its_steps() -> None:
 
 def test_early_demonstrations_work_more_than_later_ones() -> None:
     settings = dataclasses.replace(
-        TEXT_RECIPE.warm_up, early_fraction=0.6, early_worked_share=0.9, worked_share=0.2
+        TEXT_BASE.warm_up, early_fraction=0.6, early_worked_share=0.9, worked_share=0.2
     )
-    recipe = dataclasses.replace(TEXT_RECIPE, warm_up=settings)
+    recipe = dataclasses.replace(TEXT_BASE, warm_up=settings)
     works = [item.response.startswith("<think>") for item in demonstrations(recipe, 2000, seed=5)]
     assert sum(works[:1200]) / 1200 == pytest.approx(0.9, abs=0.04)
     assert sum(works[1200:]) / 800 == pytest.approx(0.2, abs=0.05)
@@ -167,7 +167,7 @@ def test_the_warm_up_never_sees_a_validation_task(tmp_path: Path, tokenizer: Pre
         working="columns",
         family=Family(
             name="basic_arithmetic",
-            settings={**TEXT_RECIPE.domains[0].family.settings, "min_digits": 1, "max_digits": 1},
+            settings={**TEXT_BASE.domains[0].family.settings, "min_digits": 1, "max_digits": 1},
         ),
     )
     recipe = dataclasses.replace(SMALL, domains=(narrow,), num_validation=60, num_train=60)
@@ -366,7 +366,7 @@ def test_nothing_is_left_when_the_warm_up_fails(tmp_path: Path) -> None:
 
 
 def test_the_digest_follows_what_matters() -> None:
-    def changed(**values: object) -> Recipe:
+    def changed(**values: object) -> TextBase:
         return dataclasses.replace(SMALL, **values)  # type: ignore[arg-type]
 
     variants = [
@@ -386,8 +386,8 @@ def test_the_command_makes_both_folders_and_needs_no_torch_to_find_them(tmp_path
     first = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     assert "written" in first.stdout and "made in" in first.stdout
-    for domain in TEXT_RECIPE.domains:
-        for split, count in (("train", TEXT_RECIPE.num_train), ("validation", TEXT_RECIPE.num_validation)):
+    for domain in TEXT_BASE.domains:
+        for split, count in (("train", TEXT_BASE.num_train), ("validation", TEXT_BASE.num_validation)):
             assert len(ShardSet.open([f"{tmp_path}/base_data/{domain.name}-{split}-*.tar"])) == count
     without_torch = (
         "import runpy, sys\n"
@@ -410,4 +410,4 @@ def test_the_command_makes_both_folders_and_needs_no_torch_to_find_them(tmp_path
 
 
 def test_the_recipe_names_workings_that_exist() -> None:
-    assert {domain.working for domain in TEXT_RECIPE.domains} <= WORKINGS.keys()
+    assert {domain.working for domain in TEXT_BASE.domains} <= WORKINGS.keys()

@@ -42,9 +42,9 @@ from copd_megatron.tiny.vl_demonstrations import (
     written_digits,
 )
 from copd_megatron.tiny.vl_recipe import (
-    VL_RECIPE,
+    VL_BASE,
+    VisualBase,
     VisualDomain,
-    VisualRecipe,
     visual_base_digest,
     visual_data_digest,
 )
@@ -53,12 +53,12 @@ from copd_megatron.tiny.warm_up import reproducible
 ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = dataclasses.replace(
-    VL_RECIPE,
+    VL_BASE,
     pool_size=30,
     num_train=24,
     num_validation=12,
     num_threads=1,
-    warm_up=dataclasses.replace(VL_RECIPE.warm_up, num_steps=3, batch_size=9),
+    warm_up=dataclasses.replace(VL_BASE.warm_up, num_steps=3, batch_size=9),
 )
 
 
@@ -100,7 +100,7 @@ def test_workings_add_the_digits_that_are_drawn() -> None:
     assert shown_digits(video) == running_total(" ".join(video.answer))
 
 
-@pytest.mark.parametrize("domain", VL_RECIPE.visual, ids=lambda domain: domain.name)
+@pytest.mark.parametrize("domain", VL_BASE.visual, ids=lambda domain: domain.name)
 def test_workings_end_in_the_gold_answer_and_fit_the_quickstart(domain: VisualDomain) -> None:
     config = load_config(QUICKSTART)
     longest = config.branches[domain.name].rollout.max_new_tokens
@@ -217,7 +217,7 @@ def test_a_finished_folder_is_kept_and_a_stale_one_replaced(data: Path) -> None:
 
 
 def test_the_digest_follows_what_matters() -> None:
-    def changed(**values: object) -> VisualRecipe:
+    def changed(**values: object) -> VisualBase:
         return dataclasses.replace(SMALL, **values)  # type: ignore[arg-type]
 
     variants = [
@@ -235,10 +235,10 @@ def test_the_digest_follows_what_matters() -> None:
 def test_a_finished_folder_is_found_without_torch(base: Path, tmp_path: Path) -> None:
     """As the quickstart does when it is started again, within a second on an idle machine."""
     (tmp_path / "base").mkdir()
-    digest = visual_base_digest(VL_RECIPE, 1)
+    digest = visual_base_digest(VL_BASE, 1)
     (tmp_path / "base" / MARKER).write_text(json.dumps({"digest": digest}))
     (tmp_path / "base_data").mkdir()
-    (tmp_path / "base_data" / MARKER).write_text(json.dumps({"digest": visual_data_digest(VL_RECIPE)}))
+    (tmp_path / "base_data" / MARKER).write_text(json.dumps({"digest": visual_data_digest(VL_BASE)}))
     script = (
         "import runpy, sys\n"
         "for name in ('torch', 'transformers', 'reasoning_gym', 'av'):\n"
@@ -267,9 +267,9 @@ def test_the_quickstart_refuses_an_unknown_option_before_it_sets_anything_up() -
 def test_a_change_of_the_code_that_draws_tasks_makes_new_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = vl_recipe.task_sources()
     assert {"image.py", "video.py", "text.py", "encode.py"} <= set(sources)
-    before = vl_recipe.visual_data_digest(VL_RECIPE)
+    before = vl_recipe.visual_data_digest(VL_BASE)
     monkeypatch.setattr(vl_recipe, "task_sources", lambda: sources | {"image.py": "changed"})
-    assert vl_recipe.visual_data_digest(VL_RECIPE) != before
+    assert vl_recipe.visual_data_digest(VL_BASE) != before
 
 
 def test_every_shown_digit_has_a_temporal_patch_of_its_own(base: Path) -> None:

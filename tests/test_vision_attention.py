@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from copd_megatron.tiny.vl import build_processor, build_visual_model
-from copd_megatron.tiny.vl_recipe import VL_RECIPE
+from copd_megatron.tiny.vl_recipe import VL_BASE
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_features_and_gradients_equal_the_ones_of_a_loop_over_images(grids: list
     from copd_megatron.policy.megatron.vision_attention import use_packed_attention
 
     torch.manual_seed(0)
-    model = build_visual_model(VL_RECIPE, build_processor(VL_RECIPE))
+    model = build_visual_model(VL_BASE, build_processor(VL_BASE))
     tower = model.model.visual
     assert isinstance(tower, Qwen3VLVisionModel)
     grid = torch.tensor(grids)

@@ -23,7 +23,7 @@ from copd_megatron.hf.folder import HFFolder
 from copd_megatron.hf.model_config import read_model_shape
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.model.slots import slots
-from copd_megatron.weight_sync.plan import BranchLayout, plan_sync, wanted_range
+from copd_megatron.weight_sync.plan import SyncLayout, plan_sync, wanted_range
 from tests.support.actors import make_actor, make_engine, random_prompts
 from tests.support.distributed import run_distributed
 from tests.support.layouts import EXPERTS, SEQUENCE, VIRTUAL, Job, run_layouts
@@ -91,7 +91,7 @@ def _stage_of(name: str, dims: ModelShape, pp: int) -> int:
 
 
 def _check_plan(
-    dims: ModelShape, layout: BranchLayout, bucket_bytes: int, destinations: list[int] | None
+    dims: ModelShape, layout: SyncLayout, bucket_bytes: int, destinations: list[int] | None
 ) -> None:
     buckets = plan_sync(
         dims, layout, bucket_bytes=bucket_bytes, element_bytes=ELEMENT_BYTES, destinations=destinations
@@ -142,7 +142,7 @@ def _check_plan(
 
 
 LAYOUTS = [
-    BranchLayout(tp=tp, pp=pp, dp=dp, rollout_tp=rollout_tp)
+    SyncLayout(tp=tp, pp=pp, dp=dp, rollout_tp=rollout_tp)
     for tp, pp, dp, rollout_tp in itertools.product((1, 2), (1, 2, 4), (1, 2, 3), (1, 2, 4, 8))
     if (tp * pp * dp) % rollout_tp == 0
 ]
@@ -151,7 +151,7 @@ LAYOUTS = [
 @pytest.mark.parametrize(
     "layout", LAYOUTS, ids=lambda it: f"tp{it.tp}-pp{it.pp}-dp{it.dp}-rollout{it.rollout_tp}"
 )
-def test_plan_fills_exactly_what_each_vllm_rank_keeps(layout: BranchLayout) -> None:
+def test_plan_fills_exactly_what_each_vllm_rank_keeps(layout: SyncLayout) -> None:
     for tied in (True, False):
         _check_plan(_dims(tied=tied), layout, 50_000, None)
 
@@ -172,7 +172,7 @@ def test_plan_properties(
     tp: int, pp: int, dp: int, rollout_tp: int, kv_heads: int, vocab: int, bucket_bytes: int, tied: bool,
     data: st.DataObject,
 ) -> None:  # fmt: skip
-    layout = BranchLayout(tp=tp, pp=pp, dp=dp, rollout_tp=rollout_tp)
+    layout = SyncLayout(tp=tp, pp=pp, dp=dp, rollout_tp=rollout_tp)
     assume(layout.world_size % rollout_tp == 0)
     dims = _dims(vocab=vocab, kv_heads=kv_heads, layers=6, tied=tied)
     destinations = data.draw(
@@ -189,7 +189,7 @@ def test_buckets_are_bounded_and_keep_fused_parameters_together(
     dims = _dims(vocab=vocab)
     buckets = plan_sync(
         dims,
-        BranchLayout(tp=2, pp=pp, dp=1, rollout_tp=1),
+        SyncLayout(tp=2, pp=pp, dp=1, rollout_tp=1),
         bucket_bytes=bucket_bytes,
         element_bytes=ELEMENT_BYTES,
     )
@@ -214,7 +214,7 @@ def test_buckets_are_bounded_and_keep_fused_parameters_together(
 
 def test_data_parallel_copies_share_the_sending() -> None:
     """Two replicas: each serves its own ranks, so no rank sends twice as much as another."""
-    layout = BranchLayout(tp=2, pp=2, dp=2, rollout_tp=1)
+    layout = SyncLayout(tp=2, pp=2, dp=2, rollout_tp=1)
     sent: dict[int, int] = defaultdict(int)
     for bucket in plan_sync(_dims(), layout, bucket_bytes=10**9, element_bytes=ELEMENT_BYTES):
         for transfer in bucket.transfers:
@@ -229,13 +229,13 @@ def test_data_parallel_copies_share_the_sending() -> None:
 @pytest.mark.parametrize(
     ("layout", "dims", "message"),
     [
-        (BranchLayout(tp=2, pp=1, dp=1, rollout_tp=4), _dims(), "must divide the branch's 2 ranks"),
-        (BranchLayout(tp=1, pp=1, dp=3, rollout_tp=3), _dims(), "8 attention heads"),
-        (BranchLayout(tp=1, pp=1, dp=4, rollout_tp=4), _dims(kv_heads=6, heads=12), "6 key/value heads"),
+        (SyncLayout(tp=2, pp=1, dp=1, rollout_tp=4), _dims(), "must divide the branch's 2 ranks"),
+        (SyncLayout(tp=1, pp=1, dp=3, rollout_tp=3), _dims(), "8 attention heads"),
+        (SyncLayout(tp=1, pp=1, dp=4, rollout_tp=4), _dims(kv_heads=6, heads=12), "6 key/value heads"),
     ],
     ids=["ranks", "heads", "key-value heads"],
 )
-def test_impossible_rollout_layouts_are_refused(layout: BranchLayout, dims: ModelShape, message: str) -> None:
+def test_impossible_rollout_layouts_are_refused(layout: SyncLayout, dims: ModelShape, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_sync(dims, layout, bucket_bytes=10**6, element_bytes=ELEMENT_BYTES)
 

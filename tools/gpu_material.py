@@ -229,13 +229,13 @@ def _hf_config(folder: Path, shape: str, layers: int | None) -> dict[str, Any]:
 def _save_processor(folder: Path, patch: int) -> Any:
     """The tiny base's processor for patches of that size: images of at most 32 x 32 patches."""
     from copd_megatron.tiny.vl import build_processor
-    from copd_megatron.tiny.vl_recipe import VL_RECIPE
+    from copd_megatron.tiny.vl_recipe import VL_BASE
 
     pixels = ((4 * patch) ** 2, (32 * patch) ** 2)
     vision = replace(
-        VL_RECIPE.vision, patch_size=patch, image_pixels=pixels, video_pixels=(2 * pixels[0], 2 * pixels[1])
+        VL_BASE.vision, patch_size=patch, image_pixels=pixels, video_pixels=(2 * pixels[0], 2 * pixels[1])
     )
-    recipe = replace(VL_RECIPE, model=replace(VL_RECIPE.model, vocab_size=320), vision=vision)
+    recipe = replace(VL_BASE, model=replace(VL_BASE.model, vocab_size=320), vision=vision)
     processor = build_processor(recipe)
     processor.save_pretrained(folder)
     return processor

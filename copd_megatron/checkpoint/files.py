@@ -48,7 +48,7 @@ class Written:
     """Why it failed; None: everything is on the disk."""
 
 
-class ShardWriter:
+class RankWriter:
     """Writes one rank's items into ``__<rank>_0.distcp``. A storage writer in the sense of
     ``torch.distributed.checkpoint``, as far as Megatron's planning uses one."""
 
@@ -141,19 +141,19 @@ class ShardWriter:
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):
-    """Megatron's planning with ``ShardWriter`` as the writer, which ``writer`` holds after the planning."""
+    """Megatron's planning with ``RankWriter`` as the writer, which ``writer`` holds after the planning."""
 
     def __init__(self, *, copy: bool) -> None:
         super().__init__()
         self.copy = copy
-        self.writer: ShardWriter | None = None
+        self.writer: RankWriter | None = None
 
     def async_save(
         self, sharded_state_dict: Any, checkpoint_dir: Any, async_strategy: str = "mcore"
     ) -> AsyncRequest:
         """Plans only; the request that Megatron wants is empty."""
         translated, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        self.writer = ShardWriter(Path(checkpoint_dir), copy=self.copy)
+        self.writer = RankWriter(Path(checkpoint_dir), copy=self.copy)
         (_, self.writer.metadata, _), *_ = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(translated, False),
             self.writer,

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from copd_megatron import __version__
 from copd_megatron.checkpoint.actor_state import actor_layout, load_state, sharded_state
 from copd_megatron.checkpoint.distcp import write_metadata
-from copd_megatron.checkpoint.files import SaveStrategy, ShardWriter, Written
+from copd_megatron.checkpoint.files import RankWriter, SaveStrategy, Written
 from copd_megatron.checkpoint.manifest import (
     BranchEntry,
     CheckpointError,
@@ -77,14 +77,14 @@ class _Pending:
 
     saved: Saved
     folder: Path
-    writer: ShardWriter | None
+    writer: RankWriter | None
     weight_version: int
     begun: float
 
 
 def plan_save(
     actor: MegatronActor, folder: Path, *, teacher: WeightSnapshot | None, copy: bool, validate: bool = True
-) -> ShardWriter:
+) -> RankWriter:
     """Decides with the branch's other ranks who writes what of an actor; collective over the branch.
 
     Args:

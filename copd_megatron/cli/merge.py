@@ -17,7 +17,7 @@ from copd_megatron.cli.parameters import COUNT, Size, log_plainly
 from copd_megatron.cli.progress import byte_bar
 from copd_megatron.errors import ConfigError
 from copd_megatron.merge.flags import MergeFlags, recipe_from
-from copd_megatron.merge.recipe import ALIASES, METHODS, Recipe
+from copd_megatron.merge.recipe import ALIASES, METHODS, MergeRecipe
 
 EXAMPLES = """
     copd merge text image video --out merged                            uniform mean
@@ -132,7 +132,7 @@ def _fields_of(kind: type[MergeFlags] | type[_Work], options: Mapping[str, Any])
     return {item.name: options[item.name] for item in fields(kind)}
 
 
-def _merge(recipe: Recipe, out: str, work: _Work, rank: int, world_size: int) -> None:
+def _merge(recipe: MergeRecipe, out: str, work: _Work, rank: int, world_size: int) -> None:
     from copd_megatron.merge.engine import run_merge
 
     with _barrier(world_size) as barrier, byte_bar("merging", shown=rank == 0) as progress:
@@ -161,7 +161,7 @@ def _merge(recipe: Recipe, out: str, work: _Work, rank: int, world_size: int) ->
         )
 
 
-def _report(recipe: Recipe, flags: MergeFlags, work: _Work, stem: str) -> None:
+def _report(recipe: MergeRecipe, flags: MergeFlags, work: _Work, stem: str) -> None:
     from copd_megatron.report.merge_distance import branch_distances
 
     base = flags.base or recipe.base

@@ -14,8 +14,8 @@ from copd_megatron.cli.parameters import COUNT, PATH
 from copd_megatron.cli.progress import StepLines
 
 if TYPE_CHECKING:  # read when the command runs, so that the list of commands is there at once
-    from copd_megatron.tiny.recipe import Recipe
-    from copd_megatron.tiny.vl_recipe import VisualRecipe
+    from copd_megatron.tiny.recipe import TextBase
+    from copd_megatron.tiny.vl_recipe import VisualBase
 
 EXAMPLES = """
     copd tiny-base --kind vl --out .cache/tiny_vl         Qwen3-VL: text, image, video
@@ -52,34 +52,34 @@ def command(kind: str, out: Path, data: Path | None, seed: int, steps: int | Non
     return 0
 
 
-def _recipe(kind: str, steps: int | None) -> Recipe | VisualRecipe:
-    from copd_megatron.tiny.recipe import TEXT_RECIPE
-    from copd_megatron.tiny.vl_recipe import VL_RECIPE
+def _recipe(kind: str, steps: int | None) -> TextBase | VisualBase:
+    from copd_megatron.tiny.recipe import TEXT_BASE
+    from copd_megatron.tiny.vl_recipe import VL_BASE
 
-    recipe: Recipe | VisualRecipe = VL_RECIPE if kind == "vl" else TEXT_RECIPE
+    recipe: TextBase | VisualBase = VL_BASE if kind == "vl" else TEXT_BASE
     if steps is None:
         return recipe
     return dataclasses.replace(recipe, warm_up=dataclasses.replace(recipe.warm_up, num_steps=steps))
 
 
-def _make_data(folder: Path, recipe: Recipe | VisualRecipe) -> None:
+def _make_data(folder: Path, recipe: TextBase | VisualBase) -> None:
     from copd_megatron.tiny.base import make_data
     from copd_megatron.tiny.vl import make_visual_data
-    from copd_megatron.tiny.vl_recipe import VisualRecipe
+    from copd_megatron.tiny.vl_recipe import VisualBase
 
-    if isinstance(recipe, VisualRecipe):
+    if isinstance(recipe, VisualBase):
         names, made = ", ".join(recipe.names), make_visual_data(folder, recipe)
     else:
         names, made = ", ".join(domain.name for domain in recipe.domains), make_data(folder, recipe)
     print(f"{folder}: shards of {names} {'written' if made else 'are there already'}", flush=True)
 
 
-def _make_base(folder: Path, recipe: Recipe | VisualRecipe, seed: int) -> bool:
+def _make_base(folder: Path, recipe: TextBase | VisualBase, seed: int) -> bool:
     """Whether it had to be made."""
     from copd_megatron.tiny.base import make_tiny_base
     from copd_megatron.tiny.vl import make_visual_base
-    from copd_megatron.tiny.vl_recipe import VisualRecipe
+    from copd_megatron.tiny.vl_recipe import VisualBase
 
-    if isinstance(recipe, VisualRecipe):
+    if isinstance(recipe, VisualBase):
         return make_visual_base(folder, recipe, seed=seed, progress=StepLines())
     return make_tiny_base(folder, recipe, seed=seed, progress=StepLines())

@@ -30,7 +30,7 @@ from copd_megatron.formats.megatron_source import HF_FILES
 from copd_megatron.hf.planned_file import Extent, PlannedFile, PlannedFileWriter
 from copd_megatron.hf.template import Template
 from copd_megatron.hf.tensors import TensorSpec, cut
-from copd_megatron.model.places import MegatronTensor, Place, megatron_tensors, places, stack_sizes
+from copd_megatron.model.places import MegatronTensor, TensorPlace, megatron_tensors, places, stack_sizes
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.model.slots import tied_copy
 
@@ -235,7 +235,7 @@ class _File:
     frame: list[tuple[int, bytes]] = field(default_factory=list)
     """What is not values: position and bytes."""
     items: list[_Item] = field(default_factory=list)
-    where: dict[str, tuple[int, Place]] = field(default_factory=dict)
+    where: dict[str, tuple[int, TensorPlace]] = field(default_factory=dict)
     """Hugging Face name to where the Megatron tensor's values begin, and its rows of it."""
 
     @property

@@ -26,7 +26,7 @@ from copd_megatron.hf.folder import HFFolder
 from copd_megatron.hf.model_config import read_sizes
 from copd_megatron.hf.template import Template
 from copd_megatron.hf.tensors import TensorSpec
-from copd_megatron.model.places import Place, places
+from copd_megatron.model.places import TensorPlace, places
 from copd_megatron.model.shape import ModelShape, shape_from_record
 from copd_megatron.model.slots import tied_copy
 
@@ -111,17 +111,17 @@ class MegatronSource:
     def problems(self) -> list[str]:
         return hash_problems(self._folder.parent, self._manifest) if self._manifest else []
 
-    def _place(self, name: str) -> Place:
+    def _place(self, name: str) -> TensorPlace:
         return self._places[self._alias.get(name, name)]
 
-    def _read_rows(self, place: Place, first: int, last: int, out: Tensor) -> None:
+    def _read_rows(self, place: TensorPlace, first: int, last: int, out: Tensor) -> None:
         """Rows [first, last) of a Hugging Face tensor into ``out`` [last - first, width]."""
         done = 0
         for start, stop in place.rows_between(first, last):
             self._tensors.read_rows(place.key, place.at, start, out[done : done + stop - start])
             done += stop - start
 
-    def _locate(self, dims: ModelShape) -> dict[str, Place]:
+    def _locate(self, dims: ModelShape) -> dict[str, TensorPlace]:
         found = places(dims)
         if missing := [name for name, place in found.items() if place.key not in self._tensors.info]:
             raise CheckpointError(

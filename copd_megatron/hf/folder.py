@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from copd_megatron.hf.companions import read_index, weight_files
-from copd_megatron.hf.header import FileLayout, read_layout
+from copd_megatron.hf.header import FileHeader, read_layout
 from copd_megatron.hf.model_config import read_sizes
 from copd_megatron.hf.tensors import TensorSpec, bytes_of
 from copd_megatron.model.slots import Stack, as_published, slots
@@ -45,7 +45,7 @@ class HFFolder:
         self._transposes: dict[str, bool] = {}
 
     @property
-    def layouts(self) -> list[FileLayout]:
+    def layouts(self) -> list[FileHeader]:
         """Its files, by name."""
         return [file.layout for file in self._files]
 

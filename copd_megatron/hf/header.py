@@ -25,7 +25,7 @@ _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileLayout:
+class FileHeader:
     """One safetensors file: its header, byte for byte, and its tensors in the order of their bytes."""
 
     name: str
@@ -57,7 +57,7 @@ class FileLayout:
         return json.loads(self.header).get(_METADATA) or {}
 
 
-def read_layout(path: Path, descriptor: int) -> FileLayout:
+def read_layout(path: Path, descriptor: int) -> FileHeader:
     """An open file's layout, from its header alone.
 
     Raises:
@@ -71,7 +71,7 @@ def read_layout(path: Path, descriptor: int) -> FileLayout:
         header = os.pread(descriptor, length, _LENGTH_BYTES)
         if size < _LENGTH_BYTES or len(header) != length:
             raise ValueError("it is torn inside the header")
-        layout = FileLayout(name=path.name, header=header, specs=parse_header(header))
+        layout = FileHeader(name=path.name, header=header, specs=parse_header(header))
         if size != layout.num_bytes:
             raise ValueError(
                 f"it has {size} bytes, its header says {layout.num_bytes}"
@@ -146,7 +146,7 @@ def _are_sizes(values: Any) -> bool:
 # ---- making ----------------------------------------------------------------------------------------------
 
 
-def make_layout(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileLayout:
+def make_layout(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileHeader:
     """A file with these tensors in this order."""
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     begin = 0
@@ -158,16 +158,16 @@ def make_layout(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, s
         }
         begin += spec.num_bytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return FileLayout(name=name, header=text + b" " * (-len(text) % 8), specs=tuple(specs))
+    return FileHeader(name=name, header=text + b" " * (-len(text) % 8), specs=tuple(specs))
 
 
-def library_layout(name: str, specs: Sequence[TensorSpec]) -> FileLayout:
+def library_layout(name: str, specs: Sequence[TensorSpec]) -> FileHeader:
     """A file as the safetensors library writes it: wider types first, so that all are aligned."""
     ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))
     return make_layout(name, ordered, {"format": "pt"})
 
 
-def plan_files(specs: Sequence[TensorSpec], shard_bytes: int) -> list[FileLayout]:
+def plan_files(specs: Sequence[TensorSpec], shard_bytes: int) -> list[FileHeader]:
     """Files for tensors in the order given, each of at most ``shard_bytes`` (or one larger tensor), under
     Hugging Face's names."""
     shards = cut(specs, shard_bytes, lambda spec: spec.num_bytes)

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-from copd_megatron.hf.header import FileLayout, library_layout
+from copd_megatron.hf.header import FileHeader, library_layout
 from copd_megatron.hf.tensors import BLOCK_ELEMENTS, TensorSpec, block_range, bytes_of
 
 Extent = tuple[int, int]
@@ -125,7 +125,7 @@ class PlannedFileWriter:
             done += os.pwrite(self._descriptor, view[done:], position + done)
 
 
-def planned_safetensors(folder: Path, layout: FileLayout) -> PlannedFile:
+def planned_safetensors(folder: Path, layout: FileHeader) -> PlannedFile:
     """A safetensors file of that layout in a folder."""
     begins = layout.begins
     sizes = {spec.name: spec.dtype.itemsize for spec in layout.specs}

@@ -14,7 +14,7 @@ import torch
 
 from copd_megatron.hf.companions import INDEX, is_plain_name, read_json
 from copd_megatron.hf.folder import HFFolder
-from copd_megatron.hf.header import FileLayout, make_layout, parse_header
+from copd_megatron.hf.header import FileHeader, make_layout, parse_header
 from copd_megatron.hf.tensors import TensorSpec
 
 HEADERS: Final = "safetensors.headers"
@@ -25,7 +25,7 @@ HEADERS: Final = "safetensors.headers"
 class Template:
     """The safetensors files of a folder, without their tensors."""
 
-    layouts: tuple[FileLayout, ...]
+    layouts: tuple[FileHeader, ...]
     index: bytes | None
     """The folder's index, byte for byte; None: it has none."""
 
@@ -86,7 +86,7 @@ class Template:
                 if not is_plain_name(name):
                     raise ValueError("no name of a safetensors file")
                 header = base64.b64decode(text, validate=True)
-                layouts.append(FileLayout(name=name, header=header, specs=parse_header(header)))
+                layouts.append(FileHeader(name=name, header=header, specs=parse_header(header)))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{folder / HEADERS}: {name!r}: {error}; convert the model again") from None
         index = folder / INDEX

@@ -16,7 +16,7 @@ import torch
 from copd_megatron.formats.open import Format
 from copd_megatron.hf.dtypes import dtype_name
 from copd_megatron.merge.engine import run_merge
-from copd_megatron.merge.recipe import ModelInput, Recipe
+from copd_megatron.merge.recipe import MergeRecipe, ModelInput
 
 SHARD_BYTES: Final = 4 * 2**30
 
@@ -83,7 +83,7 @@ def _convert(
     model_path: Path | None,
     progress: Progress | None,
 ) -> None:
-    recipe = Recipe(
+    recipe = MergeRecipe(
         method="passthrough",
         models=(ModelInput(path=str(source)),),
         out_dtype=None if dtype is None else dtype_name(dtype),

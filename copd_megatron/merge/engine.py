@@ -37,7 +37,7 @@ from copd_megatron.hf.dtypes import dtype_name
 from copd_megatron.merge.check import check_tied_copies
 from copd_megatron.merge.journal import Journal
 from copd_megatron.merge.merger import SHARD_BYTES, MergeJob, Merger, Team
-from copd_megatron.merge.recipe import Recipe
+from copd_megatron.merge.recipe import MergeRecipe
 from copd_megatron.merge.target import check_partial, check_target
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class MergeOutcome:
 
 
 def run_merge(
-    recipe: Recipe,
+    recipe: MergeRecipe,
     target: str | Path,
     *,
     shard_bytes: int = SHARD_BYTES,

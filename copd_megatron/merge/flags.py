@@ -9,7 +9,7 @@ from typing import Any
 
 from copd_megatron.checkpoint.manifest import MANIFEST, read_manifest
 from copd_megatron.errors import ConfigError
-from copd_megatron.merge.recipe import ALIASES, METHODS, WITHOUT_BASE, ModelInput, Recipe, read_recipe
+from copd_megatron.merge.recipe import ALIASES, METHODS, WITHOUT_BASE, MergeRecipe, ModelInput, read_recipe
 
 _NEEDS_BASE = set(METHODS) - WITHOUT_BASE
 
@@ -38,7 +38,7 @@ class MergeFlags:
     seed: int = 0
 
 
-def recipe_from(flags: MergeFlags) -> Recipe:
+def recipe_from(flags: MergeFlags) -> MergeRecipe:
     """The merge recipe that the flags describe, or the file that they name.
 
     Raises:
@@ -56,7 +56,7 @@ def recipe_from(flags: MergeFlags) -> Recipe:
         raise ConfigError(f"merge: --method {method} needs --base, the model that the branches started from")
     if flags.method == "weighted" and not flags.weights:
         raise ConfigError("merge: --method weighted needs --weights, one per model")
-    return Recipe(
+    return MergeRecipe(
         method=method,
         models=tuple(
             ModelInput(path=path, parameters=parameters)
@@ -71,7 +71,7 @@ def recipe_from(flags: MergeFlags) -> Recipe:
     )
 
 
-def _from_file(flags: MergeFlags) -> Recipe:
+def _from_file(flags: MergeFlags) -> MergeRecipe:
     """A YAML merge recipe, beside which no flag may say how to merge."""
     given = {
         "--method": flags.method,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from copd_megatron.merge.engine import run_merge
 from copd_megatron.merge.merger import SHARD_BYTES
-from copd_megatron.merge.recipe import ModelInput, Recipe
+from copd_megatron.merge.recipe import MergeRecipe, ModelInput
 
 
 def merge_mean(
@@ -41,7 +41,7 @@ def merge_mean(
         ModelInput(path=str(folder), parameters={"weight": weight})
         for folder, weight in zip(folders, factors, strict=True)
     ]
-    recipe = Recipe(
+    recipe = MergeRecipe(
         method="linear",
         models=tuple(models),
         parameters={"normalize": False},

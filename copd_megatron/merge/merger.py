@@ -23,7 +23,7 @@ from copd_megatron.hf.model_config import read_sizes
 from copd_megatron.hf.tensors import BLOCK_ELEMENTS, TensorSpec, block_range
 from copd_megatron.merge.check import NotFiniteError, check_mergeable
 from copd_megatron.merge.methods import Settings, start
-from copd_megatron.merge.recipe import Recipe, layer_depths
+from copd_megatron.merge.recipe import MergeRecipe, layer_depths
 from copd_megatron.merge.scratch import scratch
 
 SHARD_BYTES = 2 * 2**30
@@ -36,7 +36,7 @@ Advance = Callable[[str, int], None]
 class MergeJob:
     """All that a worker process needs to do its part."""
 
-    recipe: Recipe
+    recipe: MergeRecipe
     folder: Path
     """The unfinished result."""
     shard_bytes: int = SHARD_BYTES

@@ -99,7 +99,7 @@ class TensorParameters:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class MergeRecipe:
     """A merge, checked as far as that is possible without opening the models."""
 
     method: str
@@ -260,7 +260,7 @@ def layer_label(name: str) -> str:
     return ".".join(parts[:-1] or parts)
 
 
-def read_recipe(path: str | Path, *, seed: int = 0) -> Recipe:
+def read_recipe(path: str | Path, *, seed: int = 0) -> MergeRecipe:
     """Reads a recipe from YAML.
 
     Raises:
@@ -289,7 +289,7 @@ def read_recipe(path: str | Path, *, seed: int = 0) -> Recipe:
         models = [model for model in models if _same_path(model.path) != _same_path(base)]
     elif base is not None and any(_same_path(model.path) == _same_path(base) for model in models):
         base = None
-    return Recipe(
+    return MergeRecipe(
         method=method,
         models=tuple(models),
         base=base,

@@ -25,7 +25,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class TensorPlace:
     """Where a Hugging Face tensor lies in a Megatron checkpoint."""
 
     key: str
@@ -57,11 +57,11 @@ class MegatronTensor:
     at: tuple[int, ...]
     shape: tuple[int, ...]
     """Without the axes of ``at``."""
-    parts: tuple[tuple[str, Place], ...]
+    parts: tuple[tuple[str, TensorPlace], ...]
     """Hugging Face tensors that together cover its rows."""
 
 
-def places(dims: ModelShape) -> dict[str, Place]:
+def places(dims: ModelShape) -> dict[str, TensorPlace]:
     """Every Hugging Face tensor of the model, each expert's by itself, in forward order."""
     return {slot.name: _place(slot, dims) for slot in slots(dims, 1)}
 
@@ -81,7 +81,7 @@ def megatron_tensors(dims: ModelShape) -> list[MegatronTensor]:
 
     Gate and up are two chunks of ``linear_fc1`` in a checkpoint; here they are parts of one.
     """
-    groups: dict[tuple[str, tuple[int, ...]], list[tuple[str, Place]]] = {}
+    groups: dict[tuple[str, tuple[int, ...]], list[tuple[str, TensorPlace]]] = {}
     for name, place in places(dims).items():
         groups.setdefault((place.key, place.at), []).append((name, place))
     tensors = []
@@ -93,9 +93,9 @@ def megatron_tensors(dims: ModelShape) -> list[MegatronTensor]:
     return tensors
 
 
-def _place(slot: Slot, dims: ModelShape) -> Place:
+def _place(slot: Slot, dims: ModelShape) -> TensorPlace:
     key, at = _key(slot, dims)
-    return Place(key=key, at=at, rows=_rows(slot, dims), shape=slot.shape)
+    return TensorPlace(key=key, at=at, rows=_rows(slot, dims), shape=slot.shape)
 
 
 def _key(slot: Slot, dims: ModelShape) -> tuple[str, tuple[int, ...]]:

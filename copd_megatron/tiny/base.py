@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copd_megatron.tiny.recipe import Recipe, base_digest, data_digest
+from copd_megatron.tiny.recipe import TextBase, base_digest, data_digest
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and a cached model needs neither
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -32,7 +32,7 @@ class TinyBaseError(RuntimeError):
     """The folder cannot be made. The message says which one, why, and what to do."""
 
 
-def make_data(out: Path, recipe: Recipe) -> bool:
+def make_data(out: Path, recipe: TextBase) -> bool:
     """Writes the shards ``<out>/<domain>-{train,validation}-NNNNNN.tar``. Returns False if they exist
     already.
 
@@ -46,7 +46,7 @@ def make_data(out: Path, recipe: Recipe) -> bool:
     return make_once(out, data_digest(recipe), make)
 
 
-def make_tiny_base(out: Path, recipe: Recipe, *, seed: int = 1, progress: Progress | None = None) -> bool:
+def make_tiny_base(out: Path, recipe: TextBase, *, seed: int = 1, progress: Progress | None = None) -> bool:
     """Makes the model folder ``out``. Returns False if the same recipe and seed have made it before.
 
     The same recipe, seed and machine give the same bytes. ``out`` appears only when it is complete.
@@ -80,7 +80,7 @@ def make_once(out: Path, digest: str, make: Callable[[Path], dict[str, object]])
     return True
 
 
-def validation_prompts(recipe: Recipe) -> set[str]:
+def validation_prompts(recipe: TextBase) -> set[str]:
     """The prompts in the validation shards of all domains. The warm-up must not see them."""
     from copd_megatron.data import ShardSet
 
@@ -95,7 +95,7 @@ def validation_prompts(recipe: Recipe) -> set[str]:
     return prompts
 
 
-def _write_domains(folder: Path, recipe: Recipe) -> None:
+def _write_domains(folder: Path, recipe: TextBase) -> None:
     from copd_megatron.tiny.tasks.text import write_domain
 
     for domain in recipe.domains:
@@ -109,7 +109,7 @@ def _write_domains(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _make(folder: Path, recipe: Recipe, seed: int, progress: Progress | None) -> list[float]:
+def _make(folder: Path, recipe: TextBase, seed: int, progress: Progress | None) -> list[float]:
     from copd_megatron.tiny.tokenizer import build_tokenizer
     from copd_megatron.tiny.warm_up import reproducible, warm_up
 
@@ -128,7 +128,7 @@ def _make(folder: Path, recipe: Recipe, seed: int, progress: Progress | None) ->
     return losses
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def build_model(recipe: TextBase, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """A float32 Qwen3 with random weights, from torch's global generator."""
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -151,7 +151,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
 
 
 def demonstration_batches(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int
+    recipe: TextBase, tokenizer: PreTrainedTokenizerFast, *, seed: int
 ) -> Iterator[dict[str, Any]]:
     """The warm-up's batches in order: ``input_ids`` and ``labels``, each [batch_size, T], and ``normalizer``.
 

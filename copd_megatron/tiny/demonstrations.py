@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from copd_megatron.tiny.recipe import Domain, Recipe
+from copd_megatron.tiny.recipe import Domain, TextBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ WORKINGS: dict[str, Callable[[str], str]] = {"columns": columns, "running_total"
 
 
 def demonstrations(
-    recipe: Recipe, count: int, *, seed: int, held_out: Collection[str] = ()
+    recipe: TextBase, count: int, *, seed: int, held_out: Collection[str] = ()
 ) -> list[Demonstration]:
     """``count`` demonstrations in the order in which they are shown, with domains mixed by weight and without
     the prompts of ``held_out``."""

@@ -79,7 +79,7 @@ class WarmUpSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class TextBase:
     domains: tuple[Domain, ...]
     model: ModelSize = field(default_factory=ModelSize)
     warm_up: WarmUpSettings = field(default_factory=WarmUpSettings)
@@ -93,7 +93,7 @@ class Recipe:
     and costs much when the machine is busy."""
 
 
-TEXT_RECIPE = Recipe(
+TEXT_BASE = TextBase(
     domains=(
         Domain(
             name="addition",  # "Calculate 261 + 120."
@@ -131,14 +131,14 @@ TEXT_RECIPE = Recipe(
 """The base model and the two domains of ``launchers/quickstart.sh --text``."""
 
 
-def data_digest(recipe: Recipe) -> str:
+def data_digest(recipe: TextBase) -> str:
     """A digest of everything that determines the shards."""
     parts = [recipe.data_seed, recipe.num_train, recipe.num_validation]
     families = [(domain.name, asdict(domain.family)) for domain in recipe.domains]
     return digest_of_parts([parts, families, package_versions(["reasoning-gym"])])
 
 
-def base_digest(recipe: Recipe, seed: int) -> str:
+def base_digest(recipe: TextBase, seed: int) -> str:
     """A digest of everything that determines the model: recipe, seed, code, package versions."""
     here = Path(__file__).parent
     sources = {name: (here / name).read_text(encoding="utf-8") for name in SOURCES_THAT_MATTER}

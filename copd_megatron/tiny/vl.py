@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copd_megatron.tiny.base import Progress, make_once
-from copd_megatron.tiny.vl_recipe import VisualRecipe, visual_base_digest, visual_data_digest
+from copd_megatron.tiny.vl_recipe import VisualBase, visual_base_digest, visual_data_digest
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and a cached model needs neither
     from torch import Tensor, nn
@@ -34,7 +34,7 @@ _PART_OR_MEDIUM = """\
 {%- endfor -%}"""
 
 
-def make_visual_data(out: Path, recipe: VisualRecipe) -> bool:
+def make_visual_data(out: Path, recipe: VisualBase) -> bool:
     """Writes the shards ``<out>/<domain>-{train,validation}-NNNNNN.tar``. Returns False if they exist
     already.
 
@@ -49,7 +49,7 @@ def make_visual_data(out: Path, recipe: VisualRecipe) -> bool:
 
 
 def make_visual_base(
-    out: Path, recipe: VisualRecipe, *, seed: int = 1, progress: Progress | None = None
+    out: Path, recipe: VisualBase, *, seed: int = 1, progress: Progress | None = None
 ) -> bool:
     """Makes the model folder ``out``. Returns False if the same recipe and seed have made it before.
 
@@ -65,7 +65,7 @@ def make_visual_base(
     return make_once(out, visual_base_digest(recipe, seed), make)
 
 
-def _write_domains(folder: Path, recipe: VisualRecipe, num_train: int) -> None:
+def _write_domains(folder: Path, recipe: VisualBase, num_train: int) -> None:
     from copd_megatron.tiny.tasks.text import write_domain
     from copd_megatron.tiny.tasks.visual import VisualShare, write_visual_domain
 
@@ -85,7 +85,7 @@ def _write_domains(folder: Path, recipe: VisualRecipe, num_train: int) -> None:
         )
 
 
-def validation_tasks(recipe: VisualRecipe) -> tuple[set[str], set[Shown]]:
+def validation_tasks(recipe: VisualBase) -> tuple[set[str], set[Shown]]:
     """What the warm-up must not see: prompts of the text domain; prompts and media of the visual domains."""
     from copd_megatron.data import ShardSet
     from copd_megatron.tiny.vl_demonstrations import shown
@@ -108,7 +108,7 @@ def validation_tasks(recipe: VisualRecipe) -> tuple[set[str], set[Shown]]:
     return prompts, visual
 
 
-def _make(folder: Path, recipe: VisualRecipe, seed: int, progress: Progress | None) -> list[float]:
+def _make(folder: Path, recipe: VisualBase, seed: int, progress: Progress | None) -> list[float]:
     from copd_megatron.config.schema import MediaConfig
     from copd_megatron.data.processing import MultimodalProcessor
     from copd_megatron.tiny.vl_demonstrations import batches_of_examples
@@ -134,7 +134,7 @@ def _make(folder: Path, recipe: VisualRecipe, seed: int, progress: Progress | No
     return losses
 
 
-def build_processor(recipe: VisualRecipe) -> Qwen3VLProcessor:
+def build_processor(recipe: VisualBase) -> Qwen3VLProcessor:
     """The text base's tokenizer with vision markers, and Qwen3-VL's image and video processors."""
     from tokenizers import AddedToken  # type: ignore[import-untyped]
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
@@ -168,7 +168,7 @@ def build_processor(recipe: VisualRecipe) -> Qwen3VLProcessor:
     )
 
 
-def build_visual_model(recipe: VisualRecipe, processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:
+def build_visual_model(recipe: VisualBase, processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:
     """A float32 Qwen3-VL with random weights, from torch's global generator."""
     from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from copd_megatron.tiny.demonstrations import WORKINGS, running_total, text_tasks
 from copd_megatron.tiny.tasks.families import VisualTask, family
 from copd_megatron.tiny.tasks.text import divide_by_weight
-from copd_megatron.tiny.vl_recipe import VisualDomain, VisualRecipe
+from copd_megatron.tiny.vl_recipe import VisualBase, VisualDomain
 
 if TYPE_CHECKING:
     from copd_megatron.data.processing import ItemFeatures, MultimodalProcessor
@@ -86,7 +86,7 @@ def visual_tasks(
 
 
 def batches_of_examples(
-    recipe: VisualRecipe,
+    recipe: VisualBase,
     processor: MultimodalProcessor,
     *,
     seed: int,

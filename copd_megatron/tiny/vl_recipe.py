@@ -60,7 +60,7 @@ class VisionSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisualRecipe:
+class VisualBase:
     text: Domain
     visual: tuple[VisualDomain, ...]
     model: ModelSize = field(default_factory=ModelSize)
@@ -84,7 +84,7 @@ class VisualRecipe:
         return (self.text.name, *(domain.name for domain in self.visual))
 
 
-VL_RECIPE = VisualRecipe(
+VL_BASE = VisualBase(
     text=Domain(
         name="text",  # "Calculate 4 + 1 + 7 + 9."
         family=Family(
@@ -121,7 +121,7 @@ VL_RECIPE = VisualRecipe(
 """The base model and the three domains of the quickstart."""
 
 
-def visual_data_digest(recipe: VisualRecipe) -> str:
+def visual_data_digest(recipe: VisualBase) -> str:
     """A digest of everything that determines the shards."""
     domains = [(domain.name, domain.family, dict(domain.settings)) for domain in recipe.visual]
     parts = [recipe.data_seed, recipe.num_train, recipe.num_validation]
@@ -136,7 +136,7 @@ def task_sources() -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
 
 
-def visual_base_digest(recipe: VisualRecipe, seed: int) -> str:
+def visual_base_digest(recipe: VisualBase, seed: int) -> str:
     """A digest of everything that determines the model: recipe, seed, code, package versions."""
     here = Path(__file__).parent
     names = (*SOURCES_THAT_MATTER, *VISUAL_SOURCES)

@@ -22,7 +22,7 @@ VLLM_VOCAB_PADDING = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class BranchLayout:
+class SyncLayout:
     """Sizes of a branch's two layouts."""
 
     tp: int
@@ -88,7 +88,7 @@ def wanted_range(slot: Slot, dims: ModelShape, rollout_rank: int, rollout_tp: in
 
 def plan_sync(
     dims: ModelShape,
-    layout: BranchLayout,
+    layout: SyncLayout,
     *,
     bucket_bytes: int,
     element_bytes: int,
@@ -127,7 +127,7 @@ def plan_sync(
 
 
 def _bucket(
-    members: Sequence[Slot], dims: ModelShape, layout: BranchLayout, receivers: Sequence[int]
+    members: Sequence[Slot], dims: ModelShape, layout: SyncLayout, receivers: Sequence[int]
 ) -> Bucket:
     transfers = []
     for slot in members:
@@ -149,7 +149,7 @@ def _bucket(
     return Bucket(slots=tuple(members), transfers=tuple(transfers))
 
 
-def _source(slot: Slot, tp: int | None, dst: int, layout: BranchLayout) -> int:
+def _source(slot: Slot, tp: int | None, dst: int, layout: SyncLayout) -> int:
     """The rank that serves ``dst``: of the data-parallel copies (and, for a replicated tensor, the
     tensor-parallel ones: ``tp`` None) the one at the destination's own coordinates, so that a rank serves
     itself where it can and the copies share the rest evenly."""
@@ -157,14 +157,14 @@ def _source(slot: Slot, tp: int | None, dst: int, layout: BranchLayout) -> int:
     return layout.rank_at(own_tp if tp is None else tp, dp, slot.stage)
 
 
-def _expert_source(owner: int, dst: int, stage: int, layout: BranchLayout) -> int:
+def _expert_source(owner: int, dst: int, stage: int, layout: SyncLayout) -> int:
     """The rank that serves ``dst`` with an expert of expert-parallel rank ``owner``: the one in the group of
     ``ep`` neighbours that stands at the destination's place in its stage."""
     per_stage = layout.tp * layout.dp
     return stage * per_stage + dst % per_stage // layout.ep * layout.ep + owner
 
 
-def _check(dims: ModelShape, layout: BranchLayout) -> None:
+def _check(dims: ModelShape, layout: SyncLayout) -> None:
     if layout.rollout_tp < 1 or layout.world_size % layout.rollout_tp:
         raise ValueError(
             f"rollout.tensor_parallel_size={layout.rollout_tp} must divide the branch's "

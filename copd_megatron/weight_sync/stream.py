@@ -20,7 +20,7 @@ from torch import Tensor
 
 from copd_megatron.model.slots import Slot
 from copd_megatron.policy.actor import MegatronActor
-from copd_megatron.weight_sync.plan import BranchLayout, Bucket, Transfer, plan_sync
+from copd_megatron.weight_sync.plan import Bucket, SyncLayout, Transfer, plan_sync
 
 
 class ShardStream:
@@ -42,7 +42,7 @@ class ShardStream:
         self.dtype = actor.config.params_dtype
         self.buckets = plan_sync(
             actor.dims,
-            BranchLayout(
+            SyncLayout(
                 tp=parallel.tensor_model_parallel_size,
                 pp=parallel.pipeline_model_parallel_size,
                 dp=parallel.context_parallel_size * parallel.data_parallel_size,

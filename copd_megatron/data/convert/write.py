@@ -54,13 +54,13 @@ def write_shards(
             "Choose another name or folder, or ask for overwriting."
         )
     out.mkdir(parents=True, exist_ok=True)
-    written: list[_ShardWriter] = []
+    written: list[_TarWriter] = []
     try:
         for number, (key, sample) in enumerate(_keyed(samples, prefix)):
             if number % shard_size == 0:
                 if written:
                     written[-1].close()
-                written.append(_ShardWriter(out / f"{prefix}-{len(written):06d}.tar"))
+                written.append(_TarWriter(out / f"{prefix}-{len(written):06d}.tar"))
             written[-1].add(key, sample)
         if not written:
             raise DataError(f"there are no samples to write to {out / prefix}-*.tar. Check the source.")
@@ -108,7 +108,7 @@ def _keyed(samples: Iterable[NewSample], prefix: str) -> Iterator[tuple[str, New
         yield key, sample
 
 
-class _ShardWriter:
+class _TarWriter:
     """One shard, under a temporary name until ``publish``."""
 
     def __init__(self, path: Path) -> None:
