@@ -41,7 +41,7 @@ def _device_memory() -> dict[str, int]:
 
 
 def _host_memory() -> dict[str, int]:
-    """Read from the kernel, which counts in kilobytes: ``VmRSS:  1234 kB``."""
+    """Read from the kernel, which reports kilobytes: ``VmRSS:  1234 kB``."""
     status = dict(
         line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
     )

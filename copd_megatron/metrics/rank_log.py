@@ -52,7 +52,7 @@ class RankPlace:
 
 
 def _subject(record: logging.LogRecord) -> str | None:
-    """The branch that a record is about, where that is not the writer's own: ``extra={"branch": name}``."""
+    """The branch that a record is about, if it is not the writer's own: ``extra={"branch": name}``."""
     return getattr(record, "branch", None)
 
 

@@ -150,7 +150,7 @@ class RolloutEngine:
         # a killed run leaves its shared memory behind, so the name must be new even if run_id is not
         nonce = all_gather_messages(uuid.uuid4().hex[:12])[0]
         identity = f"copd-{run_id}-{branch}-{nonce}"
-        logger.info("starting vLLM: %d ranks, tensor parallel size %d", self.world_size, self.tp_size)
+        logger.info("starting vLLM: replicas %d, tensor parallel size %d", self.num_replicas, self.tp_size)
         with self._named("could not start"), _quiet("transformers"):
             self.llm = self._start(str(model_path), dtype, max_tokens, identity)
         dist.barrier()
