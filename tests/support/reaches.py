@@ -3,8 +3,9 @@
 Read off the source, without importing anything. What it sees:
 
 - an import of a private name (``_x``), of a private module, or of a module in ``INTERNAL``;
-- a private attribute of anything that cannot be ours: of something imported, of ``super()`` or ``self`` in a
-  class with a foreign base, and of any other expression where none of our modules defines that name;
+- a private attribute of anything that cannot be ours: of something imported, or returned by something
+  imported; of ``super()`` or ``self`` in a class with a foreign base; of any other expression where none of
+  our modules defines that name;
 - an assignment to an attribute of something imported: a patch;
 - in the rooms that hold engines, an attribute set on an object, or looked up by a literal name, where none of
   our classes defines such an attribute.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 OURS = "copd_megatron"
@@ -98,14 +99,21 @@ class _Scan:
         self.file, self.tree, self.package = file, tree, package
         self.imported = {name: module for node in ast.walk(tree) for name, module in _bindings(node)}
         """Local name to the module that it is, or comes from."""
+        self.made_elsewhere = {
+            (id(function), name)
+            for function in _all(tree, ast.FunctionDef)
+            for name, value in _assigned(function)
+            if isinstance(value, ast.Call) and self._is_of_another_package(value)
+        }
+        """Local variables that hold what another package's function returned."""
         self.holds_engines = file.split("/")[0] in ENGINE_ROOMS
 
     def reaches(self) -> Iterator[Reach]:
-        for node, inside in _with_class(self.tree):
+        for node, scope in _with_scope(self.tree, _Scope()):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 yield from self._imported(node)
             elif isinstance(node, ast.Attribute):
-                yield from self._attribute(node, inside)
+                yield from self._attribute(node, scope)
             elif isinstance(node, ast.Call):
                 yield from self._lookup(node)
 
@@ -118,11 +126,11 @@ class _Scan:
             if hidden or (_below(module, INTERNAL) and module not in DOCUMENTED):
                 yield Reach(self.file, node.lineno, path.rpartition(".")[2])
 
-    def _attribute(self, node: ast.Attribute, inside: str | None) -> Iterator[Reach]:
+    def _attribute(self, node: ast.Attribute, scope: _Scope) -> Iterator[Reach]:
         sets = isinstance(node.ctx, ast.Store | ast.Del)
         if sets and self._is_of_another_package(node.value) and not isinstance(node.value, ast.Call):
             yield Reach(self.file, node.lineno, node.attr, patches=True)
-        elif (_is_private(node.attr) and self._is_foreign_attribute(node, inside)) or (
+        elif (_is_private(node.attr) and self._is_foreign_attribute(node, scope)) or (
             sets and self._is_set_on_an_engines_object(node)
         ):
             yield Reach(self.file, node.lineno, node.attr)
@@ -130,12 +138,14 @@ class _Scan:
     def _is_of_another_package(self, node: ast.expr) -> bool:
         return _is_foreign(self.imported.get(_root(node) or "", OURS))
 
-    def _is_foreign_attribute(self, node: ast.Attribute, inside: str | None) -> bool:
+    def _is_foreign_attribute(self, node: ast.Attribute, scope: _Scope) -> bool:
         root = _root(node.value)
         of_super = isinstance(node.value, ast.Call) and root == "super"
-        if inside is not None and (of_super or _is_name(node.value, "self", "cls")):
-            known, has_foreign_base = self._of_class(inside, without_itself=of_super)
+        if scope.class_name is not None and (of_super or _is_name(node.value, "self", "cls")):
+            known, has_foreign_base = self._of_class(scope.class_name, without_itself=of_super)
             return has_foreign_base and node.attr not in known
+        if (scope.function, root) in self.made_elsewhere:
+            return True
         if root in self.imported and not self.imported[root].startswith(OURS):
             return _is_foreign(self.imported[root])
         return node.attr not in self.package.names
@@ -217,11 +227,30 @@ def _bindings(node: ast.AST) -> Iterator[tuple[str, str]]:
         yield from ((alias.asname or alias.name, node.module) for alias in node.names)
 
 
-def _with_class(tree: ast.AST, inside: str | None = None) -> Iterator[tuple[ast.AST, str | None]]:
-    """Every node, with the name of the class that it stands in."""
+@dataclass(frozen=True, kw_only=True)
+class _Scope:
+    """Where a node stands."""
+
+    class_name: str | None = None
+    function: int | None = None
+    """Identity of the function's node."""
+
+
+def _with_scope(tree: ast.AST, scope: _Scope) -> Iterator[tuple[ast.AST, _Scope]]:
     for node in ast.iter_child_nodes(tree):
-        yield node, inside
-        yield from _with_class(node, node.name if isinstance(node, ast.ClassDef) else inside)
+        yield node, scope
+        inner = scope
+        if isinstance(node, ast.ClassDef):
+            inner = _Scope(class_name=node.name)
+        elif isinstance(node, ast.FunctionDef):
+            inner = replace(scope, function=id(node))
+        yield from _with_scope(node, inner)
+
+
+def _assigned(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
+    """(name, value) of the plain assignments in a function."""
+    for node in _all(function, ast.Assign):
+        yield from ((target.id, node.value) for target in node.targets if isinstance(target, ast.Name))
 
 
 def _all[Node: ast.AST](tree: ast.AST, kind: type[Node]) -> Iterator[Node]:
