@@ -1,10 +1,14 @@
-"""The exceptions of bad configurations and bad data."""
+"""Errors that several rooms raise and that a person can do something about: settings, data, divergence."""
 
 from __future__ import annotations
 
 
 class ConfigError(ValueError):
     """A setting, or a combination of settings, that cannot run: says where, what, and the remedy."""
+
+
+class DivergedError(RuntimeError):
+    """Training has diverged: too many updates in a row had to be skipped."""
 
 
 class DataError(ValueError):

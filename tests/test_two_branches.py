@@ -69,9 +69,10 @@ def _drive(config_path: Path, exports: Path) -> dict[str, Any]:
     from copd_megatron.branch.scoring import logprobs_of
     from copd_megatron.branch.start import start
     from copd_megatron.branch.state import Batch
-    from copd_megatron.branch.update import DivergedError, sync_weights, update
+    from copd_megatron.branch.update import sync_weights, update
     from copd_megatron.config import load_config
     from copd_megatron.config.schema import TeacherMode
+    from copd_megatron.errors import DivergedError
     from copd_megatron.rollout.engine import RolloutError, SamplingSettings
     from copd_megatron.topology.layout import Layout
     from copd_megatron.weight_sync.export import export_hf

@@ -11,6 +11,7 @@ import numpy as np
 from copd_megatron.branch.schedule import Step
 from copd_megatron.branch.state import Batch, Branch
 from copd_megatron.data.seeds import sample_seed
+from copd_megatron.errors import DivergedError
 from copd_megatron.metrics.phase_memory import phase_memory
 from copd_megatron.objectives.base import ByComponent
 from copd_megatron.objectives.shares import advantage_shares
@@ -67,10 +68,6 @@ def _train(me: Branch, rows: Sequence[TrainRow], step: Step, ranks: Sequence[int
             if name not in ("num_tokens", "gen_kl_error"):
                 me.metrics.mean(f"train/{name}", total, statistics.sums["num_tokens"])
     me.actor.finish_update()
-
-
-class DivergedError(RuntimeError):
-    """Too many updates in a row had to be skipped."""
 
 
 def _note_skipped(me: Branch, step: Step, loss: float, stepped: Mapping[str, float]) -> None:

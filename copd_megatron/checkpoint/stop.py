@@ -16,6 +16,10 @@ from typing import Final, Self
 EXIT_PREEMPTED: Final = 75
 """Exit status of a run that saved and stopped before its end (EX_TEMPFAIL: start it again)."""
 
+EXIT_HOPELESS: Final = 78
+"""Exit status of a rank that failed for a reason that starting again cannot mend (EX_CONFIG): a setting, the
+data, a run that has diverged."""
+
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _STARTED = time.time()
 

@@ -11,7 +11,9 @@ import click
 
 from copd_megatron import __version__
 from copd_megatron.checkpoint.manifest import CheckpointError
+from copd_megatron.checkpoint.stop import EXIT_HOPELESS
 from copd_megatron.cli.group import LazyGroup
+from copd_megatron.errors import ConfigError, DataError, DivergedError
 
 COMPLETE: Final = "_COPD_COMPLETE"
 """Set by the script of ``copd completion`` when the shell asks what could follow."""
@@ -85,9 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return shell_complete(copd, {}, "copd", COMPLETE, instruction)
         return _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        if _wants_traceback():
+        if os.environ.get("COPD_TRACEBACK"):
             raise
         return EXIT_INTERRUPTED
+    except (ConfigError, DataError, DivergedError) as error:
+        if "RANK" in os.environ:  # into this rank's log and onto the screen; no launcher starts it again
+            sys.excepthook(type(error), error, error.__traceback__)
+            return EXIT_HOPELESS
+        return _told(error, EXIT_MISTAKE)
     except _MISTAKES as error:
         return _told(error, EXIT_MISTAKE)
     except (OSError, CheckpointError) as error:

@@ -65,8 +65,7 @@ def check_run_dir(config: Config, folder: Path) -> None:
         pass
     metrics = folder / "metrics.jsonl"
     if starts_anew(config):
-        metrics.unlink(missing_ok=True)
-        shutil.rmtree(checkpoints_dir(folder), ignore_errors=True)
+        clear_run(folder)
         return
     if found := complete_checkpoints(folder):
         step, manifest = next(iter(found.items()))
@@ -80,6 +79,30 @@ def check_run_dir(config: Config, folder: Path) -> None:
             f"run.dir: {folder} already holds a run of {steps_done} steps, without a checkpoint to continue "
             "from; choose another run.name or run.dir, or set run.overwrite=true"
         )
+
+
+def clear_run(folder: Path) -> None:
+    """Deletes the metrics and checkpoints of an earlier run.
+
+    Raises:
+        ConfigError: something cannot be deleted, or ``checkpoints`` is a link to somewhere else: the new run
+            would continue the old one.
+    """
+    checkpoints = checkpoints_dir(folder)
+    if checkpoints.is_symlink():
+        raise ConfigError(
+            f"run.overwrite: {checkpoints} is a link to {checkpoints.resolve()}, which is left alone; remove "
+            "the link, or choose another run.name or run.dir"
+        )
+    try:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        if checkpoints.exists():
+            shutil.rmtree(checkpoints)
+    except OSError as error:
+        raise ConfigError(
+            f"run.overwrite: {error.filename} cannot be deleted ({error.strerror}); delete it yourself, or "
+            "choose another run.name or run.dir"
+        ) from error
 
 
 def check_disk(config: Config, shapes: Mapping[str, ModelShape], folder: Path) -> None:

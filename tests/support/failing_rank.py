@@ -1,0 +1,39 @@
+"""One rank of a local job that ends as it is told. Started by test_local_launch.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from copd_megatron.cli import main as cli
+from copd_megatron.errors import ConfigError
+from copd_megatron.metrics.rank_log import RankPlace, start_logging
+
+
+def main() -> int:
+    run_dir, how = Path(sys.argv[1]), sys.argv[2]
+    rank = int(os.environ["RANK"])
+    (run_dir / f"started_{rank}_{os.environ['COPD_RESTART_COUNT']}").touch()
+    start_logging(
+        RankPlace(rank=rank, branch="a", branch_rank=rank, branch_size=2), "INFO", folder=run_dir, append=True
+    )
+
+    def fail(_: list[str]) -> int:
+        if how == "interrupt" and rank == 0:
+            while not (run_dir / "started_1_0").exists():
+                time.sleep(0.1)
+            os.kill(os.getppid(), signal.SIGINT)
+        if how in ("config", "bug") and rank == 1:
+            raise (ConfigError("run.seed: no good") if how == "config" else KeyError("a bug"))
+        time.sleep(60)
+        return 0
+
+    cli._run = fail
+    return cli.main([])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
