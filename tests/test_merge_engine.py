@@ -474,9 +474,10 @@ def test_distances_equal_the_reference(family: list[Path], tmp_path: Path) -> No
         np.testing.assert_allclose(rows[label].moved, expected["moved"], rtol=1e-12)
         np.testing.assert_allclose(rows[label].cosines, [expected["cosine"]], rtol=1e-9, atol=1e-12)
         assert rows[label].num_elements == sum(base[n].size for n in names)
-    text = found.to_text().splitlines()
+    legend, _, *text = found.to_text().splitlines()
+    assert str(family[0]) in legend
     assert len({len(line) for line in text}) == 1
-    assert len(found.to_markdown().splitlines()) == len(text) + 1
+    assert len(found.to_markdown().splitlines()) == len(text) + 3
     paths = found.write(tmp_path / "report" / "distances")
     assert paths[2].read_bytes().startswith(b"\x89PNG") and paths[2].stat().st_size > 10_000
     content = json.loads(paths[1].read_text())
@@ -488,6 +489,9 @@ def test_a_branch_that_did_not_move_has_no_direction(family: list[Path]) -> None
     assert all(row.moved[0] == 0 for row in found.layers)
     content = json.loads(found.to_json())
     assert all(layer["cosine"] == {"still·moved": None} for layer in content["layers"])
+    assert content["base"] == str(family[0])
+    assert "nan" not in found.to_text() and "nan" not in found.to_markdown()
+    assert all(line.endswith("  -") for line in found.to_text().splitlines()[3:])
 
 
 # ---- command line -----------------------------------------------------------------------------------------

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from copd_megatron.checkpoint.manifest import (
-    BranchEntry,
     CheckpointError,
-    FileEntry,
-    Manifest,
-    hash_file,
     read_manifest,
     write_manifest,
 )
 from copd_megatron.cli.main import main
 from copd_megatron.config.schema import ParallelConfig
 from copd_megatron.formats.megatron_reader import megatron_tensors_of
-from copd_megatron.hf.model_config import read_sizes
 from copd_megatron.merge.check import MismatchError
 from copd_megatron.merge.convert import hf_to_megatron, megatron_to_hf
 from copd_megatron.merge.engine import run_merge
@@ -36,7 +30,7 @@ from copd_megatron.merge.recipe import MergeRecipe, ModelInput
 from copd_megatron.report.merge_distance import branch_distances
 from tests.support.actors import load_and_compare
 from tests.support.layouts import Job, run_layouts
-from tests.support.merge_folders import make_family, tensors_of, write_folder
+from tests.support.merge_folders import joint_checkpoint, make_family, tensors_of, write_folder
 from tests.support.models import make_model
 from tests.support.models_vl import make_vl_model, publish
 
@@ -87,31 +81,6 @@ def recipe_of(folders: list[Path], method: str = "ties") -> MergeRecipe:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def joint_checkpoint(
-    root: Path, branches: Mapping[str, Path], model: Path, *, frozen: str | None = None
-) -> Path:
-    """A joint checkpoint whose branches hold the tensors of converted folders."""
-    folder = root / "checkpoints" / "step_000004"
-    entries = {}
-    for name, source in branches.items():
-        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("hf"))
-        entries[name] = BranchEntry(
-            weight_version=4,
-            layout={"tp": 1, "pp": 1, "cp": 1, "ep": 1, "dp": 1},
-            frozen=name == frozen,
-            model_path=str(model),
-            dims=asdict(read_sizes(model)),
-            files=tuple(
-                FileEntry(
-                    path=f"{name}/{p.name}", num_bytes=p.stat().st_size, sha256=hash_file(p)
-                )
-                for p in sorted((folder / name).iterdir())
-            ),
-        )  # fmt: skip
-    write_manifest(folder, Manifest(step=4, branches=entries, config="run: {}", saved_at="2026-01-01"))
-    return folder
 
 
 # ---- inputs -----------------------------------------------------------------------------------------------

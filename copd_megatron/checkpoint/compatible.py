@@ -71,7 +71,12 @@ def check_compatible(saved: str, config: Config, *, where: str) -> list[str]:
     Raises:
         ConfigError: the branches, the seed or another setting differ that the saved state is bound to.
     """
-    branches = list(yaml.safe_load(saved)["branches"])
+    try:
+        branches = list(yaml.safe_load(saved)["branches"])
+    except (yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: the settings in its manifest cannot be read ({error!r}); use another checkpoint"
+        ) from error
     if branches != list(config.branches):
         raise ConfigError(
             f"{where} was saved with the branches {', '.join(branches)}, the configuration has "

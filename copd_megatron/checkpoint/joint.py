@@ -379,7 +379,12 @@ def load_checkpoint(
             f"{folder.parent} has no branch {world.branch!r} (it has {', '.join(manifest.branches)}); "
             "resume with the branches that it was saved with, or choose another run.dir"
         )
-    state = json.loads((folder / LOOP_STATE).read_bytes())
+    try:
+        state: dict[str, Any] = json.loads((folder / LOOP_STATE).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder / LOOP_STATE} cannot be read: {error!r}; use an older checkpoint"
+        ) from error
     if entry.frozen or actor.optimizer is None:
         return state, None
     with world.watch.operation("checkpoint.load", ranks=world.branch_ranks[world.branch]):

@@ -8,6 +8,8 @@ import logging
 import os
 import re
 import shutil
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -136,18 +138,41 @@ def read_manifest(folder: Path) -> Manifest:
         content, written = record["manifest"], record["format"]
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}: the save was not finished") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if written != FORMAT:
         raise CheckpointError(f"{path} has format {written}, this version reads {FORMAT}: use the version "
                               "that wrote it")  # fmt: skip
     if record.get("sha256") != _digest(content):
         raise CheckpointError(f"{path} is damaged: its content does not have the digest written in it")
-    branches = {
-        name: BranchEntry(**{**entry, "files": tuple(FileEntry(**file) for file in entry["files"])})
-        for name, entry in content["branches"].items()
-    }
-    return Manifest(**{**content, "branches": branches})
+    try:
+        return _manifest_of(content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no manifest of this version: {error}; use the one that wrote it"
+        ) from error
+
+
+def _manifest_of(content: Mapping[str, Any]) -> Manifest:
+    """The manifest that a record holds. Raises TypeError or ValueError where its fields are others."""
+    branches = {}
+    for name, entry in content["branches"].items():
+        files = tuple(_made(FileEntry, file) for file in entry["files"])
+        branches[name] = _made(BranchEntry, {**entry, "files": files})
+        for path in (Path(name, "x"), *(Path(file.path) for file in files)):
+            if len(path.parts) != 2 or path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"branch {name!r} has the file {str(path)!r}, which leads out of the folder")
+    return _made(Manifest, {**content, "branches": branches})
+
+
+def _made[T](cls: type[T], record: Mapping[str, Any]) -> T:
+    """A dataclass from its fields, each of its type."""
+    for name, hint in typing.get_type_hints(cls).items():
+        kind = hint if isinstance(hint, types.UnionType) else typing.get_origin(hint) or hint
+        value = record.get(name)
+        if name in record and not (isinstance(value, kind) or (type(value) is int and isinstance(0.0, kind))):
+            raise TypeError(f"{name} is {value!r}")
+    return cls(**record)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

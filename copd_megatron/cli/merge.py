@@ -42,6 +42,7 @@ class _Work:
     processes: int
     threads: int | None
     allow: tuple[str, ...]
+    allow_nan: bool
     overwrite: bool
     fresh: bool
     fsync: bool
@@ -89,6 +90,7 @@ class _Work:
 @click.option(
     "--allow", multiple=True, metavar="KEY", help="Key in which config.json may differ; repeatable."
 )
+@click.option("--allow-nan", is_flag=True, help="Write NaN and infinities that a model holds.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at --out.")
 @click.option("--fresh", is_flag=True, help="Do not go on with an interrupted merge.")
 @click.option("--fsync", is_flag=True, help="Wait for the disk before an output file counts as done.")
@@ -141,6 +143,7 @@ def _merge(recipe: MergeRecipe, out: str, work: _Work, rank: int, world_size: in
             out,
             shard_bytes=work.shard_size,
             allow=work.allow,
+            allow_nan=work.allow_nan,
             overwrite=work.overwrite,
             resume=not work.fresh,
             fsync=work.fsync,
@@ -166,6 +169,8 @@ def _report(recipe: MergeRecipe, flags: MergeFlags, work: _Work, stem: str) -> N
 
     base = flags.base or recipe.base
     assert base is not None  # asked for before the merge
+    if flags.base is None and recipe.method == "slerp":
+        print(f"no --base: movements are measured from {base}, the model that slerp starts from")
     with byte_bar("measuring") as progress:
         found = branch_distances(
             base,

@@ -101,13 +101,12 @@ def parse_header(header: bytes) -> tuple[TensorSpec, ...]:
 
 
 def _load(header: bytes) -> dict[str, Any]:
-    text = header.decode("utf-8")
-    if not text.startswith("{"):
-        raise ValueError("the header does not begin with {")
     try:
-        content: dict[str, Any] = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+        content = json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
     except RecursionError:
         raise ValueError("the header is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("the header is no mapping")
     metadata = content.get(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{_METADATA} is not a mapping of texts")

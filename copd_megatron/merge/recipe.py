@@ -7,29 +7,25 @@
         parameters:
           weight: 0.5
           density:
-            - filter: mlp          # part of the tensor's name, as in mergekit
+            - filter: mlp
               value: 0.7
-            - filter: "*.self_attn.?_proj.weight"   # a glob over the whole name
-              value: 0.4
-            - filter: "re:layers\\.[0-3]\\."        # a regular expression, found anywhere
-              value: 0.3
             - value: 0.5
       - model: runs/export/image
         parameters:
-          weight: [0.2, 0.8]       # a gradient from the first layer to the last
+          weight: [0.2, 0.8]       # from the first layer to the last
     parameters:
       density: 0.5
       normalize: true
     dtype: float32
     out_dtype: bfloat16
 
-The first filter that fits decides; a model's own parameters go before the common ones. ``dtype`` is the type
-the inputs are cast to before merging (null: as they are), ``out_dtype`` that of the result (null: ``dtype``).
+A model's own parameters go before the common ones; what a parameter may be, ``parameters`` says. ``dtype`` is
+the type that inputs are cast to before merging (null: as they are), ``out_dtype`` that of the result (null:
+``dtype``).
 """
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,8 +36,7 @@ import yaml
 
 from copd_megatron.config.typecheck import join, unknown_key
 from copd_megatron.errors import ConfigError
-
-Scalar = bool | float
+from copd_megatron.merge.parameters import Scalar, check_setting, evaluate, is_scalar
 
 METHODS: dict[str, dict[str, set[str]]] = {
     "linear": {"model": {"weight"}, "shared": {"normalize"}},
@@ -77,7 +72,6 @@ _ELSEWHERE = {
     "chat_template": "the template of tokenizer_source is copied",
 }
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
-_SWITCHES = {"normalize", "rescale", "int8_mask"}
 _LAYER = re.compile(r"^(.*?(?:layers|blocks|h)\.)(\d+)\.")
 
 
@@ -152,7 +146,7 @@ class MergeRecipe:
         for key, value in self.parameters.items():
             if key not in known["model"] | known["shared"]:
                 raise unknown_key(self.origin, f"parameters.{key}", known["model"] | known["shared"])
-            _check_setting(key, value, f"{self.origin}: parameters.{key}")
+            check_setting(key, value, f"{self.origin}: parameters.{key}")
         for number, model in enumerate(self.models):
             for key, value in model.parameters.items():
                 where = f"models[{number}].parameters.{key}"
@@ -163,7 +157,7 @@ class MergeRecipe:
                     )
                 if key not in known["model"]:
                     raise unknown_key(self.origin, where, known["model"])
-                _check_setting(key, value, f"{self.origin}: {where}")
+                check_setting(key, value, f"{self.origin}: {where}")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -183,14 +177,13 @@ class MergeRecipe:
             found.append(f"{self.models[0].path} is the only model: there is nothing to merge it with")
         paths = [_same_path(path) for path in self.inputs]
         for path in dict.fromkeys(path for path in paths if paths.count(path) > 1):
-            what = (
-                "the base as well: it has not moved" if path == paths[0] and self.base else "counted as often"
-            )
+            is_base = self.base is not None and path == paths[0]
+            what = "is the base too, from which it has not moved" if is_base else "counts as often"
             found.append(f"{path} is given {paths.count(path)} times, and {what}")
         for key in ("density", "weight"):
             given = [model.parameters.get(key, self.parameters.get(key)) for model in self.models]
             for model, value in zip(self.models, given, strict=True):
-                if _is_scalar(value) and float(value) == 0:
+                if is_scalar(value) and float(value) == 0:
                     found.append(f"the {key} of {model.path} is 0: nothing of it gets into the result")
         return found
 
@@ -220,7 +213,7 @@ class MergeRecipe:
 
         def find(key: str, *scopes: Mapping[str, Any]) -> Scalar:
             for scope in scopes:
-                if key in scope and (value := _evaluate(scope[key], name, depth)) is not None:
+                if key in scope and (value := evaluate(scope[key], name, depth)) is not None:
                     return value
             if key in defaults:
                 return defaults[key]
@@ -269,8 +262,8 @@ def read_recipe(path: str | Path, *, seed: int = 0) -> MergeRecipe:
     """
     origin = str(path)
     try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(Path(path).read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{origin}: a recipe is a mapping with merge_method and models")
@@ -340,88 +333,3 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 def _same_path(path: str) -> str:
     return str(Path(path).resolve())
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str)
-
-
-def _check_setting(key: str, setting: Any, where: str) -> None:
-    """A scalar, a gradient (list of numbers), or a list of {filter, value}."""
-    if isinstance(setting, Mapping):
-        setting = [setting]
-    if _is_scalar(setting):
-        _scalar(key, setting, where)
-    elif isinstance(setting, list) and setting and all(_is_scalar(item) for item in setting):
-        for item in setting:
-            _scalar(key, item, where)
-    elif isinstance(setting, list) and setting and all(isinstance(item, Mapping) for item in setting):
-        for number, item in enumerate(setting):
-            for name in item:
-                if name not in ("filter", "value"):
-                    raise unknown_key(where, f"[{number}].{name}", ("filter", "value"))
-            if item.get("value") is None or isinstance(item["value"], Mapping):
-                raise ConfigError(f"{where}[{number}]: value is missing")
-            _check_filter(item.get("filter"), f"{where}[{number}].filter")
-            _check_setting(key, item["value"], f"{where}[{number}].value")
-    else:
-        raise ConfigError(f"{where}: {setting!r} is no number, list of numbers, or list of filter and value")
-
-
-def _scalar(key: str, value: Any, where: str) -> Scalar:
-    if key in _SWITCHES:
-        if isinstance(value, bool):
-            return value
-        raise ConfigError(f"{where}: {value!r} is not true or false")
-    try:
-        number = float(value)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {value!r} is not a number") from error
-    if isinstance(value, bool) or number != number or abs(number) == float("inf"):
-        raise ConfigError(f"{where}: {value!r} is not a finite number")
-    if key == "density" and not 0 <= number <= 1:
-        raise ConfigError(
-            f"{where}: a density of {value} is not in 0 .. 1, the share of elements that is kept"
-        )
-    return number
-
-
-def _check_filter(pattern: Any, where: str) -> None:
-    if pattern is not None and not isinstance(pattern, str):
-        raise ConfigError(f"{where}: {pattern!r} is not a string")
-    if isinstance(pattern, str) and pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise ConfigError(f"{where}: not a regular expression: {error}") from error
-
-
-def _fits(pattern: str | None, name: str) -> bool:
-    if pattern is None:
-        return True
-    if pattern.startswith("re:"):
-        return re.search(pattern[3:], name) is not None
-    if any(character in pattern for character in "*?["):
-        return fnmatch.fnmatchcase(name, pattern)
-    return pattern in name
-
-
-def _evaluate(setting: Any, name: str, depth: float) -> Scalar | None:
-    """The setting's value for a tensor; None where no filter fits. Gradients are linear between points."""
-    if isinstance(setting, Mapping):
-        setting = [setting]
-    if not isinstance(setting, list):
-        return setting if isinstance(setting, bool) else float(setting)
-    if isinstance(setting[0], Mapping):
-        for item in setting:
-            if _fits(item.get("filter"), name):
-                return _evaluate(item["value"], name, depth)
-        return None
-    if isinstance(setting[0], bool):
-        chosen: bool = setting[int(depth * (len(setting) - 1))]
-        return chosen
-    values = [float(item) for item in setting]
-    place = depth * (len(values) - 1)
-    below = min(int(place), len(values) - 1)
-    above = min(below + 1, len(values) - 1)
-    return (1 - (place - below)) * values[below] + (place - below) * values[above]

@@ -17,7 +17,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         ConfigError: it is no folder's name, holds the working directory, or is a symbolic link.
         FileExistsError: there is a file of that name, or a folder that is not to be overwritten.
     """
-    if target.name in ("", "..") or Path.cwd().is_relative_to(target.resolve()):
+    if Path.cwd().is_relative_to(target.resolve()) and not target.is_symlink():
         raise ConfigError(f"merge: --out {target} holds the working directory; give a folder to be made")
     if target.is_symlink():
         raise ConfigError(

@@ -49,6 +49,8 @@ class LayerDistance:
 class DistanceReport:
     """Per layer in model order, the whole model last."""
 
+    base: str
+    """The model that movements are measured from."""
     branches: tuple[str, ...]
     layers: tuple[LayerDistance, ...]
 
@@ -60,26 +62,37 @@ class DistanceReport:
         """Header and rows, as shown."""
         header = ["layer", *(f"|{b}|" for b in self.branches), *(f"cos {pair}" for pair in self.pairs)]
         return [header] + [
-            [layer.layer, *(f"{x:.3e}" for x in layer.moved), *(f"{x:+.3f}" for x in layer.cosines)]
+            [layer.layer, *(_cell(x, ".3e") for x in layer.moved), *(_cell(x, "+.3f") for x in layer.cosines)]
             for layer in self.layers
         ]
 
+    @property
+    def legend(self) -> str:
+        """What the columns are."""
+        return (
+            f"|x|: how far x moved from {self.base}, relative to its size; cos a·b: whether a and b moved "
+            "the same way; -: there is no such number, since one did not move"
+        )
+
     def to_text(self) -> str:
-        """Aligned columns."""
+        """Aligned columns under a legend."""
         rows = self.rows()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
+        lines = [
             "  ".join(
                 cell.ljust(w) if i == 0 else cell.rjust(w)
                 for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             )
             for row in rows
-        )
+        ]
+        return "\n".join([self.legend, "", *lines])
 
     def to_markdown(self) -> str:
+        """A table under a legend."""
         rows = [[cell.replace("|", "\\|") for cell in row] for row in self.rows()]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+        rule = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
+        return "\n".join([self.legend, "", lines[0], rule, *lines[1:]])
 
     def to_json(self) -> str:
         """One object per layer; numbers that do not exist are null."""
@@ -93,10 +106,10 @@ class DistanceReport:
             }
             for layer in self.layers
         ]
-        return json.dumps({"branches": self.branches, "layers": layers}, indent=2)
+        return json.dumps({"base": self.base, "branches": self.branches, "layers": layers}, indent=2)
 
     def plot(self, path: str | Path) -> None:
-        """Two curves over the layers as PNG: movement, and cosines."""
+        """Movement and cosines over the layers, as a PNG."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -170,6 +183,7 @@ def branch_distances(
         torch.set_num_threads(before)
     order = sorted(grams, key=_model_order)
     return DistanceReport(
+        base=sources[0].label,
         branches=tuple(labels or _labels(branches)),
         layers=tuple(_layer(label, sizes[label], grams[label]) for label in order),
     )
@@ -210,6 +224,11 @@ def _layer(label: str, num_elements: int, gram: npt.NDArray[np.float64]) -> Laye
 
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator > 0 else math.nan
+
+
+def _cell(value: float, form: str) -> str:
+    """A number in a table; ``-`` where there is none."""
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _or_none(value: float) -> float | None:

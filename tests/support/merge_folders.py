@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from copd_megatron.checkpoint.manifest import BranchEntry, FileEntry, Manifest, hash_file, write_manifest
+from copd_megatron.hf.model_config import read_sizes
 from tests.support.byte_tokenizer import save_tokenizer
 
 CONFIG: dict[str, Any] = {
@@ -118,3 +123,28 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)
     return found
+
+
+def joint_checkpoint(
+    root: Path, branches: Mapping[str, Path], model: Path, *, frozen: str | None = None
+) -> Path:
+    """A joint checkpoint whose branches hold the tensors of converted folders."""
+    folder = root / "checkpoints" / "step_000004"
+    entries = {}
+    for name, source in branches.items():
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("hf"))
+        entries[name] = BranchEntry(
+            weight_version=4,
+            layout={"tp": 1, "pp": 1, "cp": 1, "ep": 1, "dp": 1},
+            frozen=name == frozen,
+            model_path=str(model),
+            dims=asdict(read_sizes(model)),
+            files=tuple(
+                FileEntry(
+                    path=f"{name}/{p.name}", num_bytes=p.stat().st_size, sha256=hash_file(p)
+                )
+                for p in sorted((folder / name).iterdir())
+            ),
+        )  # fmt: skip
+    write_manifest(folder, Manifest(step=4, branches=entries, config="run: {}", saved_at="2026-01-01"))
+    return folder

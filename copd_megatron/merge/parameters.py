@@ -1,0 +1,138 @@
+"""One parameter of a merge recipe, in mergekit's grammar: a value for all tensors, a gradient over the
+layers, or values by filter.
+
+    0.5
+    [0.2, 0.8]                       from the first layer to the last, linear in between
+    - filter: mlp                    part of the tensor's name, as in mergekit
+      value: 0.7
+    - filter: "*.q_proj.weight"      a glob over the whole name
+      value: [0.2, 0.8]
+    - filter: "re:layers\\.[0-3]\\."  a regular expression, found anywhere
+      value: 0.3
+    - value: 0.5                     everything else: the first filter that fits decides
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from copd_megatron.config.typecheck import unknown_key
+from copd_megatron.errors import ConfigError
+
+Scalar = bool | float
+
+_SWITCHES = {"normalize", "rescale", "int8_mask"}
+
+
+def check_setting(key: str, setting: Any, where: str) -> None:
+    """Refuses what is no value of a parameter.
+
+    Args:
+        key: the parameter.
+        where: file and place, for messages.
+
+    Raises:
+        ConfigError: says what is wrong with it.
+    """
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if not _is_filters(setting):
+        _check_values(key, setting, where)
+        return
+    for number, item in enumerate(setting):
+        for name in item:
+            if name not in ("filter", "value"):
+                raise unknown_key(where, f"[{number}].{name}", ("filter", "value"))
+        if item.get("value") is None:
+            raise ConfigError(f"{where}[{number}]: value is missing")
+        _check_filter(item.get("filter"), f"{where}[{number}].filter")
+        _check_values(key, item["value"], f"{where}[{number}].value")
+
+
+def evaluate(setting: Any, name: str, depth: float) -> Scalar | None:
+    """A checked parameter's value for a tensor; None where no filter fits.
+
+    Args:
+        name: the tensor's.
+        depth: of its layer, 0 first .. 1 last.
+    """
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if _is_filters(setting):
+        for item in setting:
+            if _fits(item.get("filter"), name):
+                return _at_depth(item["value"], depth)
+        return None
+    return _at_depth(setting, depth)
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether it is one value for all tensors."""
+    return isinstance(value, bool | int | float | str)
+
+
+def _is_filters(setting: Any) -> bool:
+    return isinstance(setting, list) and bool(setting) and all(isinstance(item, Mapping) for item in setting)
+
+
+def _check_values(key: str, setting: Any, where: str) -> None:
+    """A value, or a gradient."""
+    values = setting if isinstance(setting, list) else [setting]
+    if not values or not all(is_scalar(value) for value in values):
+        raise ConfigError(f"{where}: {setting!r} is no number, list of numbers, or list of filter and value")
+    for value in values:
+        _check_value(key, value, where)
+
+
+def _check_value(key: str, value: Any, where: str) -> None:
+    if key in _SWITCHES:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where}: {value!r} is not true or false")
+        return
+    try:
+        number = float(value)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{where}: {value!r} is not a number") from error
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ConfigError(f"{where}: {value!r} is not a finite number")
+    if key == "density" and not 0 <= number <= 1:
+        raise ConfigError(
+            f"{where}: a density of {value} is not in 0 .. 1, the share of elements that is kept"
+        )
+
+
+def _check_filter(pattern: Any, where: str) -> None:
+    if pattern is not None and not isinstance(pattern, str):
+        raise ConfigError(f"{where}: {pattern!r} is not a string")
+    if isinstance(pattern, str) and pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ConfigError(f"{where}: not a regular expression: {error}") from error
+
+
+def _fits(pattern: str | None, name: str) -> bool:
+    if pattern is None:
+        return True
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    if any(character in pattern for character in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return pattern in name
+
+
+def _at_depth(values: Any, depth: float) -> Scalar:
+    """A value, or a gradient's at a depth: numbers are linear between points, switches hold until the
+    next."""
+    if not isinstance(values, list):
+        return values if isinstance(values, bool) else float(values)
+    place = depth * (len(values) - 1)
+    below = min(int(place), len(values) - 1)
+    if isinstance(values[below], bool):
+        return bool(values[below])
+    above = min(below + 1, len(values) - 1)
+    return (1 - (place - below)) * float(values[below]) + (place - below) * float(values[above])

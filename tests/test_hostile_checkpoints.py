@@ -1,0 +1,331 @@
+"""Checkpoints from strangers: nothing in them runs, wherever they are opened, and what is wrong is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from copd_megatron.checkpoint.distcp import METADATA, check_items, read_metadata
+from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, _digest, read_manifest
+from copd_megatron.checkpoint.safe_pickle import check_saved, load_metadata
+from copd_megatron.cli.main import main
+from copd_megatron.config.schema import ParallelConfig
+from copd_megatron.formats.megatron_reader import megatron_tensors_of
+from copd_megatron.formats.open import open_source
+from copd_megatron.merge.convert import hf_to_megatron, megatron_to_hf
+from copd_megatron.merge.engine import run_merge
+from copd_megatron.merge.recipe import MergeRecipe, ModelInput
+from copd_megatron.report.merge_distance import branch_distances
+from tests.support.hostile_pickles import pickled_programs, programs
+from tests.support.layouts import Job, run_layouts
+from tests.support.merge_folders import joint_checkpoint, make_family
+from tests.support.models import make_model
+
+KINDS = sorted(pickled_programs(Path("marker")))
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A base and a branch, as Hugging Face folders."""
+    return make_family(tmp_path_factory.mktemp("family"), 1, num_hidden_layers=1)
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Iterator[Path]:
+    """A file that hostile pickles make; the test fails if it is there."""
+    path = tmp_path / "ran"
+    yield path
+    assert not path.exists(), "a file of the checkpoint ran"
+
+
+@pytest.fixture
+def converted(family: list[Path], tmp_path: Path) -> Path:
+    """The branch in Megatron's format."""
+    hf_to_megatron(family[1], tmp_path / "megatron")
+    return tmp_path / "megatron"
+
+
+@pytest.mark.parametrize("kind", ["os.system, protocol 2", "eval, protocol 5", "by opcodes", "a dotted name"])
+def test_without_care_they_run(tmp_path: Path, kind: str) -> None:
+    """Else the tests below would prove nothing."""
+    pickle.loads(pickled_programs(tmp_path / "ran")[kind])
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_pickle_runs_anything(tmp_path: Path, marker: Path, kind: str) -> None:
+    path = tmp_path / METADATA
+    path.write_bytes(pickled_programs(marker)[kind])
+    with pytest.raises(CheckpointError, match=r"\.metadata asks for [\w.]+, which no checkpoint needs"):
+        load_metadata(path)
+
+
+@pytest.mark.parametrize("kind", sorted(programs(Path("marker"))))
+def test_no_saved_object_runs_anything(marker: Path, kind: str) -> None:
+    stream = io.BytesIO()
+    torch.save(programs(marker)[kind], stream)
+    with pytest.raises(CheckpointError, match=r"^here "):
+        check_saved(stream.getvalue(), "here")
+
+
+def test_the_name_that_is_refused_is_told(tmp_path: Path, marker: Path) -> None:
+    (tmp_path / METADATA).write_bytes(pickled_programs(marker)["eval, protocol 5"])
+    with pytest.raises(CheckpointError, match=r"asks for builtins\.eval, which"):
+        load_metadata(tmp_path / METADATA)
+    stream = io.BytesIO()
+    torch.save(programs(marker)["os.system"], stream)
+    with pytest.raises(CheckpointError, match=r"asks for posix\.system, which"):
+        check_saved(stream.getvalue(), "here")
+
+
+ENTRIES: dict[str, Callable[[Path, Path, Path], object]] = {
+    "merge": lambda base, folder, out: run_merge(
+        MergeRecipe(method="linear", models=(ModelInput(path=str(folder), parameters={"weight": 1}),)), out
+    ),
+    "report": lambda base, folder, out: branch_distances(base, [folder]),
+    "conversion": lambda base, folder, out: megatron_to_hf(folder, out),
+    "list of tensors": lambda base, folder, out: megatron_tensors_of(folder),
+    "source": lambda base, folder, out: open_source(folder),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_no_entry_runs_a_folder(
+    family: list[Path], converted: Path, tmp_path: Path, marker: Path, entry: str
+) -> None:
+    (converted / METADATA).write_bytes(pickled_programs(marker)["os.system, protocol 2"])
+    with pytest.raises(CheckpointError, match=r"posix\.system"):
+        ENTRIES[entry](family[0], converted, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+COMMANDS: dict[str, Callable[[Path, Path, Path], list[object]]] = {
+    "merge": lambda base, folder, out: ["merge", folder, base, "--out", out],
+    "report": lambda base, folder, out: ["merge", folder, "--base", base, "--report", out],
+    "inspect": lambda base, folder, out: ["checkpoint", "inspect", folder],
+    "inspect tensors": lambda base, folder, out: ["checkpoint", "inspect", folder, "--tensors"],
+    "to-hf": lambda base, folder, out: ["checkpoint", "to-hf", folder, out],
+}
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_runs_a_checkpoint(
+    family: list[Path], converted: Path, tmp_path: Path, marker: Path, command: str, joint: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A folder by itself, and a joint checkpoint whose manifest has the digests of the hostile files."""
+    (converted / METADATA).write_bytes(pickled_programs(marker)["os.system, protocol 2"])
+    folder = joint_checkpoint(tmp_path, {"a": converted}, family[0]) if joint else converted
+    if joint and command == "inspect tensors":
+        folder = folder / "a"
+    arguments = COMMANDS[command](family[0], folder, tmp_path / "out")
+    assert main(list(map(str, arguments))) == 1
+    assert "posix.system, which no checkpoint needs" in capsys.readouterr().err
+
+
+def _load(parallel: ParallelConfig, model: Path, folder: Path) -> str:
+    """What is said of a folder when an actor loads it; ``loaded`` if nothing."""
+    from copd_megatron.checkpoint.actor_state import load_weights
+    from tests.support.actors import make_actor
+
+    actor = make_actor(parallel, model)
+    try:
+        load_weights(actor, str(folder))
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+def _with_object(folder: Path, value: Any) -> Path:
+    """Puts a saved object into a folder in Megatron's format, in the place of what Megatron always loads."""
+    metadata = read_metadata(folder)
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    (folder / "x.distcp").write_bytes(stream.getvalue())
+    index = MetadataIndex("common_state/shard_0_1")
+    metadata.state_dict_metadata[index.fqn] = BytesStorageMetadata()
+    metadata.storage_data[index] = _StorageInfo("x.distcp", 0, len(stream.getvalue()))
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    return folder
+
+
+def test_no_actor_runs_a_checkpoint(tmp_path: Path, marker: Path) -> None:
+    """Megatron's loader would: of the index, and of objects beside the tensors. All ranks refuse."""
+    model = make_model(tmp_path / "model")
+    hf_to_megatron(model, tmp_path / "good")
+    folders = {name: shutil.copytree(tmp_path / "good", tmp_path / name) for name in ("index", "object")}
+    (folders["index"] / METADATA).write_bytes(pickled_programs(marker)["os.system, protocol 2"])
+    _with_object(folders["object"], [{"a": programs(marker)["os.system"]}])
+    jobs = [Job(tp=2, args=(model, folder)) for folder in (*folders.values(), tmp_path / "good")]
+    index, item, good = run_layouts(_load, jobs)
+    assert all("index/.metadata asks for posix.system" in said for said in index)
+    assert sorted(item)[1].startswith(str(folders["object"])) and "posix.system" in "".join(item)
+    assert any("refused by another rank" in said for said in item)
+    assert good == ["loaded", "loaded"]
+
+
+def test_objects_that_training_saves_are_no_programs(converted: Path) -> None:
+    """Random states, counters, and Transformer Engine's bytes in memory."""
+    stream = io.BytesIO()
+    torch.save({"amax": torch.ones(2)}, stream)
+    saved = {"state": (1, [2.5, None], {"t": torch.ones(3)}), "extra": stream}
+    check_items(_with_object(converted, saved))
+
+
+# ---- indices and manifests that are whole, and wrong -----------------------------------------------------
+
+
+def _spoil(converted: Path, change: Callable[[Any], None]) -> None:
+    metadata = read_metadata(converted)
+    change(metadata)
+    (converted / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+def _first(metadata: Any) -> Any:
+    return next(iter(metadata.storage_data.values()))
+
+
+WRONG: dict[str, Callable[[Any], None]] = {
+    "a file outside": lambda m: setattr(_first(m), "relative_path", "../../../etc/passwd"),
+    "an absolute file": lambda m: setattr(_first(m), "relative_path", "/etc/passwd"),
+    "a negative offset": lambda m: setattr(_first(m), "offset", -1),
+    "a length that is a text": lambda m: setattr(_first(m), "length", "9"),
+    "no storage": lambda m: setattr(m, "storage_data", None),
+    "no tensors": lambda m: setattr(m, "state_dict_metadata", []),
+    "a tensor that is a number": lambda m: m.state_dict_metadata.update({"lm_head": 3}),
+    "a type that is a text": lambda m: [
+        setattr(entry.properties, "dtype", "float32")
+        for entry in m.state_dict_metadata.values()
+        if hasattr(entry, "properties")
+    ],
+    "a size that is negative": lambda m: [
+        setattr(entry, "size", (-1,) * len(entry.size))
+        for entry in m.state_dict_metadata.values()
+        if hasattr(entry, "size")
+    ],
+    "chunks elsewhere": lambda m: [
+        setattr(chunk, "offsets", torch.Size([9] * len(chunk.offsets)))
+        for entry in m.state_dict_metadata.values()
+        for chunk in getattr(entry, "chunks", [])
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_an_index_that_is_wrong_is_named(converted: Path, kind: str) -> None:
+    _spoil(converted, WRONG[kind])
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
+        open_source(converted)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=300), cut=st.integers(0, 10_000), insert=st.booleans())
+def test_a_damaged_index_never_ends_otherwise(
+    tmp_path: Path, index: bytes, data: bytes, cut: int, insert: bool
+) -> None:
+    """Bytes put in place of, or among, those of a good one."""
+    position = cut % len(index)
+    rest = index[position:] if insert else index[position + len(data) :]
+    (tmp_path / METADATA).write_bytes(index[:position] + data + rest)
+    try:
+        read_metadata(tmp_path)
+    except CheckpointError as error:
+        assert str(tmp_path / METADATA) in str(error)
+
+
+@pytest.fixture(scope="module")
+def index(family: list[Path], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A good index."""
+    folder = tmp_path_factory.mktemp("index") / "megatron"
+    hf_to_megatron(family[1], folder)
+    return (folder / METADATA).read_bytes()
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes a manifest and gives it the digest that then is right."""
+    record = json.loads((folder / MANIFEST).read_text())
+    change(record["manifest"])
+    record["sha256"] = _digest(record["manifest"])
+    (folder / MANIFEST).write_text(json.dumps(record))
+
+
+MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a field more": lambda m: m.update(colour="red"),
+    "a field less": lambda m: m.pop("step"),
+    "a step that is a text": lambda m: m.update(step="4"),
+    "branches in a list": lambda m: m.update(branches=[1]),
+    "a branch that is a number": lambda m: m.update(branches={"a": 1}),
+    "a branch with a field more": lambda m: m["branches"]["a"].update(colour="red"),
+    "a branch with a field less": lambda m: m["branches"]["a"].pop("dims"),
+    "a branch outside": lambda m: m.update(branches={"../a": m["branches"]["a"]}),
+    "a file outside": lambda m: m["branches"]["a"]["files"][0].update(path="../../etc/passwd"),
+    "an absolute file": lambda m: m["branches"]["a"]["files"][0].update(path="/etc/passwd"),
+    "a size that is a text": lambda m: m["branches"]["a"]["files"][0].update(num_bytes="1"),
+    "files that are none": lambda m: m["branches"]["a"].update(files=None),
+}
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_a_manifest_with_a_right_digest_and_other_fields_is_named(
+    family: list[Path], converted: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = joint_checkpoint(tmp_path, {"a": converted}, family[0])
+    _rewrite(checkpoint, MANIFESTS[kind])
+    with pytest.raises(CheckpointError, match=rf"{checkpoint}/manifest\.json is no manifest of this version"):
+        read_manifest(checkpoint)
+    assert main(["merge", str(checkpoint), "--out", str(tmp_path / "out")]) == 1
+    assert str(checkpoint / MANIFEST) in capsys.readouterr().err
+
+
+def test_sizes_that_are_no_models_are_named(family: list[Path], converted: Path, tmp_path: Path) -> None:
+    checkpoint = joint_checkpoint(tmp_path, {"a": converted}, family[0])
+    _rewrite(checkpoint, lambda m: m["branches"]["a"]["dims"].update(colour="red"))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: the sizes of a are not those of a model"):
+        open_source(checkpoint / "a")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"manifest":' * 50_000, "\xff", "[]", "3"])
+def test_a_manifest_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"../../out.safetensors": "e30="},
+        {"/tmp/out.safetensors": "e30="},
+        {"model.safetensors": "not base 64"},
+        {"model.safetensors": "e30"},
+        {"model.safetensors": 3},
+    ],
+)
+def test_recorded_files_stay_in_the_folder(converted: Path, tmp_path: Path, record: dict[str, Any]) -> None:
+    (converted / "hf" / "safetensors.headers").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"safetensors\.headers"):
+        megatron_to_hf(converted, tmp_path / "deep" / "out")
+    assert not list(tmp_path.rglob("out.safetensors"))
+
+
+def test_a_branch_of_a_manifest_is_a_folder_beside_it(
+    family: list[Path], converted: Path, tmp_path: Path
+) -> None:
+    """As it is written: read back unchanged."""
+    checkpoint = joint_checkpoint(tmp_path, {"a": converted}, family[0])
+    manifest = read_manifest(checkpoint)
+    assert replace(manifest, step=5) != manifest and list(manifest.branches) == ["a"]
