@@ -66,6 +66,7 @@ class ForkServer:
 
     def close(self) -> None:
         """Kill everything and remove the scratch folder."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it says what is being done already
         for pid in list(self._folders):
             self._end(pid)
         shutil.rmtree(self._root, ignore_errors=True)
@@ -141,7 +142,7 @@ def _become_worker(server_channel: socket.socket, channel: socket.socket, folder
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == server:  # otherwise it died before the line above
-            server_channel.close()
+            os.close(server_channel.detach())  # close() would leave it to the reader that is open on it
             prepare_process(folder)
             serve(channel)
         status = 0

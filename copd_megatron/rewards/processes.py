@@ -121,11 +121,13 @@ class ForkServer:
                 if not part:
                     raise ServerGoneError("the process that forks the workers has ended")
                 received += part
+            return json.loads(received), descriptors
         except TimeoutError as error:
             raise ServerGoneError(f"no answer within {limit_seconds:g} s") from error
         except OSError as error:
             raise ServerGoneError(f"the process that forks the workers has ended ({error})") from error
-        return json.loads(received), descriptors
+        except ValueError as error:
+            raise ServerGoneError(f"an answer that is none: {bytes(received[:60])!r}") from error
 
     def _last_words(self) -> str:
         assert self._root is not None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -167,12 +168,26 @@ moves, and evaluates neither the response nor the sample. tests/test_hostile_ans
 against the installed version: the sources, and what each scorer does with hostile answers."""
 
 
+UNREADABLE: Mapping[str, re.Pattern[str]] = {
+    # Fraction("1e999999999") is written out before it is compared
+    "coin_flip": re.compile(r"[eE][+-]?\d{4}"),
+    # the distance to "nan" is below every bound: a full score
+    "complex_arithmetic": re.compile("nan|inf", re.IGNORECASE),
+    # any words have as many solutions as an equation without real ones, whose answer is an empty string
+    "polynomial_equations": re.compile(r"""^(?!\s*(?:""|'')?\s*$)(?!.*\d)""", re.DOTALL),
+    # moves are made one square at a time
+    "rush_hour": re.compile(r"\d{4}"),
+}
+"""Answers that score 0 unread, by family, because the library's scorer takes them for right or for ever."""
+
+
 def score(family: str, answer: str, entry: Entry, library: Callable[[str], Score]) -> float:
     """The family's score of an answer, 0 to 1.
 
     ``library`` gives the scorer of a family whose scorer may be used.
 
-    Raises UnreadFamilyError for a family that is on no list here.
+    Raises UnreadFamilyError for a family that is on no list here, and what the scorer raises where the sample
+    itself cannot be graded.
     """
     if family in SCORED_HERE:
         try:
@@ -181,10 +196,22 @@ def score(family: str, answer: str, entry: Entry, library: Callable[[str], Score
             value = 0.0
         return max(value, FLOOR.get(family, 0.0))
     if family in SCORED_BY_LIBRARY:
-        value = float(library(family)(answer, entry))
-        return value if math.isfinite(value) else 0.0
+        unreadable = UNREADABLE.get(family)
+        if unreadable is not None and unreadable.search(answer):
+            return 0.0
+        return _scored_by_library(library(family), answer, entry)
     reason = REFUSED.get(family, "its scorer has not been read, and might evaluate what a model writes")
     raise UnreadFamilyError(
         f"reasoning-gym family {family!r} is refused: {reason}. Leave its samples out, or, once its "
         "score_answer has been read, add it to copd_megatron/rewards/reasoning_gym_scores.py."
     )
+
+
+def _scored_by_library(scorer: Score, answer: str, entry: Entry) -> float:
+    """0 where the scorer fails on the answer; its error where it fails on the gold answer, too."""
+    try:
+        value = float(scorer(answer, entry))
+    except Exception:  # several scorers raise whatever int(), a list or a key raises on a wrong answer
+        scorer(entry["answer"], entry)
+        return 0.0
+    return value if math.isfinite(value) else 0.0

@@ -23,6 +23,7 @@ MAX_EXPONENT = 1_000
 """Largest exponent that is a number. Simplification may expand ``(x + 1)**n`` into n terms."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,19}")
+_DECIMAL = re.compile(r"[0-9.]{1,400}(?:[eE][+-]?[0-9]{1,3})?")
 _CONSTANTS = {"E": "E", "I": "I", "pi": "pi"}
 _FUNCTIONS = {
     name: name
@@ -86,6 +87,12 @@ class _Builder:
             raise NotUnderstoodError(f"a number of more than {MAX_BITS} bits")
         return value
 
+    def _decimal(self, written: str) -> Any:
+        """A decimal fraction, as precise as it has digits."""
+        if not _DECIMAL.fullmatch(written):
+            raise NotUnderstoodError(f"{written[:40]!r} is too large or too small a number")
+        return self._sympy.Float(written)
+
     def _built(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=bool()):
@@ -93,8 +100,7 @@ class _Builder:
             case ast.Constant(value=int() as number):
                 return self._sympy.Integer(number)
             case ast.Constant(value=float()):
-                # The digits as written: the number of digits is the precision.
-                return self._sympy.Float(ast.get_source_segment(self._text, node))
+                return self._decimal(ast.get_source_segment(self._text, node) or "")
             case ast.Name(id=name) if _NAME.fullmatch(name) and name not in _FUNCTIONS:
                 constant = _CONSTANTS.get(name)
                 return self._sympy.Symbol(name) if constant is None else getattr(self._sympy, constant)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from copd_megatron.rewards.final_answer import final_answer
+from copd_megatron.rewards.final_answer import Source, final_answer
 from copd_megatron.rewards.metadata import setting
 from copd_megatron.rewards.reasoning_gym_scores import Score, score
 from copd_megatron.rewards.registry import register
@@ -43,13 +43,13 @@ def reasoning_gym(response: str, answer: str, metadata: Mapping[str, Any]) -> fl
     Raises ValueError for an unknown family or one whose scorer has not been read, KeyError for metadata
     without ``dataset``.
     """
-    found = final_answer(response, multiline="\n" in answer.strip()).text
-    if not found:
+    found = final_answer(response, multiline="\n" in answer.strip())
+    if found.source is Source.nothing:
         return 0.0
     entry = {
         "question": setting(metadata, "question", ""),
         "answer": answer,
         "metadata": dict(setting(metadata, "entry", {})),
     }
-    value = score(metadata["dataset"], found, entry, _scorer)
+    value = score(metadata["dataset"], found.text, entry, _scorer)
     return float(value >= _FULL_SCORE) if setting(metadata, "binary", True) else value
