@@ -257,7 +257,8 @@ def test_damaged_checkpoints_are_named_and_skipped(outcome: Any) -> None:
     for step, reason in ((7, "has 1000 bytes"), (4, "SHA-256")):
         assert any(f"step_{step:06d} is damaged" in line and reason in line for line in lines), step
         assert (run_dir / "checkpoints" / f"step_{step:06d}.damaged").is_dir()
-    assert any("step_000006, an unfinished save" in line for line in lines)
+    assert any("step_000006 has no manifest.json and is not used; renamed to" in line for line in lines)
+    assert (run_dir / "checkpoints/step_000006.no_manifest").is_dir()
     assert list(complete_checkpoints(run_dir)) == [3, 1]
 
 

@@ -164,8 +164,7 @@ word_sequence_reversal word_sorting zebra_puzzles
 """
 SCORED_BY_LIBRARY = frozenset(_READ.split())
 """Families whose scorer has been read, down to the library's own helpers: it compares, counts or replays
-moves, and evaluates neither the response nor the sample. tests/test_hostile_answers.py checks the list
-against the installed version: the sources, and what each scorer does with hostile answers."""
+moves, and evaluates neither the response nor the sample. Read again after an upgrade of the library."""
 
 
 UNREADABLE: Mapping[str, re.Pattern[str]] = {
