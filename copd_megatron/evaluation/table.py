@@ -183,7 +183,7 @@ def _check(rows: Accuracies, columns: Sequence[str]) -> None:
             share = full_marks(score)
             if not (math.isnan(share) or 0.0 <= share <= 1.0):
                 raise ValueError(
-                    f"accuracy of {model!r} on {domain!r} is {share}: a fraction in [0, 1] is expected"
+                    f"accuracy of {model!r} on {domain!r} is {share}; it must be a fraction in [0, 1]"
                 )
 
 
