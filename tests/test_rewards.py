@@ -271,3 +271,12 @@ def test_rewards_import_nothing_heavy() -> None:
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    "response", ["Answer: right, yes", "The answer is right, yes", "Answer: Right, yes."]
+)
+def test_an_answer_may_be_the_word_right(response: str) -> None:
+    """As in tasks of directions, where it is no remark about the answer."""
+    assert registry.get("exact").verify(response, "right, yes", {}) == 1.0
+    assert registry.get("exact").verify("Answer: wrong", "wrong", {}) == 1.0

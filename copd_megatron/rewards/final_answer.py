@@ -11,9 +11,10 @@ _MARKER = re.compile(
     r"\banswer(?:\*\*)?(?:[ \t]+is(?:[ \t]*[:\uff1a])?|[ \t]*[:\uff1a])(?:\*\*)?", re.IGNORECASE
 )
 _NO_ANSWER = re.compile(
-    r"\W*(?:correct|right|wrong|helpful|useful|clear|complete|satisfactory|what you)\b", re.IGNORECASE
+    r"\W*(?:correct|wrong|helpful|useful|clear|complete|satisfactory|what you)\b", re.IGNORECASE
 )
-"""What follows "answer is" where a sentence is about the answer: "I hope this answer is helpful!"."""
+"""What follows "answer is" where a sentence is about the answer: "I hope this answer is helpful!". Nothing
+that "Answer:" introduces is meant, and not "right", which is a direction as well."""
 _HOPE = re.compile(r"(?<=[\s.!?])I hope (?:it|my|that|the|this)\b.*", re.IGNORECASE)
 _MARKERS_READ = 8
 _FENCE = re.compile(r"```[A-Za-z]{0,12}[ \t]*\n(.*?)\n?[ \t]*```\s*\Z", re.DOTALL)
@@ -107,7 +108,7 @@ def _last_marked(text: str) -> str | None:
     """What follows the last marker that introduces an answer."""
     for marker in reversed(list(_MARKER.finditer(text))[-_MARKERS_READ:]):
         line, _, rest = text[marker.end() :].partition("\n")
-        if _NO_ANSWER.match(line):
+        if marker.group().rstrip("* \t")[-1] not in ":\uff1a" and _NO_ANSWER.match(line):
             continue
         found = _HOPE.sub("", line).strip() or _unfenced(rest.strip())
         if found and found.count("**") % 2:  # "**Answer: 42**"
