@@ -155,7 +155,7 @@ def test_a_killed_rank_and_a_full_disk_lose_nothing(runs: Runs, tmp_path: Path, 
     assert 1 <= newest < NUM_STEPS
 
     assert train(runs.config, run_dir) == 2, "there is no room for the run"
-    assert "free some, name another run.dir" in log_of(run_dir).read_text()
+    assert "free some, choose another run.dir" in log_of(run_dir).read_text()
     filler.unlink()
     assert train(runs.config, run_dir) == 0, log_of(run_dir).read_text()[-4000:]
     assert f"step_{newest:06d}, {newest} of {NUM_STEPS} steps done" in log_of(run_dir).read_text()
