@@ -144,7 +144,7 @@ def _two_steps(folder: Path) -> dict[str, Any]:
         first = engine.sample_share(prompts, settings, step=0, stop=EarlyStop(num_prompts=2))
         taken, left = split_groups(first, 2, 2)
         engine.load_weights(((n, t * 0.5) for n, t in HFFolder(folder).iterate()), version=4)
-        begun = {(r.prompt.prompt_id, r.sample_index): r for group in left for r in group}
+        begun = {(r.prompt.group_id, r.sample_index): r for group in left for r in group}
         again = continued(prompts[4:], left)
         second = engine.sample_share(
             again, settings, step=1, stop=EarlyStop(num_prompts=len(again), begun=begun)
@@ -170,7 +170,7 @@ def test_responses_are_stopped_and_continued(tmp_path: Path) -> None:
         )
         assert rollout.unfinished or rollout.text == same.text
     for rollout in seen["second"]:
-        earlier = seen["begun"].get((rollout.prompt.prompt_id, rollout.sample_index))
+        earlier = seen["begun"].get((rollout.prompt.group_id, rollout.sample_index))
         assert not rollout.unfinished
         assert len(rollout.rollout_logprobs) == rollout.response_length <= 20
         assert rollout.weight_version == (4 if earlier is None else 3)
