@@ -17,10 +17,12 @@ import pytest
 
 from copd_megatron import __version__
 from copd_megatron.checkpoint.manifest import CheckpointError
+from copd_megatron.checkpoint.stop import EXIT_HOPELESS
 from copd_megatron.cli import main as cli
 from copd_megatron.cli.group import Command, LazyGroup
 from copd_megatron.cli.main import main
 from copd_megatron.config import load_config
+from copd_megatron.errors import ConfigError, DataError, DivergedError
 from tests.test_cli_errors import copd as run_copd
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,9 +223,7 @@ def test_errors_are_told_and_have_their_status(
 
 
 @pytest.mark.parametrize("variable", ["RANK", "COPD_TRACEBACK"])
-@pytest.mark.parametrize(
-    "error", [ValueError("x"), CheckpointError("x"), OSError(28, "x"), KeyboardInterrupt()]
-)
+@pytest.mark.parametrize("error", [ValueError("x"), CheckpointError("x"), OSError(28, "x")])
 def test_a_rank_gives_its_traceback(
     variable: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +231,30 @@ def test_a_rank_gives_its_traceback(
     _fail_with(error, monkeypatch)
     with pytest.raises(type(error)):
         main(["fails"])
+
+
+def test_ctrl_c_needs_no_traceback_of_every_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _fail_with(KeyboardInterrupt(), monkeypatch)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["fails"]) == 130
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("COPD_TRACEBACK", "1")
+    with pytest.raises(KeyboardInterrupt):
+        main(["fails"])
+
+
+def test_a_rank_that_a_restart_cannot_mend_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its traceback, and the status that no launcher restarts."""
+    monkeypatch.setenv("RANK", "1")
+    for error in (ConfigError("run.seed: no"), DataError("no shards"), DivergedError("too many")):
+        _fail_with(error, monkeypatch)
+        assert main(["fails"]) == EXIT_HOPELESS
+        said = capsys.readouterr().err
+        assert "Traceback" in said and str(error) in said
 
 
 def test_what_nobody_expected_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
