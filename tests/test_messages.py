@@ -125,6 +125,9 @@ def _framed(plain: Any, tail: bytes = b"") -> bytes:
         _framed({"_Report": {"step": 1, "parts": [], "more": 2}}),
         _framed({"tuple": [], "dict": []}),
         _framed({"dict": [[[], 1]]}),
+        _framed({"_Report": [1, 2]}),
+        _framed({"array": ["<f4", [10**30], 4]}, bytes(4)),
+        _framed({"array": [{"names": ["a"], "formats": ["<f4"]}, [1], 4]}, bytes(4)),
         len(b"[" * 100_000).to_bytes(8, "little") + b"[" * 100_000,
     ],
     ids=lambda data: f"{len(data)} bytes",
@@ -146,6 +149,24 @@ def test_noise_is_refused(noise: bytes, place: int) -> None:
         except MessageError:
             continue
         json.dumps(messages._plain(value, []))  # whatever came out is plain
+
+
+_KINDS = st.sampled_from(["tuple", "dict", "path", "array", "_Report", "_Unknown", "step", "parts", "<f4", "|O"])
+_HOSTILE = st.recursive(
+    _SCALARS | _KINDS | st.integers(-(2**70), 2**70),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_KINDS, inner, max_size=2),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=500)
+@given(_HOSTILE, st.binary(max_size=16))
+def test_well_formed_json_of_the_wrong_shape_is_refused(plain: Any, tail: bytes) -> None:
+    try:
+        value = decode(_framed(plain, tail))
+    except MessageError:
+        return
+    messages._plain(value, [])
 
 
 def test_two_classes_of_one_name_are_refused() -> None:

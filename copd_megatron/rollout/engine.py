@@ -31,6 +31,7 @@ from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout import in_place
 from copd_megatron.rollout.early_stop import EarlyStop
 from copd_megatron.rollout.media import engine_input, engine_settings
+from copd_megatron.rollout.packed import pack_rollouts, unpack_rollouts
 from copd_megatron.topology.collectives import all_gather_messages
 from copd_megatron.topology.watch import is_collective_failure
 
@@ -425,15 +426,14 @@ class RolloutEngine:
         prompts are not sent, since every rank has them."""
         if self.world_size == 1:
             return list(mine)
-        packed = [_pack(r) for r in mine] if self.tp_rank == 0 else []
-        parts = all_gather_messages(packed)
-        rollouts: list[Rollout | None] = [None] * (len(prompts) * settings.num_generations)
+        parts = all_gather_messages(pack_rollouts(mine if self.tp_rank == 0 else []))
+        rollouts: dict[int, Rollout] = {}
+        count = settings.num_generations
         for replica, share in enumerate(split_replicas(len(prompts), self.num_replicas)):
-            arrived = iter(parts[replica * self.tp_size])
-            for i in share:
-                for sample in range(settings.num_generations):
-                    rollouts[i * settings.num_generations + sample] = _unpack(next(arrived), prompts[i])
-        return [rollout for rollout in rollouts if rollout is not None]
+            places = [i * count + sample for i in share for sample in range(count)]
+            arrived = unpack_rollouts(parts[replica * self.tp_size], [prompts[i // count] for i in places])
+            rollouts.update(zip(places, arrived, strict=True))
+        return [rollouts[i] for i in range(len(rollouts))]
 
 
 @contextlib.contextmanager
@@ -484,34 +484,3 @@ def _repack(worker: Any) -> None:
             method.process_weights_after_loading(module)
         elif isinstance(method, UnquantizedFusedMoEMethod):
             method.moe_kernel.fused_experts.process_weights_after_loading(module)
-
-
-def _pack(rollout: Rollout) -> tuple[Any, ...]:
-    response = rollout.token_ids[rollout.prompt_length :]
-    return (
-        rollout.sample_index,
-        response,
-        rollout.rollout_logprobs,
-        rollout.text,
-        rollout.truncated,
-        rollout.weight_version,
-        rollout.seed,
-        rollout.reward,
-        rollout.unfinished,
-    )
-
-
-def _unpack(packed: tuple[Any, ...], prompt: Prompt) -> Rollout:
-    sample, response, logprobs, text, truncated, version, seed, reward, unfinished = packed
-    return Rollout(
-        prompt=prompt,
-        sample_index=sample,
-        token_ids=np.concatenate([prompt.token_ids, response]).astype(np.int32),
-        rollout_logprobs=logprobs,
-        text=text,
-        truncated=truncated,
-        weight_version=version,
-        seed=seed,
-        reward=reward,
-        unfinished=unfinished,
-    )

@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from copd_megatron.topology.messages import decode, encode
+from copd_megatron.topology.messages import MessageError, decode, encode
+
+MAX_MESSAGE_BYTES = 4 * 2**30
+"""Of one rank: above any batch of rollouts. A damaged size must not become an allocation of its own."""
 
 AllGather = Callable[[list[Tensor], Tensor], None]
 """Fills the list with the tensor of every rank, which all have one shape."""
@@ -24,6 +27,10 @@ def all_gather_messages(
         value: anything that ``messages.encode`` takes; it may differ in size from rank to rank.
         num_ranks: ranks of the group; None: of the default group.
         all_gather: of the group, for CPU tensors.
+
+    Raises:
+        MessageError: a rank has sent something else than a message, or one of more than
+            ``MAX_MESSAGE_BYTES``.
     """
     count = dist.get_world_size() if num_ranks is None else num_ranks
     data, sizes = _sized(value, count, all_gather)
@@ -33,7 +40,11 @@ def all_gather_messages(
 
 
 def gather_messages(value: Any) -> list[Any] | None:
-    """Small values of all ranks of the default group, on its first rank; None elsewhere. Collective."""
+    """Small values of all ranks of the default group, on its first rank; None elsewhere. Collective.
+
+    Raises:
+        MessageError: as ``all_gather_messages``.
+    """
     count = dist.get_world_size()
     data, sizes = _sized(value, count, dist.all_gather)
     first = dist.get_rank() == 0
@@ -50,7 +61,14 @@ def _sized(value: Any, count: int, all_gather: AllGather) -> tuple[Tensor, list[
     size = torch.tensor([data.numel()], dtype=torch.int64)
     sizes = [torch.empty_like(size) for _ in range(count)]
     all_gather(sizes, size)
-    return data, [int(one) for one in sizes]
+    found = [int(one) for one in sizes]
+    for rank, one in enumerate(found):
+        if not 0 < one <= MAX_MESSAGE_BYTES:
+            raise MessageError(
+                f"group rank {rank} announces a message of {one} bytes, allowed are 1 .. {MAX_MESSAGE_BYTES}; "
+                "every rank must run the same code and take part in the same collectives"
+            )
+    return data, found
 
 
 def _padded(data: Tensor, length: int) -> Tensor:

@@ -64,7 +64,7 @@ def decode(data: bytes | bytearray | memoryview) -> Any:
     try:
         reader = _Reader(view[end:])
         value = reader.value(json.loads(bytes(view[_LENGTH_BYTES:end])))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise MessageError(f"no message of ours: {type(error).__name__}: {error}") from error
     if reader.rest:
         raise MessageError(f"{reader.rest} bytes follow the last array of a message")
