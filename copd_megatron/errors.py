@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+from typing import Final
+
+EXIT_HOPELESS: Final = 78
+"""Exit status of a rank in a job that failed for a reason that no restart can mend (EX_CONFIG).
+launchers/slurm.sh knows it too."""
+
 
 class ConfigError(ValueError):
     """A setting, or a combination of settings, that cannot run: says where, what, and the remedy."""
@@ -11,8 +18,17 @@ class DivergedError(RuntimeError):
     """Training has diverged: too many updates in a row had to be skipped."""
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, read or used; says which, why, and the remedy."""
+
+
 class DataError(ValueError):
     """Data that a run cannot start with: the message says what, where and the remedy."""
+
+
+class RunStorageError(RuntimeError):
+    """What a run cannot do without cannot be written to its directory, because the disk is full for
+    example."""
 
 
 class BadSampleError(DataError):
@@ -36,3 +52,13 @@ class BadSampleError(DataError):
     def again(self) -> BadSampleError:
         """An equal error without traceback and cause, which would keep what the failed calls held."""
         return BadSampleError(*self._told)
+
+
+HOPELESS: Final = (ConfigError, DataError, DivergedError, CheckpointError, RunStorageError)
+"""Errors that no restart can mend, whose messages are for people."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def is_hopeless(error: BaseException | None) -> bool:
+    """Whether a run that is started again without a change would fail in the same way."""
+    return isinstance(error, HOPELESS) or (isinstance(error, OSError) and error.errno in _NO_ROOM)

@@ -187,8 +187,13 @@ copd_job() {
         --job-name=train "${srun_container[@]}")
     train=("${in_env[@]}" python3 -m copd_megatron.cli train "$config" "${overrides[@]}")
     export SLURM_HOSTFILE=$hosts COPD_LAUNCHER=srun
-    # the address of rank 0's node, because the other nodes may be unable to resolve its name
-    MASTER_ADDR=$(scontrol --oneliner show node "$(head -n 1 "$hosts")" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    # The ranks listen on the interface of this address alone. On several nodes it is the address of rank 0's node,
+    # because the other nodes may be unable to resolve its name.
+    MASTER_ADDR=127.0.0.1
+    if (($(sort -u "$hosts" | wc -l) > 1)); then
+        MASTER_ADDR=$(scontrol --oneliner show node "$(head -n 1 "$hosts")" |
+            sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    fi
     export MASTER_ADDR
     # By when the trainer must have saved. Newer versions of SLURM set this themselves.
     if [[ -z ${SLURM_JOB_END_TIME-} ]] && end=$(date -d "$(_copd_job_field EndTime)" +%s 2>/dev/null); then
@@ -214,6 +219,10 @@ copd_job() {
         elif [[ -n $time_is_up ]]; then
             _copd_job_say "the time limit came before the ranks had finished a step (exit status $status): give the" \
                 "job more time (--time), or reserve less of it for saving (--signal=B:USR1@SECONDS)"
+            exit "$status"
+        fi
+        if [[ $status == 78 ]]; then
+            _copd_job_say "the run failed in a way that no restart can mend. The cause: copd logs RUN_DIR --level ERROR"
             exit "$status"
         fi
         if ((restarts >= ${COPD_MAX_RESTARTS:-3})); then

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from copd_megatron.checkpoint.stop import EXIT_HOPELESS
-from copd_megatron.errors import ConfigError
+from copd_megatron.errors import EXIT_HOPELESS, ConfigError
 from copd_megatron.launch.preflight import clear_run
 
 ROOT = Path(__file__).resolve().parents[1]

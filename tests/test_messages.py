@@ -151,7 +151,9 @@ def test_noise_is_refused(noise: bytes, place: int) -> None:
         json.dumps(messages._plain(value, []))  # whatever came out is plain
 
 
-_KINDS = st.sampled_from(["tuple", "dict", "path", "array", "_Report", "_Unknown", "step", "parts", "<f4", "|O"])
+_KINDS = st.sampled_from(
+    ["tuple", "dict", "path", "array", "_Report", "_Unknown", "step", "parts", "<f4", "|O"]
+)
 _HOSTILE = st.recursive(
     _SCALARS | _KINDS | st.integers(-(2**70), 2**70),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_KINDS, inner, max_size=2),

@@ -425,7 +425,9 @@ def test_the_exception_that_ends_a_rank_is_in_its_log(tmp_path: Path) -> None:
     )
     assert done.returncode == 1 and "ValueError: no weights" in done.stderr
     lines = list(merged(tmp_path, Selection(level="CRITICAL")))
-    assert lines[0].endswith("[text 1/2, rank 1] copd_megatron.metrics.rank_log: an exception ends this rank")
+    assert lines[0].endswith(
+        "[text 1/2, rank 1] copd_megatron.metrics.rank_log: this rank ends by ValueError: no weights"
+    )
     assert lines[-1].endswith("CRITICAL [text 1/2, rank 1] ValueError: no weights")
 
 

@@ -3,8 +3,9 @@ profiles by configuration."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -24,6 +25,8 @@ from copd_megatron.metrics.rank_log import RankPlace
 from copd_megatron.metrics.timeline import TimelineWriter
 from copd_megatron.metrics.wandb_writer import WandbWriter
 from copd_megatron.metrics.writers import JsonlWriter, TensorBoardWriter, Writer
+
+logger = logging.getLogger(__name__)
 
 
 class Observer:
@@ -80,11 +83,18 @@ class Observer:
         everything: dict[str, float] = {}
         for part in me.world.all_gather_objects(named if me.world.is_branch_first else {}, "metrics.gather"):
             everything.update(part)
-        for writer in self.writers:
-            writer.write(step.index + 1, step.phase.value, everything)
+        self._write(step, everything)
         if self._timeline is not None:
             self._timeline.step(step.index + 1, step.phase.value, self._begin, time.monotonic())
         self._profiler.end(step.index + 1)
+
+    def _write(self, step: Step, metrics: Mapping[str, float]) -> None:
+        for writer in list(self.writers):
+            try:
+                writer.write(step.index + 1, step.phase.value, metrics)
+            except OSError as error:  # without metrics.jsonl the run ends: its writer raises RunStorageError
+                logger.warning("%s stops: %s; metrics.jsonl goes on", type(writer).__name__, error)
+                self.writers.remove(writer)
 
     def validation(self, accuracies: Accuracies) -> None:
         """Adds this branch's validation accuracies to the step's metrics: the mean reward where a verifier

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from copd_megatron.errors import CheckpointError
 from copd_megatron.topology.messages import register
 
 logger = logging.getLogger(__name__)
@@ -25,10 +26,6 @@ UNFINISHED: Final = ".unfinished"
 FORMAT: Final = 1
 _FOLDER = re.compile(r"step_(\d{6,})")
 _READ_BYTES = 8 * 2**20
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, read or used; says which, why, and the remedy."""
 
 
 @register

@@ -1,7 +1,8 @@
 """When a run has to stop early: signals and the wall-clock limit. Neither torch nor Megatron.
 
-A scheduler announces the end of a job with SIGTERM or SIGUSR1, to some processes or to all. Each process only
-takes note; the ranks compare notes at the end of every step and so save at the same one.
+A scheduler announces the end of a job with SIGTERM or SIGUSR1, a terminal that is closed with SIGHUP, to some
+processes or to all. Each process only takes note. The ranks compare notes at the end of every step, and so
+save after the same one.
 """
 
 from __future__ import annotations
@@ -16,16 +17,13 @@ from typing import Final, Self
 EXIT_PREEMPTED: Final = 75
 """Exit status of a run that saved and stopped before its end (EX_TEMPFAIL: start it again)."""
 
-EXIT_HOPELESS: Final = 78
-"""Exit status of a rank that failed for a reason that starting again cannot mend (EX_CONFIG): a setting, the
-data, a run that has diverged."""
-
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _STARTED = time.time()
 
 
 class StopSignals:
-    """Takes note of SIGTERM and SIGUSR1 instead of dying of them. Use it in the main thread."""
+    """Takes note of SIGTERM, SIGUSR1 and SIGHUP instead of dying of them. Signals that the process ignores
+    (nohup ignores SIGHUP) stay ignored. Use it in the main thread."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -34,7 +32,8 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         for number in _SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

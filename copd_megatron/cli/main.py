@@ -10,10 +10,8 @@ from typing import Final
 import click
 
 from copd_megatron import __version__
-from copd_megatron.checkpoint.manifest import CheckpointError
-from copd_megatron.checkpoint.stop import EXIT_HOPELESS
 from copd_megatron.cli.group import LazyGroup
-from copd_megatron.errors import ConfigError, DataError, DivergedError
+from copd_megatron.errors import EXIT_HOPELESS, CheckpointError, is_hopeless
 
 COMPLETE: Final = "_COPD_COMPLETE"
 """Set by the script of ``copd completion`` when the shell asks what could follow."""
@@ -62,8 +60,9 @@ MODULES: Final = {
     cls=LazyGroup,
     modules=MODULES,
     examples=EXAMPLES,
-    epilog="Exit status: 0 done, 1 failed, 2 something to change on your side, 75 saved and stopped "
-    "(start it again to go on). COPD_TRACEBACK=1 shows where an error came from.",
+    epilog="Exit status: 0 done, 1 failed, 2 something to change on your side, 75 saved and stopped (start it "
+    "again to go on), 78 a run failed in a way that no restart can mend, 130 interrupted. COPD_TRACEBACK=1 "
+    "shows where an error came from.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
@@ -90,15 +89,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("COPD_TRACEBACK"):
             raise
         return EXIT_INTERRUPTED
-    except (ConfigError, DataError, DivergedError) as error:
-        if "RANK" in os.environ:  # into this rank's log and onto the screen; no launcher starts it again
-            sys.excepthook(type(error), error, error.__traceback__)
+    except Exception as error:
+        if "RANK" in os.environ and is_hopeless(error):
+            sys.excepthook(
+                type(error), error, error.__traceback__
+            )  # into this rank's log and onto the screen
             return EXIT_HOPELESS
-        return _told(error, EXIT_MISTAKE)
-    except _MISTAKES as error:
-        return _told(error, EXIT_MISTAKE)
-    except (OSError, CheckpointError) as error:
-        return _told(error, EXIT_FAILED)
+        if isinstance(error, _MISTAKES):
+            return _told(error, EXIT_MISTAKE)
+        if isinstance(error, OSError | CheckpointError):
+            return _told(error, EXIT_FAILED)
+        raise
 
 
 def _run(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ import click
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.parameters import OVERRIDES
 from copd_megatron.config import load_config, read_model_shapes, validate
+from copd_megatron.launch.rank_process import take_one_interrupt
 from copd_megatron.topology.slurm import step_environment
 
 EXAMPLES = """
@@ -32,6 +33,8 @@ def command(config: str, overrides: tuple[str, ...], dry_run: bool) -> int:
     Started again with the same command, a run goes on from its newest valid checkpoint.
     """
     os.environ.update(step_environment(os.environ))
+    if "RANK" in os.environ:
+        take_one_interrupt()
     settings = load_config(config, overrides)
     world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
     validate(settings, world_size=world_size, model=read_model_shapes(settings))

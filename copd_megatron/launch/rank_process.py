@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import warnings
+from types import FrameType
 
 from copd_megatron.config import Config
 from copd_megatron.launch.run_dir import run_directory, starts_anew
@@ -35,6 +36,18 @@ def log_as_rank(config: Config) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def take_one_interrupt() -> None:
+    """Ctrl-C interrupts this rank once: its terminal and its launcher both send the signal, and the second
+    must not interrupt what the rank does in order to end."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def die_with_launcher() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
 import uuid
 from collections.abc import Sequence
@@ -23,16 +25,13 @@ def become_torchrun(config: Config, arguments: Sequence[str]) -> NoReturn:
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
         # after a signal the ranks get the time to save
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(30, int(config.checkpoint.save_before_seconds))),
-        # ranks of one machine talk to each other over its loopback interface: nobody else can reach them
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "VLLM_HOST_IP": "127.0.0.1",
     }
     if config.run.device is Device.cpu:
         # vLLM's CPU build announces its memory binding as a warning, in every process
         defaults["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    os.environ |= only_this_machine()
     os.environ["COPD_MAX_RESTARTS"] = str(config.run.max_restarts)
     os.environ["COPD_RUN_ID"] = uuid.uuid4().hex[:12]
     command = [
@@ -40,8 +39,21 @@ def become_torchrun(config: Config, arguments: Sequence[str]) -> NoReturn:
         *("--nnodes=1", f"--nproc-per-node={ranks}", f"--rdzv-id={os.environ['COPD_RUN_ID']}"),
         # torchrun's own would listen on all interfaces
         "--rdzv-backend=copd-loopback",
-        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        f"--signals-to-handle={','.join(handled_signals())}",
         *("-m", "copd_megatron.cli", *arguments),
     ]
     sys.stdout.flush()
     os.execv(sys.executable, command)
+
+
+def only_this_machine() -> dict[str, str]:
+    """Variables that keep the ranks of one machine on its loopback interface, where no other machine can
+    reach them, whatever the environment says of the cluster's network."""
+    interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface, "VLLM_HOST_IP": "127.0.0.1"}
+
+
+def handled_signals() -> list[str]:
+    """Signals by which torchrun ends the job: none that this process ignores, as it does below nohup."""
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+    return [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN]

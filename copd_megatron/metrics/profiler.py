@@ -61,12 +61,19 @@ class ProfilerWindow:
     def end(self, step: int) -> None:
         """Called when a step has ended."""
         if self._since and step >= self._options.step_end:
-            self._write(step)
+            self._write_if_possible(step)
 
     def close(self) -> None:
         """Writes a window that is still open at the end of the run."""
         if self._since:
-            self._write(self._options.step_end)
+            self._write_if_possible(self._options.step_end)
+
+    def _write_if_possible(self, last: int) -> None:
+        try:
+            self._write(last)
+        except OSError as error:
+            logger.warning("the profile is not written to %s: %s; the run goes on", self._folder, error)
+            self._since = 0
 
     def _write(self, last: int) -> None:
         stem = f"{self._name}_steps_{self._since}-{last}"

@@ -24,7 +24,7 @@ from typing import IO
 
 import yaml
 
-from copd_megatron.errors import ConfigError
+from copd_megatron.errors import ConfigError, is_hopeless
 
 LOGS = "logs"
 CONFIG = "config.yaml"
@@ -34,7 +34,11 @@ _LINE = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}) (?P<level>[A-Z]+) +"
     r"\[(?P<branch>[^\s,]+)( \d+/\d+)?, rank (?P<rank>\d+)\]"
 )
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S.%f"
+"""Of the time at the beginning of a line in a file."""
 _OURS = "copd_megatron"
+ENDED_BY = "this rank ends by "
+"""Before the exception that ended a rank, in the first line of its last record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class RankFormatter(logging.Formatter):
         self._place = place
 
     def format(self, record: logging.LogRecord) -> str:
-        when = datetime.fromtimestamp(record.created).strftime("%Y-%m-%d %H:%M:%S.%f")
+        when = datetime.fromtimestamp(record.created).strftime(TIME_FORMAT)
         subject = _subject(record)
         place = self._place if subject is None else f"{subject}, rank {self._place.rank}"
         prefix = f"{when} {record.levelname:<7} [{place}] "
@@ -128,20 +132,24 @@ def start_logging(place: RankPlace, level: str, *, folder: Path | None, append: 
         files.append(_RankFile(path, mode="a" if append else "w", encoding="utf-8"))
         files[0].setFormatter(RankFormatter(place))
     logging.basicConfig(level=number, handlers=[shown, *files])
-    _keep_last_words(files)
+    _keep_last_words(files, shown)
 
 
-def _keep_last_words(files: Sequence[logging.Handler]) -> None:
-    """Also writes the exception that ends this rank to its file: on the console it may be one of many."""
+def _keep_last_words(files: Sequence[logging.Handler], shown: logging.Handler) -> None:
+    """Also writes the exception that ends this rank to its file: on the console it may be one of many. If
+    its message is all that a person needs, the console shows no traceback."""
     usual = sys.excepthook
 
     def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        what = (__name__, logging.CRITICAL, __file__, 0, "an exception ends this rank", (), None)
+        what = (__name__, logging.CRITICAL, __file__, 0, f"{ENDED_BY}{kind.__name__}: {error}", (), None)
         record = logging.LogRecord(*what)
+        if files and is_hopeless(error):
+            shown.handle(record)
+        else:
+            usual(kind, error, trace)
         record.exc_info = (kind, error, trace)
         for file in files if issubclass(kind, Exception) else ():
             file.handle(record)
-        usual(kind, error, trace)
 
     sys.excepthook = told
 

@@ -12,6 +12,7 @@ The cost is one list entry per operation, written once per step.
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import statistics
 import time
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from copd_megatron.metrics.rank_log import RankPlace
-from copd_megatron.metrics.writers import drop_torn_line
+from copd_megatron.metrics.writers import append_whole, drop_torn_line
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "timeline"
 
@@ -86,11 +89,12 @@ class TimelineWriter:
         Raises:
             OSError: the file cannot be written.
         """
-        path = run_dir / FOLDER / f"rank_{place.rank:05d}.jsonl"
+        self._path = path = run_dir / FOLDER / f"rank_{place.rank:05d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         if append and path.exists():
             drop_torn_line(path)
-        self._file = path.open("a" if append else "w", encoding="utf-8")
+        self._file = path.open("ab" if append else "wb", buffering=0)
+        self._failed = False
         self._pending: list[dict[str, Any]] = [
             {
                 "rank": place.rank,
@@ -122,8 +126,16 @@ class TimelineWriter:
         self._file.close()
 
     def _flush(self) -> None:
-        self._file.write("".join(json.dumps(entry) + "\n" for entry in self._pending))
-        self._file.flush()
+        """Writes what has accumulated. On a full disk the rest of the timeline is lost, not the run."""
+        if self._failed:
+            return
+        try:
+            append_whole(self._file, "".join(json.dumps(entry) + "\n" for entry in self._pending).encode())
+        except OSError as error:
+            logger.warning(
+                "%s: %s; the timeline ends here, the run goes on", self._path, error.strerror or error
+            )
+            self._failed = True
         self._pending.clear()
 
 

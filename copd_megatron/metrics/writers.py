@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
+
+from copd_megatron.errors import RunStorageError
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +35,10 @@ class Writer(Protocol):
 class JsonlWriter:
     """One JSON object per line: ``{"step": 3, "phase": "rlvr", "text/train/reward": 0.41, ...}``.
 
-    Each line is flushed as soon as it is written, so a run that dies leaves at most one incomplete line,
-    which is removed when the file is opened again. Values that JSON lacks (NaN, infinities) become ``null``.
+    A line is written at once and as a whole, so a run that dies leaves at most one incomplete line, which is
+    removed when the file is opened again. Values that JSON lacks (NaN, infinities) become ``null``.
+
+    A run whose metrics cannot be written ends: a resumed run must be able to show every step it has made.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -48,21 +54,21 @@ class JsonlWriter:
         self._warned: set[str] = set()
         if self.path.exists():
             drop_torn_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
-        """Appends one line and flushes it.
+        """Appends one line.
 
         Raises:
             ValueError: a metric is named ``step`` or ``phase``.
+            RunStorageError: the line cannot be written; the file is as it was before.
         """
         record: dict[str, Any] = {"step": step, "phase": phase}
         for name, value in metrics.items():
             if name in _RESERVED:
                 raise ValueError(f"a metric cannot be named {name!r}: the line's own field has that name")
             record[name] = self._jsonable(name, float(value), step)
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._append(json.dumps(record, allow_nan=False).encode() + b"\n", step)
 
     def truncate_after(self, step: int) -> None:
         """Removes the lines of later steps. Replaces the file atomically, so a crash leaves the old or the
@@ -80,11 +86,22 @@ class JsonlWriter:
             os.fsync(kept.fileno())
         self._file.close()
         os.replace(temporary, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
     def close(self, *, failed: bool = False) -> None:
         """Closes the file."""
         self._file.close()
+
+    def _append(self, line: bytes, step: int) -> None:
+        try:
+            append_whole(self._file, line)
+            os.stat(self.path)  # a file that has been removed takes what nobody will ever read
+        except OSError as error:
+            raise RunStorageError(
+                f"{self.path}: the metrics of step {step} cannot be written ({error.strerror or error}); "
+                "free some space or restore the folder, and start the same command again: it continues from "
+                "the newest checkpoint"
+            ) from error
 
     def _jsonable(self, name: str, value: float, step: int) -> float | None:
         if math.isfinite(value):
@@ -112,6 +129,23 @@ class JsonlWriter:
                 if not isinstance(step, int):
                     raise ValueError(f"{self.path}, line {number}: step is {step!r}, not an integer")
                 yield line, step
+
+
+def append_whole(file: FileIO, data: bytes) -> None:
+    """Appends all of ``data`` to an unbuffered file, or nothing.
+
+    Raises:
+        OSError: nothing was appended: the disk is full, for example.
+    """
+    begin = os.fstat(file.fileno()).st_size
+    left = memoryview(data)
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(begin)
+        raise
 
 
 def drop_torn_line(path: Path) -> None:

@@ -65,7 +65,7 @@ def _sized(value: Any, count: int, all_gather: AllGather) -> tuple[Tensor, list[
     for rank, one in enumerate(found):
         if not 0 < one <= MAX_MESSAGE_BYTES:
             raise MessageError(
-                f"group rank {rank} announces a message of {one} bytes, allowed are 1 .. {MAX_MESSAGE_BYTES}; "
+                f"group rank {rank} announces a message of {one} bytes (1 .. {MAX_MESSAGE_BYTES} allowed); "
                 "every rank must run the same code and take part in the same collectives"
             )
     return data, found

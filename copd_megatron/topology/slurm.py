@@ -1,9 +1,9 @@
-"""What srun tells its tasks, in the names that torch.distributed reads. No torch.
+"""What srun tells its tasks, under the names that torch.distributed reads. No torch.
 
     srun --ntasks=24 copd train config.yaml
 
-Every task is a rank: its number is the global rank, its number on its node the device. The launchers
-(``launchers/slurm.sh``) do the same with ranks dealt to nodes by ``topology.placement``.
+Every task is a rank: its number is the global rank, and its number on its node is the device. The launchers
+(``launchers/slurm.sh``) do the same, with ranks assigned to nodes by ``launch.placement``.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import re
 from collections.abc import Mapping
 
 _FIRST_PORT, _NUM_PORTS = 12000, 18000
-"""Below the ports that Linux hands out by itself (from 32768)."""
+"""Below the ports that Linux assigns by itself (from 32768)."""
 
 
 def step_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that make this process a rank of an srun step; empty when it is none.
+    """The variables that make this process a rank of an srun step; empty if it is none.
 
-    It is none outside SLURM, below torchrun (RANK is set), and in a step of one task, unless
-    ``COPD_LAUNCHER=srun`` says so: a single task may as well be a shell in which a local run is started.
-    MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS stay as they are, where they are set.
+    It is none outside SLURM, under torchrun (RANK is set), and in a step of one task, unless
+    ``COPD_LAUNCHER=srun`` says so: a single task may also be a shell in which a local run is started.
+    MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS keep their values where they are set.
 
     Args:
         environment: the process's.
@@ -37,18 +37,20 @@ def step_environment(environment: Mapping[str, str]) -> dict[str, str]:
     rank, local_rank = environment["SLURM_PROCID"], environment["SLURM_LOCALID"]
     if int(rank) >= int(tasks):
         raise ValueError(
-            f"SLURM_PROCID {rank} in a step of {tasks} tasks (SLURM_STEP_NUM_TASKS): these are variables of "
-            "different steps; start the ranks with srun"
+            f"SLURM_PROCID {rank} in a step of {tasks} tasks (SLURM_STEP_NUM_TASKS): these variables belong "
+            "to different steps; start the ranks with srun"
         )
     devices = environment.get("CUDA_VISIBLE_DEVICES", "")
     if devices and "," not in devices:
         local_rank = "0"  # --gpus-per-task: the one GPU that this task sees is its own
+    # the store and Gloo use the interface of this address: a step on one node cannot be reached from another
+    alone = environment.get("SLURM_STEP_NUM_NODES") == "1"
     found = {
         "RANK": rank,
         "WORLD_SIZE": tasks,
         "LOCAL_RANK": local_rank,
-        "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
-        # another port for every step, so that a restart does not meet its predecessor's
+        "MASTER_ADDR": "127.0.0.1" if alone else first_host(environment["SLURM_STEP_NODELIST"]),
+        # a different port for every step, so that a restart does not meet its predecessor's
         "MASTER_PORT": str(_FIRST_PORT + (int(job) * 101 + int(step)) % _NUM_PORTS),
         "COPD_RUN_ID": f"slurm-{job}-{step}-{environment.get('SLURM_RESTART_COUNT', '0')}",
         "OMP_NUM_THREADS": environment.get("SLURM_CPUS_PER_TASK", "1"),

@@ -1,33 +1,39 @@
-"""A store that listens on one address only.
+"""The job's store, and the network that a job uses: the address that its store listens on, and the interface
+that its ranks reach each other through.
 
 torch's ``TCPStore`` listens on every interface of the machine and asks nobody for a password, and whoever can
-write to it can end a run or worse. It takes a socket of ours instead, bound to the address that the ranks
-connect to.
+write to it can end a run or worse. It accepts a socket of ours instead, bound to one address.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import socket
 from datetime import timedelta
 
+import psutil
 import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 """Ranks that may connect at the same moment."""
+_Address = tuple[str, int] | tuple[str, int, int, int]
 
 
 def serve_store(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
     """Serves a store at ``host``:``port`` and connects to it.
 
     Args:
-        host: name or address of this machine; the address it stands for is the only one that is listened on.
-        port: 0: any free one, to be read from the store's ``port``.
+        host: name or address of this machine; the store listens on that address alone.
+        port: 0 for any free one, which the store's ``port`` tells.
 
     Raises:
-        OSError: the name stands for no address of this machine, or the port is taken.
+        OSError: the name belongs to no address of this machine, or the port is taken.
         RuntimeError: torch could not serve it.
     """
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    family, address = _listen_on(host, port)
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -45,5 +51,52 @@ def serve_store(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
     except BaseException:
         listener.close()
         raise
-    listener.detach()  # the store's from here on
+    listener.detach()  # the store owns it now
     return store
+
+
+def interface_to(host: str) -> str | None:
+    """The interface through which this machine reaches ``host``; None where that is unknown.
+
+    It is unknown on a machine that takes its own name for a loopback address, as Debian does: the other
+    machines reach it through another interface.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing, but chooses the way
+            mine = probe.getsockname()[0]
+    except OSError:
+        return None
+    if _is_loopback(mine) and not _means_loopback(host):
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == mine for one in addresses):
+            return name
+    return None
+
+
+def _listen_on(host: str, port: int) -> tuple[socket.AddressFamily, _Address]:
+    """The address to bind: the one that other machines know ``host`` by."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for family, _, _, _, address in found:
+        if _means_loopback(host) or not _is_loopback(str(address[0])):
+            return family, address
+    logger.warning(
+        "this machine takes %s for itself (%s, see /etc/hosts), which no other machine can reach: the job's "
+        "store listens on all interfaces; set MASTER_ADDR to the address of rank 0's machine",
+        host, found[0][4][0],
+    )  # fmt: skip
+    return socket.AF_INET, ("", port)
+
+
+def _means_loopback(host: str) -> bool:
+    """Whether ``host`` means this machine alone, whoever asks."""
+    return host == "localhost" or _is_loopback(host)
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a name
+        return False

@@ -1,14 +1,16 @@
-"""One torchrun world carved into branch worlds, with a router group over everybody.
+"""One torchrun world divided into branch worlds, and a router group over all ranks.
 
-Each branch becomes an ordinary torch.distributed world: its default process group spans only its ranks, made
-over ``PrefixStore("branch/<name>")``, so Megatron-Core's ``parallel_state`` and vLLM's external launcher work
-unchanged and branches may differ in size and layout. Beside it stands the router group, a
-``ProcessGroupGloo`` over all ranks that torch.distributed does not know as a group: use its own methods
-(``send``, ``recv``, ``barrier``, ``allgather``), with global ranks and CPU tensors.
+Each branch is an ordinary torch.distributed world: its default process group spans its ranks alone, made over
+``PrefixStore("branch/<name>")``. So Megatron-Core's ``parallel_state`` and vLLM's external launcher work
+unchanged, and branches may differ in size and layout. The router group is a ``ProcessGroupGloo`` over all
+ranks that torch.distributed does not know as a group: use its own methods (``send``, ``recv``, ``barrier``,
+``allgather``), with global ranks and CPU tensors.
 
-The store is torchrun's own (``TORCHELASTIC_USE_AGENT_STORE``); under another launcher that sets RANK,
-WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, global rank 0 hosts it. Keys carry the run's identifier
-and torchrun's restart count, so that a restarted group never reads those of its predecessor.
+The store is torchrun's (``TORCHELASTIC_USE_AGENT_STORE``). Under another launcher that sets RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT, global rank 0 serves it at MASTER_ADDR alone. Gloo uses the interface
+that leads there, unless GLOO_SOCKET_IFNAME names one: a job whose MASTER_ADDR is 127.0.0.1 can be reached
+from its own machine only. Keys contain the run's identifier and torchrun's restart count, so that a restarted
+group never reads those of its predecessor.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from typing import Any, Final, Literal, Protocol, Self, cast
 import torch
 import torch.distributed as dist
 
+from copd_megatron.errors import is_hopeless
 from copd_megatron.topology.collectives import all_gather_messages
-from copd_megatron.topology.store import serve_store
+from copd_megatron.topology.store import interface_to, serve_store
 from copd_megatron.topology.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -35,7 +38,9 @@ logger = logging.getLogger(__name__)
 _LAZY_CONNECTIONS_FROM = 128
 """World size from which router connections are made on first use: a full mesh needs a socket per peer."""
 _BACKEND_GRACE_SECONDS: Final = 60.0
-"""Backends time out later than the watch, whose report says more."""
+"""Backends time out later than the watch, because its report says more."""
+_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Names the network interface to all Gloo groups, ours and those that libraries make."""
 _ENVIRONMENT: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -44,7 +49,7 @@ class WorldError(RuntimeError):
 
 
 class RouterGroup(Protocol):
-    """What ``World`` needs of a Gloo group: the router's is no ``ProcessGroup`` to torch's type stubs."""
+    """What ``World`` needs of a Gloo group. To torch's type stubs, the router's is no ``ProcessGroup``."""
 
     def send(self, tensors: list[torch.Tensor], dstRank: int, tag: int) -> dist.Work: ...
     def recv(self, tensors: list[torch.Tensor], srcRank: int, tag: int) -> dist.Work: ...
@@ -69,13 +74,14 @@ class World:
     device: torch.device
     """``cpu``, or ``cuda:<LOCAL_RANK>``."""
     store: dist.Store
-    """The job's store under this run's prefix; for use by one thread (``clone()`` it for another)."""
+    """The job's store under this run's prefix. For use by one thread: ``clone()`` it for another."""
     router: RouterGroup
     """Gloo group over all ranks, for CPU tensors; peers are global ranks."""
     watch: Watch
     local_rank: int
     hosts_store: bool
-    _saved_environment: dict[str, str] = field(default_factory=dict)
+    _saved_environment: dict[str, str | None] = field(default_factory=dict)
+    """Variables as they were before this object changed them; None: not set."""
     _closed: bool = False
 
     @property
@@ -88,12 +94,12 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Global rank 0: writes what the job writes once."""
+        """Global rank 0, which writes what the job writes once."""
         return self.rank == 0
 
     @property
     def is_branch_first(self) -> bool:
-        """First rank of its branch: writes what a branch writes once."""
+        """First rank of its branch, which writes what a branch writes once."""
         return self.branch_rank == 0
 
     def place_of(self, rank: int) -> tuple[str, int]:
@@ -104,13 +110,12 @@ class World:
         raise ValueError(f"no rank {rank} in a world of {self.world_size}")
 
     def barrier(self, name: str) -> None:
-        """Wait until every rank of every branch is here. ``name`` is what a report calls it."""
+        """Waits until every rank of every branch is here. Reports call it ``name``."""
         with self.watch.operation(f"barrier {name}"):
             self.router.barrier().wait()
 
     def all_gather_objects(self, obj: Any, name: str = "all_gather_objects") -> list[Any]:
-        """Small values of all ranks, by global rank, on every one of them; see ``messages`` for what they may
-        hold."""
+        """Small values of all ranks, by global rank, on every rank. ``messages`` says what they may hold."""
 
         def all_gather(parts: list[torch.Tensor], part: torch.Tensor) -> None:
             self.router.allgather([parts], [part]).wait()
@@ -119,16 +124,17 @@ class World:
             return all_gather_messages(obj, num_ranks=self.world_size, all_gather=all_gather)
 
     def branch_gather(self, obj: Any, name: str = "branch_gather") -> list[Any]:
-        """Small values of this branch's ranks, by branch rank, on every one of them."""
+        """Small values of this branch's ranks, by branch rank, on every one of them; as
+        ``all_gather_objects``."""
         with self.watch.operation(name, ranks=self.branch_ranks[self.branch]):
             return all_gather_messages(obj)
 
     def branch_environment(self) -> dict[str, str]:
         """RANK, WORLD_SIZE and LOCAL_RANK as libraries inside a branch must read them.
 
-        RANK and WORLD_SIZE become the branch's: vLLM's external launcher takes its rank from RANK,
-        Megatron-Core falls back on both. LOCAL_RANK stays the launcher's, as it is the device index on this
-        node.
+        RANK and WORLD_SIZE are the branch's: vLLM's external launcher takes its rank from RANK, and
+        Megatron-Core falls back on both. LOCAL_RANK stays the launcher's, since it is the index of the device
+        on this node.
         """
         return {
             "RANK": str(self.branch_rank),
@@ -137,22 +143,30 @@ class World:
         }
 
     def adopt_branch_environment(self) -> None:
-        """Put ``branch_environment()`` into ``os.environ`` until ``close()``."""
+        """Puts ``branch_environment()`` into ``os.environ`` until ``close()``."""
         for name, value in self.branch_environment().items():
             self._saved_environment.setdefault(name, os.environ[name])
             os.environ[name] = value
 
+    def _restore_environment(self) -> None:
+        for name, value in self._saved_environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
     def close(self) -> None:
-        """Leave in good order: wait for everybody, stop the watch, destroy the groups. Safe to call twice."""
+        """Leaves in good order: waits for everybody, stops the watch, destroys the groups. Safe to call
+        twice."""
         if self._closed:
             return
         self._closed = True
         self.barrier("close")
         self.watch.close()
         dist.destroy_process_group()
-        os.environ.update(self._saved_environment)
+        self._restore_environment()
         if self.hosts_store:
-            # The server lives in this process; the others still publish their end.
+            # the server lives in this process, and the others still have to say that they have left
             others = [f"closed/{rank}" for rank in range(self.world_size) if rank != self.rank]
             self.store.wait(others, timedelta(seconds=self.watch.timeout_seconds))
         else:
@@ -167,10 +181,10 @@ class World:
         if error is None:
             self.close()
         else:
-            # The others cannot be waited for; they learn of it from the watch and from closed connections.
+            # the others cannot be waited for; they learn of it from the watch and from closed connections
             self._closed = True
-            self.watch.fail()
-            os.environ.update(self._saved_environment)
+            self.watch.fail(f"{type(error).__name__}: {error}" if is_hopeless(error) else None)
+            self._restore_environment()
 
 
 def init_world(
@@ -181,21 +195,22 @@ def init_world(
     run_id: str,
     report_dir: Path | None = None,
 ) -> World:
-    """Join the job: branch world as torch.distributed's default group, router group, watch.
+    """Joins the job: the branch's world as torch.distributed's default group, the router group, the watch.
 
     Collective over all launched ranks. Reads the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK,
-    MASTER_ADDR, MASTER_PORT). On CUDA the branch group has a Gloo part for CPU tensors.
+    MASTER_ADDR, MASTER_PORT). On CUDA, the branch's group has a Gloo part for CPU tensors.
 
     Args:
         branch_ranks: branch name to global ranks; together exactly 0 .. WORLD_SIZE - 1.
         device: where the actors run; ``cuda`` selects the GPU of LOCAL_RANK.
-        timeout_seconds: limit on every operation, and on waiting for ranks that have not started.
+        timeout_seconds: limit on every operation, and on waiting for ranks to start.
         run_id: the same on every rank; keeps runs apart that share a store.
         report_dir: where the watch also writes its reports.
 
     Raises:
         ValueError: ``branch_ranks`` does not cover the world.
-        WorldError: no launcher environment, ranks that never came, or ranks with another configuration.
+        WorldError: no launcher environment, a store that cannot be served or reached, ranks that never came,
+            or ranks with another configuration.
     """
     rank, world_size, local_rank = _launcher_environment()
     if dist.is_initialized():
@@ -205,6 +220,7 @@ def init_world(
     branch = next(name for name, members in ranks.items() if rank in members)
     timeout = timedelta(seconds=timeout_seconds + _BACKEND_GRACE_SECONDS)
 
+    changed = _choose_interface(os.environ["MASTER_ADDR"])
     store, hosts_store = _connect(rank, timeout)
     _agree(store, rank, ranks, run_id, timeout_seconds)
     store = dist.PrefixStore(run_id, store)
@@ -243,6 +259,7 @@ def init_world(
         watch=watch,
         local_rank=local_rank,
         hosts_store=hosts_store,
+        _saved_environment=changed,
     )
     world.barrier("init_world")
     logger.info(
@@ -274,6 +291,20 @@ def _check_cover(branch_ranks: Mapping[str, Sequence[int]], world_size: int) -> 
         )
 
 
+def _choose_interface(host: str) -> dict[str, str | None]:
+    """Makes every Gloo group use the interface that leads to ``host``, unless one is chosen already. Gloo's
+    own choice is whatever this machine's name stands for, which may be nothing, or may not be reached from
+    the other machines.
+
+    Returns:
+        What the environment was where it has been changed.
+    """
+    if os.environ.get(_INTERFACE) or (name := interface_to(host)) is None:
+        return {}
+    os.environ[_INTERFACE] = name
+    return {_INTERFACE: None}
+
+
 def _launcher_serves() -> bool:
     """Whether the store is torchrun's."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -291,7 +322,9 @@ def _connect(rank: int, timeout: timedelta) -> tuple[dist.Store, bool]:
     except (RuntimeError, OSError) as error:
         role = "serve" if hosts else "reach"
         raise WorldError(
-            f"rank {rank} cannot {role} the job's store at MASTER_ADDR:MASTER_PORT = {host}:{port}: {error}"
+            f"rank {rank} cannot {role} the job's store at MASTER_ADDR:MASTER_PORT = {host}:{port}: {error}; "
+            "MASTER_ADDR must be a name or address of rank 0's machine that the job's other machines can "
+            "reach, and MASTER_PORT a free port there"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"copd/attempt_{attempt}", tcp), hosts
@@ -304,7 +337,7 @@ def _agree(
     run_id: str,
     timeout_seconds: float,
 ) -> None:
-    """Wait for every rank and refuse ranks that were configured otherwise."""
+    """Waits for every rank, and refuses a job whose ranks have different configurations."""
     mine = json.dumps({"run_id": run_id, "branch_ranks": branch_ranks, "torch": torch.__version__})
     keys = {
         f"arrived/{r}": (branch, i, r) for branch, ranks in branch_ranks.items() for i, r in enumerate(ranks)
@@ -320,7 +353,7 @@ def _agree(
             "look at their nodes' logs, or raise run.collective_timeout_seconds"
         ) from error
     given = dict(zip(keys, (value.decode() for value in store.multi_get(list(keys))), strict=True))
-    # Every rank compares all with rank 0's, so that all of them refuse, not only the odd ones.
+    # every rank compares all with rank 0's, so that all of them refuse, not only the ones that differ
     for key, (branch, i, r) in keys.items():
         if given[key] != given["arrived/0"]:
             raise WorldError(
@@ -335,7 +368,7 @@ def _router_group(
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [
         dist.ProcessGroupGloo.create_device(interface=name, lazy_init=lazy)
-        for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
+        for name in os.environ.get(_INTERFACE, "").split(",")
         if name
     ] or [dist.ProcessGroupGloo.create_default_device(lazy_init=lazy)]
     options._timeout = timeout

@@ -1,0 +1,61 @@
+"""Why a run ended, from what its ranks logged and how they exited: the last thing that a person sees."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from copd_megatron.metrics.rank_log import ENDED_BY, TIME_FORMAT, Selection, merged
+
+_PLACE: Final = r"\[(?P<branch>[^\s,]+)(?: (?P<branch_rank>\d+)/\d+)?, rank (?P<rank>\d+)\]"
+_ENDED: Final = re.compile(rf".*?{_PLACE} \S+ {ENDED_BY}(?P<error>\w+): (?P<message>.*)")
+_STUCK: Final = re.compile(rf".*?{_PLACE} \S+ watch: (?P<message>.*without progress for.*)")
+_ELSEWHERE: Final = ("CollectiveError",)
+"""Errors of a rank that another one's end has brought about."""
+
+
+def why_it_ended(run_dir: Path, exits: Mapping[int, int], *, since: datetime) -> str:
+    """The cause of a failure, in one sentence.
+
+    Args:
+        exits: exit status of each rank that failed, by global rank; negative if a signal killed it.
+        since: when the ranks were started; what is logged before belongs to an earlier start.
+    """
+    try:
+        lines = list(merged(run_dir, Selection(level="ERROR")))
+    except FileNotFoundError:  # they failed before they could log, or log no files
+        lines = []
+    begin = since.strftime(TIME_FORMAT)
+    ended = [match for line in lines if line >= begin and (match := _ENDED.match(line))]
+    stuck = [match for line in lines if line >= begin and (match := _STUCK.match(line))]
+    first = next((match for match in ended if match["error"] not in _ELSEWHERE), None)
+    if first is not None:
+        return _told(first)
+    killed = {rank: -status for rank, status in exits.items() if status < 0}
+    if killed:
+        return "; ".join(_killed(rank, number) for rank, number in killed.items())
+    if stuck:
+        return stuck[0]["message"]
+    return _told(ended[0]) if ended else _statuses(exits.items())
+
+
+def _told(match: re.Match[str]) -> str:
+    place = match["branch"] + (f" rank {match['branch_rank']}" if match["branch_rank"] else "")
+    return f"{place} (global rank {match['rank']}): {match['error']}: {match['message']}"
+
+
+def _killed(rank: int, number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    hint = ", as by the kernel when memory runs out (see dmesg)" if name == "SIGKILL" else ""
+    return f"global rank {rank} was killed by {name}{hint}"
+
+
+def _statuses(exits: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"global rank {rank} exited with status {status}" for rank, status in exits)
