@@ -1,9 +1,9 @@
-"""Saving and loading over all branches of a running job.
+"""Saving and loading of all branches of a running job together.
 
-A save: every branch writes its part in Megatron's format, every rank its own file; the first rank of each
-branch adds Megatron's metadata and the loop state; when all branches have reported, global rank 0 writes the
-manifest. If any part fails, all ranks learn of it, the folder is removed and the run goes on with the
-checkpoint before.
+In a save, every branch writes its part in Megatron's format, and every rank writes a file of its own. The
+first rank of each branch adds Megatron's metadata and the loop state. When all branches have reported, global
+rank 0 writes the manifest. If any part fails, all ranks learn of it, the folder is deleted, and the run goes
+on with the checkpoint before.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from copd_megatron.checkpoint.manifest import (
     Manifest,
     complete_checkpoints,
     hash_problems,
-    mark_unfinished,
+    make_folders,
     read_manifest,
     remove_checkpoint,
     remove_unfinished,
     set_aside,
+    set_aside_before,
     size_problems,
     step_folder,
     step_folders,
-    sync_folder,
     to_delete,
     write_durably,
     write_manifest,
@@ -73,7 +73,7 @@ class Saved:
 
 @dataclass(kw_only=True)
 class _Pending:
-    """A save whose files are being written."""
+    """A save whose files are still being written."""
 
     saved: Saved
     folder: Path
@@ -85,15 +85,15 @@ class _Pending:
 def plan_save(
     actor: MegatronActor, folder: Path, *, teacher: WeightSnapshot | None, copy: bool, validate: bool = True
 ) -> RankWriter:
-    """Decides with the branch's other ranks who writes what of an actor; collective over the branch.
+    """Plans with the branch's other ranks who writes what of an actor. Collective over the branch.
 
     Args:
-        folder: there already, and empty.
-        copy: take copies of the live tensors, so that training may go on before they are written.
-        validate: check that the ranks' shards make up every tensor exactly once (a collective of its own).
+        folder: exists, and is empty.
+        copy: copy the live tensors, so that training may go on before they are written.
+        validate: check that the ranks' shards cover every tensor exactly once (another collective).
 
     Returns:
-        The writer of this rank's file; ``write_metadata`` makes the folder readable when all have written.
+        The writer of this rank's file. ``write_metadata`` makes the folder readable when all have written.
     """
     strategy = SaveStrategy(copy=copy)
     wrapped: Any = strategy
@@ -113,7 +113,7 @@ def plan_save(
 
 
 class JointSaver:
-    """Saves one job's branches together. All methods are collective over all branches, unless they say
+    """Saves the branches of a job together. All methods are collective over all branches unless they say
     otherwise."""
 
     def __init__(
@@ -133,16 +133,16 @@ class JointSaver:
 
     @property
     def pending(self) -> bool:
-        """Whether a save has begun and not been completed; the same on all ranks."""
+        """Whether a save has begun and is not completed; the same on all ranks."""
         return self._pending is not None
 
     @property
     def written(self) -> bool:
-        """Whether this rank's files of the pending save are done. Not collective."""
+        """Whether this rank has written its part of the pending save. Not collective."""
         return self._pending is None or self._pending.writer is None or self._pending.writer.done
 
     def save(self, saved: Saved) -> None:
-        """Begins a save, and completes it unless saves are asynchronous."""
+        """Begins a save and, unless saves are asynchronous, completes it."""
         if self.pending:
             self.complete()
         begun = time.perf_counter()
@@ -175,7 +175,8 @@ class JointSaver:
             self.complete()
 
     def complete(self) -> bool:
-        """Waits for the files, writes the manifest, deletes old checkpoints; whether it is valid now."""
+        """Waits for the files, writes the manifest and deletes old checkpoints. Returns whether the save is
+        valid now."""
         pending = self._pending
         if pending is None:
             return True
@@ -204,23 +205,19 @@ class JointSaver:
     # ---- parts of a save ---------------------------------------------------------------------------------
 
     def _make_folders(self, folder: Path) -> str | None:
-        """Fresh folders, made by the first rank; why not, if it cannot, on every rank."""
+        """Has the first rank make the folders; returns on every rank why it cannot, or None."""
         problem = None
         if self.world.is_first:
             try:
-                remove_checkpoint(folder)
-                for branch in self.world.branches:
-                    (folder / branch).mkdir(parents=True)
-                mark_unfinished(folder)
-                sync_folder(folder.parent)
-                sync_folder(folder)
+                make_folders(folder, self.world.branches)
             except OSError as error:
                 problem = f"{folder}: {error.strerror or error}"
         found: str | None = self.world.all_gather_objects(problem, "checkpoint.folders")[0]
         return found
 
     def _finish_branch(self, pending: _Pending, written: Written) -> tuple[BranchEntry | None, str | None]:
-        """Megatron's metadata and the loop state, by the branch's first rank: (its entry, what failed)."""
+        """Has the branch's first rank write Megatron's metadata and the loop state. Returns its entry, and
+        what failed."""
         world, saved = self.world, pending.saved
         with world.watch.operation("checkpoint.collect", ranks=world.branch_ranks[world.branch]):
             parts = gather_messages(written)
@@ -275,7 +272,7 @@ class JointSaver:
         """Says that there is no checkpoint of this step, and frees its space."""
         if not self.world.is_first:
             return
-        remove_checkpoint(folder)
+        self._remove(folder)
         before = next(iter(complete_checkpoints(self.run_dir)), None)
         stays = (
             "there is none before it"
@@ -287,22 +284,29 @@ class JointSaver:
     def _delete_old(self) -> None:
         scores = {step: m.validation_accuracy for step, m in complete_checkpoints(self.run_dir).items()}
         for step in to_delete(scores, keep_last=self.keep_last, keep_best=self.keep_best):
-            remove_checkpoint(step_folder(self.run_dir, step))
+            self._remove(step_folder(self.run_dir, step))
+
+    def _remove(self, folder: Path) -> None:
+        """What cannot be deleted costs room, not the run."""
+        try:
+            remove_checkpoint(folder)
+        except OSError as error:
+            logger.warning("%s is not deleted: %s", folder, error)
 
 
 # ---- loading ---------------------------------------------------------------------------------------------
 
 
 def find_checkpoint(world: World, run_dir: Path, *, verify_hashes: bool) -> Manifest | None:
-    """The newest valid checkpoint; what is wrong with newer ones is logged, damaged ones are renamed.
+    """The newest valid checkpoint. Damaged ones are renamed, and what is wrong with them is logged.
 
-    Collective over all branches; the ranks share the hashing.
+    Collective over all branches; the ranks divide the hashing among them.
 
     Returns:
         None if the run has not saved yet.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged: starting over would cost the whole run.
+        CheckpointError: there are checkpoints, and all are damaged. Starting over would cost the whole run.
     """
     candidates: list[Manifest] = []
     damaged: list[Path] = []
@@ -313,8 +317,8 @@ def find_checkpoint(world: World, run_dir: Path, *, verify_hashes: bool) -> Mani
         newest, lost = world.all_gather_objects(next_one, "checkpoint.find")[0]
         if newest is None and lost:
             raise CheckpointError(
-                f"{run_dir} has no checkpoint that is whole: {', '.join(path.name for path in lost)}; "
-                "restore one of them under its old name, or set run.overwrite=true to start anew"
+                f"all checkpoints of {run_dir} are damaged: {', '.join(path.name for path in lost)}; restore "
+                "one of them under its old name, or set run.overwrite=true to start over"
             )
         if newest is None:
             return None
@@ -331,9 +335,10 @@ def find_checkpoint(world: World, run_dir: Path, *, verify_hashes: bool) -> Mani
 
 
 def _complete(run_dir: Path) -> tuple[list[Manifest], list[Path]]:
-    """Checkpoints whose manifest and sizes are right, newest first; the others are named and put aside."""
+    """Checkpoints whose manifest and sizes are right, newest first, and the names that damaged ones have been
+    given, now or by an earlier start."""
     remove_unfinished(run_dir)
-    found, damaged = [], []
+    found, damaged = [], set_aside_before(run_dir)
     for folder in step_folders(run_dir).values():
         try:
             manifest = read_manifest(folder)
@@ -348,11 +353,11 @@ def _complete(run_dir: Path) -> tuple[list[Manifest], list[Path]]:
 
 
 def _skip(folder: Path, problems: list[str]) -> Path:
-    """Says what is wrong with a checkpoint and puts it aside; its new name."""
+    """Says what is wrong with a checkpoint and renames it; returns the new name."""
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     aside = set_aside(folder)
     logger.error(
-        "checkpoint %s is damaged and not used: %s%s; renamed to %s",
+        "checkpoint %s is damaged, so it is not used: %s%s; renamed to %s",
         folder,
         "; ".join(problems[:3]),
         more,
@@ -364,7 +369,7 @@ def _skip(folder: Path, problems: list[str]) -> Path:
 def load_checkpoint(
     world: World, actor: MegatronActor, run_dir: Path, manifest: Manifest
 ) -> tuple[dict[str, Any], WeightSnapshot | None]:
-    """Puts this branch's part of a checkpoint into the actor, at whatever layout it now has.
+    """Loads this branch's part of a checkpoint into the actor, whatever layout it has now.
 
     Returns:
         The branch's loop state, and the teacher snapshot if one was saved.

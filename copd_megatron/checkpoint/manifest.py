@@ -1,7 +1,9 @@
-"""What a checkpoint holds, which checkpoints are valid, and which to delete. Neither torch nor Megatron."""
+"""What a checkpoint holds, which checkpoints are valid, and which to delete. Imports neither torch nor
+Megatron."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -10,7 +12,7 @@ import re
 import shutil
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,9 +24,10 @@ logger = logging.getLogger(__name__)
 
 MANIFEST: Final = "manifest.json"
 UNFINISHED: Final = ".unfinished"
-"""Mark in a checkpoint's folder that a save leaves there until its manifest is written."""
+"""File in a checkpoint's folder, from the beginning of a save until its manifest is written."""
 FORMAT: Final = 1
 _FOLDER = re.compile(r"step_(\d{6,})")
+_DAMAGED = "damaged"
 _READ_BYTES = 8 * 2**20
 
 
@@ -100,7 +103,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def step_folders(run_dir: Path) -> dict[int, Path]:
-    """Steps for which there is a folder, valid or not, newest first."""
+    """Steps that have a folder, valid or not, newest first."""
     parent = checkpoints_dir(run_dir)
     if not parent.is_dir():
         return {}
@@ -112,7 +115,7 @@ def step_folders(run_dir: Path) -> dict[int, Path]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Makes the checkpoint valid: written aside, synced, renamed, and the folder synced.
+    """Makes the checkpoint valid. The manifest is written under another name, synced and renamed.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the checkpoint stays invalid.
@@ -127,7 +130,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is damaged, or of a later format.
+        CheckpointError: there is none, it is damaged, or it has another format.
     """
     path = folder / MANIFEST
     try:
@@ -177,7 +180,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def write_durably(path: Path, data: bytes) -> FileEntry:
-    """Writes a file so that after a crash it is there as a whole or not at all.
+    """Writes a file so that a crash leaves the whole of it or nothing.
 
     Returns:
         Its entry, with the path relative to ``path.parent.parent`` (``<branch>/<file>``).
@@ -195,7 +198,7 @@ def write_durably(path: Path, data: bytes) -> FileEntry:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes names in a folder durable."""
+    """Makes the names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -216,7 +219,7 @@ def hash_file(path: Path) -> str:
 
 
 def size_problems(folder: Path, manifest: Manifest) -> list[str]:
-    """Files that are missing or have another size than the manifest says; empty: none."""
+    """What is wrong with the presence and sizes of the files; empty if nothing is."""
     problems = []
     for file in manifest.files:
         try:
@@ -230,10 +233,11 @@ def size_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def hash_problems(folder: Path, manifest: Manifest, *, part: int = 0, num_parts: int = 1) -> list[str]:
-    """Files whose content is not what was written; empty: none.
+    """What is wrong with the content of the files; empty if nothing is.
 
     Args:
-        part, num_parts: check only this share of the files (of about equal bytes), so that ranks share it.
+        part, num_parts: check this share of the files only (all have about equal bytes), so that ranks can
+            divide the work.
     """
     problems = []
     for file in share(manifest.files, part, num_parts):
@@ -251,7 +255,8 @@ def hash_problems(folder: Path, manifest: Manifest, *, part: int = 0, num_parts:
 
 
 def share(files: Sequence[FileEntry], part: int, num_parts: int) -> list[FileEntry]:
-    """The files of one of ``num_parts`` parts: largest first, each to the part with the fewest bytes."""
+    """The files of one of ``num_parts`` parts. The largest come first, each to the part with the fewest
+    bytes."""
     load = [0] * num_parts
     mine = []
     for file in sorted(files, key=lambda f: (-f.num_bytes, f.path)):
@@ -263,7 +268,8 @@ def share(files: Sequence[FileEntry], part: int, num_parts: int) -> list[FileEnt
 
 
 def complete_checkpoints(run_dir: Path) -> dict[int, Manifest]:
-    """Checkpoints that have a manifest and all files in their sizes, newest first. Hashes are not checked."""
+    """Checkpoints with a manifest and all their files in the right sizes, newest first. Does not check
+    hashes."""
     found = {}
     for step, folder in step_folders(run_dir).items():
         try:
@@ -279,12 +285,12 @@ def complete_checkpoints(run_dir: Path) -> dict[int, Manifest]:
 
 
 def to_delete(scores: Mapping[int, float | None], *, keep_last: int, keep_best: int) -> list[int]:
-    """Steps whose checkpoints may go. Pure.
+    """Steps whose checkpoints may be deleted. Pure.
 
     Args:
         scores: valid checkpoints, step to mean validation accuracy (None: not evaluated).
-        keep_last: newest ones that stay; at least 1.
-        keep_best: highest scores that stay; of equal ones the newer.
+        keep_last: how many of the newest stay; at least 1.
+        keep_best: how many of the best scores stay; of equal ones, the newer.
     """
     newest = sorted(scores, reverse=True)
     keep: set[int] = set(newest[: max(keep_last, 1)])
@@ -293,36 +299,63 @@ def to_delete(scores: Mapping[int, float | None], *, keep_last: int, keep_best: 
     return sorted(set(scores) - keep)
 
 
+def make_folders(folder: Path, branches: Iterable[str]) -> None:
+    """Makes the folders of a new checkpoint, marked as unfinished. Whatever is there already was made by
+    nobody who should: it is renamed and named.
+
+    Raises:
+        OSError: they cannot be made.
+    """
+    if folder.is_symlink() or folder.exists():
+        logger.warning(
+            "%s was there before its step was saved; renamed to %s", folder, set_aside(folder, "old")
+        )
+    folder.mkdir(parents=True)
+    (folder / UNFINISHED).touch()
+    for branch in branches:
+        (folder / branch).mkdir()
+    sync_folder(folder.parent)
+    sync_folder(folder)
+
+
 def remove_checkpoint(folder: Path) -> None:
-    """Deletes a checkpoint, its manifest first, so that a crash on the way leaves none that looks valid."""
-    if folder.exists():
-        mark_unfinished(folder)
+    """Deletes a checkpoint, its manifest first, so that a crash on the way leaves none that looks valid. Of a
+    link, only the link.
+
+    Raises:
+        OSError: something cannot be deleted.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        with contextlib.suppress(OSError):  # a full disk, which this will mend
+            (folder / UNFINISHED).touch()
         (folder / MANIFEST).unlink(missing_ok=True)
         sync_folder(folder)
         shutil.rmtree(folder)
 
 
-def mark_unfinished(folder: Path) -> None:
-    """Says that a save has made this folder, so that it may be deleted if the save dies."""
-    (folder / UNFINISHED).touch()
-
-
 def remove_unfinished(run_dir: Path) -> None:
-    """Deals with folders without a manifest. What a save that died left behind bears its mark and is deleted;
-    anything else may be somebody's, and is renamed and named."""
+    """Deals with folders without a manifest. What a save that died left behind bears its mark and is deleted.
+    Anything else may be somebody's, so it is renamed and named."""
     for folder in step_folders(run_dir).values():
         if (folder / MANIFEST).exists():
             continue
         if (folder / UNFINISHED).exists():
             logger.info("removing %s, an unfinished save", folder)
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
             continue
         logger.warning(
             "%s has no %s and is not used; renamed to %s", folder, MANIFEST, set_aside(folder, "no_manifest")
         )
 
 
-def set_aside(folder: Path, why: str = "damaged") -> Path:
+def set_aside_before(run_dir: Path) -> list[Path]:
+    """Damaged checkpoints that earlier starts of the run have renamed."""
+    return sorted(checkpoints_dir(run_dir).glob(f"step_*.{_DAMAGED}*"))
+
+
+def set_aside(folder: Path, why: str = _DAMAGED) -> Path:
     """Renames a checkpoint, so that it is neither read nor counted again; returns the new name."""
     number = 0
     while (target := folder.with_name(f"{folder.name}.{why}{number or ''}")).exists():

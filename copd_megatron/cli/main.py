@@ -60,9 +60,9 @@ MODULES: Final = {
     cls=LazyGroup,
     modules=MODULES,
     examples=EXAMPLES,
-    epilog="Exit status: 0 done, 1 failed, 2 something to change on your side, 75 saved and stopped (start it "
-    "again to go on), 78 a run failed in a way that no restart can mend, 130 interrupted. COPD_TRACEBACK=1 "
-    "shows where an error came from.",
+    epilog="Exit status: 0 done, 1 failed, 2 something to change on your side, 75 saved and stopped "
+    "(start it again to go on), 78 a run failed in a way that no restart can mend, 130 interrupted. "
+    "COPD_TRACEBACK=1 shows where an error came from.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import uuid
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import NoReturn
 
 from copd_megatron.config import Config, Device
 from copd_megatron.launch.run_dir import run_directory
+from copd_megatron.topology.loopback import only_this_machine
 
 
 def become_torchrun(config: Config, arguments: Sequence[str]) -> NoReturn:
@@ -44,13 +44,6 @@ def become_torchrun(config: Config, arguments: Sequence[str]) -> NoReturn:
     ]
     sys.stdout.flush()
     os.execv(sys.executable, command)
-
-
-def only_this_machine() -> dict[str, str]:
-    """Variables that keep the ranks of one machine on its loopback interface, where no other machine can
-    reach them, whatever the environment says of the cluster's network."""
-    interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
-    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface, "VLLM_HOST_IP": "127.0.0.1"}
 
 
 def handled_signals() -> list[str]:

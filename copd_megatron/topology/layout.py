@@ -1,8 +1,8 @@
 """Which global rank does what: pure arithmetic, no torch.
 
-Branches take contiguous ranges of global ranks in the order of ``branches``. Inside a branch ranks run in
+Branches take contiguous ranges of global ranks, in the order of ``branches``. Inside a branch, ranks follow
 Megatron-Core's default order ``tp-cp-ep-dp-pp``: tensor fastest, then context, then data, pipeline slowest.
-The same ranks are cut a second time for sampling: rollout tensor parallelism fastest, so
+Sampling divides the same ranks a second time, with rollout tensor parallelism fastest:
 
     branch_rank = tp + TP * (cp + CP * (dp + DP * pp)) = rollout_tp_rank + ROLLOUT_TP * rollout_replica
 
@@ -19,7 +19,7 @@ from copd_megatron.config.schema import BranchConfig, Config, ParallelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """One process: where it stands in the job, in its branch, and in its branch's two cuts."""
+    """One process: its place in the job, in its branch, and in the two divisions of its branch."""
 
     rank: int
     """Global rank."""
@@ -35,7 +35,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchLayout:
-    """One branch's ranks and its sizes."""
+    """A branch's ranks and parallel sizes."""
 
     name: str
     first_rank: int
@@ -58,7 +58,7 @@ class BranchLayout:
 
     @property
     def ranks(self) -> range:
-        """Its global ranks."""
+        """The branch's global ranks."""
         return range(self.first_rank, self.first_rank + self.world_size)
 
     @property
@@ -88,7 +88,8 @@ class BranchLayout:
     def branch_rank_of(
         self, *, tp_rank: int = 0, cp_rank: int = 0, dp_rank: int = 0, pp_rank: int = 0
     ) -> int:
-        """The inverse of :meth:`place`: the branch rank at these coordinates."""
+        """The branch rank at these coordinates; the inverse of ``place``. Raises IndexError outside the
+        branch."""
         for name, value, size in (
             ("tp_rank", tp_rank, self.tensor_parallel_size),
             ("cp_rank", cp_rank, self.context_parallel_size),
@@ -112,7 +113,7 @@ class Layout:
         """Lays the branches of a validated config side by side.
 
         Raises:
-            ValueError: a branch's rollout tensor parallelism does not divide its ranks, or has no ranks.
+            ValueError: there is no branch, or one whose rollout tensor parallelism does not divide its ranks.
         """
         branches: dict[str, BranchLayout] = {}
         first_rank = 0
@@ -132,14 +133,14 @@ class Layout:
         return tuple(self.branches)
 
     def branch_of(self, rank: int) -> str:
-        """Name of the branch that global ``rank`` belongs to. Raises IndexError outside the job."""
+        """The branch that global ``rank`` belongs to. Raises IndexError outside the job."""
         for name, branch in self.branches.items():
             if rank in branch.ranks:
                 return name
-        raise IndexError(f"the job has ranks 0..{self.world_size - 1}, asked for {rank}")
+        raise IndexError(f"the job has ranks 0..{self.world_size - 1}, not {rank}")
 
     def ranks_of(self, branch: str) -> range:
-        """Global ranks of a branch. Raises KeyError for a name that is no branch."""
+        """Global ranks of a branch. Raises KeyError if there is no such branch."""
         return self._branch(branch).ranks
 
     def place(self, rank: int) -> Place:
@@ -148,11 +149,11 @@ class Layout:
         return branch.place(rank - branch.first_rank)
 
     def places(self) -> Iterator[Place]:
-        """All processes in global rank order."""
+        """All processes, in order of global rank."""
         return (self.place(rank) for rank in range(self.world_size))
 
     def describe(self, max_ranks_per_branch: int = 64) -> str:
-        """The layout as a text table, for people; long branches are cut in the middle."""
+        """The layout as a table for people. Branches with many ranks are shortened in the middle."""
         lines = []
         for branch in self.branches.values():
             frozen = ", frozen" if branch.frozen else ""

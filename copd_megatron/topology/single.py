@@ -1,4 +1,4 @@
-"""A world of one process, for tools that need what a branch has but are no job."""
+"""A world of one process, for commands that need what a branch has without being a job."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from copd_megatron.topology.loopback import only_this_machine
+
 
 @contextlib.contextmanager
 def single_process() -> Iterator[str]:
-    """torch.distributed with one rank, over a store in this process; yields a fresh run identifier.
+    """torch.distributed with one rank and a store in this process; yields a new run identifier.
 
-    A caller under torchrun is refused: it would make one world per rank.
+    Raises:
+        RuntimeError: this is one of several ranks, each of which would make a world of its own.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) != 1:
         raise RuntimeError("this command runs as one process: start it without torchrun or srun")
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **only_this_machine()}
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:

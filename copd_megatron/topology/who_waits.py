@@ -1,4 +1,4 @@
-"""Who waits for whom, from a table of what every rank is doing. Pure: the watch makes the table."""
+"""Who waits for whom, given what every rank is doing (``rank_table``). Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 _MAX_NAMED = 8
 RUNNING, FAILED, CLOSED = "running", "failed", "closed"
 EXITED, DEAD, UNKNOWN = "exited", "dead", "unknown"
-"""What a rank may be; see ``RankState.status``."""
+"""Values of ``RankState.status``."""
 _GONE_ORDER = {DEAD: 0, EXITED: 1, FAILED: 2, UNKNOWN: 3, RUNNING: 4, CLOSED: 5}
 
 
@@ -21,13 +21,14 @@ class RankState:
     branch: str
     branch_rank: int
     status: str
-    """``running``, ``failed`` (left an operation by an exception), ``closed`` (ended in good order),
-    ``exited`` (ended without closing), ``dead`` (heartbeat stopped: killed, or stuck in native code that
-    never lets Python run), ``unknown`` (never seen)."""
+    """``running``, ``failed`` (an exception left an operation), ``closed`` (ended in good order), ``exited``
+    (ended without closing), ``dead`` (no heartbeat: killed, or stuck in native code that never lets Python
+    run), ``unknown`` (never reported)."""
     path: str
-    """Open operations, outermost first, joined by `` > ``; empty: between operations."""
+    """Open operations, outermost first, joined by `` > ``; empty between operations."""
     count: int
-    """Operations entered so far; ranks of one branch run the same ones, so a lower count is behind."""
+    """Operations entered so far. Ranks of one branch run the same ones, so one with a lower count is
+    behind."""
     seconds: float
     """Since it last entered or left an operation."""
 
@@ -37,7 +38,7 @@ class RankState:
 
     @property
     def activity(self) -> str:
-        """``in rollout.generate for 613 s``, with the status where it is not ``running``."""
+        """``in rollout.generate for 613 s``, or what the status says unless it is ``running``."""
         where = f"in {self.path}" if self.path else "between operations"
         if self.status == UNKNOWN:
             return "never reported"
@@ -55,11 +56,14 @@ class RankState:
 def waited_for(
     mine: RankState, table: Sequence[RankState], ranks: Iterable[int] | None = None
 ) -> list[RankState]:
-    """Ranks that keep ``mine`` waiting, likeliest culprit first.
+    """Ranks that keep ``mine`` waiting, the likeliest culprit first.
 
-    ``ranks`` (global; None: everybody) take part in the operation. A participant keeps others waiting when it
-    is gone, is in another operation, or, in one's own branch, has entered fewer operations. Gone ranks come
-    first, then those that have been where they are the longest.
+    A rank that takes part in the operation keeps the others waiting if it is gone, is in another operation,
+    or, within one branch, has entered fewer operations. Ranks that are gone come first, then those that have
+    been in their operation the longest.
+
+    Args:
+        ranks: global ranks that take part; None: all.
     """
     participants = None if ranks is None else set(ranks)
     waiting = []
@@ -73,7 +77,7 @@ def waited_for(
 
 
 def format_report(mine: RankState, table: Sequence[RankState], ranks: Iterable[int] | None = None) -> str:
-    """Who waits for whom, as text: the culprits, one's own branch's stragglers, then every rank."""
+    """Who waits for whom, as text: the culprits, the ranks of this branch that are behind, then all ranks."""
     culprits = waited_for(mine, table, ranks)
     lines = []
     if culprits:
@@ -84,12 +88,12 @@ def format_report(mine: RankState, table: Sequence[RankState], ranks: Iterable[i
     elif ranks is not None and set(ranks) <= {mine.rank}:
         lines.append(
             "waiting for: nobody; no other rank takes part in this, so this one is stuck by itself: its "
-            "stacks say where"
+            "stacks show where"
         )
     else:
         lines.append(
-            "waiting for: nobody; every rank taking part is in the same operation, so look for a broken link "
-            "between them or for collectives that do not match"
+            "waiting for: nobody; every rank taking part is in the same operation, so look for a broken "
+            "connection between them, or for collectives that do not match"
         )
     for word, ranks_there in (
         ("behind", [s for s in table if s.branch == mine.branch and s.count < mine.count]),
@@ -104,7 +108,7 @@ def format_report(mine: RankState, table: Sequence[RankState], ranks: Iterable[i
 
 
 def _grouped(table: Sequence[RankState]) -> list[str]:
-    """One line per set of ranks of a branch that do the same."""
+    """One line for each set of ranks of a branch that do the same."""
     groups: dict[tuple[str, str, str], list[RankState]] = {}
     for state in table:
         groups.setdefault((state.branch, state.status, state.path), []).append(state)
