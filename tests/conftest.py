@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +44,17 @@ def hf_processor() -> Any:
 def processor(hf_processor: Any) -> MultimodalProcessor:
     """Ours over ``hf_processor``, with the settings ``models_vl.MEDIA``."""
     return MultimodalProcessor(hf_processor, MEDIA)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)])
+    if mounted.returncode:
+        pytest.skip("this container may not mount")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -190,17 +190,21 @@ def _failure_in_the_background(folder: Path) -> bool:
     return writer.done
 
 
-def _all_damaged(world: Any, lost: Path, run_dir: Path) -> str:
-    """What a run is told whose only checkpoint has lost a file."""
+def _all_damaged(world: Any, lost: Path, run_dir: Path) -> list[str]:
+    """What a run is told whose only checkpoint has lost a file, at two starts."""
     from copd_megatron.checkpoint.joint import find_checkpoint
 
     if world.is_first:
         shutil.copytree(step_folder(run_dir, 3), step_folder(lost, 3))
         (step_folder(lost, 3) / "beta" / "loop.json").unlink()
     world.barrier("lost")
-    with pytest.raises(CheckpointError) as caught:
-        find_checkpoint(world, lost, verify_hashes=True)
-    return str(caught.value)
+    said = []
+    for start in range(2):
+        with pytest.raises(CheckpointError) as caught:
+            find_checkpoint(world, lost, verify_hashes=True)
+        said.append(str(caught.value))
+        world.barrier(f"start {start}")
+    return said
 
 
 @contextlib.contextmanager
@@ -264,8 +268,10 @@ def test_damaged_checkpoints_are_named_and_skipped(outcome: Any) -> None:
 
 def test_a_run_without_a_whole_checkpoint_does_not_start_over(outcome: Any) -> None:
     for rank in outcome[0]:
-        assert "no checkpoint that is whole: step_000003.damaged;" in rank["nothing whole"]
-        assert "run.overwrite=true" in rank["nothing whole"]
+        said, again = rank["nothing whole"]
+        assert said == again, "the second start finds it renamed"
+        assert f"all checkpoints of {outcome[1].with_name('lost')} are damaged: step_000003.damaged;" in said
+        assert "run.overwrite=true" in said
 
 
 def test_the_save_in_the_background_holds_the_weights_of_its_step(outcome: Any) -> None:

@@ -20,14 +20,16 @@ from copd_megatron.checkpoint.compare import compare_runs, metric_differences
 from copd_megatron.checkpoint.compatible import check_compatible
 from copd_megatron.checkpoint.manifest import (
     MANIFEST,
+    UNFINISHED,
     BranchEntry,
     CheckpointError,
     FileEntry,
     Manifest,
     complete_checkpoints,
     hash_problems,
-    mark_unfinished,
+    make_folders,
     read_manifest,
+    remove_checkpoint,
     remove_unfinished,
     set_aside,
     share,
@@ -165,7 +167,7 @@ def test_the_newest_and_the_best_are_kept(
 def test_unfinished_saves_are_removed_and_damaged_ones_put_aside(tmp_path: Path) -> None:
     whole, damaged = _checkpoint(tmp_path, 1), _checkpoint(tmp_path, 2)
     step_folder(tmp_path, 3).mkdir()
-    mark_unfinished(step_folder(tmp_path, 3))
+    (step_folder(tmp_path, 3) / UNFINISHED).touch()
     remove_unfinished(tmp_path)
     assert list(step_folders(tmp_path)) == [2, 1]
     assert not list(step_folder(tmp_path, 3).parent.glob("step_000003*"))
@@ -195,10 +197,32 @@ def test_what_no_save_has_made_is_kept_and_named(tmp_path: Path, caplog: pytest.
 def test_a_checkpoint_that_is_being_deleted_is_no_ones_work(tmp_path: Path) -> None:
     """A crash between the deletion of the manifest and that of the rest."""
     folder = _checkpoint(tmp_path, 3)
-    mark_unfinished(folder)
+    (folder / UNFINISHED).touch()
     (folder / MANIFEST).unlink()
     remove_unfinished(tmp_path)
     assert not list(folder.parent.glob("step_000003*"))
+
+
+def test_what_stands_where_a_save_goes_is_kept_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = step_folder(tmp_path, 4)
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("years of work")
+    make_folders(folder, ["alpha", "beta"])
+    assert sorted(path.name for path in folder.iterdir()) == [UNFINISHED, "alpha", "beta"]
+    kept = folder.with_name("step_000004.old")
+    assert (kept / "thesis.txt").read_text() == "years of work" and str(kept) in caplog.text
+
+
+def test_of_a_checkpoint_that_is_a_link_only_the_link_goes(tmp_path: Path) -> None:
+    """Somebody moved it to a larger disk."""
+    folder = _checkpoint(tmp_path, 5)
+    moved = folder.rename(tmp_path / "larger")
+    folder.symlink_to(moved)
+    assert list(complete_checkpoints(tmp_path)) == [5]
+    remove_checkpoint(folder)
+    assert not folder.is_symlink() and read_manifest(moved).step == 5
 
 
 def test_a_run_directory_belongs_to_one_job(tmp_path: Path) -> None:

@@ -17,12 +17,11 @@ import pytest
 
 from copd_megatron import __version__
 from copd_megatron.checkpoint.manifest import CheckpointError
-from copd_megatron.checkpoint.stop import EXIT_HOPELESS
 from copd_megatron.cli import main as cli
 from copd_megatron.cli.group import Command, LazyGroup
 from copd_megatron.cli.main import main
 from copd_megatron.config import load_config
-from copd_megatron.errors import ConfigError, DataError, DivergedError
+from copd_megatron.errors import EXIT_HOPELESS, ConfigError, DataError, DivergedError, RunStorageError
 from tests.test_cli_errors import copd as run_copd
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,7 +222,7 @@ def test_errors_are_told_and_have_their_status(
 
 
 @pytest.mark.parametrize("variable", ["RANK", "COPD_TRACEBACK"])
-@pytest.mark.parametrize("error", [ValueError("x"), CheckpointError("x"), OSError(28, "x")])
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), OSError(5, "x")])
 def test_a_rank_gives_its_traceback(
     variable: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +249,10 @@ def test_a_rank_that_a_restart_cannot_mend_says_so(
 ) -> None:
     """With its traceback, and the status that no launcher restarts."""
     monkeypatch.setenv("RANK", "1")
-    for error in (ConfigError("run.seed: no"), DataError("no shards"), DivergedError("too many")):
+    for error in (
+        *(ConfigError("run.seed: no"), DataError("no shards"), DivergedError("too many")),
+        *(CheckpointError("all are damaged"), RunStorageError("no metrics"), OSError(28, "disk full")),
+    ):
         _fail_with(error, monkeypatch)
         assert main(["fails"]) == EXIT_HOPELESS
         said = capsys.readouterr().err

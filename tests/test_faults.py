@@ -21,6 +21,7 @@ import pytest
 from copd_megatron.checkpoint.compare import compare_runs
 from copd_megatron.checkpoint.manifest import complete_checkpoints
 from tests.support.checkpoint_runs import BRANCHES, log_of, prepare, train, training, write_config
+from tests.support.disks import fill
 
 VLLM_FAULT = Path(__file__).with_name("vllm_fault")
 NUM_CYCLES = 4
@@ -115,17 +116,6 @@ def _rank(run_dir: Path, rank: int) -> int:
     raise AssertionError(f"{run_dir} has no rank {rank}")
 
 
-def _fill(folder: Path) -> Path:
-    """A file that takes all the room there is."""
-    filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(1 << 16))
-        except OSError:
-            return filler
-
-
 def _until(condition: Callable[[], bool], process: subprocess.Popen[str], run_dir: Path) -> None:
     """Waits for something in a run that must not end before."""
     deadline = time.monotonic() + 240
@@ -146,11 +136,17 @@ def test_a_killed_rank_and_a_full_disk_lose_nothing(runs: Runs, tmp_path: Path, 
         _until(lambda: len(complete_checkpoints(run_dir)) >= 2, process, run_dir)
         os.kill(_rank(run_dir, 1), signal.SIGKILL)
         _until(lambda: "resumed from" in log_of(run_dir).read_text(), process, run_dir)
-        filler = _fill(disk)
+        filler = fill(disk)
         assert process.wait(300) != 0
     said = log_of(run_dir).read_text()
     assert "restart 1 of 1" in said and "rank 1 with -9" in said
-    assert "No space left on device" in said
+    last = said.strip().splitlines()[-3:]
+    assert last[0].startswith("copd: the run ended: alpha rank 0 (global rank 0): RunStorageError: "), last
+    assert "No space left on device); free some space" in last[0]
+    assert (
+        last[1] == f"copd: the same command continues from step {next(iter(complete_checkpoints(run_dir)))}"
+    )
+    assert "Traceback" not in said.rpartition("resumed from")[2], "one sentence is enough"
     newest = next(iter(complete_checkpoints(run_dir)))
     assert 1 <= newest < NUM_STEPS
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from copd_megatron.checkpoint.stop import StopSignals
 from copd_megatron.errors import EXIT_HOPELESS, ConfigError
 from copd_megatron.launch.preflight import clear_run
+from copd_megatron.launch.torchrun import handled_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,31 +37,79 @@ def _launch(run_dir: Path, how: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("how", "status", "starts", "last"),
+    ("how", "status", "starts", "cause"),
     [
+        ("config", EXIT_HOPELESS, 1, "a rank 1 (global rank 1): ConfigError: run.seed: no good"),
+        ("bug", 1, 2, "a rank 1 (global rank 1): KeyError: 'a bug'"),
         (
-            "config",
-            EXIT_HOPELESS,
+            "killed",
             1,
-            "rank 1 ended the run: copd_megatron.errors.ConfigError: run.seed: no good",
+            2,
+            "global rank 1 was killed by SIGKILL, as by the kernel when memory runs out (see dmesg)",
         ),
-        ("bug", 1, 2, "rank 1 ended the run: KeyError: 'a bug'"),
-        ("interrupt", 130, 1, "ended by SIGINT; nothing is saved yet"),
     ],
 )
 def test_the_last_lines_say_why_and_where_to_read_on(
-    tmp_path: Path, how: str, status: int, starts: int, last: str
+    tmp_path: Path, how: str, status: int, starts: int, cause: str
 ) -> None:
     """A failure that starting again cannot mend is not started again."""
     done = _launch(tmp_path, how)
     assert done.returncode == status, done.stderr
     assert len(list(tmp_path.glob("started_1_*"))) == starts
-    lines = done.stderr.strip().splitlines()
-    if how == "interrupt":
-        assert "Traceback" not in done.stderr
-        assert lines[-1] == f"copd: {last}"
-    else:
-        assert lines[-2:] == [f"copd: {last}", f"copd: more: copd logs {tmp_path} --level ERROR"]
+    assert done.stderr.strip().splitlines()[-3:] == [
+        f"copd: the run ended: {cause}",
+        "copd: nothing is saved yet",
+        f"copd: more: copd logs {tmp_path} --level ERROR, and the lines above",
+    ]
+    assert ("Traceback" in done.stderr) == (how == "bug"), "only what is not meant for people has one"
+
+
+def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
+    done = _launch(tmp_path, "interrupt")
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr and "KeyboardInterrupt" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "copd: ended by SIGINT; nothing is saved yet"
+
+
+def test_ctrl_c_before_torchrun_is_there_is_one_line_too(tmp_path: Path) -> None:
+    """The seconds in which torch is imported."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _INTERRUPTED_IMPORT, str(tmp_path)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (130, "copd: ended by SIGINT; nothing is saved yet\n")
+
+
+_INTERRUPTED_IMPORT = """
+import os, signal, sys
+from copd_megatron.launch import local
+class Importing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Importing())
+sys.exit(local.main([sys.argv[1]]))
+"""
+
+
+def test_signals_that_are_ignored_stay_ignored() -> None:
+    """As nohup has it."""
+    assert "SIGHUP" in handled_signals()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert "SIGHUP" not in handled_signals() and "SIGTERM" in handled_signals()
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received == "SIGHUP"
 
 
 def test_overwriting_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> None:

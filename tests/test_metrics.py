@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import shutil
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +17,12 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from copd_megatron.errors import RunStorageError
 from copd_megatron.evaluation.table import render_table, save_table
 from copd_megatron.metrics.console import ConsoleView
 from copd_megatron.metrics.reduction import Metrics
 from copd_megatron.metrics.writers import JsonlWriter, TensorBoardWriter
+from tests.support.disks import fill
 from tests.support.distributed import run_distributed
 
 NAN, INF = math.nan, math.inf
@@ -238,6 +241,34 @@ def test_jsonl_with_nothing_but_a_torn_line(tmp_path: Path) -> None:
     path.write_text('{"step"')
     JsonlWriter(path).close()
     assert path.read_bytes() == b""
+
+
+def test_a_full_disk_ends_the_metrics_with_one_sentence_and_no_half_line(small_disk: Path) -> None:
+    path = small_disk / "run" / "metrics.jsonl"
+    writer = JsonlWriter(path)
+    writer.write(1, "rlvr", {"a": 1.0})
+    filler = fill(small_disk)
+    with pytest.raises(RunStorageError) as caught:
+        for step in range(2, 100):
+            whole = path.read_bytes()
+            writer.write(step, "rlvr", {"a": 1.0})
+    said = str(caught.value)
+    assert str(path) in said and f"step {step} cannot" in said and "No space left on device" in said
+    assert "free some space" in said and "start the same command again" in said
+    assert path.read_bytes() == whole, "the file ends with the line before"
+    writer.close()
+    filler.unlink()
+    again = JsonlWriter(path)
+    again.write(step, "rlvr", {"a": 1.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, step + 1))
+
+
+def test_metrics_in_a_folder_that_was_removed_are_lost_and_that_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    writer = JsonlWriter(path)
+    shutil.rmtree(path.parent)
+    with pytest.raises(RunStorageError, match="No such file or directory.*restore the folder"):
+        writer.write(1, "rlvr", {"a": 1.0})
 
 
 def test_jsonl_truncates_for_a_resume(tmp_path: Path) -> None:

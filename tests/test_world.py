@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from copd_megatron.errors import EXIT_HOPELESS, ConfigError
+from copd_megatron.topology.messages import MessageError
 from copd_megatron.topology.watch import EXIT_STUCK, CollectiveError, Watch, is_collective_failure
 from copd_megatron.topology.who_waits import RankState, format_report, waited_for
 from copd_megatron.topology.world import World, WorldError, init_world
@@ -337,6 +341,94 @@ def test_a_frozen_host_of_the_store_is_named_and_the_others_end() -> None:
         assert "in operation 'opd.score image<-text' without progress for 3 s (limit 3 s)" in outcome.output
         assert "waiting for: text rank 0 (global rank 0), frozen: it serves the job's store" in outcome.output
         assert outcome.seconds < 30
+
+
+def _hopeless() -> None:
+    logging.basicConfig(level=logging.INFO)
+    with _world({"text": (0, 1), "image": (2,)}, 60.0) as world:
+        if world.rank == int(os.environ["FAILS"]):
+            raise ConfigError("run.seed: no good")
+        with world.watch.operation("rollout.generate"):
+            time.sleep(50)  # as NCCL does, without a word of the rank that is gone
+
+
+@pytest.mark.parametrize("agent_store", [True, False])
+@pytest.mark.parametrize("fails", [0, 1])
+def test_what_no_restart_can_mend_ends_every_rank_with_that_status(fails: int, agent_store: bool) -> None:
+    """srun reports the highest status of all ranks; it must not be that of a rank killed meanwhile."""
+    outcomes = launch_distributed(
+        _hopeless, 3, env={"FAILS": str(fails)}, timeout=40, agent_store=agent_store
+    )
+    for outcome in outcomes:
+        if outcome.rank == fails:
+            assert "ConfigError: run.seed: no good" in str(outcome.error)
+            continue
+        assert outcome.exit_code == EXIT_HOPELESS, outcome.output
+        assert (
+            f"watch: the job ends: text rank {fails} (global rank {fails}): ConfigError: run.seed: no good; "
+            "starting it again cannot help" in outcome.output
+        )
+        assert "stacks" not in outcome.output
+
+
+def _sends_a_pickle() -> tuple[bool, str]:
+    """Rank 1 answers with a pickle instead of a message, in the branch's group and in the router's."""
+    hostile = pickle.dumps(_Explodes())
+    said = []
+    with _world({"text": (0, 1)}) as world:
+        for gather in (world.branch_gather, world.all_gather_objects):
+            if world.rank == 1:
+                with unittest.mock.patch("copd_megatron.topology.collectives.encode", lambda _: hostile):
+                    said.append(_refused(gather))
+            else:
+                said.append(_refused(gather))
+        world.barrier("both")
+    return os.path.exists(os.environ["RAN"]), "; ".join(said)
+
+
+class _Explodes:
+    """Runs a command where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {os.environ['RAN']}",)
+
+
+def _refused(gather: Any) -> str:
+    try:
+        return f"accepted {gather({'a': 1})}"
+    except MessageError as error:
+        return str(error)
+
+
+def test_a_pickle_in_our_channels_is_refused_and_not_run(tmp_path: Path) -> None:
+    for ran, said in run_distributed(_sends_a_pickle, 2, env={"RAN": str(tmp_path / "ran")}):
+        assert not ran and "accepted" not in said, said
+
+
+def _announces_too_much() -> str:
+    with _world({"text": (0, 1)}) as world:
+        if world.rank == 1:
+            size = torch.tensor([2**50])
+            dist.all_gather([torch.empty_like(size) for _ in range(2)], size)
+            return ""
+        return _refused(world.branch_gather)
+
+
+def test_a_size_that_no_message_has_is_refused_before_memory_is_taken() -> None:
+    said = run_distributed(_announces_too_much, 2)[0]
+    assert "group rank 1 announces a message of 1125899906842624 bytes" in said
+
+
+def _interface() -> tuple[str | None, str | None, str | None]:
+    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    with _world({"text": (0,), "image": (1,)}):
+        inside = os.environ.get("GLOO_SOCKET_IFNAME")
+    return before, inside, os.environ.get("GLOO_SOCKET_IFNAME")
+
+
+def test_gloo_uses_the_interface_that_leads_to_the_store() -> None:
+    for before, inside, after in run_distributed(_interface, 2, env={"GLOO_SOCKET_IFNAME": ""}):
+        assert (before, inside, after) == ("", "lo", "")
 
 
 def _killed() -> dict[str, Any] | None:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Final
 
 from copd_megatron.metrics.rank_log import ENDED_BY, TIME_FORMAT, Selection, merged
+from copd_megatron.topology.job_end import JOB_ENDS
 
 _PLACE: Final = r"\[(?P<branch>[^\s,]+)(?: (?P<branch_rank>\d+)/\d+)?, rank (?P<rank>\d+)\]"
 _ENDED: Final = re.compile(rf".*?{_PLACE} \S+ {ENDED_BY}(?P<error>\w+): (?P<message>.*)")
 _STUCK: Final = re.compile(rf".*?{_PLACE} \S+ watch: (?P<message>.*without progress for.*)")
+_JOB_ENDS: Final = re.compile(rf".*?{_PLACE} \S+ {JOB_ENDS}(?P<message>.*)")
 _ELSEWHERE: Final = ("CollectiveError",)
 """Errors of a rank that another one's end has brought about."""
 
@@ -29,12 +31,15 @@ def why_it_ended(run_dir: Path, exits: Mapping[int, int], *, since: datetime) ->
         lines = list(merged(run_dir, Selection(level="ERROR")))
     except FileNotFoundError:  # they failed before they could log, or log no files
         lines = []
-    begin = since.strftime(TIME_FORMAT)
-    ended = [match for line in lines if line >= begin and (match := _ENDED.match(line))]
-    stuck = [match for line in lines if line >= begin and (match := _STUCK.match(line))]
+    recent = [line for line in lines if line >= since.strftime(TIME_FORMAT)]
+    ended = [match for line in recent if (match := _ENDED.match(line))]
+    stuck = [match for line in recent if (match := _STUCK.match(line))]
     first = next((match for match in ended if match["error"] not in _ELSEWHERE), None)
     if first is not None:
         return _told(first)
+    hopeless = next((match for line in recent if (match := _JOB_ENDS.match(line))), None)
+    if hopeless is not None:
+        return hopeless["message"]
     killed = {rank: -status for rank, status in exits.items() if status < 0}
     if killed:
         return "; ".join(_killed(rank, number) for rank, number in killed.items())

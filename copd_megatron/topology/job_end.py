@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 EXIT_STUCK: Final = 86
 """Exit status of a process in a job that the watch ended."""
 
+JOB_ENDS: Final = "watch: the job ends: "
+"""Before the reason, in the line that ranks log when another one has found the job hopeless."""
 _END = "watch/end"
 _SUSPECTING = "watch/suspecting"
 _HOPELESS, _STUCK = "hopeless", "stuck"
@@ -113,15 +115,15 @@ class JobEnd:
         self._report_dir, self._hosts_store, self._store_rank = report_dir, hosts_store, store_rank
 
     def hopeless(self, reason: str) -> None:
-        """Ends the job for the other ranks: starting it again cannot help. Returns when they had the time to
-        learn of it."""
-        _answer_within(5.0, lambda: Verdict(hopeless=True, reason=reason).pronounce(self._clone()))
-        if self._hosts_store:
+        """Ends the job for the other ranks: starting it again cannot help. Returns when they have had the time
+        to learn of it, and to end before their collectives with this one fail."""
+        answer = _answer_within(5.0, lambda: Verdict(hopeless=True, reason=reason).pronounce(self._clone()))
+        if isinstance(answer, Verdict):
             time.sleep(2.5 * self._heartbeat)
 
     def obey(self, verdict: Verdict) -> None:
         """Ends this process because the job has been found hopeless. Never returns."""
-        _log_in_time(f"watch: the job ends: {verdict.reason}; starting it again cannot help")
+        _log_in_time(f"{JOB_ENDS}{verdict.reason}; starting it again cannot help")
         os._exit(EXIT_HOPELESS)
 
     def stuck(self, suspect: Suspect) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -183,6 +184,9 @@ class World:
         else:
             # the others cannot be waited for; they learn of it from the watch and from closed connections
             self._closed = True
+            if is_hopeless(error):
+                # the launcher ends all ranks when the first has gone, and this one still has to say why
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self.watch.fail(f"{type(error).__name__}: {error}" if is_hopeless(error) else None)
             self._restore_environment()
 
@@ -299,10 +303,11 @@ def _choose_interface(host: str) -> dict[str, str | None]:
     Returns:
         What the environment was where it has been changed.
     """
-    if os.environ.get(_INTERFACE) or (name := interface_to(host)) is None:
+    before = os.environ.get(_INTERFACE)
+    if before or (name := interface_to(host)) is None:
         return {}
     os.environ[_INTERFACE] = name
-    return {_INTERFACE: None}
+    return {_INTERFACE: before}
 
 
 def _launcher_serves() -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from copd_megatron.cli import main as cli
 from copd_megatron.errors import ConfigError
+from copd_megatron.launch.rank_process import take_one_interrupt
 from copd_megatron.metrics.rank_log import RankPlace, start_logging
 
 
@@ -26,11 +27,14 @@ def main() -> int:
             while not (run_dir / "started_1_0").exists():
                 time.sleep(0.1)
             os.kill(os.getppid(), signal.SIGINT)
+        if how == "killed" and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         if how in ("config", "bug") and rank == 1:
             raise (ConfigError("run.seed: no good") if how == "config" else KeyError("a bug"))
         time.sleep(60)
         return 0
 
+    take_one_interrupt()
     cli._run = fail
     return cli.main([])
 
