@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from copd_megatron.launch.cause import why_it_ended
-from copd_megatron.topology.job_end import JOB_ENDS
+from copd_megatron.topology.who_waits import JOB_ENDS
 
 START = datetime(2026, 1, 31, 12, 0, 0)
 _COLLECTIVE = (

@@ -249,7 +249,7 @@ def test_a_full_disk_ends_the_metrics_with_one_sentence_and_no_half_line(small_d
     writer.write(1, "rlvr", {"a": 1.0})
     filler = fill(small_disk)
     with pytest.raises(RunStorageError) as caught:
-        for step in range(2, 100):
+        for step in range(2, 1000):
             whole = path.read_bytes()
             writer.write(step, "rlvr", {"a": 1.0})
     said = str(caught.value)
@@ -267,7 +267,7 @@ def test_metrics_in_a_folder_that_was_removed_are_lost_and_that_is_said(tmp_path
     path = tmp_path / "run" / "metrics.jsonl"
     writer = JsonlWriter(path)
     shutil.rmtree(path.parent)
-    with pytest.raises(RunStorageError, match="No such file or directory.*restore the folder"):
+    with pytest.raises(RunStorageError, match=r"No such file or directory.*restore the folder"):
         writer.write(1, "rlvr", {"a": 1.0})
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from copd_megatron.metrics.rank_log import ENDED_BY, TIME_FORMAT, Selection, merged
-from copd_megatron.topology.job_end import JOB_ENDS
+from copd_megatron.topology.who_waits import JOB_ENDS
 
 _PLACE: Final = r"\[(?P<branch>[^\s,]+)(?: (?P<branch_rank>\d+)/\d+)?, rank (?P<rank>\d+)\]"
 _ENDED: Final = re.compile(rf".*?{_PLACE} \S+ {ENDED_BY}(?P<error>\w+): (?P<message>.*)")

@@ -24,15 +24,13 @@ from torch.distributed import Store
 
 from copd_megatron.errors import EXIT_HOPELESS
 from copd_megatron.topology.rank_table import read_table
-from copd_megatron.topology.who_waits import RankState, format_report
+from copd_megatron.topology.who_waits import JOB_ENDS, RankState, format_report
 
 logger = logging.getLogger(__name__)
 
 EXIT_STUCK: Final = 86
 """Exit status of a process in a job that the watch ended."""
 
-JOB_ENDS: Final = "watch: the job ends: "
-"""Before the reason, in the line that ranks log when another one has found the job hopeless."""
 _END = "watch/end"
 _SUSPECTING = "watch/suspecting"
 _HOPELESS, _STUCK = "hopeless", "stuck"
@@ -115,8 +113,8 @@ class JobEnd:
         self._report_dir, self._hosts_store, self._store_rank = report_dir, hosts_store, store_rank
 
     def hopeless(self, reason: str) -> None:
-        """Ends the job for the other ranks: starting it again cannot help. Returns when they have had the time
-        to learn of it, and to end before their collectives with this one fail."""
+        """Ends the job for the other ranks: starting it again cannot help. Returns when they have had the
+        time to learn of it, and to end before their collectives with this one fail."""
         answer = _answer_within(5.0, lambda: Verdict(hopeless=True, reason=reason).pronounce(self._clone()))
         if isinstance(answer, Verdict):
             time.sleep(2.5 * self._heartbeat)

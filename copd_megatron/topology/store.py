@@ -11,6 +11,7 @@ import ipaddress
 import logging
 import socket
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch.distributed as dist
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 """Ranks that may connect at the same moment."""
-_Address = tuple[str, int] | tuple[str, int, int, int]
+_Address = tuple[Any, ...]
 
 
 def serve_store(host: str, port: int, timeout: timedelta) -> dist.TCPStore:

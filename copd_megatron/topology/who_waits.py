@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+JOB_ENDS = "watch: the job ends: "
+"""Before the reason, in the line that a rank logs when another one has found the job hopeless."""
 _MAX_NAMED = 8
 RUNNING, FAILED, CLOSED = "running", "failed", "closed"
 EXITED, DEAD, UNKNOWN = "exited", "dead", "unknown"
