@@ -186,6 +186,8 @@ def test_a_task_of_srun_is_a_rank() -> None:
     later = step_environment(TASK | {"SLURM_RESTART_COUNT": "2", "MASTER_ADDR": "10.0.0.1"})
     assert later["COPD_RUN_ID"] == "slurm-12-1-2"
     assert "MASTER_ADDR" not in later
+    alone = step_environment(TASK | {"SLURM_STEP_NUM_NODES": "1"})
+    assert alone["MASTER_ADDR"] == "127.0.0.1", "nobody else needs to reach it"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """What makes a run continue as if it had never stopped: when to save, and what besides the weights.
 
-``Checkpoints`` stands between the training loop and ``checkpoint/``: it gathers what the loop remembers
-(data positions, counters, the table so far), decides at the end of each step whether to save, and puts
-everything back at the start. It is collective over all branches throughout.
+``Checkpoints`` stands between the training loop and ``checkpoint/``. It collects what the loop remembers
+(data positions, counters, the table so far), decides at the end of each step whether to save, and restores
+everything at the start. All its methods are collective over all branches.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where a run stands when its loop begins."""
+    """How far a run has come when its loop begins."""
 
     steps_done: int = 0
     table: Accuracies = field(default_factory=dict)
-    """Rows of the final table that are known already."""
+    """Rows of the final table that are already known."""
 
 
 class Checkpoints:
@@ -76,8 +76,8 @@ class Checkpoints:
         """Continues from the newest valid checkpoint of the run directory, if there is one.
 
         Raises:
-            CheckpointError: all are damaged, or it belongs to another model.
-            ConfigError, DataError: it belongs to another configuration, or to other data.
+            CheckpointError: all checkpoints are damaged, or the newest is of another model.
+            ConfigError, DataError: it is of another configuration, or of other data.
         """
         me = self.me
         manifest = find_checkpoint(me.world, me.run_dir, verify_hashes=self.options.verify_hashes)
@@ -89,7 +89,7 @@ class Checkpoints:
         folder = step_folder(me.run_dir, manifest.step)
         changed = check_compatible(manifest.config, me.config, where=str(folder))
         if changed and me.world.is_first:
-            logger.warning("changed since %s, the numbers will differ: %s", folder, "; ".join(changed))
+            logger.warning("changed since %s, so the numbers will differ: %s", folder, "; ".join(changed))
         state, me.teacher = load_checkpoint(me.world, me.actor, me.run_dir, manifest)
         self._restore(state, str(folder))
         for writer in self.observer.writers:
@@ -106,13 +106,13 @@ class Checkpoints:
     # ---- in the loop -------------------------------------------------------------------------------------
 
     def after(self, step: Step, accuracies: Accuracies | None = None) -> bool:
-        """Saves if it is time to; call it when a step is wholly done, its metrics written.
+        """Saves if it is time to. Call it when a step is completely done and its metrics are written.
 
         Args:
             accuracies: of every branch, if they were measured after this step.
 
         Returns:
-            Whether the run must stop now (it has been saved): a signal came or its time is nearly up.
+            Whether the run must stop now, because a signal came or its time is nearly up. It has been saved.
         """
         done, options = step.index + 1, self.options
         now = time.time()
@@ -131,7 +131,7 @@ class Checkpoints:
             self.saver.complete()
         finished = done == num_steps(self.me.config.schedule)
         ends_early = signal is not None or out_of_time
-        # after the last step there is no more to stop; what follows it may yet be cut short
+        # after the last step there is nothing left to stop, but what follows may still be cut short
         stop = ends_early and not finished
         due = options.save_period and (done % options.save_period == 0 or finished)
         if due or ends_early:
@@ -142,13 +142,13 @@ class Checkpoints:
             self.saver.complete()
             if self.me.world.is_first:
                 reason = signal or "the wall-clock limit is near"
-                logger.warning("stopping after step %d of %d: %s; start the same command again to go on",
+                logger.warning("stopping after step %d of %d: %s; start the same command again to continue",
                                done, num_steps(self.me.config.schedule), reason)  # fmt: skip
         self._last = time.time()
         return stop
 
     def wait(self) -> None:
-        """Completes a save that is still being written."""
+        """Completes a save whose files are still being written."""
         self.saver.complete()
 
     # ---- what the loop remembers ---------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class Checkpoints:
             if name in saved:
                 stream.load_state_dict(saved.pop(name))
             elif me.world.is_branch_first:
-                logger.warning("%s has no data position of %s: it starts from its beginning", where, name)
+                logger.warning("%s has no data position of %s, which starts from its beginning", where, name)
         if saved and me.world.is_branch_first:
             logger.warning("%s: data positions of %s are no longer used", where, ", ".join(saved))
         me.begun = from_state(state.get("begun", ()))
@@ -196,7 +196,7 @@ class Checkpoints:
 
 
 def _counters(me: Branch) -> dict[str, int]:
-    """This rank's grading counts, where it grades."""
+    """This rank's grading counts; none on a rank that does not grade."""
     grades = me.engine is not None and me.engine.tp_rank == 0
     return me.grader.counters() if grades else {}
 
@@ -213,7 +213,7 @@ def _mean_accuracy(accuracies: Accuracies | None) -> float | None:
 
 
 def _sync_file(path: Path) -> None:
-    """Brings a file to the disk, whoever has it open for writing."""
+    """Makes a file durable, whoever has it open for writing."""
     if path.exists():
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -17,6 +17,7 @@ from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.sources import PromptSources
 from copd_megatron.hf.model_config import read_model_shape
 from copd_megatron.launch.lock import RunLock
+from copd_megatron.launch.preflight import check_place
 from copd_megatron.launch.run_dir import run_directory
 from copd_megatron.objectives.base import Context, Objective, ObjectiveFactory
 from copd_megatron.opd.router import Router
@@ -50,7 +51,7 @@ def start(config: Config, layout: Layout) -> Iterator[Branch]:
             run_id=os.environ.get("COPD_RUN_ID", "run"),
             report_dir=run_dir,
         ) as world,
-        RunLock(run_dir) if world.is_first else contextlib.nullcontext(),
+        _place(config, world, run_dir),
     ):
         world.adopt_branch_environment()
         branch = _build(config, world, run_dir)
@@ -60,6 +61,15 @@ def start(config: Config, layout: Layout) -> Iterator[Branch]:
             branch.grader.close()
             if branch.media is not None:
                 branch.media.close()
+
+
+@contextlib.contextmanager
+def _place(config: Config, world: World, run_dir: Path) -> Iterator[None]:
+    """Checks this machine and the run directory, which is the first rank's for as long as the run lasts."""
+    with world.watch.operation("startup.place"):
+        check_place(config)
+    with RunLock(run_dir) if world.is_first else contextlib.nullcontext():
+        yield
 
 
 def _build(config: Config, world: World, run_dir: Path) -> Branch:

@@ -38,26 +38,25 @@ def command(config: str, overrides: tuple[str, ...], dry_run: bool) -> int:
     settings = load_config(config, overrides)
     world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
     validate(settings, world_size=world_size, model=read_model_shapes(settings))
+    from copd_megatron.launch.preflight import check_inputs, check_start
+
     if dry_run:
         from copd_megatron.launch.dry_run import dry_run as description
-        from copd_megatron.launch.preflight import check_inputs
 
         check_inputs(settings)
         print(description(settings))
         return 0
-
-    from copd_megatron.launch.preflight import check_start
-
-    check_start(settings)
     if world_size is None:
         from copd_megatron.launch.torchrun import become_torchrun
 
+        check_start(settings)
         become_torchrun(settings, ["train", config, *overrides])
 
     from copd_megatron.launch.rank_process import die_with_launcher, log_as_rank
 
-    log_as_rank(settings)
     die_with_launcher()
+    log_as_rank(settings)
+    check_inputs(settings)
     from copd_megatron.train import train
 
     return train(settings)

@@ -23,13 +23,22 @@ SHARED_MEMORY_BYTES_PER_RANK = 64 * 2**20
 
 
 def check_start(config: Config) -> None:
-    """Everything that can be known before the first process of a run is started, or by each rank before it
-    imports an engine.
+    """Everything that can be known before the first process of a run is started.
 
     Raises:
         ConfigError, DataError, UnknownVerifierError: the run could not start, or would harm another one.
     """
     check_inputs(config)
+    check_place(config)
+
+
+def check_place(config: Config) -> None:
+    """Where a run takes place: this machine, by the first rank on it, and the run directory, by the first
+    rank of all. A rank asks when it has joined the job, so that the others learn of a refusal.
+
+    Raises:
+        ConfigError: there is no room, or the run directory is in use or holds another run.
+    """
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_shared_memory(
             local_ranks(sum(branch.parallel.world_size for branch in config.branches.values()))
