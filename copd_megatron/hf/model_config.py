@@ -97,6 +97,9 @@ def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelSha
         # Qwen3's head size is a field of its own; transformers takes 128 where config.json lacks it.
         head_dim=size("head_dim", default=128),
         vocab_size=size("vocab_size"),
+        max_position_embeddings=size("max_position_embeddings")
+        if "max_position_embeddings" in text
+        else None,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
         rope_theta=float(rope.get("rope_theta") or text.get("rope_theta", 1e6)),
         norm_eps=float(text.get("rms_norm_eps", 1e-6)),
