@@ -60,6 +60,7 @@ SHAPE = ModelShape(
 
 HF_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
     "num_hidden_layers": 4,
     "hidden_size": 64,
     "intermediate_size": 192,
@@ -67,6 +68,7 @@ HF_CONFIG = {
     "num_key_value_heads": 4,
     "head_dim": 16,
     "vocab_size": 260,
+    "rope_theta": 1e6,
     "tie_word_embeddings": True,
 }
 
