@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "rope_theta": 1e6,
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 4,

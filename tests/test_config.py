@@ -60,6 +60,7 @@ SHAPE = ModelShape(
 
 HF_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
     "num_hidden_layers": 4,
     "hidden_size": 64,
     "intermediate_size": 192,
@@ -67,6 +68,7 @@ HF_CONFIG = {
     "num_key_value_heads": 4,
     "head_dim": 16,
     "vocab_size": 260,
+    "rope_theta": 1e6,
     "tie_word_embeddings": True,
 }
 
@@ -234,7 +236,7 @@ def test_values_survive_override_and_yaml(
         ("optimizer.lr=fast", ["optimizer.lr: 'fast' is not a number"]),
         ("loss.dual_clip=x", ["loss.dual_clip: 'x' is not a number or null"]),
         ("run.overwrite=perhaps", ["run.overwrite: 'perhaps' is not true or false"]),
-        ("run.name=true", ["run.name: True is not a string", "quote it"]),
+        ("run.name=null", ["run.name: null is not a string", "quote it"]),
         ("branches.text.data.train=a.tar", ["branches.text.data.train: 'a.tar' is not a list"]),
         ("schedule=3", ["schedule: 3 is not a mapping"]),
         ("schedule.cycles.x=3", ["schedule.cycles is a whole number, it has no key 'x'"]),
@@ -264,7 +266,7 @@ def test_a_bad_override_says_what_and_what_instead(tmp_path: Path, override: str
         ("run:\n  seed: 1\n   name: x\n", ["run.yaml, line 3", "not valid YAML"]),
         ("run: {seed: 1}\nrun: {seed: 2}\n", ["line 2", "duplicate key run"]),
         ("- a\n- b\n", ["expected a mapping"]),
-        ("branches: {1: {frozen: true}}", ["branches.1", "quote 1"]),
+        ("branches: {1: 2}", ["branches.1: 2 is not a mapping"]),
         ("run: {seed: 1}", ["model.path", "not set"]),
         ("defaults_from: gone.yaml", ["defaults_from: gone.yaml", "does not exist"]),
     ],
@@ -352,7 +354,7 @@ def test_a_world_that_does_not_fit_says_how_many_processes_to_start(tmp_path: Pa
         (["branch_defaults.frozen=true"], ["every branch is frozen"]),
         (["schedule.rlvr_steps=0", "schedule.opd_steps=0"], ["nothing to train"]),
         (["schedule.cycles=0"], ["schedule.cycles: 0 must be at least 1"]),
-        (["loss.ratio_clip_min=1.2"], ["loss.ratio_clip_min: 1.2", "1 - 1.2 = -0.2"]),
+        (["loss.ratio_clip_min=1.2"], ["loss.ratio_clip_min: 1.2 must be above 0 and below 1 (default 0.2)"]),
         (["loss.ratio_clip_max=0"], ["loss.ratio_clip_max: 0", "above 0"]),
         (["loss.dual_clip=1"], ["loss.dual_clip: 1", "above 1"]),
         (["loss.constant_divisor=100"], ["loss.constant_divisor: 100", "loss.aggregation=constant"]),
@@ -378,8 +380,8 @@ def test_a_world_that_does_not_fit_says_how_many_processes_to_start(tmp_path: Pa
         (["model.dtype=float16"], ["model.dtype: 'float16'", "bfloat16"]),
         (["logging.level=loud"], ["logging.level: 'loud'", "INFO"]),
         (["logging.wandb.enabled=true", "logging.wandb.project=a/b"], ["logging.wandb.project: 'a/b'"]),
-        (["logging.prometheus.textfile=/tmp/metrics.txt"], ["logging.prometheus.textfile", "add the ending"]),
-        (["logging.prometheus.port=70000"], ["logging.prometheus.port: 70000", "1 .. 65535"]),
+        (["logging.prometheus.textfile=/tmp/metrics.txt"], ["logging.prometheus.textfile", "ends in .prom"]),
+        (["logging.prometheus.port=70000"], ["logging.prometheus.port: 70000", "between 1 and 65535"]),
         (
             ["profiling.torch_profiler=true", "profiling.step_start=3"],
             ["profiling.step_start: 3 .. profiling.step_end 2", "first not after the last"],
@@ -557,7 +559,11 @@ MIXTURE = replace(
             ["training.overlap_grad_reduce=true"],
             ["overlap_grad_reduce: true with the trained vision tower", "model.freeze_vision=true"],
         ),
-        (SHAPE, ["training.recompute_modules=[attention]"], ["'attention' is none of core_attn"]),
+        (
+            SHAPE,
+            ["training.recompute_modules=[attention]"],
+            ["recompute_modules[0]: 'attention' must be one of core_attn"],
+        ),
         (SHAPE, ["precision.fp8_parameters=true"], ["precision.fp8_parameters", "choose a recipe"]),
         (SHAPE, ["optimizer.moments_dtype=int8"], ["moments_dtype: 'int8'", "bfloat16"]),
         (SHAPE, ["optimizer.moments_dtype=bfloat16"], ["optimizer.precision_aware=true"]),

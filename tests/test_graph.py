@@ -128,10 +128,6 @@ def test_custom_keeps_the_given_order() -> None:
             {"edges": [EdgeConfig(student="text", teacher="image")], "topology": Topology.none},
             r"opd\.topology=none does not make \(edges: none\)",
         ),
-        ({"beta": 0.0}, r"edge text<-image: beta is 0\.0; give a positive number"),
-        ({"beta": float("nan")}, "beta is nan"),
-        ({"num_prompts_per_step": 0}, "num_prompts_per_step is 0; give at least 1"),
-        ({"num_generations_per_prompt": -1}, "num_generations_per_prompt is -1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_a_graph_is_refused_with_the_remedy(opd: dict[str, Any], message: str) -> None:

@@ -92,6 +92,7 @@ def test_a_mixture_of_experts_is_read_from_config_json(tmp_path: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())
     settings |= {
         "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
         "num_experts": 6,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
@@ -170,6 +171,7 @@ QWEN3_VL_4B = {
 QWEN3_VL_30B_A3B: dict[str, Any] = {
     **QWEN3_VL_4B,
     "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+    "model_type": "qwen3_vl_moe",
     "tie_word_embeddings": False,
     "text_config": {
         **QWEN3_VL_4B["text_config"],

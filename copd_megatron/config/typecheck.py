@@ -7,6 +7,8 @@ the key that was probably meant; this module does.
 from __future__ import annotations
 
 import difflib
+import functools
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -14,9 +16,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from omegaconf import BooleanNode, EnumNode, FloatNode, IntegerNode, StringNode
-from omegaconf.errors import OmegaConfBaseException
-
+from copd_megatron.config.scalars import Scalar, as_bool, as_float, as_int, looks_like_a_number
 from copd_megatron.errors import ConfigError
 
 _EXPECTED: dict[Any, str] = {
@@ -61,14 +61,14 @@ class Field:
             name = str(part)
             if name not in self.names():
                 raise unknown_key(origin, join(self.path, name), candidates=self.names())
-            hint = self.extra.get(name) or typing.get_type_hints(self.hint)[name]
-            return _make(join(self.path, name), hint)
+            hint = self.extra.get(name) or _hints(self.hint)[name]
+            return field_of_hint(join(self.path, name), hint)
         if self.is_mapping:
-            return _make(join(self.path, str(part)), typing.get_args(self.hint)[1])
+            return field_of_hint(join(self.path, str(part)), typing.get_args(self.hint)[1])
         if self.is_list:
             if not isinstance(part, int):
                 raise ConfigError(f"{origin}: {self.path} is a list; give an index, not {part!r}")
-            return _make(f"{self.path}[{part}]", typing.get_args(self.hint)[0])
+            return field_of_hint(f"{self.path}[{part}]", typing.get_args(self.hint)[0])
         raise ConfigError(f"{origin}: {self.path} is {self.expected()}, it has no key {part!r}")
 
     def expected(self) -> str:
@@ -76,7 +76,7 @@ class Field:
         if self.is_section or self.is_mapping:
             text = "a mapping"
         elif self.is_list:
-            text = f"a list, each item {_make(self.path, typing.get_args(self.hint)[0]).expected()}"
+            text = f"a list, each item {field_of_hint(self.path, typing.get_args(self.hint)[0]).expected()}"
         elif isinstance(self.hint, type) and issubclass(self.hint, Enum):
             text = "one of " + ", ".join(self.hint.__members__)
         else:
@@ -90,13 +90,17 @@ def root_field(config_class: type, extra: Mapping[str, Any]) -> Field:
 
 
 def check_value(value: Any, place: Field, origin: str) -> Any:
-    """Checks ``value`` and all beneath it; returns it with empty sections (``run:``) as empty mappings.
+    """Reads what ``parse_yaml`` left as text, as what belongs in ``place`` and beneath it.
+
+    Empty sections (``run:``) become empty mappings. Interpolations (``${run.seed}``) stay as they are.
 
     Raises:
         ConfigError: names ``origin`` (file or override), the full key, the value and what was expected.
     """
+    if isinstance(value, Scalar) and value.is_null:
+        value = None
     if isinstance(value, str) and "${" in value:
-        return value
+        return str(value)
     if value is None:
         if place.optional:
             return None
@@ -106,16 +110,12 @@ def check_value(value: Any, place: Field, origin: str) -> Any:
     if place.is_section or place.is_mapping:
         if not isinstance(value, dict):
             raise _bad_value(value, place, origin)
-        for key in value:
-            if not isinstance(key, str):
-                raise ConfigError(f"{origin}: {join(place.path, str(key))}: names are strings, quote {key!r}")
-        return {k: check_value(v, place.child(k, origin), origin) for k, v in value.items()}
+        return {str(k): check_value(v, place.child(k, origin), origin) for k, v in value.items()}
     if place.is_list:
         if not isinstance(value, list):
             raise _bad_value(value, place, origin)
         return [check_value(v, place.child(i, origin), origin) for i, v in enumerate(value)]
-    _check_leaf(value, place, origin)
-    return value
+    return _leaf(value, place, origin)
 
 
 def unknown_key(origin: str, path: str, candidates: Iterable[str]) -> ConfigError:
@@ -136,7 +136,7 @@ def join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _make(path: str, hint: Any) -> Field:
+def field_of_hint(path: str, hint: Any) -> Field:
     """A field from a type hint; ``X | None`` becomes an optional X."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (inner,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
@@ -144,27 +144,45 @@ def _make(path: str, hint: Any) -> Field:
     return Field(path=path, hint=hint)
 
 
-def _check_leaf(value: Any, place: Field, origin: str) -> None:
-    """Accepts what OmegaConf will convert without loss: "3" for an int, 1 for a float, an enum's name."""
-    hint = place.hint
-    if isinstance(value, dict | list) or (hint is str and isinstance(value, bool)):
+@functools.cache
+def _hints(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
+
+
+def _leaf(value: Any, place: Field, origin: str) -> Any:
+    """The text of a scalar as the type of its setting: text stays text, 012 is twelve."""
+    if not isinstance(value, Scalar):
         raise _bad_value(value, place, origin)
+    text = str(value)
+    if place.hint is str:
+        _check_unicode(text, place, origin)
+        return text
     try:
-        if hint is int:
-            IntegerNode(value, is_optional=False)
-        elif hint is float:
-            FloatNode(value, is_optional=False)
-        elif hint is bool:
-            BooleanNode(value, is_optional=False)
-        elif hint is str:
-            StringNode(value, is_optional=False)
-        else:
-            EnumNode(hint, value, is_optional=False)
-    except OmegaConfBaseException as error:
+        if place.hint is bool:
+            return as_bool(text)
+        if place.hint is int:
+            return as_int(text)
+        if place.hint is float:
+            return as_float(text)
+        return place.hint[text].name
+    except (ValueError, KeyError) as error:
         raise _bad_value(value, place, origin) from error
 
 
+def _check_unicode(text: str, place: Field, origin: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{origin!a}: {place.path}: {text!a} is not text that UTF-8 can hold; it was probably typed or "
+            "pasted in another encoding"
+        ) from error
+
+
 def _bad_value(value: Any, place: Field, origin: str) -> ConfigError:
-    shown = "null" if value is None else repr(value)
-    note = " (quote it if a string is meant)" if place.hint is str and isinstance(value, bool) else ""
+    if value is None:
+        shown, note = "null", " (quote it if the word is meant)" if place.hint is str else ""
+    else:
+        number = isinstance(value, str) and looks_like_a_number(value)
+        shown, note = str(value) if number else reprlib.repr(value), ""
     return ConfigError(f"{origin}: {place.path}: {shown} is not {place.expected()}{note}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Final
 
 from copd_megatron.errors import ConfigError
 from copd_megatron.hf.companions import read_json, weight_files
+from copd_megatron.hf.model_function import check_function
 from copd_megatron.model.shape import SUPPORTED_ARCHITECTURES, ModelShape, VisionShape
 
 _CONFIG: Final = "config.json"
@@ -23,7 +25,8 @@ def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
         key: setting that named it, for the error message.
 
     Raises:
-        ConfigError: no such folder, no config.json, not Qwen3, no safetensors weights, no tokenizer.
+        ConfigError: no such folder, no config.json, not Qwen3, a function that the actor does not compute, no
+            safetensors weights, no tokenizer.
     """
     path = Path(folder).expanduser()
     where = f"{key}: {folder}"
@@ -32,7 +35,9 @@ def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
             f"{where}: no such folder (working directory {Path.cwd()}); it has to be a Hugging Face model "
             f"folder with config.json, safetensors and a tokenizer"
         )
-    shape = read_sizes(path, key)
+    config, architecture = _read_config(path, where)
+    check_function(config, architecture, where)
+    shape = _shape(config, architecture, where)
     try:
         weight_files(path)
     except (OSError, ValueError) as error:
@@ -46,14 +51,21 @@ def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
 
 
 def read_sizes(folder: str | Path, key: str = "model.path") -> ModelShape:
-    """The model that a folder's ``config.json`` describes, whether or not its weights are there.
+    """The model that a folder's ``config.json`` describes, whether or not its weights are there, and whether
+    or not it can be trained.
 
     Raises:
         ConfigError: no config.json, or not Qwen3.
     """
     where = f"{key}: {folder}"
+    config, architecture = _read_config(Path(folder), where)
+    return _shape(config, architecture, where)
+
+
+def _read_config(folder: Path, where: str) -> tuple[dict[str, Any], str]:
+    """What config.json holds, and the supported architecture that it names."""
     try:
-        config = read_json(Path(folder), _CONFIG)
+        config = read_json(folder, _CONFIG)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}: {_CONFIG} cannot be read: {error}") from error
     if config is None:
@@ -65,7 +77,7 @@ def read_sizes(folder: str | Path, key: str = "model.path") -> ModelShape:
         raise ConfigError(
             f"{where}: config.json: architectures is {found}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
-    return _shape(config, known[0], where)
+    return config, known[0]
 
 
 def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelShape:
@@ -73,19 +85,8 @@ def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelSha
     size = _Sizes(text, where)
     heads = size("num_attention_heads")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(
-            f"{where}: config.json: rope_type is {rope['rope_type']}; scaled rotary embeddings are not "
-            "supported, use the model without them"
-        )
     vision = config.get("vision_config")
     experts = _expert_settings(text, size, where) if "Moe" in architecture else {}
-    if experts and vision is not None and not experts["normalize_expert_weights"]:
-        raise ConfigError(
-            f"{where}: config.json: text_config.norm_topk_prob is {text.get('norm_topk_prob', 'missing')}; "
-            "Qwen3-VL always normalises the weights of the chosen experts and vLLM wants to be told: set it "
-            "to true, as the published folders have it"
-        )
     section = rope.get("mrope_section") or (24, 20, 20)
     return ModelShape(
         architecture=architecture,
@@ -97,15 +98,24 @@ def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelSha
         # Qwen3's head size is a field of its own; transformers takes 128 where config.json lacks it.
         head_dim=size("head_dim", default=128),
         vocab_size=size("vocab_size"),
+        max_position_embeddings=size("max_position_embeddings")
+        if "max_position_embeddings" in text
+        else None,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        rope_theta=float(rope.get("rope_theta") or text.get("rope_theta", 1e6)),
-        norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+        rope_theta=_number(rope.get("rope_theta") or text.get("rope_theta", 1e6), "rope_theta", where),
+        norm_eps=_number(text.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
         vision=None if vision is None else _vision_shape(vision, where),
         mrope_section=None if vision is None else (section[0], section[1], section[2]),
         image_token_id=config.get("image_token_id"),
         video_token_id=config.get("video_token_id"),
         **experts,
     )
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConfigError(f"{where}: config.json: {key} is {value!r}, expected a positive number")
+    return float(value)
 
 
 def _expert_settings(text: Mapping[str, Any], size: _Sizes, where: str) -> dict[str, Any]:

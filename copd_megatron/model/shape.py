@@ -56,6 +56,8 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool
+    max_position_embeddings: int | None = None
+    """Longest sequence that the model was made for, in tokens; None: its folder does not say."""
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     vision: VisionShape | None = None

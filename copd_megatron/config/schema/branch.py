@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from copd_megatron.config.bounds import number
+from copd_megatron.config.bounds import (
+    Bounds,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+)
 from copd_megatron.config.schema.choices import RolloutQuantization
 
 
@@ -12,14 +21,16 @@ from copd_megatron.config.schema.choices import RolloutQuantization
 class DataConfig:
     """A domain's prompts, in webdataset shards."""
 
-    train: list[str] = field(default_factory=list)
-    """Training shards: paths, globs or brace ranges."""
-    validation: list[str] = field(default_factory=list)
-    """Validation shards, for the evaluation table."""
+    train: list[PathText] = field(default_factory=list)
+    """Shards to train on: paths, globs or brace ranges (``math-{000000..000007}.tar``)."""
+    validation: list[PathText] = field(default_factory=list)
+    """Shards for evaluation, named like those of ``train``. Empty: the branch's domain is not evaluated."""
     shuffle: bool = True
-    """Shuffle shards and samples, in an order that (seed, epoch) determines."""
-    max_prompt_tokens: int = number(1024, at_least=1)
-    """Longer prompts are skipped, counted and logged."""
+    """Shuffle shards and samples anew in each epoch, in an order that seed and epoch determine. False: the
+    order of the shards."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longest prompt in tokens, expanded images and videos included. Longer ones are skipped, counted and
+    logged. The paper: 16,384."""
 
 
 @dataclass(kw_only=True)
@@ -27,28 +38,32 @@ class MediaConfig:
     """How images and videos are decoded and how finely the model sees them. One setting for all branches,
     because a teacher must see what its student saw."""
 
-    frame_rate: float = number(2.0, above=0)
+    frame_rate: PositiveFloat = 2.0
     """Frames per second taken from a video, evenly spaced."""
-    min_frames: int = number(4, at_least=1)
-    """Frames taken from a short video, if it has that many."""
-    max_frames: int = 768
-    """Most frames taken from a video; longer videos are sampled more sparsely."""
-    image_min_pixels: int | None = number(None, at_least=1)
-    """Smaller images are enlarged to this many pixels. Null, here and below: the processor's own setting."""
-    image_max_pixels: int | None = number(None, at_least=1)
-    """Larger images are shrunk to this many pixels."""
-    video_min_pixels: int | None = number(None, at_least=1)
-    """As ``image_min_pixels``, over all frames taken: frames x height x width."""
-    video_max_pixels: int | None = number(None, at_least=1)
-    """As ``image_max_pixels``, over all frames taken."""
-    max_pixels_hard_limit: int = number(256 * 1024 * 1024, at_least=1)
-    """An image, or the frames taken from a video, with more stored pixels than this is not decoded: the
-    sample is skipped, counted and logged."""
-    num_workers: int = number(2, at_least=0)
+    min_frames: PositiveInt = 4
+    """Fewest frames taken from a short video, if it has that many."""
+    max_frames: PositiveInt = 768
+    """Most frames taken from a video; longer videos are sampled more sparsely. Lower it if videos fill the
+    context."""
+    image_min_pixels: PositiveInt | None = None
+    """Smaller images are enlarged to this many pixels (height x width). Null: the model's own setting."""
+    image_max_pixels: PositiveInt | None = None
+    """Larger images are shrunk to this many pixels. Lower it to spend fewer tokens on an image (Qwen3-VL:
+    one per 32 x 32 pixels). Null: the model's own setting."""
+    video_min_pixels: PositiveInt | None = None
+    """Smaller videos are enlarged to this many pixels, counted over all frames taken (frames x height x
+    width). Null: the model's own setting."""
+    video_max_pixels: PositiveInt | None = None
+    """Larger videos are shrunk to this many pixels, counted over all frames taken. Null: the model's own
+    setting."""
+    max_pixels_hard_limit: PositiveInt = 256 * 1024 * 1024
+    """Most pixels, as stored, that are decoded for one image or for the frames taken from one video. A
+    sample with more is skipped, counted and logged, so that a broken file cannot fill the memory."""
+    num_workers: NonNegativeInt = 2
     """Threads per rank that decode and process media ahead of time. 0: decode when needed."""
-    cache_bytes: int = number(1024 * 1024 * 1024, at_least=0)
+    cache_bytes: NonNegativeInt = 1024 * 1024 * 1024
     """Bytes of processed media kept per rank. A step reads each item several times (sampling, scoring,
-    training); what does not fit is decoded again."""
+    training), and what does not fit is decoded again."""
 
 
 @dataclass(kw_only=True)
@@ -56,10 +71,12 @@ class RewardConfig:
     """The verifiers that grade a branch's responses."""
 
     verifiers: list[str] = field(default_factory=lambda: ["math", "exact", "numeric", "reasoning_gym"])
-    """Verifiers that this branch's samples may name: built-in names or ``package.module:attribute``."""
-    timeout_seconds: float = number(10.0, above=0)
-    """A verifier that takes longer scores the sample 0; this is counted and logged."""
-    num_workers: int = number(1, at_least=1)
+    """Verifiers that this branch's samples may name: built-in names, or your own as
+    ``package.module:function``."""
+    timeout_seconds: PositiveFloat = 10.0
+    """Seconds that a verifier may take for one response. One that takes longer scores it 0, which is counted
+    and logged."""
+    num_workers: PositiveInt = 1
     """Worker processes per rank for verifiers that run isolated (``math``, ``reasoning_gym``, your own)."""
 
 
@@ -67,21 +84,23 @@ class RewardConfig:
 class ParallelConfig:
     """The branch's Megatron layout: ranks = tensor x pipeline x context x data."""
 
-    tensor_model_parallel_size: int = number(1, at_least=1)
-    """Ranks that share every layer (TP). Keep it within a node."""
-    pipeline_model_parallel_size: int = number(1, at_least=1)
-    """Stages that the layers are divided into (PP)."""
-    virtual_pipeline_model_parallel_size: int = number(1, at_least=1)
-    """Model chunks per pipeline stage (interleaved schedule). 1: off."""
-    context_parallel_size: int = number(1, at_least=1)
-    """Ranks that share each sequence (CP)."""
-    expert_model_parallel_size: int = number(1, at_least=1)
-    """Ranks that share the experts of a mixture (EP); divides tensor x context x data."""
-    data_parallel_size: int = number(1, at_least=1)
-    """Replicas of the model, each with its share of the rows (DP)."""
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that each hold a slice of every matrix (TP). Raise it when a model does not fit one GPU; keep it
+    within one machine, since every layer communicates."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Stages that each hold a share of the layers (PP). For models that do not fit one machine's GPUs."""
+    virtual_pipeline_model_parallel_size: PositiveInt = 1
+    """Chunks of layers per pipeline stage (interleaved schedule), which shortens the pipeline's idle time.
+    1: none."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence (CP). For contexts whose activations do not fit one rank."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that share the experts of a mixture-of-experts model (EP); divides tensor x context x data."""
+    data_parallel_size: PositiveInt = 1
+    """Copies of the model that share a step's rows (DP). Raise it to make a step faster."""
     sequence_parallel: bool = False
-    """Between the split matrices, each tensor-parallel rank keeps only its share of the tokens. Saves
-    activation memory; needs TP above 1."""
+    """Outside the sliced matrices, each tensor-parallel rank keeps its share of the tokens only. Saves
+    activations; needs ``tensor_model_parallel_size`` above 1."""
 
     @property
     def world_size(self) -> int:
@@ -98,38 +117,46 @@ class ParallelConfig:
 class RolloutConfig:
     """How a branch samples with vLLM."""
 
-    tensor_parallel_size: int = number(1, at_least=1)
-    """vLLM's tensor parallelism. It divides the branch's ranks; the rest become rollout replicas."""
-    temperature: float = number(1.0, above=0)
-    """Sampling temperature. Scores are taken at the same temperature. The paper uses 1.0."""
-    top_p: float = number(1.0, above=0, at_most=1)
-    """Sample from the most probable tokens that together have this probability. 1: from all."""
-    top_k: int = -1
-    """Sample from this many most probable tokens. -1: from all."""
-    max_new_tokens: int = number(1024, at_least=1)
-    """Longest response in tokens; one that reaches it without a stop is flagged as truncated."""
+    tensor_parallel_size: PositiveInt = 1
+    """vLLM's tensor parallelism. It divides the branch's ranks; the branch gets ranks / this many
+    engines."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of training prompts. The actor computes its log-probabilities at the same
+    temperature. Branches that teach each other need the same one. The paper: 1.0."""
+    top_p: Share = 1.0
+    """Sample from the most probable tokens that together hold this much probability. 1: from all, which is
+    what the actor's log-probabilities assume; less needs ``loss.mismatch_correction``."""
+    top_k: Annotated[int, Bounds(at_least=1, also=-1)] = -1
+    """Sample from this many most probable tokens. -1: from all; anything else needs
+    ``loss.mismatch_correction``, like ``top_p``."""
+    max_new_tokens: PositiveInt = 1024
+    """Longest response in tokens. One that reaches it without a stop counts as truncated. The paper:
+    16,384."""
     stop: list[str] = field(default_factory=list)
     """Strings that end a response, besides the tokenizer's end-of-sequence token."""
-    gpu_memory_utilization: float = number(0.5, above=0, at_most=1)
-    """Share of a GPU that vLLM may take. Ignored on CPU."""
-    cpu_kv_cache_gib: float = number(0.25, above=0)
-    """KV cache on CPU, in GiB per rank."""
-    max_num_seqs: int = number(256, at_least=1)
-    """Sequences that an engine decodes at once."""
+    gpu_memory_utilization: Share = 0.5
+    """Share of a GPU's memory that vLLM may take for weights and KV cache. Ignored on CPU."""
+    cpu_kv_cache_gib: PositiveFloat = 0.25
+    """Size of the KV cache on CPU, in GiB per rank."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences that an engine decodes at once. Lower it when sampling runs out of memory."""
     enforce_eager: bool | None = None
-    """True: neither CUDA graphs nor compilation. Null: true on CPU, false on a GPU."""
+    """True: no CUDA graphs and no compilation, for a faster start and slower sampling. Null: true on CPU,
+    false on a GPU."""
     enable_prefix_caching: bool = True
-    """The samples of a group share their prompt's KV cache."""
+    """Keep the KV cache of prompts, so that a group's samples share their prompt's."""
     enable_chunked_prefill: bool = True
-    """Prefill long prompts in pieces, beside decoding. On a GPU only."""
-    over_sampling: float = number(0.0, at_least=0)
-    """Share of extra prompts that a step begins; the step ends when the wanted number are done. 0: off, every
-    response is waited for. Native prompts only."""
+    """Process long prompts in pieces beside decoding. GPU only; never on CPU."""
+    over_sampling: NonNegativeFloat = 0.0
+    """Begin this share of further native prompts (0.25: a quarter more), and end the sampling when the
+    wanted number are done. Saves the wait for the longest responses and favours prompts with short ones. 0:
+    off, every response is waited for."""
     partial_rollouts: bool = False
-    """Continue unfinished responses in the next step. Needs ``over_sampling`` and
-    ``training.max_weight_lag``."""
+    """Carry the unfinished responses to the next step instead of throwing them away. Needs ``over_sampling``
+    and ``training.max_weight_lag`` above 0."""
     quantization: RolloutQuantization = RolloutQuantization.none
-    """``fp8``: vLLM quantises its linear layers at every weight sync (GPU)."""
+    """``fp8``: vLLM quantises its linear layers at every weight sync, for faster sampling on GPUs. Raises
+    the mismatch between the engine and the actor; consider ``loss.mismatch_correction``."""
 
 
 @dataclass(kw_only=True)
@@ -144,11 +171,14 @@ class BranchConfig:
     """Its ranks and how they share the model."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How it samples."""
-    num_prompts_per_step: int = number(256, at_least=1)
-    """Own prompts per step. The paper uses 256."""
-    num_generations_per_prompt: int = number(8, at_least=1)
-    """Responses per prompt: the group size G. The paper uses 8."""
+    num_prompts_per_step: PositiveInt = 256
+    """Native prompts per step, over all ranks of the branch. The paper: 256. More make a steadier gradient
+    and a longer step."""
+    num_generations_per_prompt: PositiveInt = 8
+    """Responses per native prompt: GRPO's group size G. At least 2, since the baseline is the group's mean.
+    The paper: 8."""
     frozen: bool = False
-    """Neither samples nor learns: it can only teach (static distillation, several frozen teachers)."""
-    model_path: str | None = None
-    """Hugging Face folder that this branch starts from. Null: ``model.path``."""
+    """The branch neither samples nor updates; it can only teach (static distillation)."""
+    model_path: PathText | None = None
+    """Hugging Face folder that this branch starts from, for an expert trained before, say. Null:
+    ``model.path``."""

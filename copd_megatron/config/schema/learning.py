@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from omegaconf import MISSING
 
-from copd_megatron.config.bounds import number
+from copd_megatron.config.bounds import (
+    Bounds,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from copd_megatron.config.schema.choices import (
     Aggregation,
     KLEstimator,
@@ -24,7 +31,7 @@ class NativeConfig:
 
     objective: str = "grpo"
     """A file of ``copd_megatron/objectives``, or one of your own: ``package.module:OBJECTIVE``."""
-    weight: float = number(1.0, at_least=0)
+    weight: NonNegativeFloat = 1.0
     """Factor on the loss of a branch's own rows. 0: none are sampled, which leaves pure distillation."""
 
 
@@ -34,18 +41,18 @@ class EdgeConfig:
     an edge that the topology makes."""
 
     student: str = MISSING
-    """Branch that learns."""
+    """Branch that learns. It samples the responses."""
     teacher: str = MISSING
-    """Branch that scores."""
+    """Branch that scores the student's responses."""
     prompts: str | None = None
-    """Branch whose prompts are used. Null: the teacher's."""
-    beta: float | None = None
-    """Strength of this edge. Null: ``opd.beta``."""
-    num_prompts_per_step: int | None = None
-    """Prompts of this edge per step. Null: ``opd.num_prompts_per_step``."""
+    """Branch whose prompts the student answers. Null: the teacher's."""
+    beta: PositiveFloat | None = None
+    """This edge's strength. Null: ``opd.beta``."""
+    num_prompts_per_step: PositiveInt | None = None
+    """This edge's prompts per step. Null: ``opd.num_prompts_per_step``."""
     objective: str | None = None
     """Objective of this edge. Null: ``opd.objective``."""
-    weight: float | None = None
+    weight: NonNegativeFloat | None = None
     """Factor on the loss of this edge's rows. Null: ``opd.weight``."""
 
 
@@ -54,11 +61,12 @@ class BehaviourConfig:
     """Top-k overlap (Eq. 6) and symmetric KL between student and teacher on states that the student
     visits."""
 
-    top_k: int = number(10, at_least=1)
-    """k of the overlap. The paper uses 10."""
-    num_states: int = number(64, at_least=0)
-    """States per edge and measurement, on which both are computed exactly. 0: no measurement."""
-    every_steps: int = number(1, at_least=1)
+    top_k: PositiveInt = 10
+    """Most probable tokens whose overlap is measured. The paper: 10."""
+    num_states: NonNegativeInt = 64
+    """States per edge and measurement. On each of them the teacher sends its whole distribution (4 bytes
+    per vocabulary entry). 0: nothing is measured."""
+    every_steps: PositiveInt = 1
     """Steps between measurements, in both phases."""
 
 
@@ -70,28 +78,32 @@ class OPDConfig:
     """How a student learns from what its teacher says: a file of ``copd_megatron/objectives``, or one of your
     own, ``package.module:OBJECTIVE``."""
     topology: Topology = Topology.hub_and_spoke
-    """Which edges there are."""
+    """Who teaches whom. ``hub_and_spoke``: the hub and every other branch teach each other, 2 (K - 1) edges.
+    ``all_to_all``: everyone teaches everyone, K (K - 1) edges. ``custom``: the edges listed. ``none``."""
     hub: str | None = None
-    """Hub of ``hub_and_spoke``. Null: the first branch."""
+    """Hub of ``hub_and_spoke``. Null: the first branch. The paper: the text branch."""
     edges: list[EdgeConfig] = field(default_factory=list)
-    """With ``custom``, all edges; otherwise settings of single edges."""
-    weight: float = number(1.0, at_least=0)
+    """With ``custom``, all edges. With the other topologies, settings of single edges (beta, weight)."""
+    weight: NonNegativeFloat = 1.0
     """Factor on the loss of every edge's rows. 0: none are sampled; behaviour is measured all the same."""
-    beta: float = 1.0
-    """Token advantage = beta * (log pi_teacher - log pi_student) (Eq. 8). The paper gives no value."""
-    num_prompts_per_step: int | None = None
-    """Cross prompts per edge and step. Null: the student's own ``num_prompts_per_step``."""
-    num_generations_per_prompt: int | None = None
-    """Responses per cross prompt. Null: the student's own ``num_generations_per_prompt``."""
-    delta_clip: float | None = number(None, above=0)
-    """Bound on |log pi_teacher - log pi_student| per token. Null: none."""
+    beta: PositiveFloat = 1.0
+    """Strength of distillation: token advantage = beta x (log pi_teacher - log pi_student) (Eq. 8). The
+    paper does not give a value. Lower it if cross rows drown the reward's gradient."""
+    num_prompts_per_step: PositiveInt | None = None
+    """Prompts per edge and step. Null: the student's ``num_prompts_per_step``."""
+    num_generations_per_prompt: PositiveInt | None = None
+    """Responses per prompt of an edge. Null: the student's ``num_generations_per_prompt``."""
+    delta_clip: PositiveFloat | None = None
+    """Clip log pi_teacher - log pi_student to plus or minus this bound, in nats. Null: no clipping. Set it
+    if rare tokens dominate the gradient."""
     ship_media: bool = False
-    """Send images and videos with the rows to be scored, for branches that do not share storage. False: the
-    teacher reads them itself, by reference."""
+    """Send images and videos along with the rows to be scored, for branches that do not share storage.
+    False: the teacher reads them itself."""
     teacher_mode: TeacherMode = TeacherMode.live
-    """Which weights a live branch teaches with."""
-    snapshot_every_steps: int = number(1, at_least=1)
-    """Steps of Phase II between snapshots, for ``teacher_mode=every_n_steps``."""
+    """Weights that a branch teaches with. ``live``: those it has at the start of the step, as in the paper.
+    ``phase_snapshot``: those at the start of Phase II. ``every_n_steps``: renewed during Phase II."""
+    snapshot_every_steps: PositiveInt = 1
+    """OPD steps between renewals with ``every_n_steps``."""
     behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
     """How alike the branches stay, as metrics."""
 
@@ -101,31 +113,43 @@ class LossConfig:
     """The clipped surrogate (Eq. 7) and its options; see ``objectives/policy_loss.py``."""
 
     aggregation: Aggregation = Aggregation.seq_mean_token_mean
-    """How token losses become one number. The paper's is ``seq_mean_token_mean``."""
-    constant_divisor: float | None = number(None, above=0)
-    """Divisor of token sums with ``constant`` (Dr. GRPO). Null: the branch's ``max_new_tokens``."""
+    """How token losses are averaged. ``seq_mean_token_mean``: over a response, then over responses (Eq. 7).
+    ``token_mean``: over all tokens, so that long responses weigh more. ``seq_mean_token_sum``: summed over a
+    response, averaged over responses. ``constant``: as that, divided by ``constant_divisor`` (Dr. GRPO)."""
+    constant_divisor: PositiveFloat | None = None
+    """Divisor of a response's token sum, in tokens, with ``constant``. Null: the branch's
+    ``max_new_tokens``."""
     ratio_level: RatioLevel = RatioLevel.token
-    """Whether the importance ratio is per token (GRPO) or per sequence (GSPO)."""
-    ratio_clip_min: float = number(0.2, above=0)
-    """The ratio pi / pi_old is clipped below at 1 - this. The paper uses 0.2."""
-    ratio_clip_max: float = number(0.28, above=0)
-    """The ratio pi / pi_old is clipped above at 1 + this. The paper uses 0.28."""
-    dual_clip: float | None = number(None, above=1)
-    """Bound c > 1 on the loss of negative advantages, usually 3.0. Null: off."""
-    kl_coefficient: float = number(0.0, at_least=0)
-    """Weight of KL(policy || reference), Eq. 12. 0: no reference model is kept."""
+    """Importance ratio of each token (GRPO), or one for the whole sequence (GSPO)."""
+    ratio_clip_min: Annotated[float, Bounds(above=0, below=1)] = 0.2
+    """Lower clip bound: ratios below 1 - this get no gradient where the advantage is negative. The paper:
+    0.2."""
+    ratio_clip_max: PositiveFloat = 0.28
+    """Upper clip bound: ratios above 1 + this get no gradient where the advantage is positive. The paper:
+    0.28."""
+    dual_clip: Annotated[float, Bounds(above=1)] | None = None
+    """Bound on the loss of tokens with a negative advantage, as a multiple of it (3.0 is usual). Null: off.
+    Set it if single tokens with huge ratios upset training."""
+    kl_coefficient: NonNegativeFloat = 0.0
+    """Weight of KL(policy || base model), Eq. 12. 0: off, and no copy of the base model is kept. CoPD's own
+    loss (Eq. 7) has no such term."""
     kl_estimator: KLEstimator = KLEstimator.k3
-    """How the KL is estimated from sampled tokens."""
+    """How the KL is estimated from sampled tokens: ``k1`` (unbiased, noisy), ``k2`` (biased value, unbiased
+    gradient), ``k3`` (unbiased, never negative; GRPO's)."""
     kl_placement: KLPlacement = KLPlacement.loss
-    """Where the KL term goes."""
+    """Add the KL to the ``loss``, or subtract it from the token advantages (``reward``)."""
     entropy_coefficient: float = 0.0
-    """Entropy bonus: the loss contains minus this times the mean entropy."""
+    """Weight of the entropy bonus, per nat of mean token entropy. Positive keeps the policy more random. 0:
+    off."""
     mismatch_correction: MismatchCorrection = MismatchCorrection.none
-    """What is done about log-probabilities that differ between vLLM and the trainer."""
-    mismatch_cap: float = number(2.0, above=0)
-    """Cap C of truncated importance sampling (``tis_token``, ``tis_sequence``)."""
-    mismatch_bounds: list[float] = field(default_factory=lambda: [0.5, 5.0])
-    """Lower and upper bound on pi_old / pi_rollout for ``icepop`` and ``sequence_rejection``."""
+    """Weight by rho = pi_actor / pi_vLLM of what was sampled, for engines that differ by precision or
+    quantization, and for ``rollout.top_p`` or ``top_k``. ``tis_token``: min(rho, C) of a token;
+    ``tis_sequence``: of a response; ``icepop``: tokens outside the bounds are dropped;
+    ``sequence_rejection``: responses outside the bounds are dropped. ``none``: off."""
+    mismatch_cap: PositiveFloat = 2.0
+    """Cap C of ``tis_token`` and ``tis_sequence``."""
+    mismatch_bounds: list[NonNegativeFloat] = field(default_factory=lambda: [0.5, 5.0])
+    """Lower and upper bound on rho for ``icepop`` and ``sequence_rejection``."""
 
 
 @dataclass(kw_only=True)
@@ -133,17 +157,20 @@ class AdvantageConfig:
     """GRPO advantages (Eq. 11) and the choice of samples; see ``objectives/grpo.py``."""
 
     normalize_std: bool = True
-    """Divide by the standard deviation of the group's rewards."""
-    std_epsilon: float = number(1e-6, above=0)
-    """Added to that standard deviation."""
+    """Divide rewards by their group's standard deviation (Eq. 11). False: subtract the mean only (Dr.
+    GRPO)."""
+    std_epsilon: PositiveFloat = 1e-6
+    """Added to the standard deviation, so that groups of nearly equal rewards are not blown up."""
     dynamic_sampling: bool = False
-    """Drop groups whose rewards are all equal and sample further prompts in their place."""
-    dynamic_sampling_max_rounds: int = number(3, at_least=1)
-    """Sampling rounds per step, including the first."""
-    overlong_buffer_tokens: int = number(0, at_least=0)
-    """Soft overlong punishment: over this many last tokens before ``max_new_tokens`` the reward falls
-    linearly by ``overlong_penalty``. 0: off."""
-    overlong_penalty: float = number(1.0, at_least=0)
-    """How far the reward falls at ``max_new_tokens``."""
+    """Drop groups whose rewards are all equal, which teach nothing, and sample further prompts in their
+    place."""
+    dynamic_sampling_max_rounds: PositiveInt = 3
+    """Sampling rounds per step with ``dynamic_sampling``, the first one included. After the last, the step
+    goes on with what it has."""
+    overlong_buffer_tokens: NonNegativeInt = 0
+    """Soft punishment of long responses: over the last this many tokens before ``max_new_tokens``, the
+    reward falls linearly by ``overlong_penalty``. 0: off."""
+    overlong_penalty: NonNegativeFloat = 1.0
+    """What a response of full length loses, in units of reward."""
     overlong_filtering: bool = False
-    """Leave truncated responses out of the loss. They still count in the group's baseline."""
+    """Train on no token of a truncated response. It still counts in its group's mean."""

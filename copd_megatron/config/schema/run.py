@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from omegaconf import MISSING
 
-from copd_megatron.config.bounds import number
+from copd_megatron.config.bounds import (
+    Bounds,
+    Matches,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OneOf,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+)
 from copd_megatron.config.schema.choices import Device
+
+# One component of a path on any system: not the folder itself and not its parent.
+_FOLDER_NAME = Matches(
+    r"(?!\.{1,2}$)(?! )[^/\\\x00-\x1f\x7f]{1,200}(?<! )",
+    "the name of one folder (at most 200 characters, no / or \\, not . or ..); for a path, set run.dir",
+)
 
 
 @dataclass(kw_only=True)
 class RunConfig:
     """Name, place and randomness of the run, and what happens when something goes wrong."""
 
-    name: str = "copd"
-    """Name of the run, shown in logs. The default run directory is ``runs/<name>``."""
-    dir: str | None = None
-    """Run directory: resolved settings, metrics, exports, table. Null: ``runs/<name>``."""
-    seed: int = number(1, at_least=0)
-    """Root of every random choice: data order, sampling seeds, mini-batches."""
+    name: Annotated[str, _FOLDER_NAME] = "copd"
+    """Name of the run, shown in logs and in W&B. The default run directory is ``runs/<name>``."""
+    dir: PathText | None = None
+    """Run directory: resolved settings, metrics, checkpoints, exported models, tables. Null:
+    ``runs/<name>``."""
+    seed: NonNegativeInt = 1
+    """Root of every random choice: data order, sampling seeds, mini-batches. Two runs with the same settings
+    and seed on the same machine give the same numbers."""
     device: Device = Device.auto
-    """Where the actors run."""
-    collective_timeout_seconds: float = number(1800.0, above=0)
-    """A rank that spends longer than this in one operation reports who waits for whom and ends the job."""
-    max_restarts: int = number(0, at_least=0)
-    """How often a local run (``copd train`` by itself) starts again after a failure, from its newest valid
-    checkpoint. Under SLURM use COPD_MAX_RESTARTS (``launchers/slurm.sh``)."""
+    """``cuda``, ``cpu``, or ``auto``: CUDA when torch sees a GPU. Set it to refuse the other kind of
+    machine."""
+    collective_timeout_seconds: PositiveFloat = 1800.0
+    """Seconds that one operation over several ranks may take. After that a rank reports who waits for whom
+    and ends the job. Raise it for very long responses, lower it to find a hang sooner."""
+    max_restarts: NonNegativeInt = 0
+    """How often ``copd train`` on one machine starts again after a failure, each time from the newest valid
+    checkpoint. Under SLURM, set COPD_MAX_RESTARTS instead (``launchers/slurm.sh``)."""
     overwrite: bool = False
     """Start from scratch in a run directory that already holds a run. Its metrics and checkpoints are
     lost."""
@@ -36,12 +56,14 @@ class RunConfig:
 class ModelConfig:
     """The base model that every branch starts from."""
 
-    path: str = MISSING
+    path: PathText = MISSING
     """Hugging Face folder of the base model theta_0: config.json, safetensors, tokenizer."""
-    dtype: str = "auto"
-    """Compute type: ``float32``, ``bfloat16``, or ``auto`` (float32 on CPU, bfloat16 on CUDA)."""
-    max_sequence_tokens: int = number(2048, at_least=2)
-    """Longest prompt plus response, in tokens. It is also vLLM's context length."""
+    dtype: Annotated[str, OneOf(("auto", "float32", "bfloat16"))] = "auto"
+    """Number format of weights and activations: ``float32``, ``bfloat16``, or ``auto`` (float32 on CPU,
+    bfloat16 on CUDA)."""
+    max_sequence_tokens: Annotated[int, Bounds(at_least=2)] = 2048
+    """Longest prompt plus response, in tokens; also vLLM's context length. The paper allows 16,384 tokens
+    for each of the two."""
     freeze_vision: bool = False
     """Train the decoder only and leave the vision tower as it is."""
     system_prompt: str | None = None
@@ -54,12 +76,14 @@ class ScheduleConfig:
 
     The paper found S_RL : S_OPD = 1.5 : 1 best; it gives no absolute numbers."""
 
-    cycles: int = number(4, at_least=1)
-    """How often Phase I and Phase II follow each other (N)."""
-    rlvr_steps: int = number(15, at_least=0)
-    """Steps of Phase I in a cycle (S_RL): every branch learns from its own verifiers. 0: no Phase I."""
-    opd_steps: int = number(10, at_least=0)
-    """Steps of Phase II in a cycle (S_OPD): branches also learn from their teachers. 0: no Phase II."""
+    cycles: PositiveInt = 4
+    """Cycles N of the two phases. The run has cycles x (rlvr_steps + opd_steps) steps. The paper does not
+    give N."""
+    rlvr_steps: NonNegativeInt = 15
+    """Steps S_RL of Phase I in a cycle: each branch learns from its own rewards. The paper finds
+    S_RL : S_OPD = 1.5 : 1 best. 0: no Phase I."""
+    opd_steps: NonNegativeInt = 10
+    """Steps S_OPD of Phase II in a cycle: branches also learn from their teachers. 0: no Phase II."""
 
 
 @dataclass(kw_only=True)
@@ -67,15 +91,16 @@ class EvaluationConfig:
     """Validation during training, at its end, and by ``copd eval``."""
 
     at_start: bool = True
-    """Evaluate the base model before the first step. The table's base row needs it."""
-    every_steps: int = number(0, at_least=0)
-    """Steps between evaluations during training. 0: only at the start and the end."""
-    max_prompts: int | None = number(None, at_least=1)
-    """Validation prompts per domain. Null: all."""
-    num_generations_per_prompt: int = number(1, at_least=1)
-    """Responses sampled per validation prompt; scores are their mean."""
-    temperature: float = number(0.0, at_least=0)
-    """Sampling temperature of validation. 0: greedy."""
+    """Evaluate the base model before the first step. Needed for the table's base row."""
+    every_steps: NonNegativeInt = 0
+    """Steps between evaluations during training. 0: at the start and at the end only."""
+    max_prompts: PositiveInt | None = None
+    """Validation prompts per domain, spread evenly over its shards. Null: all."""
+    num_generations_per_prompt: PositiveInt = 1
+    """Responses per validation prompt; their mean is reported. Raise it, with a temperature above 0, for
+    small benchmarks."""
+    temperature: NonNegativeFloat = 0.0
+    """Sampling temperature. 0: the most probable token each time (greedy)."""
 
 
 @dataclass(kw_only=True)
@@ -83,29 +108,30 @@ class EndConfig:
     """What happens after the last step."""
 
     merge: bool = True
-    """Merge the branches (uniform mean), export and evaluate the merged model."""
+    """Merge the branches (uniform mean), write the merged model and evaluate it."""
     export: bool = True
-    """Write each branch as a Hugging Face folder."""
+    """Write each branch as a Hugging Face folder, to ``<run_dir>/export``. A merge needs them and writes
+    them in any case."""
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
     """Joint checkpoints of all branches, from which the same command resumes."""
 
-    save_period: int = number(0, at_least=0)
-    """Steps between checkpoints; the last step is saved too. 0: save only on SIGTERM, SIGUSR1 or just before
-    the wall-clock limit, so a crash loses the whole run."""
-    keep_last: int = number(2, at_least=1)
-    """How many of the newest checkpoints are kept."""
-    keep_best: int = number(0, at_least=0)
-    """How many of the checkpoints with the highest mean validation accuracy are kept as well. Only steps at
-    which ``evaluation.every_steps`` evaluated count."""
+    save_period: NonNegativeInt = 0
+    """Steps between checkpoints; there is another after the last step. 0: only on SIGTERM or SIGUSR1, or
+    before the wall-clock limit. A crash then loses the run: set it for anything long."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept. Each takes about 16 bytes per trained parameter."""
+    keep_best: NonNegativeInt = 0
+    """Checkpoints with the highest mean validation accuracy that are kept besides. Only those saved at a
+    step that ``evaluation.every_steps`` evaluated count."""
     async_save: bool = False
-    """Write checkpoints while training continues. Costs a copy of the weights and optimizer in host
-    memory."""
+    """Write while training goes on. Costs a copy of weights and optimizer in host memory."""
     verify_hashes: bool = True
-    """Read a whole checkpoint and compare its hashes before loading it. False: compare sizes only."""
-    wall_clock_limit_seconds: float | None = number(None, above=0)
-    """The job ends this many seconds after its start. Null: at ``SLURM_JOB_END_TIME``, if that is set."""
-    save_before_seconds: float = number(120.0, at_least=0)
-    """Save and stop when another step would leave less than this before the end of the job."""
+    """Read all of a checkpoint and compare hashes before it is loaded. False: compare sizes only."""
+    wall_clock_limit_seconds: PositiveFloat | None = None
+    """Seconds from the job's start to its end, to save in time. Null: until ``SLURM_JOB_END_TIME``, where
+    that is set."""
+    save_before_seconds: NonNegativeFloat = 120.0
+    """Save and stop when less than this would be left after another step."""

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from copd_megatron.config.bounds import number
+from copd_megatron.config.bounds import (
+    Bounds,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OneOf,
+    PositiveFloat,
+    PositiveInt,
+)
 from copd_megatron.config.schema.choices import FP8Format, FP8Recipe, LRSchedule, Recompute
+
+RECOMPUTED_PARTS = OneOf(("core_attn", "mlp", "moe", "moe_act"))
 
 
 @dataclass(kw_only=True)
@@ -13,83 +23,92 @@ class PrecisionConfig:
     """FP8 in the actor's decoder layers (GPU). Embedding, output layer and vision tower stay in bfloat16."""
 
     fp8: FP8Recipe = FP8Recipe.none
-    """How FP8 matrices are scaled; ``none``: bfloat16 everywhere."""
+    """How FP8 matrices are scaled; ``copd doctor`` shows what this machine supports. ``none``: no FP8."""
     fp8_format: FP8Format = FP8Format.hybrid
-    """Number format of forward pass and gradients."""
-    num_bf16_layers_at_start: int = number(0, at_least=0)
-    """First decoder layers that stay in bfloat16. Not with ``delayed``."""
-    num_bf16_layers_at_end: int = number(0, at_least=0)
+    """FP8 format: ``hybrid`` (E4M3 forward, E5M2 for gradients) or ``e4m3`` for both."""
+    num_bf16_layers_at_start: NonNegativeInt = 0
+    """First decoder layers that stay in bfloat16, which often steadies training. Not with ``delayed``."""
+    num_bf16_layers_at_end: NonNegativeInt = 0
     """Last decoder layers that stay in bfloat16. Not with ``delayed``."""
     fp8_parameters: bool = False
-    """Keep the layers' weights in FP8 only and gather them so over data-parallel ranks. The optimizer has its
-    float32 copy."""
+    """Keep the layers' weights in FP8 only and gather them so over data-parallel ranks. The optimizer keeps
+    its float32 copy."""
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning rate."""
 
-    lr: float = number(1e-6, above=0)
-    """Peak learning rate. The paper uses 1e-6; a tiny model needs about 1e-4 to move."""
-    min_lr: float = number(0.0, at_least=0)
-    """Learning rate at the end of a decay."""
+    lr: PositiveFloat = 1e-6
+    """Learning rate after the warm-up. The paper: 1e-6. Tiny models need 1e-4 and more."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of a ``linear`` or ``cosine`` schedule."""
     lr_schedule: LRSchedule = LRSchedule.constant
-    """Decay after the warm-up, over the whole run."""
-    lr_warmup_steps: int = number(0, at_least=0)
-    """Optimizer steps over which the learning rate rises linearly from 0."""
-    weight_decay: float = number(0.0, at_least=0)
-    """Decoupled weight decay."""
-    adam_beta1: float = number(0.9, at_least=0, at_most=1)
-    """Decay of the first moment."""
-    adam_beta2: float = number(0.999, at_least=0, at_most=1)
-    """Decay of the second moment."""
-    adam_eps: float = number(1e-8, above=0)
-    """Added to the root of the second moment."""
-    clip_grad: float = number(1.0, at_least=0)
-    """Bound on the global gradient norm. 0: no clipping."""
+    """What the learning rate does between the warm-up and the run's last update: stay ``constant``, or fall
+    to ``min_lr``."""
+    lr_warmup_steps: NonNegativeInt = 0
+    """Updates over which the learning rate rises linearly from 0. A step makes ``training.num_mini_batches``
+    updates."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay per update, multiplied by the learning rate."""
+    adam_beta1: Annotated[float, Bounds(at_least=0, below=1)] = 0.9
+    """Decay of the gradient's running mean. 1 would never move the weights."""
+    adam_beta2: Annotated[float, Bounds(at_least=0, below=1)] = 0.999
+    """Decay of the squared gradient's running mean. Lower it (0.95) if the loss spikes."""
+    adam_eps: PositiveFloat = 1e-8
+    """Added to the root of the squared gradient's mean, so that nothing is divided by 0."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Gradients with a larger global norm are scaled down to it. 0: no clipping."""
     precision_aware: bool = False
-    """Keep gradients, master weights and moments in the types below (Transformer Engine's Adam). False: all
-    in float32."""
-    main_grads_dtype: str = "float32"
-    """Type of accumulated gradients: float32 or bfloat16."""
-    main_params_dtype: str = "float32"
-    """Type of master weights: float32 or float16."""
-    moments_dtype: str = "float32"
-    """Type of both moments: float32, bfloat16, float16 or uint8 (FP8 with a scale)."""
-    cpu_offload_fraction: float = number(0.0, at_least=0, at_most=1)
-    """Share of the optimizer's states that lives, and is stepped, in host memory."""
+    """Keep gradients, master weights and moments in the number formats below, by Transformer Engine's Adam
+    (GPU). False: all in float32."""
+    main_grads_dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
+    """Number format of accumulated gradients: float32 or bfloat16."""
+    main_params_dtype: Annotated[str, OneOf(("float32", "float16"))] = "float32"
+    """Number format of the optimizer's master weights: float32 or float16."""
+    moments_dtype: Annotated[str, OneOf(("float32", "bfloat16", "float16", "uint8"))] = "float32"
+    """Number format of Adam's two moments: float32, bfloat16, float16 or uint8 (FP8 with a scale)."""
+    cpu_offload_fraction: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.0
+    """Share of the optimizer's states that stay, and are updated, in host memory. Raise it when a GPU's
+    memory does not do; updates become slower."""
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
     """How a step's rows are computed."""
 
-    micro_batch_tokens: int = number(16384, at_least=1)
-    """Token budget of a micro-batch, padding included, on one data- and context-parallel rank."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Most tokens in one micro-batch, padding included, on one data- and context-parallel rank. Lower it
+    when activations do not fit; it must hold one longest sequence."""
     sequence_packing: bool = True
-    """Rows of a micro-batch follow each other without padding. False: padded to the longest."""
+    """Put the rows of a micro-batch one behind the other without padding. False: pad them to the longest."""
     recompute: Recompute = Recompute.none
-    """Which activations the backward pass computes again to save memory."""
-    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
-    """For ``selective``: core_attn, mlp; in mixtures also moe, moe_act. Fused attention on a GPU keeps little
-    anyway."""
-    recompute_num_layers: int = number(1, at_least=1)
-    """Layers between two kept activations, for ``full``."""
+    """Compute activations again in the backward pass instead of keeping them, to save memory: of some parts
+    of each layer (``selective``) or of whole layers (``full``)."""
+    recompute_modules: list[Annotated[str, RECOMPUTED_PARTS]] = field(default_factory=lambda: ["core_attn"])
+    """Parts for ``selective``: core_attn, mlp; in mixture-of-experts models moe, moe_act. core_attn saves
+    little on GPUs, whose fused attention keeps little."""
+    recompute_num_layers: PositiveInt = 1
+    """With ``full``, keep the activations at every n-th layer only. More saves memory and takes no more
+    time."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel ranks while the backward pass runs."""
+    """Sum gradients over data-parallel ranks while the backward pass goes on."""
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward pass begins. Needs ``overlap_grad_reduce``."""
-    num_mini_batches: int = number(1, at_least=1)
-    """Optimizer steps that a step's batch is divided into. 1: strictly on-policy."""
-    logprob_chunk_tokens: int = number(1024, at_least=1)
-    """Rows of [tokens, vocab / TP] float32 logits that exist at once."""
-    max_weight_lag: int = number(0, at_least=0)
-    """How many weight versions older than the actor a rollout may be when it is trained on."""
-    max_grad_norm: float | None = number(None, above=0)
-    """An update whose gradient norm before clipping is above this is skipped, as is always one with a NaN or
-    an infinity: weights and optimizer stay as they were. Null: no such bound."""
-    max_skipped_updates: int = number(3, at_least=0)
-    """Most updates skipped in a row; one more ends the run."""
+    num_mini_batches: PositiveInt = 1
+    """Updates that a step's rows are split into. 1: strictly on-policy, as in the paper; the importance
+    ratio is then 1."""
+    logprob_chunk_tokens: PositiveInt = 1024
+    """Tokens whose float32 logits exist at once, vocabulary / tensor-parallel size numbers each. Lower it to
+    save memory."""
+    max_weight_lag: NonNegativeInt = 0
+    """Steps by which the weights that sampled a response may lie behind those that train on it. 0: none;
+    partial rollouts need more."""
+    max_grad_norm: PositiveFloat | None = None
+    """Skip an update whose gradient norm, before clipping, is above this; weights and optimizer stay as they
+    were. Null: no bound. Updates with a NaN or an infinity are skipped always."""
+    max_skipped_updates: NonNegativeInt = 3
+    """Most updates skipped in a row. One more ends the run. 0: the first ends it."""
 
 
 @dataclass(kw_only=True)
@@ -103,13 +122,13 @@ class MemoryConfig:
     offload_gradients: bool = True
     """Gradient buffers exist during an update only."""
     offload_weights: bool = False
-    """The actor's weights wait in host memory too while vLLM samples."""
+    """The actor's weights wait in host memory, too, while vLLM samples."""
 
 
 @dataclass(kw_only=True)
 class WeightSyncConfig:
     """How new weights reach vLLM."""
 
-    bucket_bytes: int = number(256 * 1024 * 1024, at_least=1)
-    """Bytes of one streamed bucket. A sync needs at most two buckets of extra memory per rank, or twice the
-    largest tensor if that is bigger."""
+    bucket_bytes: PositiveInt = 256 * 1024 * 1024
+    """Bytes of one streamed bucket. A sync takes at most two of them beside the weights, per rank (or of the
+    largest tensor, where that is bigger)."""

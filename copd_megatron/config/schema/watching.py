@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from copd_megatron.config.bounds import (
+    Bounds,
+    Matches,
+    OneOf,
+    PathText,
+)
+
+_TEXTFILE = Matches(r".*\.prom", "a path that ends in .prom, since node_exporter reads no other files")
 
 
 @dataclass(kw_only=True)
@@ -11,27 +21,28 @@ class WandbConfig:
     ``WANDB_MODE=offline``)."""
 
     enabled: bool = False
-    """Log to Weights & Biases. Needs the ``wandb`` package."""
+    """Send metrics to Weights & Biases. Needs the ``wandb`` package."""
     project: str = "copd-megatron"
     """Project that the run appears in."""
     entity: str | None = None
-    """User or team. Null: the login's."""
+    """User or team that owns the project. Null: the login's."""
     name: str | None = None
-    """Name of the run there. Null: ``run.name``."""
+    """Name of the run in W&B. Null: ``run.name``."""
     group: str | None = None
-    """Group that the run is shown in, such as the seeds of one experiment. Null: none."""
+    """Group that the run appears in, several seeds of one experiment, say. Null: none."""
     tags: list[str] = field(default_factory=list)
-    """Tags of the run."""
+    """Tags of the run, to filter by."""
 
 
 @dataclass(kw_only=True)
 class PrometheusConfig:
     """The last step's metrics in Prometheus' text format."""
 
-    textfile: str | None = None
-    """A ``.prom`` file, replaced at each step, in the folder of node_exporter's textfile collector."""
-    port: int | None = None
-    """Port on which global rank 0 answers ``GET /metrics``. Null: none."""
+    textfile: Annotated[PathText, _TEXTFILE] | None = None
+    """A ``.prom`` file in the folder of node_exporter's textfile collector, replaced at each step. Null:
+    none."""
+    port: Annotated[int, Bounds(at_least=1, at_most=65535)] | None = None
+    """TCP port at which global rank 0 answers ``GET /metrics``. Null: none."""
     host: str = "127.0.0.1"
     """Address on which ``port`` is opened. 127.0.0.1 is reachable from the same node only; 0.0.0.0 from every
     network that the node is in, without a password."""
@@ -42,17 +53,17 @@ class LoggingConfig:
     """Where metrics and log lines go. ``metrics.jsonl`` is always written."""
 
     console: bool = True
-    """Live view: one line per branch."""
+    """Live view in the terminal, one line a branch."""
     tensorboard: bool = False
     """Write TensorBoard events to ``<run_dir>/tensorboard``."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
     prometheus: PrometheusConfig = field(default_factory=PrometheusConfig)
     """Prometheus."""
-    level: str = "INFO"
-    """Least severe log lines that are written: DEBUG, INFO, WARNING or ERROR."""
+    level: Annotated[str, OneOf(("DEBUG", "INFO", "WARNING", "ERROR"), ignore_case=True)] = "INFO"
+    """Least severe messages that are logged: DEBUG, INFO, WARNING or ERROR."""
     rank_files: bool = True
-    """Every rank logs to ``<run_dir>/logs``; ``copd logs`` shows them as one."""
+    """Every rank logs to a file of its own in ``<run_dir>/logs``; ``copd logs`` shows them as one."""
 
 
 @dataclass(kw_only=True)
@@ -60,18 +71,18 @@ class ProfilingConfig:
     """Where the time and the memory go."""
 
     timeline: bool = False
-    """Every rank writes what it did when; ``copd timeline`` makes one Chrome trace of it."""
+    """Every rank records what it did when; ``copd timeline`` makes one Chrome trace of it."""
     torch_profiler: bool = False
-    """Record operators and kernels of the steps below, in ``<run_dir>/profile``."""
+    """Record operators and kernels of the steps below, to ``<run_dir>/profile``."""
     memory_snapshot: bool = False
-    """Record allocations on CUDA devices during the steps below, in ``<run_dir>/profile``."""
+    """Record allocations on CUDA devices during the steps below, to ``<run_dir>/profile``."""
     step_start: int = 2
-    """First step recorded. 1 is the run's first, which also warms up."""
+    """First step recorded. 1 is the run's first step, which also warms up."""
     step_end: int = 2
     """Last step recorded."""
     ranks: list[int] = field(default_factory=lambda: [0])
     """Global ranks that are recorded. []: all."""
     record_shapes: bool = False
-    """Record the shapes of operators' inputs (torch profiler)."""
+    """Record the shapes of operators' inputs, too. Makes recorded steps slower."""
     with_stack: bool = False
-    """Record Python stacks (torch profiler). Slow."""
+    """Record the source line of each operator, too. Makes recorded steps slower."""

@@ -1,22 +1,48 @@
-"""Checks of parallel layouts and number formats: by themselves, and against the model."""
+"""Parallel layouts: by themselves, against the model, and against the job."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
 from copd_megatron.config.bounds import divisors
-from copd_megatron.config.hardware import FP8_TOKEN_MULTIPLE
-from copd_megatron.config.schema import BranchConfig, Config, Device, FP8Recipe, Recompute
+from copd_megatron.config.schema import BranchConfig, Config, Device
 from copd_megatron.model.shape import ModelShape
 
 
-def branch_layout(key: str, branch: BranchConfig) -> Iterator[str]:
+def problems(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
+    """What is wrong with the branches' layouts, whose sizes are at least 1.
+
+    Args:
+        shapes: models by branch, as far as they are known.
+    """
+    for name, branch in config.branches.items():
+        yield from _branch_layout(f"branches.{name}", branch)
+        if name in shapes:
+            yield from _branch_against_model(f"branches.{name}", branch, shapes[name], config.run.device)
+    yield from _packing(config)
+
+
+def world(config: Config, world_size: int | None) -> Iterator[str]:
+    """Whether the job has as many ranks as the branches need; None: not known yet."""
+    sizes = {name: branch.parallel.world_size for name, branch in config.branches.items()}
+    total = sum(sizes.values())
+    if world_size is not None and total != world_size:
+        listed = " + ".join(f"{size} ({name})" for name, size in sizes.items())
+        yield (
+            f"branches.*.parallel: the branches need {listed} = {total} ranks, the job has {world_size}; "
+            f"start it with {total} processes (torchrun --nproc-per-node={total} on one machine, or nodes x "
+            f"processes per node = {total}), or change tensor_model_parallel_size, "
+            f"pipeline_model_parallel_size or data_parallel_size"
+        )
+
+
+def _branch_layout(key: str, branch: BranchConfig) -> Iterator[str]:
     parallel, rollout = branch.parallel, branch.rollout
     ranks, rollout_tp = parallel.world_size, rollout.tensor_parallel_size
-    if ranks > 0 and rollout_tp > 0 and ranks % rollout_tp:
+    if ranks % rollout_tp:
         yield (
             f"{key}.rollout.tensor_parallel_size: {rollout_tp} does not divide the branch's {ranks} ranks "
-            f"({rank_product(branch)}); use one of {divisors(ranks)}"
+            f"({_rank_product(branch)}); use one of {divisors(ranks)}"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield (
@@ -30,15 +56,15 @@ def branch_layout(key: str, branch: BranchConfig) -> Iterator[str]:
             f"but pipeline_model_parallel_size is 1; use 1"
         )
     experts = parallel.expert_model_parallel_size
-    per_stage = ranks // pipeline if pipeline > 0 else 0
-    if experts > 0 and per_stage % experts:
+    per_stage = ranks // pipeline
+    if per_stage % experts:
         yield (
             f"{key}.parallel.expert_model_parallel_size: {experts} does not divide the {per_stage} ranks of "
             f"a pipeline stage (tensor x context x data); use one of {divisors(per_stage)}"
         )
 
 
-def packing(config: Config) -> Iterator[str]:
+def _packing(config: Config) -> Iterator[str]:
     """Layouts that only packed micro-batches can have."""
     if config.training.sequence_packing:
         return
@@ -56,9 +82,8 @@ def packing(config: Config) -> Iterator[str]:
                 )
 
 
-def branch_against_model(name: str, branch: BranchConfig, shape: ModelShape, device: Device) -> Iterator[str]:
+def _branch_against_model(key: str, branch: BranchConfig, shape: ModelShape, device: Device) -> Iterator[str]:
     """Tensor and pipeline parallelism cut the model into equal pieces."""
-    key = f"branches.{name}"
     tensor = branch.parallel.tensor_model_parallel_size
     pipeline = branch.parallel.pipeline_model_parallel_size
     for what, size in (
@@ -149,121 +174,8 @@ def _experts_against_model(
         )
 
 
-_OPTIMIZER_DTYPES = {
-    "main_grads_dtype": ("float32", "bfloat16"),
-    "main_params_dtype": ("float32", "float16"),
-    "moments_dtype": ("float32", "bfloat16", "float16", "uint8"),
-}
-
-
-def precision_settings(config: Config) -> Iterator[str]:
-    precision, optimizer, training = config.precision, config.optimizer, config.training
-    edges = precision.num_bf16_layers_at_start, precision.num_bf16_layers_at_end
-    if precision.fp8 is FP8Recipe.delayed and any(edges):
-        yield (
-            f"precision.fp8: delayed keeps one history of scales over all layers and cannot leave "
-            f"{edges[0]} first and {edges[1]} last layers out; set num_bf16_layers_at_start and _at_end to "
-            f"0, or use tensorwise or blockwise"
-        )
-    frozen = [name for name, branch in config.branches.items() if branch.frozen]
-    if precision.fp8 is FP8Recipe.delayed and frozen:
-        yield (
-            f"precision.fp8: delayed learns its scales in updates, which the frozen branch {frozen[0]} never "
-            f"makes: it would teach with scales of 1; use tensorwise or blockwise"
-        )
-    if precision.fp8_parameters and config.memory.offload_weights:
-        yield (
-            "memory.offload_weights: weights that are kept in FP8 (precision.fp8_parameters) cannot be "
-            "parked in host memory; set one of the two to false"
-        )
-    if precision.fp8_parameters and precision.fp8 is FP8Recipe.none:
-        yield "precision.fp8_parameters: true without precision.fp8; choose a recipe"
-    for field, allowed in _OPTIMIZER_DTYPES.items():
-        value = getattr(optimizer, field)
-        if value not in allowed:
-            yield f"optimizer.{field}: {value!r} must be one of {', '.join(allowed)}"
-        elif value != "float32" and not optimizer.precision_aware:
-            yield f"optimizer.{field}: {value} is used with optimizer.precision_aware=true only; set that"
-    for part in training.recompute_modules:
-        if part not in _RECOMPUTED_PARTS:
-            yield f"training.recompute_modules: {part!r} is none of {', '.join(_RECOMPUTED_PARTS)}"
-    if training.overlap_param_gather and not training.overlap_grad_reduce:
-        yield "training.overlap_param_gather: true needs training.overlap_grad_reduce=true; set both"
-
-
-def precision_against_model(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
-    for name, shape in shapes.items():
-        training = config.training
-        if shape.vision is not None and training.overlap_grad_reduce and not config.model.freeze_vision:
-            yield (
-                f"training.overlap_grad_reduce: true with the trained vision tower of branch {name}: a "
-                f"micro-batch without media leaves the tower out, and Megatron would wait for its gradients; "
-                f"set it to false, or model.freeze_vision=true"
-            )
-        if (
-            shape.vision is not None
-            and training.recompute is Recompute.full
-            and not training.sequence_packing
-        ):
-            yield (
-                f"training.recompute: full with {shape.architecture} of branch {name} needs "
-                f"training.sequence_packing=true: a layer that is computed again finds the vision tower's "
-                f"deepstack features with the boundaries of its pack; set it, or use selective"
-            )
-        if training.recompute is Recompute.selective:
-            yield from _recomputed_parts(config, name, shape)
-        yield from _fp8_sizes(config, name, shape)
-        edges = config.precision.num_bf16_layers_at_start + config.precision.num_bf16_layers_at_end
-        if config.precision.fp8 is not FP8Recipe.none and edges >= shape.num_layers:
-            yield (
-                f"precision.num_bf16_layers_at_start + num_bf16_layers_at_end = {edges} leave no FP8 layer "
-                f"of branch {name}'s {shape.num_layers}; lower them"
-            )
-
-
-_RECOMPUTED_PARTS = ("core_attn", "mlp", "moe", "moe_act")
-
-
-def _recomputed_parts(config: Config, name: str, shape: ModelShape) -> Iterator[str]:
-    """Parts that the model has, and that this machine can compute again."""
-    absent = ("moe", "moe_act") if shape.num_experts is None else ("mlp",)
-    for part in config.training.recompute_modules:
-        if part in absent:
-            others = [other for other in _RECOMPUTED_PARTS if other not in absent]
-            yield (
-                f"training.recompute_modules: {part} is no part of branch {name}'s {shape.architecture}; use "
-                f"some of {', '.join(others)}"
-            )
-        elif part == "moe_act" and config.precision.fp8 is FP8Recipe.delayed:
-            yield (
-                "training.recompute_modules: moe_act cannot be computed again under precision.fp8=delayed, "
-                "whose scales it would count twice; use moe, or another recipe"
-            )
-        elif part == "moe_act" and config.run.device is Device.cpu:
-            yield (
-                "training.recompute_modules: moe_act is a part of the grouped product of experts that only a "
-                "GPU has; use moe"
-            )
-
-
-def _fp8_sizes(config: Config, name: str, shape: ModelShape) -> Iterator[str]:
-    """Every matrix that a rank multiplies in FP8 has sides that its recipe's blocks fill."""
-    unit = FP8_TOKEN_MULTIPLE[config.precision.fp8]
-    tensor = config.branches[name].parallel.tensor_model_parallel_size
-    width = shape.ffn_hidden_size // tensor if shape.num_experts is None else shape.expert_ffn_size
-    for what, size in (
-        ("hidden size", shape.hidden_size),
-        ("feed-forward width of a rank", width),
-        ("query size of a rank", shape.num_attention_heads * shape.head_dim // tensor),
-    ):
-        if size % unit:
-            yield (
-                f"precision.fp8: {config.precision.fp8.value} multiplies blocks of {unit}, branch {name}'s "
-                f"{what} is {size} (remainder {size % unit}); use a recipe of smaller blocks, or none"
-            )
-
-
-def rank_product(branch: BranchConfig) -> str:
+def _rank_product(branch: BranchConfig) -> str:
+    """The branch's ranks as a product, for messages."""
     parallel = branch.parallel
     return (
         f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "

@@ -1,0 +1,135 @@
+"""A branch by itself: its name, its data, its share of a step, its context."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from copd_megatron.config.schema import BranchConfig, Config, MismatchCorrection, Topology
+from copd_megatron.model.shape import ModelShape
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*")
+
+
+def problems(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
+    """What is wrong with single branches.
+
+    Args:
+        shapes: models by branch, as far as they are known.
+    """
+    for name, branch in config.branches.items():
+        yield from _name(name)
+        yield from _data(config, name, branch)
+        yield from _context(config, name, branch, shapes.get(name))
+        if not branch.frozen:
+            yield from _step(config, name, branch)
+            yield from _sampling(config, name, branch)
+    yield from _media(config)
+
+
+def _name(name: str) -> Iterator[str]:
+    if not _NAME.fullmatch(name):
+        yield (
+            f"branches.{name}: {name!r} cannot name a branch: it becomes part of paths and metric names, "
+            f"where '-' and '/' separate branches; use letters, digits and underscores"
+        )
+
+
+def _data(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
+    if not branch.data.train and _needs_prompts(config, name):
+        yield f"branches.{name}.data.train: empty; give webdataset shards (paths, globs or brace ranges)"
+    if not branch.reward.verifiers and not branch.frozen:
+        yield f"branches.{name}.reward.verifiers: empty; name those that its samples ask for"
+
+
+def _needs_prompts(config: Config, name: str) -> bool:
+    """Trains on its own prompts, or lends them to a student."""
+    if not config.branches[name].frozen:
+        return True
+    if config.schedule.opd_steps == 0 or config.opd.topology is Topology.none:
+        return False
+    if config.opd.topology is Topology.custom:
+        return any((edge.prompts or edge.teacher) == name for edge in config.opd.edges)
+    return True
+
+
+def _context(config: Config, name: str, branch: BranchConfig, shape: ModelShape | None) -> Iterator[str]:
+    """Prompt and response fit the context, and the context fits the model and a micro-batch."""
+    context = config.model.max_sequence_tokens
+    prompt, response = branch.data.max_prompt_tokens, branch.rollout.max_new_tokens
+    if prompt + response > context:
+        yield (
+            f"branches.{name}: data.max_prompt_tokens + rollout.max_new_tokens = {prompt} + {response} = "
+            f"{prompt + response} exceeds model.max_sequence_tokens {context}; raise that or lower one of "
+            f"the two"
+        )
+    if shape is not None and shape.max_position_embeddings is not None:
+        longest = shape.max_position_embeddings
+        if context > longest:
+            yield (
+                f"model.max_sequence_tokens: {context} is more than the {longest} positions that branch "
+                f"{name}'s model was made for (max_position_embeddings of its config.json); use at most "
+                f"{longest}"
+            )
+    buffer = config.advantage.overlong_buffer_tokens
+    if buffer > response:
+        yield (
+            f"advantage.overlong_buffer_tokens: {buffer} is longer than "
+            f"branches.{name}.rollout.max_new_tokens {response}; lower it"
+        )
+
+
+def _step(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
+    """A step's native samples make groups and split evenly over its mini-batches."""
+    prompts, generations = branch.num_prompts_per_step, branch.num_generations_per_prompt
+    grpo = config.native.weight > 0 and config.native.objective == "grpo"
+    if grpo and generations == 1:
+        yield (
+            f"branches.{name}.num_generations_per_prompt: 1 leaves no group to take a baseline from: a GRPO "
+            f"advantage is the reward minus its group's mean, always 0 here; use at least 2"
+        )
+    parts, samples = config.training.num_mini_batches, prompts * generations
+    if parts > 0 and samples % parts:
+        yield (
+            f"training.num_mini_batches: {parts} does not divide branches.{name}'s num_prompts_per_step x "
+            f"num_generations_per_prompt = {prompts} x {generations} = {samples}; change one of them"
+        )
+
+
+def _sampling(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
+    """What is sampled is what the loss assumes."""
+    key, rollout = f"branches.{name}.rollout", branch.rollout
+    if rollout.partial_rollouts and (not rollout.over_sampling or not config.training.max_weight_lag):
+        yield (
+            f"{key}.partial_rollouts: true with over_sampling {rollout.over_sampling:g} and "
+            f"training.max_weight_lag {config.training.max_weight_lag}: only over-sampling leaves responses "
+            f"unfinished, and their first tokens are older than the weights; set both above 0"
+        )
+    if config.loss.mismatch_correction is not MismatchCorrection.none:
+        return
+    for field, off in (("top_p", 1.0), ("top_k", -1)):
+        value = getattr(rollout, field)
+        if value != off:
+            yield (
+                f"{key}.{field}: {value:g} samples from a part of the vocabulary that holds the probability "
+                f"Z, but the actor normalises over all of it: every sampled token is 1 / Z times as likely "
+                f"as the loss assumes (Z = 0.8: log-probabilities off by -ln 0.8 = 0.22). Some trainers let "
+                f"this pass unnoticed. Set {field}={off:g}, or weight each token by Z with "
+                f"loss.mismatch_correction=tis_token"
+            )
+
+
+def _media(config: Config) -> Iterator[str]:
+    media = config.media
+    if media.max_frames < media.min_frames:
+        yield (
+            f"media.max_frames: {media.max_frames} is below media.min_frames {media.min_frames}; "
+            "raise the one or lower the other"
+        )
+    for kind in ("image", "video"):
+        low, high = getattr(media, f"{kind}_min_pixels"), getattr(media, f"{kind}_max_pixels")
+        if low is not None and high is not None and low > high:
+            yield (
+                f"media.{kind}_min_pixels: {low} exceeds media.{kind}_max_pixels {high}; "
+                "lower the one or raise the other"
+            )

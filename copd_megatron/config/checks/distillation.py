@@ -1,0 +1,114 @@
+"""Branches together: the schedule, the distillation graph, and what both ends of an edge must share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+
+from copd_megatron.config.graph import Graph, build_graph
+from copd_megatron.config.schema import Config, Topology
+from copd_megatron.errors import ConfigError
+from copd_megatron.model.shape import ModelShape
+from copd_megatron.plugins import OBJECTIVES, RECIPES
+
+
+def problems(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
+    """What is wrong between branches.
+
+    Args:
+        shapes: models by branch, as far as they are known.
+    """
+    yield from _schedule(config)
+    yield from _hub(config)
+    yield from _names(config)
+    yield from _vocabularies(shapes)
+    try:
+        graph = build_graph(config)
+    except ConfigError as error:
+        yield str(error)
+        return
+    yield from _edges_exist(config, graph)
+    yield from _temperatures(config, graph)
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    schedule = config.schedule
+    if schedule.rlvr_steps == 0 and schedule.opd_steps == 0:
+        yield "schedule: rlvr_steps and opd_steps are both 0, there is nothing to train; raise one"
+    if all(branch.frozen for branch in config.branches.values()):
+        yield "branches: every branch is frozen, there is nothing to train; set frozen: false for one"
+    if schedule.opd_steps > 0 and len(config.branches) < 2:
+        yield (
+            f"schedule.opd_steps: {schedule.opd_steps} with {len(config.branches)} branch: distillation "
+            f"needs a teacher; add a branch or set schedule.opd_steps=0"
+        )
+    if config.native.weight == 0 and schedule.rlvr_steps > 0:
+        yield (
+            f"native.weight: 0 leaves nothing to learn in Phase I, but schedule.rlvr_steps="
+            f"{schedule.rlvr_steps}; set schedule.rlvr_steps=0 for pure distillation"
+        )
+
+
+def _hub(config: Config) -> Iterator[str]:
+    opd = config.opd
+    if opd.hub is not None and opd.topology is not Topology.hub_and_spoke:
+        yield (
+            f"opd.hub: {opd.hub!r} has no effect with opd.topology {opd.topology.value}, which has no hub; "
+            f"set opd.topology=hub_and_spoke, or opd.hub=null"
+        )
+
+
+def _names(config: Config) -> Iterator[str]:
+    """The recipe and the objectives that the settings name."""
+    named = [
+        (RECIPES, config.recipe, "recipe"),
+        (OBJECTIVES, config.native.objective, "native.objective"),
+        (OBJECTIVES, config.opd.objective, "opd.objective"),
+    ]
+    named += [
+        (OBJECTIVES, edge.objective, f"opd.edges[{i}].objective")
+        for i, edge in enumerate(config.opd.edges)
+        if edge.objective is not None
+    ]
+    for room, name, key in named:
+        try:
+            room.check(name, key)
+        except ConfigError as error:
+            yield str(error)
+
+
+def _vocabularies(shapes: Mapping[str, ModelShape]) -> Iterator[str]:
+    """Teachers score the student's token ids: one vocabulary for all."""
+    for (first, a), (second, b) in pairwise(shapes.items()):
+        if a.vocab_size != b.vocab_size:
+            yield (
+                f"branches.{second}.model_path: vocabulary of {b.vocab_size} tokens, branches.{first} has "
+                f"{a.vocab_size}; branches exchange token ids, so all need the same tokenizer"
+            )
+
+
+def _edges_exist(config: Config, graph: Graph) -> Iterator[str]:
+    steps = config.schedule.opd_steps
+    if steps > 0 and len(config.branches) > 1 and not graph.edges:
+        yield (
+            f"schedule.opd_steps: {steps} with opd.topology {config.opd.topology.value}, which makes no edge "
+            f"here, would distil nothing; set schedule.opd_steps=0 (its steps can go into rlvr_steps), or "
+            f"choose another topology"
+        )
+
+
+def _temperatures(config: Config, graph: Graph) -> Iterator[str]:
+    """Log-probabilities that are subtracted from each other are those of one temperature."""
+    if config.schedule.opd_steps == 0 and config.opd.behaviour.num_states == 0:
+        return
+    pairs = {frozenset((edge.student, edge.teacher)): edge for edge in graph.edges}
+    for edge in pairs.values():  # the two directions of a pair have the same fault
+        student = config.branches[edge.student].rollout.temperature
+        teacher = config.branches[edge.teacher].rollout.temperature
+        if student != teacher:
+            yield (
+                f"branches.{edge.teacher}.rollout.temperature: {teacher:g}, but its student {edge.student} "
+                f"samples at {student:g}: every branch computes log-probabilities at its own temperature, so "
+                f"log pi_teacher - log pi_student (Eq. 8), overlap and KL would compare two differently "
+                f"sharpened distributions and be off even for equal models; give both the same temperature"
+            )
