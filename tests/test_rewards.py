@@ -41,6 +41,13 @@ def grade_one(name: str, response: str, answer: str, **metadata: Any) -> float:
         ("<think>Answer: 3 and then it was cut", "", Source.nothing),
         ("  \n ", "", Source.nothing),
         ("The answers are many\n8", "8", Source.last_line),
+        ("The answer is 42. I hope this answer is helpful!", "42.", Source.marker),
+        ("The answer is 42.\nI think the answer is correct.", "42.", Source.marker),
+        ("**Answer: 42**", "42", Source.marker),
+        ("Answer\uff1a42", "42", Source.marker),
+        ('So:\n```json\n{"a": 1}\n```', '{"a": 1}', Source.last_line),
+        ("```\n1 2\n3 4\n```", "1 2\n3 4", Source.last_line),
+        ("```", "```", Source.last_line),
     ],
 )
 def test_final_answer(response: str, text: str, source: Source) -> None:
@@ -147,6 +154,42 @@ def test_numeric() -> None:
         grade_one("numeric", "3", "three")
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (r"\frac{3}{4}", 0.75),
+        (r"-\dfrac{3}{4}", -0.75),
+        (r"\frac34", 0.75),
+        (r"2\frac{1}{2}", 2.5),
+        (r"3 \times 10^5", 300_000),
+        (r"$3\times10^{-5}$", 3e-5),
+        ("3\u00d710^5", 300_000),
+        ("10^{6}", 1_000_000),
+        ("1e-05", 1e-5),
+        (r"\$80{,}000", 80_000),
+        (r"80\,000", 80_000),
+        ("80~000", 80_000),
+        (r"50\%", 50),
+        (r"12 \text{ m}^2", 12),
+        (r"12^\circ", 12),
+        ("$5^{th}$", 5),
+        ("25 m/s^2", 25),
+        (r"x_2 = 7", 7),
+        # part of a formula, so no number
+        (r"4\sqrt{2}", None),
+        (r"4\sqrt(2)", None),
+        (r"12\pi", None),
+        ("pi/2", None),
+        ("2^{10}", None),
+        ("5!", None),
+        (r"\log_{10} 5", None),
+        ("x_2", None),
+    ],
+)
+def test_last_number_in_latex(text: str, number: float | None) -> None:
+    assert last_number(text) == number
+
+
 def test_is_number() -> None:
     assert is_number("-1,000.5") and is_number("3/4")
     assert not is_number("3 apples") and not is_number("") and not is_number("1 2")
@@ -175,9 +218,54 @@ def test_choice_nothing_picked(response: str) -> None:
         assert grade_one("choice", response, gold, choices=["London", "Paris", "Rome"]) == 0.0
 
 
+@pytest.mark.parametrize(
+    "response", ["**Answer: C**", "C - Paris", "Answer\uff1aC", "C: Paris", "C, I think"]
+)
+def test_choice_in_other_forms(response: str) -> None:
+    assert grade_one("choice", response, "C") == 1.0
+    assert grade_one("choice", response, "B") == 0.0
+
+
+def test_choice_among_letters() -> None:
+    groups = ["O", "A", "B", "AB"]
+    assert grade_one("choice", "B", "B", choices=groups) == 1.0
+    assert grade_one("choice", "A", "B", choices=groups) == 0.0, "B is the second option, which reads A"
+    assert grade_one("choice", "AB", "D", choices=groups) == 1.0
+
+
 def test_choice_bad_gold() -> None:
     with pytest.raises(ValueError, match="neither a letter"):
         grade_one("choice", "A", "Berlin", choices=["London", "Paris"])
+
+
+@pytest.mark.parametrize(
+    ("verifier", "gold", "settings"),
+    [
+        ("numeric", "5", {"rel_tol": None, "abs_tol": None}),
+        ("choice", "C", {"choices": None}),
+        ("exact", "5", {"case_sensitive": None}),
+        ("math", "5", {"float_rounding": None}),
+        ("box_iou", "[1,2,3,4]", {"iou_threshold": None}),
+        ("temporal_iou", "1-2", {"iou_threshold": None}),
+        ("reasoning_gym", "5", {"dataset": "gcd", "entry": None, "question": None, "binary": None}),
+    ],
+)
+def test_a_null_setting_is_none_at_all(verifier: str, gold: str, settings: dict[str, Any]) -> None:
+    """As tables in columns (Parquet) have it for every setting that another row has."""
+    assert grade_one(verifier, gold, gold, **settings) == 1.0
+    assert grade_one(verifier, "6", gold, **settings) == 0.0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        'Here it is:\n```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "cat"}]\n```',
+        '```json\n{\n  "bbox_2d": [1, 2, 3, 4],\n  "label": "cat"\n}\n```\n',
+        "Answer:\n```\n[1, 2, 3, 4]\n```",
+    ],
+)
+def test_boxes_in_a_fenced_block(response: str) -> None:
+    assert grade_one("box_iou", response, "[1, 2, 3, 4]") == 1.0
 
 
 MATH_CASES = [
@@ -192,6 +280,31 @@ MATH_CASES = [
     (r"\boxed{(x-1)^2}", "x^2+2x+1", 0.0),
     ("nothing here", "42", 0.0),
     ("", "42", 0.0),
+    # rounding to decimals makes small numbers equal
+    ("0.0000002", "0.0000001", 0.0),
+    (r"\boxed{9.1 \times 10^{-31}}", r"6.63 \times 10^{-34}", 0.0),
+    (r"\boxed{6.63 \cdot 10^{-34}}", r"6.63 \times 10^{-34}", 1.0),
+    (r"\boxed{\frac{1}{2^{98}}}", r"\frac{1}{2^{99}}", 0.0),
+    (r"\boxed{2^{-99}}", r"\frac{1}{2^{99}}", 1.0),
+    (r"\boxed{0.333333}", "1/3", 1.0),
+    (r"\boxed{\sqrt{2}+\sqrt{3}}", r"\sqrt{5+2\sqrt{6}}", 1.0),
+    (r"\boxed{10\%}", "10", 1.0),
+    ("Answer: 0.00001", "1e-05", 1.0),
+    ("Answer: 1e-05", "0.00002", 0.0),
+    # a choice of values
+    ("The answer is 1 or 2.", "2", 0.0),
+    ("Answer: either 7 or 2", "2", 0.0),
+    (r"\boxed{1 \text{ or } 2}", "2", 0.0),
+    ("Answer: 1/2 or 0.5", "0.5", 1.0),
+    ("Answer: $1$ or $2$", r"\{1,2\}", 1.0),
+    ("Answer: 42 or so", "42", 1.0),
+    # what is too large to evaluate is compared as it is written
+    (r"\boxed{9^{9^{9^9}}}", "2", 0.0),
+    (r"\boxed{9^{9^{9^9}}}", "9^{9^{9^{9}}}", 1.0),
+    ("Answer: 9^9^9^9", "2", 0.0),
+    (r"\boxed{100000!}", "2", 0.0),
+    (r"\boxed{2^{2^{10}}}", "2^{1024}", 1.0),
+    ("\u0663", "3", 1.0),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from typing import Any
 
 from copd_megatron.rewards.parsing.syntax import NotUnderstoodError, reading, syntax_tree
@@ -11,7 +12,7 @@ from copd_megatron.rewards.parsing.syntax import NotUnderstoodError, reading, sy
 def literal(text: str) -> Any:
     """A Python literal made of lists, tuples, strings, numbers, True, False and None.
 
-    Raises NotUnderstoodError for anything else.
+    Raises NotUnderstoodError for anything else, and for a number that is too large for a float.
     """
     with reading():
         return _value(syntax_tree(text))
@@ -19,7 +20,7 @@ def literal(text: str) -> Any:
 
 def _value(node: ast.expr) -> Any:
     match node:
-        case ast.Constant(value=bool() | int() | float() | str() | None as value):
+        case ast.Constant(value=bool() | int() | float() | str() | None as value) if value != math.inf:
             return value
         case ast.List(elts=items):
             return [_value(item) for item in items]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 MAX_BITS = 200_000
@@ -10,6 +11,28 @@ MAX_BITS = 200_000
 MAX_EXPONENT = 10_000
 """Largest power of a sum that is expanded."""
 _MAX_NODES = 5_000
+
+_OPEN = r"\s{0,3}(?:\^|\*\*)[\s{(]{0,6}"
+_TOWER = re.compile(r"(?<!\d)(\d{1,400})" + _OPEN + r"(\d{1,400})" + _OPEN + r"(\d{1,400})")
+_POWER = re.compile(r"(?<!\d)\d{1,400}" + _OPEN + r"\d{7}")
+_EXPONENT = re.compile(r"\d[eE][+-]?\d{4}")
+_FACTORIAL = re.compile(r"\d{6}[\s)}]{0,3}!")
+
+
+def is_tall(text: str) -> bool:
+    """Whether a text writes a number that is too large to evaluate: a power, a factorial, ``1e99999``.
+
+    Some parsers compare what they have read (the ends of an interval) before anybody can look at it. What
+    this does not see, ``is_evaluable`` does.
+    """
+    if _POWER.search(text) or _EXPONENT.search(text) or _FACTORIAL.search(text):
+        return True
+    towers = (map(int, found) for found in _TOWER.findall(text))
+    return any(_log2(base) * middle ** min(top, 64) > MAX_BITS for base, middle, top in towers if middle > 1)
+
+
+def _log2(number: int) -> float:
+    return math.log2(max(number, 2))
 
 
 def is_evaluable(expression: Any) -> bool:

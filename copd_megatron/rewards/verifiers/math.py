@@ -6,20 +6,26 @@ import functools
 import importlib
 import logging
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from copd_megatron.rewards.final_answer import FinalAnswer, Source, final_answer, normalize
 from copd_megatron.rewards.metadata import setting
-from copd_megatron.rewards.parsing.magnitude import is_evaluable
+from copd_megatron.rewards.parsing.magnitude import is_evaluable, is_tall
 from copd_megatron.rewards.registry import register
 
 _WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}\b")
+_BRACES = re.compile(r"[\s{}]")
 _INTEGER = re.compile(r"-?[0-9]{1,300}")
 _SCIENTIFIC = re.compile(r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{2,3})(?![\w.])")
 _OR = re.compile(r"\\text\s?\{\s?or\s?\}|(?<![\w\\])or(?!\w)", re.IGNORECASE)
 _LISTED = re.compile(r"[,;(\[]|\\\{|\\cup|\\pm|\\lor|\\text\s?\{\s?(?:or|and)|\b(?:or|and)\b")
 _MATHEMATICAL = re.compile(r"\d|\\[A-Za-z]|\b[a-z]\b")
+_MAX_CHARACTERS = 4_000
+"""Longest final answer that is read; math-verify takes seconds for ten thousand characters."""
+_MAX_DEPTH = 50
+"""Nested brackets; math-verify takes seconds to see that hundreds of them hold nothing."""
 _DIGITS = 30
 """Digits to which two numbers are compared."""
 
@@ -53,19 +59,39 @@ def math(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
 
     Raises ValueError if the gold answer cannot be parsed.
     """
-    found = final_answer(response)
-    if not found.text:
+    found = _bounded(final_answer(response))
+    if not found.text or len(found.text) > _MAX_CHARACTERS or _depth(found.text) > _MAX_DEPTH:
         return 0.0
     normal, normal_gold = normalize(found.text), normalize(answer)
     if normal == normal_gold != "":
         return 1.0
     if _INTEGER.fullmatch(normal) and _INTEGER.fullmatch(normal_gold):
         return float(int(normal) == int(normal_gold))
+    if is_tall(normal) or is_tall(normal_gold):
+        return float(_BRACES.sub("", normal) == _BRACES.sub("", normal_gold))
     gold = _parsed(_as_latex(_without_e(answer)))
     if not gold:
         raise ValueError(f"gold answer {answer[:60]!r} is not a mathematical expression. Use 'exact' for it.")
     rounding = setting(metadata, "float_rounding", 6)
     return float(all(_equals(gold, offered, int(rounding)) for offered in _offered(found, answer)))
+
+
+def _bounded(found: FinalAnswer) -> FinalAnswer:
+    """The end of a long paragraph; decimal digits of other scripts as 0 to 9, which is all that sympy
+    knows."""
+    text = found.text[-_MAX_CHARACTERS:] if found.source is Source.last_line else found.text
+    if not text.isascii():
+        text = "".join(str(unicodedata.decimal(letter, letter)) for letter in text)
+    return FinalAnswer(text, found.source)
+
+
+def _depth(text: str) -> int:
+    """How deeply brackets are nested."""
+    depth = deepest = 0
+    for character in text:
+        depth = max(0, depth + (character in "([{") - (character in ")]}"))
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _parsed(text: str) -> list[Any]:
