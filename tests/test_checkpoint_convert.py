@@ -220,7 +220,7 @@ def test_a_damaged_checkpoint_is_named(models: dict[str, Path], tmp_path: Path) 
     with pytest.raises(CheckpointError, match="the file is damaged"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(FileNotFoundError, match="there is no .*nothing; give a local folder"):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*nothing; give a local folder"):
         megatron_to_hf(tmp_path / "nothing", tmp_path / "out")
 
 

@@ -58,7 +58,7 @@ LOOP_STATE = "loop.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What goes into a checkpoint besides the actor's own state."""
+    """What a checkpoint holds besides the actor's own state."""
 
     step: int
     """Steps done."""
@@ -89,7 +89,7 @@ def plan_save(
 
     Args:
         folder: there already, and empty.
-        copy: take copies of the live tensors, so that training may go on before they are written.
+        copy: copy the live tensors, so that training can go on before they are written.
         validate: check that the ranks' shards make up every tensor exactly once (a collective of its own).
 
     Returns:
@@ -204,7 +204,7 @@ class JointSaver:
     # ---- parts of a save ---------------------------------------------------------------------------------
 
     def _make_folders(self, folder: Path) -> str | None:
-        """Fresh folders, made by the first rank; why not, if it cannot, on every rank."""
+        """Makes fresh folders on the first rank; returns on every rank why that failed, or None."""
         problem = None
         if self.world.is_first:
             try:
@@ -272,7 +272,7 @@ class JointSaver:
         return None
 
     def _failed(self, folder: Path, problems: list[str]) -> None:
-        """Says that there is no checkpoint of this step, and frees its space."""
+        """Logs that there is no checkpoint of this step, and frees its space."""
         if not self.world.is_first:
             return
         remove_checkpoint(folder)
@@ -294,7 +294,7 @@ class JointSaver:
 
 
 def find_checkpoint(world: World, run_dir: Path, *, verify_hashes: bool) -> Manifest | None:
-    """The newest valid checkpoint; what is wrong with newer ones is logged, damaged ones are renamed.
+    """The newest valid checkpoint. Damaged ones are logged and renamed.
 
     Collective over all branches; the ranks share the hashing.
 
@@ -302,7 +302,7 @@ def find_checkpoint(world: World, run_dir: Path, *, verify_hashes: bool) -> Mani
         None if the run has not saved yet.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged: starting over would cost the whole run.
+        CheckpointError: all checkpoints are damaged; starting over would throw away the whole run.
     """
     candidates: list[Manifest] = []
     damaged: list[Path] = []
@@ -331,7 +331,7 @@ def find_checkpoint(world: World, run_dir: Path, *, verify_hashes: bool) -> Mani
 
 
 def _complete(run_dir: Path) -> tuple[list[Manifest], list[Path]]:
-    """Checkpoints whose manifest and sizes are right, newest first; the others are named and put aside."""
+    """Checkpoints whose manifest and sizes are right, newest first. The others are logged and set aside."""
     remove_unfinished(run_dir)
     found, damaged = [], []
     for folder in step_folders(run_dir).values():
@@ -348,7 +348,7 @@ def _complete(run_dir: Path) -> tuple[list[Manifest], list[Path]]:
 
 
 def _skip(folder: Path, problems: list[str]) -> Path:
-    """Says what is wrong with a checkpoint and puts it aside; its new name."""
+    """Logs what is wrong with a checkpoint and sets it aside; returns its new name."""
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     aside = set_aside(folder)
     logger.error(
@@ -364,7 +364,7 @@ def _skip(folder: Path, problems: list[str]) -> Path:
 def load_checkpoint(
     world: World, actor: MegatronActor, run_dir: Path, manifest: Manifest
 ) -> tuple[dict[str, Any], WeightSnapshot | None]:
-    """Puts this branch's part of a checkpoint into the actor, at whatever layout it now has.
+    """Loads this branch's part of a checkpoint into the actor, whatever its layout is now.
 
     Returns:
         The branch's loop state, and the teacher snapshot if one was saved.

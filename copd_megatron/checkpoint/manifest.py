@@ -1,4 +1,5 @@
-"""What a checkpoint holds, which checkpoints are valid, and which to delete. Neither torch nor Megatron."""
+"""What a checkpoint holds, which checkpoints are valid, and which to delete. Imports neither torch nor
+Megatron."""
 
 from __future__ import annotations
 

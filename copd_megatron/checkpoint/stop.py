@@ -1,7 +1,7 @@
-"""When a run has to stop early: signals and the wall-clock limit. Neither torch nor Megatron.
+"""When a run has to stop early: signals and the wall-clock limit. Imports neither torch nor Megatron.
 
 A scheduler announces the end of a job with SIGTERM or SIGUSR1, to some processes or to all. Each process only
-takes note; the ranks compare notes at the end of every step and so save at the same one.
+records the signal; at the end of every step the ranks tell each other, so that all save at the same step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STARTED = time.time()
 
 
 class StopSignals:
-    """Takes note of SIGTERM and SIGUSR1 instead of dying of them. Use it in the main thread."""
+    """Records SIGTERM and SIGUSR1 instead of ending the process. Use it in the main thread."""
 
     def __init__(self) -> None:
         self.received: str | None = None
