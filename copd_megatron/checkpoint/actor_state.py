@@ -1,9 +1,9 @@
 """One actor as a Megatron sharded state dict, and back, at any layout.
 
-The model's tensors lie under their own names, so that Megatron's tools find them; the optimizer's under
-``optimizer.`` in model space (Megatron's ``fully_reshardable``), so that tensor, pipeline and data parallel
-sizes may change between saving and loading; a teacher snapshot under ``teacher.``; each rank's random states
-under ``rng``.
+The model's tensors keep their own names, so that Megatron's tools find them. The optimizer's are stored under
+``optimizer.``, shaped like the model's (Megatron's ``fully_reshardable``), so that tensor, pipeline and data
+parallel sizes may change between saving and loading. A teacher snapshot is stored under ``teacher.``, each
+rank's random states under ``rng``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _RNG = "rng"
 
 
 def actor_layout(actor: MegatronActor) -> dict[str, int]:
-    """The layout as a manifest has it."""
+    """The layout as a manifest records it."""
     parallel = actor.parallel
     return {
         "tp": parallel.tensor_model_parallel_size,
@@ -56,8 +56,8 @@ def sharded_state(
     branch.
 
     Args:
-        teacher: a snapshot to be saved along; when loading, any snapshot says that one is wanted.
-        with_rng: random states belong to ranks; they cannot be loaded at another layout.
+        teacher: a snapshot to save as well; when loading, any snapshot means that one is wanted.
+        with_rng: random states belong to ranks, so they cannot be loaded at another layout.
     """
     actor.take_memory()
     state: dict[str, Any] = {"model": actor.model.sharded_state_dict(prefix="")}
@@ -81,8 +81,8 @@ def load_state(
 ) -> WeightSnapshot | None:
     """Puts a branch's saved state into the actor; collective over the branch.
 
-    Learning rate, weight decay and the like stay as the configuration now has them; moments, step counts and
-    the place in the learning-rate schedule are the checkpoint's.
+    Learning rate, weight decay and the like stay as configured now; moments, step counts and the position in
+    the learning-rate schedule come from the checkpoint.
 
     Args:
         folder: the branch's folder of a checkpoint.
@@ -127,7 +127,7 @@ def load_weights(actor: MegatronActor, folder: str) -> None:
 
 
 def _load(state: dict[str, Any], folder: str, device: torch.device) -> dict[str, Any]:
-    """``dist_checkpointing.load``, without what it lacks and with errors that help."""
+    """``dist_checkpointing.load`` without entries that the checkpoint lacks, and with errors that help."""
     _refuse_programs(folder, device)
     _drop_extra_state(state, folder)
     try:
@@ -163,8 +163,8 @@ def _refuse_programs(folder: str, device: torch.device) -> None:
 
 
 def _copy_model(actor: MegatronActor, values: dict[str, Any]) -> None:
-    """Loading writes into the parameters themselves; what Megatron had to rebuild (fused tensors) it
-    returns."""
+    """Copies what is not in the parameters yet: loading writes into them, but returns tensors that Megatron
+    had to rebuild (fused ones)."""
     named = dict(actor.model.named_parameters())
     for name, value in values.items():
         if name in named and isinstance(value, Tensor) and value.data_ptr() != named[name].data_ptr():
@@ -192,7 +192,7 @@ def _in_parameter_order(actor: MegatronActor, values: dict[str, Any]) -> list[Te
 
 
 def _drop_extra_state(state: dict[str, Any], folder: str) -> None:
-    """Takes Transformer Engine's bookkeeping off the list where the checkpoint has none (saved on CPU)."""
+    """Drops Transformer Engine's bookkeeping from the state where the checkpoint has none (saved on CPU)."""
     saved = load_sharded_metadata(folder)
     model = state["model"]
     for name in [n for n, e in model.items() if isinstance(e, ShardedObject) and e.unique_key not in saved]:
@@ -203,12 +203,12 @@ def _drop_extra_state(state: dict[str, Any], folder: str) -> None:
 
 
 def _optimizers(actor: MegatronActor) -> Iterator[Any]:
-    """Megatron's optimizers under the chain."""
+    """Megatron's optimizers, out of the chain that holds them."""
     yield from getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
 
 
 def _allocate_optimizer_state(actor: MegatronActor) -> None:
-    """Zero moments where no step has been made yet: Megatron's state dict needs them to be there."""
+    """Makes zero moments where no step has been taken yet: Megatron's state dict needs them to exist."""
     for optimizer in _optimizers(actor):
         inner = optimizer.optimizer
         if inner is None or inner.state:
@@ -221,12 +221,12 @@ def _allocate_optimizer_state(actor: MegatronActor) -> None:
 
 @contextlib.contextmanager
 def _offsets_without_padding(actor: MegatronActor) -> Iterator[None]:
-    """Parameter offsets as the gathered state has them, in force while Megatron cuts it up.
+    """Lets parameters have the offsets of the gathered state while Megatron cuts it up.
 
     Megatron-Core 0.19 gathers the optimizer's buckets without the padding between them, and then cuts the
     parameters out at their offsets with padding: from a buffer's second bucket on (a tied output layer on the
-    last stage has one of its own) it saves shifted values, without a word. Where there is no padding, these
-    are the same offsets. Upstream: ``DistributedOptimizer.sharded_param_state_fully_reshardable``.
+    last stage has one of its own) it silently saves shifted values. Without padding, nothing changes.
+    Upstream: ``DistributedOptimizer.sharded_param_state_fully_reshardable``.
     """
     buffers = [buffer for optimizer in _optimizers(actor) for buffer in optimizer.buffers]
     padded = [buffer.param_index_map for buffer in buffers]
@@ -249,9 +249,9 @@ def _offsets_without_padding(actor: MegatronActor) -> Iterator[None]:
 def _load_optimizer(actor: MegatronActor, loaded: dict[Any, Any]) -> None:
     """Moments, master weights and step counts.
 
-    Not in one call of Megatron's: with torch's AdamW (CPU) its loader asks model-space states for a ``step``
-    tensor that they do not have, and leaves all parameters sharing one. A ``step`` that is a number while the
-    moments are loaded is passed over, and each parameter then gets a tensor of its own.
+    Megatron's loader cannot do it in one call: with torch's AdamW (CPU) it looks for a ``step`` tensor that
+    these states do not have, and leaves all parameters sharing one. It skips a ``step`` that is a number, so
+    steps are numbers while the moments are loaded, and each parameter then gets a tensor of its own.
     """
     optimizers = list(_optimizers(actor))
     if ("optimizer" in loaded) != (len(optimizers) == 1):
@@ -276,7 +276,7 @@ def _load_optimizer(actor: MegatronActor, loaded: dict[Any, Any]) -> None:
 
 
 def _hyperparameters(actor: MegatronActor) -> list[list[dict[str, Any]]]:
-    """What the configuration says of every parameter group."""
+    """The configured settings of every parameter group."""
     if actor.optimizer is None:
         return []
     return [
@@ -314,7 +314,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Puts back what ``random_states`` took."""
+    """Restores what ``random_states`` returned."""
     random.setstate(_tuples(states["python"]))
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))

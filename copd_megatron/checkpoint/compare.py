@@ -1,4 +1,5 @@
-"""Whether two runs are the same run: metrics, exported weights, final table. Neither torch nor Megatron."""
+"""Whether two runs are the same run: metrics, exported weights, final table. Imports neither torch nor
+Megatron."""
 
 from __future__ import annotations
 

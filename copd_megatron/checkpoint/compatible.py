@@ -1,4 +1,5 @@
-"""Whether a configuration may continue a checkpoint, and what it would change. Neither torch nor Megatron."""
+"""Whether a configuration may continue a checkpoint, and what it would change. Imports neither torch nor
+Megatron."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ WITHOUT_EFFECT: Final = (
     "branches.*.data.train",
     "branches.*.data.validation",
 )
-"""Settings that may change freely: at most rounding differs afterwards."""
+"""Settings that may change freely: at most, rounding differs afterwards."""
 
 FIXED: Final = ("run.seed", "branches.*.frozen", "branches.*.data.shuffle")
 """Settings that the state in a checkpoint is bound to."""

@@ -34,10 +34,10 @@ BACKEND: Final = "metadata.json"
 
 
 class HashingFile(io.RawIOBase):
-    """A file opened for writing that hashes what passes, appended to only.
+    """An append-only file that hashes what is written to it.
 
-    After a failed write it swallows the rest: ``torch.save`` answers an exception from below by writing
-    again. ``finish`` raises what went wrong first.
+    After a failed write it ignores the rest, because ``torch.save`` reacts to an exception by writing again.
+    ``finish`` raises the first error.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,7 +73,7 @@ class HashingFile(io.RawIOBase):
         return self._error is not None
 
     def finish(self) -> tuple[int, str]:
-        """Brings everything to the disk and closes; returns size and SHA-256.
+        """Syncs the file to the disk and closes it; returns size and SHA-256.
 
         Raises:
             OSError: a write failed, now or before.
@@ -88,7 +88,7 @@ class HashingFile(io.RawIOBase):
 
 
 def append(stream: HashingFile, data: Any, name: str) -> _StorageInfo:
-    """Appends one item (a tensor or a ``BytesIO``) to the file called ``name``; where it lies."""
+    """Appends one item (a tensor or a ``BytesIO``) to the file called ``name``; returns its place."""
     begin = stream.tell()
     if isinstance(data, io.BytesIO):
         stream.write(data.getbuffer())
@@ -98,7 +98,7 @@ def append(stream: HashingFile, data: Any, name: str) -> _StorageInfo:
 
 
 def own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without the rest of a larger storage, which ``torch.save`` would write as well."""
+    """The tensor in a storage of its own, since ``torch.save`` writes whole storages."""
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
 
@@ -141,11 +141,11 @@ def write_metadata(
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """A folder's index, checked so far that its fields can be relied on.
+    """A folder's index, with all fields of the right type.
 
     Raises:
         FileNotFoundError: the folder has none.
-        CheckpointError: it is damaged, asks for what an index has not, or names files outside the folder.
+        CheckpointError: it is damaged, asks for names that no index needs, or names files outside the folder.
     """
     path = folder / METADATA
     found = load_metadata(path)

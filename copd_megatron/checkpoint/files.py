@@ -1,9 +1,9 @@
-"""How a rank writes its share of a checkpoint: one file, hashed on the way, synced at the end.
+"""How a rank writes its share of a checkpoint: one file, hashed as it is written, synced at the end.
 
-Megatron plans who writes what (``MCoreSavePlanner``); its own writer sends results through a manager process
-that it spawns, or forks the process that holds vLLM. This one writes in the calling thread or in a thread of
-its own: what takes long (copying bytes, hashing, the disk) runs outside Python's interpreter lock, and a
-process that is killed leaves no child behind.
+Megatron plans which rank writes what (``MCoreSavePlanner``). Its own writer passes results through a manager
+process that it spawns, or forks the process that holds vLLM. This one writes in the calling thread or in a
+thread of its own: the slow parts (copying bytes, hashing, the disk) run outside Python's interpreter lock,
+and a process that is killed leaves no child behind.
 """
 
 from __future__ import annotations
@@ -49,13 +49,16 @@ class Written:
 
 
 class RankWriter:
-    """Writes one rank's items into ``__<rank>_0.distcp``. A storage writer in the sense of
-    ``torch.distributed.checkpoint``, as far as Megatron's planning uses one."""
+    """Writes one rank's items into ``__<rank>_0.distcp``. It has as much of the storage writer interface of
+    ``torch.distributed.checkpoint`` as Megatron's planning uses."""
 
     can_run_decentralized_global_plan = True
 
     def __init__(self, folder: Path, *, copy: bool) -> None:
-        """``copy``: keep copies of the tensors, so that they may change before they are written."""
+        """
+        Args:
+            copy: keep copies of the tensors, so that they may change before they are written.
+        """
         self.folder, self.copy = folder, copy
         self.metadata: Metadata | None = None
         """The plan of the whole branch, on its first rank."""
@@ -78,7 +81,7 @@ class RankWriter:
         return plan
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Takes hold of (or copies) what is to be written."""
+        """Keeps references to (or copies of) the tensors to write."""
         for item in plan.items:
             data = planner.resolve_data(item)
             # the optimizer's tensors were gathered for this save and are nobody else's
@@ -90,7 +93,7 @@ class RankWriter:
     # ---- writing -----------------------------------------------------------------------------------------
 
     def write(self) -> None:
-        """Writes everything; a failure is kept for ``result``, since other ranks must hear of it."""
+        """Writes everything. A failure is kept for ``result``, since the other ranks must learn of it."""
         if not self._items:
             return
         name = f"__{dist.get_rank()}_0.distcp"
@@ -108,11 +111,11 @@ class RankWriter:
 
     @property
     def done(self) -> bool:
-        """Whether ``result`` will not wait."""
+        """Whether ``result`` would return at once."""
         return self._thread is None or not self._thread.is_alive()
 
     def result(self) -> Written:
-        """What was written; waits for the thread, and raises what it raised."""
+        """What was written. Waits for the thread, and raises what it raised."""
         if self._thread is not None:
             self._thread.join()
         if self._raised is not None:
@@ -151,7 +154,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
     def async_save(
         self, sharded_state_dict: Any, checkpoint_dir: Any, async_strategy: str = "mcore"
     ) -> AsyncRequest:
-        """Plans only; the request that Megatron wants is empty."""
+        """Plans only; the request that Megatron expects is empty."""
         translated, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         self.writer = RankWriter(Path(checkpoint_dir), copy=self.copy)
         (_, self.writer.metadata, _), *_ = save_state_dict_async_plan(

@@ -29,8 +29,8 @@ IGNORED_CONFIG_KEYS = {
     "eos_token_id",
     "pad_token_id",
 }
-"""What may differ between checkpoints of one architecture: it changes neither the meaning of a weight nor
-how it is used at inference. (Tokens are compared in the tokenizer.)"""
+"""Keys that may differ between checkpoints of one architecture, since they change neither the meaning of a
+weight nor how it is used at inference. (Special tokens are compared in the tokenizer.)"""
 
 _SHOWN = 5
 
@@ -63,7 +63,7 @@ def check_mergeable(sources: Sequence[TensorSource], *, allow: Sequence[str] = (
 
 
 def _check_types(source: TensorSource) -> None:
-    """Eight-bit weights mean nothing without their scales, which are tensors of their own."""
+    """Refuses eight-bit weights: they mean nothing without their scales, which are separate tensors."""
     narrow = [
         f"{name} ({spec.dtype})"
         for name in source.names()
@@ -117,7 +117,7 @@ def _check_tensors(first: TensorSource, other: TensorSource, pair: str) -> None:
             for source, names in ((first, ours - theirs), (other, theirs - ours))
             if names
         ]
-        raise MismatchError(f"merge: {pair} do not hold the same tensors; {'; '.join(parts)}")
+        raise MismatchError(f"merge: {pair} do not have the same tensors; {'; '.join(parts)}")
     shapes = [
         f"{name} {list(other.spec(name).shape)} and {list(first.spec(name).shape)}"
         for name in first.names()
@@ -142,7 +142,7 @@ def _check_config(first: TensorSource, other: TensorSource, pair: str, allow: se
         ours, theirs = _sizes(first), _sizes(other)
         what = "sizes"
     if ours is None or theirs is None:
-        return  # what says nothing of its model is compared by tensors' names and shapes alone
+        return  # a source without a configuration is compared by its tensors' names and shapes alone
     flat = [_flatten(config) for config in (ours, theirs)]
     different = [
         f"{key} ({_show(flat[1], key)} and {_show(flat[0], key)})"
@@ -186,7 +186,7 @@ def _check_tokenizer(first: TensorSource, other: TensorSource, pair: str) -> Non
 
 
 def _vocabulary(source: TensorSource) -> dict[str, str] | None:
-    """What each token or merge rule stands for; None without a tokenizer."""
+    """What each token or merge rule stands for; None if there is no tokenizer."""
     tokenizer = read_json(source.companions, "tokenizer.json")
     if tokenizer is None:
         vocabulary = read_json(source.companions, "vocab.json")

@@ -24,9 +24,9 @@ def merge_mean(
 
     Args:
         folders: Hugging Face folders with the same tensors.
-        target: written under a temporary name and renamed when complete; what stood there is replaced.
+        target: replaced if it exists; written under a temporary name and renamed when complete.
             Configuration and tokenizer come from the first folder.
-        weights: one per folder, used as they are; default 1/K each.
+        weights: one per folder, used without normalising them; default 1/K each.
         rank, world_size, barrier: processes that share the work (each writes some of the shards), and how
             they wait for each other.
 

@@ -1,7 +1,7 @@
 """The merge methods: pure arithmetic on blocks of tensors, no files, no processes.
 
-Definitions are mergekit's (0.1.5), so that a recipe means the same here as there. With theta_k the models,
-theta_b the base, delta_k = theta_k - theta_b:
+The definitions are mergekit's (0.1.5), so a recipe means the same here as there. With theta_k the models,
+theta_b the base, and delta_k = theta_k - theta_b:
 
 ``linear``            sum_k w_k theta_k, divided by sum_k w_k when ``normalize`` (default)
 ``task_arithmetic``   theta_b + lambda * sum_k w_k delta_k  (arXiv 2212.04089)

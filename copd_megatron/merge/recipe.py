@@ -19,9 +19,9 @@
     dtype: float32
     out_dtype: bfloat16
 
-A model's own parameters go before the common ones; what a parameter may be, ``parameters`` says. ``dtype`` is
-the type that inputs are cast to before merging (null: as they are), ``out_dtype`` that of the result (null:
-``dtype``).
+A model's own parameters take precedence over the common ones; ``parameters`` says what a value can be.
+``dtype`` is the type that inputs are cast to before merging (null: their own), ``out_dtype`` that of the
+result (null: ``dtype``).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class TensorParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRecipe:
-    """A merge, checked as far as that is possible without opening the models."""
+    """A merge, checked as far as possible without opening the models."""
 
     method: str
     models: tuple[ModelInput, ...]
@@ -233,7 +233,7 @@ class MergeRecipe:
 
 
 def layer_depths(names: Sequence[str]) -> dict[str, float]:
-    """How deep each tensor lies in its stack: layer / (layers - 1); 0 outside of layers."""
+    """How deep each tensor's layer lies in its tower: layer / (layers - 1); 0 outside of layers."""
     count: dict[str, int] = {}
     found = {name: match for name in names if (match := _LAYER.match(name))}
     for match in found.values():
@@ -278,7 +278,7 @@ def read_recipe(path: str | Path, *, seed: int = 0) -> MergeRecipe:
     base = _path_of(raw["base_model"], f"{origin}: base_model") if raw.get("base_model") else None
     models = _models(raw.get("models"), origin)
     if base is not None and method not in WITHOUT_BASE:
-        # mergekit lists the base among the models or not, as one likes; its parameters mean nothing.
+        # As in mergekit, the base may be listed among the models; its parameters mean nothing.
         models = [model for model in models if _same_path(model.path) != _same_path(base)]
     elif base is not None and any(_same_path(model.path) == _same_path(base) for model in models):
         base = None

@@ -1,7 +1,7 @@
-"""Memory that is used again: each thread's named work buffers, one block long.
+"""Memory that is reused: each thread's named work buffers, one block long.
 
-Fresh tensors of a megabyte come as fresh pages from the system, and clearing those costs several times what
-the arithmetic on them does.
+A new tensor of a megabyte gets new pages from the operating system, and clearing those takes several times as
+long as the arithmetic on them.
 """
 
 from __future__ import annotations

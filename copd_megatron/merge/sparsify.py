@@ -1,8 +1,8 @@
 """Which elements of a task vector are kept: by magnitude (TIES) or at random (DARE), decided block by block.
 
-Both need to see the whole tensor before the first element can be decided (which magnitude is the k-th
-largest; how much norm is lost), and neither keeps it: they look at it in passes, and remember a histogram,
-the elements that tie with the threshold, or one sum per block.
+Both need the whole tensor before they can decide on the first element (which magnitude is the k-th largest;
+how much norm is lost), yet neither keeps it: they go over it in passes, and remember a histogram, the
+elements that equal the threshold, or one sum per block.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class RandomMask:
 
 
 class _Histograms:
-    """Histograms that are used again (see ``scratch``): a model has hundreds of small tensors."""
+    """Histograms that are reused (see ``scratch``): a model has hundreds of small tensors."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []

@@ -44,7 +44,7 @@ class VisionShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes that layout checks and memory estimates need."""
+    """Sizes of a model, as far as its layout, memory and checkpoints depend on them."""
 
     architecture: str
     num_layers: int
@@ -76,12 +76,12 @@ class ModelShape:
 
     @property
     def decoder_prefix(self) -> str:
-        """Of the decoder's tensors in a Hugging Face folder."""
+        """Prefix of the decoder's tensor names in a Hugging Face folder."""
         return "model" if self.vision is None else "model.language_model"
 
     @property
     def stacks_experts(self) -> bool:
-        """A Hugging Face folder holds all experts of a layer in one tensor, each transposed (Qwen3-VL)."""
+        """Whether a Hugging Face folder holds all experts of a layer in one tensor, transposed (Qwen3-VL)."""
         return self.num_experts is not None and self.vision is not None
 
     @property
@@ -92,7 +92,7 @@ class ModelShape:
 
     @property
     def active_layer_parameters(self) -> int:
-        """Of those, the weights that one token meets."""
+        """Those of ``layer_parameters`` that one token uses."""
         return self._layer_parameters(self.num_experts and self.num_experts_per_token)
 
     def _layer_parameters(self, num_experts: int | None) -> int:
@@ -107,7 +107,7 @@ class ModelShape:
 
     @property
     def embedding_parameters(self) -> int:
-        """Weights of the embedding; the output layer has as many more unless they are tied."""
+        """Weights of the embedding; the output layer has as many again, unless the two are tied."""
         return self.vocab_size * self.hidden_size
 
     @property

@@ -1,10 +1,10 @@
-"""How a Hugging Face checkpoint's tensors lie on a Megatron branch. Pure: no torch, no Megatron.
+"""Which rank of a Megatron branch holds which part of a Hugging Face model's tensors. Pure: no torch.
 
-Every Hugging Face tensor is owned, on each pipeline stage that needs it, by the tensor-parallel ranks of
-that stage: either whole (``dim`` None) or as one contiguous range along ``dim`` per rank. Megatron fuses
-tensors (q, k and v of a query group; gate and up) inside one parameter, but each rank's share of every
-single Hugging Face tensor is still one contiguous range, and that is all that loading, weight sync and
-export need to know. ``Slot`` names the place inside the fused parameter.
+Every Hugging Face tensor is owned, on each pipeline stage that needs it, by the tensor-parallel ranks of that
+stage: either whole (``dim`` None) or as one contiguous range along ``dim`` per rank. Megatron fuses tensors
+(q, k and v of a query group; gate and up) into one parameter, but each rank's share of every single Hugging
+Face tensor is still one contiguous range. Loading, weight sync and export need to know no more than that;
+``fused`` says where a part lies inside a fused parameter.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from copd_megatron.model.shape import ModelShape, VisionShape
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """A tensor of a Hugging Face folder that holds a matrix of every expert of a layer (Qwen3-VL's mixtures).
+    """A tensor of a Hugging Face folder with one matrix of each expert of a layer (Qwen3-VL's mixtures).
 
-    As published, each lies transposed in it: expert ``e``'s is ``tensor[e, :, columns].T``.
+    As published, the matrices are transposed: expert ``e``'s is ``tensor[e, :, columns].T``.
     """
 
     prefix: str
@@ -52,7 +52,7 @@ class Stack:
 
 def as_published(stack: Stack, shape_of: Callable[[str], tuple[int, ...]]) -> bool:
     """Whether a folder's stacks of this layer are as published, or as transformers 5 saves them: not
-    transposed. One of the two is never square, and tells.
+    transposed. One of the two is never square, so their shapes tell.
 
     Args:
         shape_of: shape of a tensor of the folder by name.
@@ -88,25 +88,26 @@ class Slot:
     module: str
     """Megatron module path on that stage, layer number already local: ``decoder.layers.0.mlp...``."""
     part: str
-    """Which part of the module's weight: whole, q, k, v, gate or up; ``parameter``: ``module`` names the
-    parameter itself."""
+    """Which part of the module's weight it is: whole, q, k, v, gate or up; ``parameter``: ``module`` names
+    the parameter itself."""
     group: str
     """Tensors of one group belong to one fused rollout parameter, or to one stack, and travel together."""
     chunk: int = 0
     """Model chunk of that stage (virtual pipeline)."""
     expert: int | None = None
-    """Number of the expert that it belongs to: only the expert-parallel ranks that hold that expert own
-    it, whole."""
+    """Number of the expert that it belongs to. Only the expert-parallel ranks that hold that expert own it,
+    as a whole."""
     stack: Stack | None = None
-    """How a Hugging Face folder holds it, where that is not under ``name``, which vLLM takes all the same."""
+    """The tensor that holds it in a Hugging Face folder, where that is not one called ``name``. (vLLM accepts
+    ``name`` all the same.)"""
     pads_vocabulary: bool = False
     """Its rows are tokens: Megatron and vLLM pad them, each in its own way, before they split them."""
     copy_of_embedding: bool = False
     """The tied output weight on the last stage: loaded from the embedding, never exported."""
 
     def range_of(self, tp_rank: int, tp_size: int) -> tuple[int, int]:
-        """Rows [start, stop) along ``dim`` that a tensor-parallel rank owns; the last of a padded
-        vocabulary may own fewer, even none."""
+        """Rows [start, stop) along ``dim`` that a tensor-parallel rank owns. The last ranks of a padded
+        vocabulary may own fewer, or none."""
         if self.dim is None:
             raise ValueError(f"{self.name} is replicated, not split")
         size = self.shape[self.dim]
@@ -115,7 +116,7 @@ class Slot:
 
 
 def layers_of_stage(num_layers: int, stage: int, pp_size: int, *, chunk: int = 0, vpp_size: int = 1) -> range:
-    """Decoder layers of one chunk of a pipeline stage; an even split, which ``validate`` has checked."""
+    """Decoder layers of one chunk of a pipeline stage. The split is even, as ``validate`` has checked."""
     share = num_layers // (pp_size * vpp_size)
     first = (chunk * pp_size + stage) * share
     return range(first, first + share)
@@ -219,9 +220,10 @@ def _feed_forward(
     stacks: Callable[..., Stack] | None = None,
     **kw: Any,
 ) -> None:
-    """Gate, up and down of an MLP, or of one expert, which tensor parallelism does not split.
+    """Adds gate, up and down of an MLP, or of one expert, which tensor parallelism does not split.
 
-    ``stacks`` makes the stack of a part, where a Hugging Face folder holds the experts so.
+    Args:
+        stacks: makes the stack of a part, where a Hugging Face folder stacks the experts.
     """
     for part in ("gate", "up", "down"):
         down = part == "down"

@@ -1,11 +1,11 @@
 """Which slice of which tensor travels from which rank to which rank in a weight sync. Pure.
 
 Source: a Megatron branch at TP x PP x DP, every Hugging Face tensor split as ``model.slots`` says.
-Destination: the same ranks as vLLM workers at their own tensor parallelism; the remaining factor of the
-branch is rollout replicas. Each destination rank receives exactly the rows that its vLLM shard keeps, and
-what it already owns as a Megatron rank it never receives.
+Destination: the same ranks as vLLM workers with a tensor parallelism of their own; the branch then holds
+several replicas of the rollout model. Each destination rank receives exactly the rows that its vLLM shard
+keeps, except those that it owns already as a Megatron rank.
 
-Megatron rank order inside a branch: tensor fastest, then data, then pipeline parallel.
+Megatron orders the ranks of a branch by tensor parallelism first (fastest), then data, then pipeline.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from copd_megatron.model.shape import ModelShape
 from copd_megatron.model.slots import Slot, expert_owner, slots
 
 VLLM_VOCAB_PADDING = 64
-"""vLLM pads the vocabulary to a multiple of this before it splits it."""
+"""vLLM pads the vocabulary to a multiple of this before splitting it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def plan_sync(
     element_bytes: int,
     destinations: Sequence[int] | None = None,
 ) -> list[Bucket]:
-    """Buckets in streaming order; a deterministic function of its arguments, equal on all ranks.
+    """Buckets in streaming order: a deterministic function of the arguments, the same on all ranks.
 
     ``destinations`` are the branch ranks that receive; None: all of them. An export to one rank is a sync
     with ``rollout_tp=1`` and one destination.
@@ -150,9 +150,9 @@ def _bucket(
 
 
 def _source(slot: Slot, tp: int | None, dst: int, layout: SyncLayout) -> int:
-    """The rank that serves ``dst``: of the data-parallel copies (and, for a replicated tensor, the
-    tensor-parallel ones: ``tp`` None) the one at the destination's own coordinates, so that a rank serves
-    itself where it can and the copies share the rest evenly."""
+    """The rank that serves ``dst``: of the data-parallel copies (and of the tensor-parallel ones, if the
+    tensor is replicated: ``tp`` None), the one at the destination's own coordinates. A rank serves itself
+    where it can, and the copies share the rest evenly."""
     own_tp, dp, _ = layout.coordinates(dst)
     return layout.rank_at(own_tp if tp is None else tp, dp, slot.stage)
 

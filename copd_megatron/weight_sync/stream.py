@@ -1,12 +1,12 @@
 """The executor of a plan: a branch's live Megatron shards as a stream of Hugging Face tensors.
 
-Each destination rank gets tensors of full Hugging Face shape in which just the rows that it wants are
-filled; the rest is never transferred and must not be read. What a rank holds in that form already is handed
-on as it is.
+Each destination rank gets tensors of full Hugging Face shape in which only the rows that it wants are filled;
+the rest is never transferred and must not be read. What a rank holds in that form already is passed on as it
+is.
 
-Memory: one bucket of such tensors, and at most as much again for slices that are not contiguous where they
-come from or go to. It is taken once for a pass and used for one bucket after the other, because fresh memory
-costs more time (a page fault every 4 KiB on CPU) than copying into it.
+Memory: one bucket of such tensors, and at most as much again for slices that are not contiguous at their
+source or destination. It is allocated once per pass and reused for every bucket, because fresh memory costs
+more time (a page fault every 4 KiB on CPU) than copying into it.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class ShardStream:
 
 
 class _Arena:
-    """Memory that one bucket after the other is laid out in."""
+    """Memory that is reused for one bucket after the other."""
 
     _ALIGNMENT = 64
     """Elements."""

@@ -1,7 +1,7 @@
 """Live weights from Megatron to vLLM, without the disk.
 
-vLLM's own loaders do the placing (fusing, padding, prepacking, quantising): they take tensors of full
-Hugging Face shape and cut out their shard, which is just what ``ShardStream`` fills on each rank.
+vLLM's own loaders put the weights in place (fusing, padding, prepacking, quantising): they take tensors of
+full Hugging Face shape and cut out their shard, which is exactly what ``ShardStream`` fills on each rank.
 """
 
 from __future__ import annotations

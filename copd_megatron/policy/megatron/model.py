@@ -6,7 +6,6 @@ spec, bfloat16, NCCL).
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import nn
 
 from copd_megatron.config.schema import ParallelConfig, PrecisionConfig, TrainingConfig
+from copd_megatron.hf.companions import read_json
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.policy.megatron.attention import PackedAttention
 from copd_megatron.policy.megatron.media_sequences import turning
@@ -255,7 +255,7 @@ def _build_chunk(
     if dims.vision is None:
         model = GPTModel(position_embedding_type="rope", **settings)
     else:
-        vision_config = json.loads((Path(model_path) / "config.json").read_text())["vision_config"]
+        vision_config = (read_json(Path(model_path), "config.json") or {})["vision_config"]
         model = VisionLanguageModel(vision_config=vision_config, freeze_vision=freeze_vision, **settings)
     if torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
