@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from copd_megatron.data.processing import MultimodalProcessor
+from tests.support import vision_streams
 from tests.support.models import make_model
 from tests.support.models_vl import MEDIA, make_processor
+from tests.support.slurm_cluster import Cluster, running_cluster
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -41,3 +44,16 @@ def hf_processor() -> Any:
 def processor(hf_processor: Any) -> MultimodalProcessor:
     """Ours over ``hf_processor``, with the settings ``models_vl.MEDIA``."""
     return MultimodalProcessor(hf_processor, MEDIA)
+
+
+@pytest.fixture(scope="session")
+def strict_processor(hf_processor: Any) -> MultimodalProcessor:
+    """Ours over ``hf_processor``, which refuses more than a million pixels."""
+    return MultimodalProcessor(hf_processor, vision_streams.CONFIG)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A SLURM of three virtual nodes; for tests that ``needs_slurm`` marks."""
+    with running_cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running

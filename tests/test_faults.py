@@ -21,6 +21,7 @@ import pytest
 from copd_megatron.checkpoint.compare import compare_runs
 from copd_megatron.checkpoint.manifest import complete_checkpoints
 from tests.support.checkpoint_runs import BRANCHES, log_of, prepare, train, training, write_config
+from tests.support.disks import small_disk
 
 VLLM_FAULT = Path(__file__).with_name("vllm_fault")
 NUM_CYCLES = 4
@@ -87,14 +88,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "none", str(folder)]).returncode:
-        pytest.skip("this container may not mount")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", 256 << 20) as folder:
+        if folder is None:
+            pytest.skip("this process may not mount a file system")
+        yield folder
 
 
 def _steps(run_dir: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from copd_megatron.config import ConfigError, load_config, read_model_shapes
 from copd_megatron.launch import preflight
 from copd_megatron.planner.disk import run_bytes
 from tests.support.checkpoint_runs import BRANCHES, write_config
+from tests.support.disks import small_disk
 from tests.support.models import make_model
 
 
@@ -24,17 +24,12 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)])
-    if mounted.returncode:
-        pytest.skip("this container may not mount")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", 2 << 20) as folder:
+        if folder is None:
+            pytest.skip("this process may not mount a file system")
+        yield folder
 
 
 def test_the_bound_is_what_the_header_says(config_path: Path) -> None:
@@ -46,26 +41,26 @@ def test_the_bound_is_what_the_header_says(config_path: Path) -> None:
     assert run_bytes(config, shapes) == 2 * parameters * 16
 
 
-def test_a_disk_that_is_too_small_is_refused(config_path: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_refused(config_path: Path, disk: Path, tmp_path: Path) -> None:
     config = load_config(config_path)
     shapes = read_model_shapes(config)
     preflight.check_disk(config, shapes, tmp_path / "not/there/yet")
-    with pytest.raises(ConfigError, match=rf"needs up to .*{small_disk} has 2\.0 MiB free; free some"):
-        preflight.check_disk(config, shapes, small_disk / "runs/a")
+    with pytest.raises(ConfigError, match=rf"needs up to .*{disk} has 2\.0 MiB free; free some"):
+        preflight.check_disk(config, shapes, disk / "runs/a")
 
 
-def test_what_a_run_has_written_already_counts(config_path: Path, small_disk: Path) -> None:
+def test_what_a_run_has_written_already_counts(config_path: Path, disk: Path) -> None:
     config = load_config(config_path)
     shapes = read_model_shapes(config)
-    (small_disk / "checkpoint").write_bytes(b"")
-    os.truncate(small_disk / "checkpoint", run_bytes(config, shapes))  # sparse
-    preflight.check_disk(config, shapes, small_disk)
+    (disk / "checkpoint").write_bytes(b"")
+    os.truncate(disk / "checkpoint", run_bytes(config, shapes))  # sparse
+    preflight.check_disk(config, shapes, disk)
 
 
-def test_little_shared_memory_is_refused_with_the_remedy(small_disk: Path, tmp_path: Path) -> None:
+def test_little_shared_memory_is_refused_with_the_remedy(disk: Path, tmp_path: Path) -> None:
     preflight.check_shared_memory(1, tmp_path)
     with pytest.raises(ConfigError, match=r"2 MiB free, 3 ranks on this machine need about 192; .*--shm"):
-        preflight.check_shared_memory(3, small_disk)
+        preflight.check_shared_memory(3, disk)
     with pytest.raises(ConfigError, match="mount a tmpfs"):
         preflight.check_shared_memory(1, tmp_path / "gone")
 

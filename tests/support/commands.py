@@ -35,3 +35,19 @@ def copd(*arguments: object, timeout: float = 550) -> subprocess.CompletedProces
         cwd=ROOT,
         check=False,
     )
+
+
+def run_script(name: str, *arguments: object, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
+    """``python tools/<name> arguments...`` in a process of its own.
+
+    Args:
+        hash_seed: of Python's string hashes, which no output may depend on.
+    """
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)],
+        env=environment(PYTHONHASHSEED=hash_seed),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
