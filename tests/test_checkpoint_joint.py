@@ -30,7 +30,7 @@ from copd_megatron.config.schema import OptimizerConfig, ParallelConfig
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.topology.layout import Layout
 from tests.support.actors import make_actor
-from tests.support.checkpoint_runs import load_tool, run_tool
+from tests.support.commands import load_tool, run_tool
 from tests.support.disks import small_disk
 from tests.support.distributed import run_distributed
 from tests.support.models import make_model

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,6 @@ import pytest
 from copd_megatron.checkpoint.compare import compare_runs
 from copd_megatron.checkpoint.manifest import complete_checkpoints
 from tests.support.checkpoint_runs import BRANCHES, log_of, prepare, train, training, write_config
-from tests.support.disks import small_disk
 
 VLLM_FAULT = Path(__file__).with_name("vllm_fault")
 NUM_CYCLES = 4
@@ -86,12 +85,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 MiB."""
-    with small_disk(tmp_path / "disk", 256 << 20) as folder:
-        if folder is None:
-            pytest.skip("this process may not mount a file system")
-        yield folder
+def disk(make_disk: Callable[[int], Path]) -> Path:
+    return make_disk(256 << 20)
 
 
 def _steps(run_dir: Path) -> int:

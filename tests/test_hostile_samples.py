@@ -8,7 +8,6 @@ import struct
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +41,9 @@ from tests.support.hostile_media import (
     without_decoder,
     write_tar,
 )
-from tests.support.vision_streams import CONFIG, vision_streams
+from tests.support.vision_streams import CONFIG
 
 LIMIT = 10**7
-
-
-@pytest.fixture
-def vision_stream(tmp_path: Path) -> Iterator[Any]:
-    with vision_streams(tmp_path) as make:
-        yield make
 
 
 # ---------------------------------------------------------------- failures

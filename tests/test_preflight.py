@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ from copd_megatron.config import ConfigError, load_config, read_model_shapes
 from copd_megatron.launch import preflight
 from copd_megatron.planner.disk import run_bytes
 from tests.support.checkpoint_runs import BRANCHES, write_config
-from tests.support.disks import small_disk
 from tests.support.models import make_model
 
 
@@ -24,12 +23,8 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    with small_disk(tmp_path / "disk", 2 << 20) as folder:
-        if folder is None:
-            pytest.skip("this process may not mount a file system")
-        yield folder
+def disk(make_disk: Callable[[int], Path]) -> Path:
+    return make_disk(2 << 20)
 
 
 def test_the_bound_is_what_the_header_says(config_path: Path) -> None:
