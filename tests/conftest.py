@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from copd_megatron.data.processing import MultimodalProcessor
+from tests.support import vision_streams
+from tests.support.disks import small_disk
 from tests.support.models import make_model
 from tests.support.models_vl import MEDIA, make_processor
+from tests.support.slurm_cluster import Cluster, running_cluster
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -46,15 +48,35 @@ def processor(hf_processor: Any) -> MultimodalProcessor:
     return MultimodalProcessor(hf_processor, MEDIA)
 
 
+@pytest.fixture(scope="session")
+def strict_processor(hf_processor: Any) -> MultimodalProcessor:
+    """Ours over ``hf_processor``, which refuses more than a million pixels."""
+    return MultimodalProcessor(hf_processor, vision_streams.CONFIG)
+
+
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)])
-    if mounted.returncode:
-        pytest.skip("this container may not mount")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def vision_stream(tmp_path: Path, strict_processor: MultimodalProcessor) -> Iterator[Any]:
+    """Makes streams of prompts with media: ``vision_streams.vision_streams``."""
+    with vision_streams.vision_streams(tmp_path, strict_processor) as make:
+        yield make
+
+
+@pytest.fixture
+def make_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a file system of some bytes, or skips the test where this process may not mount one."""
+    with contextlib.ExitStack() as disks:
+
+        def make(num_bytes: int) -> Path:
+            folder = disks.enter_context(small_disk(tmp_path / "disk", num_bytes))
+            if folder is None:
+                pytest.skip("this process may not mount a file system")
+            return folder
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A SLURM of three virtual nodes; for tests that ``needs_slurm`` marks."""
+    with running_cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running

@@ -21,7 +21,7 @@ from copd_megatron.formats.tensors import read_whole
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.merge.convert import hf_to_megatron, megatron_to_hf
 from tests.support.actors import load_and_compare
-from tests.support.checkpoint_runs import run_tool
+from tests.support.commands import run_tool
 from tests.support.layouts import Job, run_layouts
 from tests.support.models import make_model
 from tests.support.models_vl import make_vl_model, publish

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -12,7 +11,6 @@ import re
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,8 @@ from copd_megatron.config.schema import OptimizerConfig, ParallelConfig
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.topology.layout import Layout
 from tests.support.actors import make_actor
-from tests.support.checkpoint_runs import load_tool, run_tool
+from tests.support.commands import load_tool, run_tool
+from tests.support.disks import small_disk
 from tests.support.distributed import run_distributed
 from tests.support.models import make_model
 
@@ -209,27 +208,11 @@ def _all_damaged(world: Any, lost: Path, run_dir: Path) -> list[str]:
     return said
 
 
-@contextlib.contextmanager
-def _small_disk(folder: Path, num_bytes: int) -> Iterator[Path | None]:
-    """A file system of that size, or None where this process may not mount one."""
-    folder.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "copd-test", str(folder)]
-    try:
-        mounted = subprocess.run(options, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    try:
-        yield folder if mounted else None
-    finally:
-        if mounted:
-            subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
     base = tmp_path_factory.mktemp("joint")
     model = make_model(base / "model")
-    with _small_disk(base / "small", 30_000_000) as small:
+    with small_disk(base / "small", 30_000_000) as small:
         results = run_distributed(_saves, 3, args=(model, base / "run", small), timeout=200, megatron=True)
     return results, base / "run"
 

@@ -22,7 +22,7 @@ from copd_megatron.cli.group import Command, LazyGroup
 from copd_megatron.cli.main import main
 from copd_megatron.config import load_config
 from copd_megatron.errors import EXIT_HOPELESS, ConfigError, DataError, DivergedError, RunStorageError
-from tests.test_cli_errors import copd as run_copd
+from tests.support.watched_copd import watched_copd
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = {
@@ -134,7 +134,7 @@ def test_examples_are_right(example: str) -> None:
 
 def test_help_and_version_are_there_at_once() -> None:
     for words in (["--help"], ["data", "--help"], ["checkpoint", "inspect", "--help"], ["--version"]):
-        answer = run_copd(*words)
+        answer = watched_copd(*words)
         assert (answer.status, answer.stderr, answer.modules) == (0, "", set()), words
 
 

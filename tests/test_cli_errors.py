@@ -7,11 +7,7 @@ the seconds that importing torch takes.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tarfile
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ import pytest
 import yaml
 
 from copd_megatron.data.convert.write import NewSample, write_shards
+from tests.support.watched_copd import Answer, watched_copd
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,52 +33,6 @@ MODEL = {
     "vocab_size": 320,
     "tie_word_embeddings": True,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a command came back with."""
-
-    status: int
-    stderr: str
-    modules: set[str]
-    """Heavy packages that it had imported when it gave up."""
-
-    @property
-    def message(self) -> str:
-        """The single message; fails where there is more, a traceback say."""
-        assert "Traceback" not in self.stderr, self.stderr
-        lines = self.stderr.strip().splitlines()
-        assert sum(line.startswith("copd: ") for line in lines) == 1, self.stderr
-        return self.stderr.strip().removeprefix("copd: ")
-
-
-_WATCHED = """
-import sys
-sys.argv = ["copd", *sys.argv[1:]]
-import runpy
-try:
-    runpy.run_module("copd_megatron.cli", run_name="__main__", alter_sys=True)
-finally:
-    loaded = {"torch", "megatron", "vllm", "transformers"} & set(sys.modules)
-    print("LOADED", *sorted(loaded))
-"""
-
-
-def copd(*arguments: str, **environment: str) -> Answer:
-    """Runs the command in a fresh interpreter, as ``python -m copd_megatron.cli`` does."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [sys.executable, "-c", _WATCHED, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**inherited, **environment},
-        cwd=ROOT,
-        check=False,
-    )
-    *_, last = [line for line in done.stdout.splitlines() if line.startswith("LOADED")] or ["LOADED"]
-    return Answer(status=done.returncode, stderr=done.stderr, modules=set(last.split()[1:]))
 
 
 def _shard(folder: Path, name: str, verifier: str = "exact") -> Path:
@@ -122,7 +73,7 @@ def config(root: Path, tmp_path: Path) -> dict[str, Any]:
 def _train(config: dict[str, Any], tmp_path: Path, *overrides: str, **environment: str) -> Answer:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    answer = copd("train", str(path), *overrides, **environment)
+    answer = watched_copd("train", str(path), *overrides, **environment)
     assert answer.status == 2, answer.stderr
     assert not (tmp_path / "run" / "config.yaml").exists(), "nothing was started"
     return answer
@@ -181,7 +132,7 @@ def test_a_package_that_is_not_installed(config: dict[str, Any], tmp_path: Path)
 
 
 def test_missing_config_file(tmp_path: Path) -> None:
-    answer = copd("train", str(tmp_path / "absent.yaml"))
+    answer = watched_copd("train", str(tmp_path / "absent.yaml"))
     assert answer.status == 2
     assert "absent.yaml" in answer.message
     assert not answer.modules
@@ -244,14 +195,16 @@ def test_existing_run_is_not_overwritten(config: dict[str, Any], tmp_path: Path)
 def test_eval_of_a_folder_that_is_not_there(config: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    answer = copd("eval", str(path), str(tmp_path / "nowhere"))
+    answer = watched_copd("eval", str(path), str(tmp_path / "nowhere"))
     assert answer.status == 2
     assert "nowhere" in answer.message
     assert not answer.modules
 
 
 def test_merge_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    answer = copd("merge", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "out"))
+    answer = watched_copd(
+        "merge", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "out")
+    )
     assert answer.status == 2
     assert "one" in answer.message
     assert not (tmp_path / "out").exists()
@@ -269,7 +222,7 @@ def test_dry_run_finds_what_is_missing(
 ) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    answer = copd("train", str(path), "--dry-run", override)
+    answer = watched_copd("train", str(path), "--dry-run", override)
     assert answer.status == 2
     assert said in answer.message
 
@@ -277,7 +230,7 @@ def test_dry_run_finds_what_is_missing(
 def test_dry_run_starts_nothing_and_needs_no_torch(config: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    answer = copd("train", str(path), "--dry-run", "run.seed=7")
+    answer = watched_copd("train", str(path), "--dry-run", "run.seed=7")
     assert answer.status == 0, answer.stderr
     assert not answer.modules
     assert not (tmp_path / "run").exists()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 
 from copd_megatron.config import (
     Aggregation,
-    Config,
     ConfigError,
     Device,
     EdgeConfig,
@@ -26,70 +23,8 @@ from copd_megatron.config import (
     to_yaml,
     validate,
 )
-from copd_megatron.model.shape import VisionShape
-
-ROOT = Path(__file__).resolve().parents[1]
-
-YAML = """
-model:
-  path: base
-branch_defaults:
-  num_prompts_per_step: 16
-  parallel: {tensor_model_parallel_size: 2}
-branches:
-  text:
-    data: {train: [text.tar]}
-  image:
-    num_prompts_per_step: 8
-    data: {train: [image.tar]}
-    parallel: {data_parallel_size: 2}
-    rollout: {tensor_parallel_size: 2}
-"""
-
-SHAPE = ModelShape(
-    architecture="Qwen3ForCausalLM",
-    num_layers=4,
-    hidden_size=64,
-    ffn_hidden_size=192,
-    num_attention_heads=8,
-    num_query_groups=4,
-    head_dim=16,
-    vocab_size=260,
-    tie_word_embeddings=True,
-)
-
-HF_CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "num_hidden_layers": 4,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "vocab_size": 260,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-}
-
-
-def write(folder: Path, text: str = YAML, name: str = "run.yaml") -> Path:
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def load(folder: Path, *overrides: str) -> Config:
-    return load_config(write(folder), overrides)
-
-
-def write_model(folder: Path, **changes: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(HF_CONFIG | changes))
-    (folder / "model.safetensors").write_bytes(b"")
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
-
+from tests.support.run_config import YAML, load, write
+from tests.support.shapes import MIXTURE, SHAPE, TOWER
 
 # --- reading -----------------------------------------------------------------------------------------------
 
@@ -467,23 +402,6 @@ def test_branches_with_other_vocabularies_are_refused(tmp_path: Path) -> None:
     shapes = {"text": SHAPE, "image": replace(SHAPE, vocab_size=300)}
     with pytest.raises(ConfigError, match=r"300 tokens.*260"):
         validate(load(tmp_path), None, shapes)
-
-
-TOWER = VisionShape(
-    depth=2,
-    hidden_size=32,
-    ffn_hidden_size=64,
-    in_channels=3,
-    patch_size=8,
-    temporal_patch_size=2,
-    spatial_merge_size=2,
-    out_hidden_size=64,
-    num_positions=64,
-    num_deepstack=1,
-)
-MIXTURE = replace(
-    SHAPE, architecture="Qwen3MoeForCausalLM", num_experts=6, num_experts_per_token=2, expert_ffn_size=32
-)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from copd_megatron.data.decode.containers import video_container
 from copd_megatron.rewards import registry
 from copd_megatron.rewards.verifiers.box_iou import box_iou, iou
 from copd_megatron.tiny.tasks.encode import mp4, png
+from tests.support.commands import run_script
 from tests.support.hostile_media import NOT_IMAGES, NOT_VIDEOS, encoded
-from tests.test_data_tools import run_tool
 
 
 def picture(seed: int = 0) -> np.ndarray:
@@ -320,11 +320,11 @@ def test_parquet_is_read(tmp_path: Path) -> None:
 def test_tool_reports_what_it_skipped(tmp_path: Path) -> None:
     source = write_json(tmp_path / "onethinker_rl_train.json", onethinker_rows(tmp_path))
     arguments = ["--layout", "onethinker", str(source), "--out", str(tmp_path / "out"), "--name", "video"]
-    done = run_tool("convert_dataset.py", *arguments, "--media-root", str(tmp_path), "--kind", "video")
+    done = run_script("convert_dataset.py", *arguments, "--media-root", str(tmp_path), "--kind", "video")
     assert done.returncode == 0, done.stderr
     assert "1 training samples in 1 shard(s)" in done.stdout
     assert "skipped 1: unverifiable_tracking" in done.stdout
-    done = run_tool("convert_dataset.py", *arguments)
+    done = run_script("convert_dataset.py", *arguments)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("copd: ") and "already holds" in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,20 +16,10 @@ from copd_megatron.data.convert.jsonl import FieldMap, convert_jsonl
 from copd_megatron.data.convert.write import WrittenDomain
 from copd_megatron.rewards import registry
 from copd_megatron.tiny.tasks.text import Family, write_domain
+from tests.support.commands import run_script
 from tests.support.hostile_media import BAD_JSON
 
-ROOT = Path(__file__).resolve().parents[1]
 TWO_TERMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
-
-
-def run_tool(name: str, *arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *arguments],
-        env={**os.environ, "PYTHONHASHSEED": hash_seed},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def samples_of(paths: list[Path]) -> list[Sample]:
@@ -145,7 +132,9 @@ def test_tool_writes_the_same_bytes_in_any_process(tmp_path: Path) -> None:
     arguments = ["--name", "mix", "--train", "50", "--validation", "10", "--seed", "7", "--shard-size", "20"]
     arguments += ["--family", "chain_sum:2", "--family", "word_sorting", "--set", "chain_sum.max_terms=3"]
     for folder, hash_seed in (("1", "1"), ("2", "2")):
-        done = run_tool("make_text_data.py", "--out", str(tmp_path / folder), *arguments, hash_seed=hash_seed)
+        done = run_script(
+            "make_text_data.py", "--out", str(tmp_path / folder), *arguments, hash_seed=hash_seed
+        )
         assert done.returncode == 0, done.stderr
         assert "50 training samples in 3 shard(s)" in done.stdout and done.stderr == ""
     assert hashes(tmp_path / "1") == hashes(tmp_path / "2")
@@ -160,7 +149,7 @@ def test_tool_errors_are_one_line(tmp_path: Path) -> None:
         (["--family", "gcd:many"], "'many' is not a weight"),
         (["--verifier", "nope"], "unknown verifier 'nope'"),
     ):
-        done = run_tool("make_text_data.py", *base, *extra)
+        done = run_script("make_text_data.py", *base, *extra)
         assert done.returncode == 2
         assert done.stderr.startswith("copd: ") and message in done.stderr and "Traceback" not in done.stderr
 
@@ -343,10 +332,10 @@ def test_tool_converts_from_the_command_line(tmp_path: Path) -> None:
     rows = [{"question": f"{i}?", "label": i} for i in range(30)]
     source = jsonl(tmp_path / "a.jsonl", *rows)
     arguments = [str(source), "--out", str(tmp_path / "out"), "--name", "mine", "--prompt-field", "question"]
-    done = run_tool("jsonl_to_shards.py", *arguments, "--answer-field", "label")
+    done = run_script("jsonl_to_shards.py", *arguments, "--answer-field", "label")
     assert done.returncode == 2
     assert "line 1: no field 'verifier'" in done.stderr and "Traceback" not in done.stderr
-    done = run_tool(
+    done = run_script(
         "jsonl_to_shards.py",
         *arguments,
         "--answer-field",

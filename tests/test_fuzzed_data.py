@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,9 @@ from tests.support.hostile_media import (
     tar_of,
     write_tar,
 )
-from tests.support.vision_streams import CONFIG, vision_streams
+from tests.support.vision_streams import CONFIG
 
 LIMIT = 10**7
-
-
-@pytest.fixture
-def vision_stream(tmp_path: Path) -> Iterator[Any]:
-    with vision_streams(tmp_path) as make:
-        yield make
 
 
 def damaged(data: st.DataObject, whole: bytes, places: int = 6) -> bytes:

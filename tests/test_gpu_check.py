@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import gpu_check
 import pytest
 
 from tests.support.gpu import run_gpu_check
+from tests.support.shapes import SHAPE, TOWER
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
@@ -213,10 +215,8 @@ def test_model_flops_of_a_known_shape() -> None:
     from gpu_material import Sample, make_sequences
     from gpu_measure import model_flops
 
-    from copd_megatron.model.shape import ModelShape
-
-    dims = ModelShape(
-        architecture="Qwen3ForCausalLM",
+    dims = replace(
+        SHAPE,
         num_layers=36,
         hidden_size=2560,
         ffn_hidden_size=9728,
@@ -224,7 +224,6 @@ def test_model_flops_of_a_known_shape() -> None:
         num_query_groups=8,
         head_dim=128,
         vocab_size=151936,
-        tie_word_embeddings=True,
     )
     samples: list[Sample] = make_sequences(dims, [8192], seed=0)
     layers = 36 * (2560 * (2 * 4096 + 2 * 1024) + 3 * 2560 * 9728)
@@ -237,32 +236,13 @@ def test_tower_flops_count_mergers_once_per_merged_patch() -> None:
     from gpu_material import Sample, make_sequences
     from gpu_measure import model_flops
 
-    from copd_megatron.model.shape import ModelShape, VisionShape
     from copd_megatron.records import MediaRef
 
-    tower = VisionShape(
-        depth=3,
-        hidden_size=32,
-        ffn_hidden_size=64,
-        in_channels=3,
-        patch_size=8,
-        temporal_patch_size=2,
-        spatial_merge_size=2,
-        out_hidden_size=64,
-        num_positions=64,
-        num_deepstack=2,
-    )
-    dims = ModelShape(
+    dims = replace(
+        SHAPE,
         architecture="Qwen3VLForConditionalGeneration",
-        num_layers=4,
-        hidden_size=64,
-        ffn_hidden_size=128,
-        num_attention_heads=4,
-        num_query_groups=2,
-        head_dim=32,
         vocab_size=320,
-        tie_word_embeddings=True,
-        vision=tower,
+        vision=replace(TOWER, depth=3, num_deepstack=2),
     )
     (plain,) = make_sequences(dims, [40], seed=0)
     ref = MediaRef(source="", shard="", key="", extension="png", kind="image", content_hash="")

@@ -8,7 +8,6 @@ import struct
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,33 +35,15 @@ from tests.support.hostile_media import (
     jpeg,
     noise_video,
     picture,
+    refused,
     sample_json,
     tar_of,
     without_decoder,
     write_tar,
 )
-from tests.support.models_vl import make_processor
-from tests.support.vision_streams import CONFIG, vision_streams
+from tests.support.vision_streams import CONFIG
 
 LIMIT = 10**7
-
-
-@pytest.fixture(scope="module")
-def processor() -> MultimodalProcessor:
-    return MultimodalProcessor(make_processor(), CONFIG)
-
-
-def refused(call: Callable[[], Any]) -> str:
-    """The reason for which a call refuses the sample."""
-    with pytest.raises(BadSampleError, match="shard s") as error:
-        call()
-    return error.value.reason
-
-
-@pytest.fixture
-def vision_stream(tmp_path: Path) -> Iterator[Any]:
-    with vision_streams(tmp_path) as make:
-        yield make
 
 
 # ---------------------------------------------------------------- failures
@@ -117,10 +98,10 @@ def test_a_cached_failure_keeps_nothing_of_what_failed(tmp_path: Path) -> None:
         assert failing.held is not None and failing.held() is None
 
 
-def test_a_closed_loader_still_answers(tmp_path: Path, processor: MultimodalProcessor) -> None:
+def test_a_closed_loader_still_answers(tmp_path: Path, strict_processor: MultimodalProcessor) -> None:
     path = write_tar(tmp_path / "s.tar", tar_of([("a.json", sample_json()), ("a.0.png", png(picture()))]))
     place = MediaPlace("x", "s", "a", "0.png")
-    loader = MediaLoader(processor, CONFIG)
+    loader = MediaLoader(strict_processor, CONFIG)
     loader.register("x", ShardSet.open([str(path)]))
     loader.close()
     loader.prefetch([place])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copd_megatron.config import BranchConfig, Config, ModelConfig, ModelShape, ParallelConfig, RolloutConfig
+from copd_megatron.config import BranchConfig, Config, ModelConfig, ParallelConfig, RolloutConfig
 from copd_megatron.config.schema import Recompute, TeacherMode
 from copd_megatron.planner.memory import MemoryEstimate, estimate_memory, stage_parameters
 from copd_megatron.topology.layout import Layout
+from tests.support.shapes import SHAPE
 
 Sizes = tuple[int, int, int, int]
 """tp, cp, dp, pp"""
@@ -152,44 +154,34 @@ def test_the_table_lists_each_rank_once_and_cuts_long_branches() -> None:
 
 # --- memory ------------------------------------------------------------------------------------------------
 
-SHAPE = ModelShape(
-    architecture="Qwen3ForCausalLM",
-    num_layers=4,
-    hidden_size=64,
-    ffn_hidden_size=192,
-    num_attention_heads=8,
-    num_query_groups=4,
-    head_dim=16,
-    vocab_size=256,
-    tie_word_embeddings=False,
-)
+UNTIED = replace(SHAPE, vocab_size=256, tie_word_embeddings=False)
 
 
 def test_the_fullest_stage_holds_its_layers_and_one_embedding() -> None:
     # q and o: 2 * 64 * 128; k and v: 2 * 64 * 64; gate, up, down: 3 * 64 * 192; norms 2 * 64 + 2 * 16.
     layer = 16384 + 8192 + 36864 + 160
-    assert SHAPE.layer_parameters == layer
-    assert stage_parameters(SHAPE, pipeline=1, tensor=1) == 4 * layer + 2 * 256 * 64 + 64
-    assert stage_parameters(SHAPE, pipeline=1, tensor=1) == SHAPE.num_parameters
-    assert stage_parameters(SHAPE, pipeline=2, tensor=2) == (2 * layer + 256 * 64 + 64) // 2
+    assert UNTIED.layer_parameters == layer
+    assert stage_parameters(UNTIED, pipeline=1, tensor=1) == 4 * layer + 2 * 256 * 64 + 64
+    assert stage_parameters(UNTIED, pipeline=1, tensor=1) == UNTIED.num_parameters
+    assert stage_parameters(UNTIED, pipeline=2, tensor=2) == (2 * layer + 256 * 64 + 64) // 2
 
 
 def test_memory_falls_with_parallelism_and_follows_the_formula() -> None:
     config = make_config({"one": ((1, 1, 1, 1), 1), "dp": ((1, 1, 4, 1), 1), "tp": ((2, 1, 1, 1), 2)})
     one, dp, tp = (
-        estimate_memory(config, config.branches[name], SHAPE, on_gpu=False) for name in ("one", "dp", "tp")
+        estimate_memory(config, config.branches[name], UNTIED, on_gpu=False) for name in ("one", "dp", "tp")
     )
-    assert one.weights == one.gradients == 4 * SHAPE.num_parameters
-    assert one.optimizer == 8 * SHAPE.num_parameters
+    assert one.weights == one.gradients == 4 * UNTIED.num_parameters
+    assert one.optimizer == 8 * UNTIED.num_parameters
     assert dp.optimizer == one.optimizer // 4
     assert (dp.weights, dp.gradients) == (one.weights, one.gradients)
     assert tp.weights == one.weights // 2
     assert tp.logits == one.logits // 2
     assert tp.total < one.total
     # bfloat16: half the weights, and float32 master weights on top of the two moments.
-    gpu = estimate_memory(config, config.branches["one"], SHAPE, on_gpu=True)
-    assert gpu.weights == 2 * SHAPE.num_parameters
-    assert gpu.optimizer == 12 * SHAPE.num_parameters
+    gpu = estimate_memory(config, config.branches["one"], UNTIED, on_gpu=True)
+    assert gpu.weights == 2 * UNTIED.num_parameters
+    assert gpu.optimizer == 12 * UNTIED.num_parameters
 
 
 def test_memory_follows_the_options_that_save_it() -> None:
@@ -202,7 +194,7 @@ def test_memory_follows_the_options_that_save_it() -> None:
             for part in path:
                 target = getattr(target, part)
             setattr(target, leaf, value)
-        return estimate_memory(config, config.branches["one"], SHAPE, on_gpu=True)
+        return estimate_memory(config, config.branches["one"], UNTIED, on_gpu=True)
 
     plain = estimate()
     # The two take turns: what is needed at once is the larger turn.
@@ -215,12 +207,12 @@ def test_memory_follows_the_options_that_save_it() -> None:
     held = estimate(memory__offload_optimizer=False, memory__offload_gradients=False)
     assert held.sampling == plain.sampling + plain.optimizer + plain.gradients
     full = estimate(training__recompute=Recompute.full, training__recompute_num_layers=2)
-    layer = plain.activations // SHAPE.num_layers
-    inputs = 2 * 16384 * SHAPE.hidden_size
-    assert full.activations == SHAPE.num_layers // 2 * inputs + 2 * layer
+    layer = plain.activations // UNTIED.num_layers
+    inputs = 2 * 16384 * UNTIED.hidden_size
+    assert full.activations == UNTIED.num_layers // 2 * inputs + 2 * layer
     parts = estimate(training__recompute=Recompute.selective, training__recompute_modules=["mlp"])
-    ffn = 2 * 16384 * 4 * SHAPE.ffn_hidden_size // 2  # of a rank
-    assert parts.activations == plain.activations - (SHAPE.num_layers - 1) * ffn
+    ffn = 2 * 16384 * 4 * UNTIED.ffn_hidden_size // 2  # of a rank
+    assert parts.activations == plain.activations - (UNTIED.num_layers - 1) * ffn
     assert estimate(branch__parallel__sequence_parallel=True).activations < plain.activations
     narrow = estimate(
         optimizer__precision_aware=True,
@@ -234,8 +226,8 @@ def test_memory_follows_the_options_that_save_it() -> None:
 
 
 def test_experts_are_spread_over_expert_parallel_ranks_only() -> None:
-    moe = dataclasses.replace(SHAPE, num_experts=8, num_experts_per_token=2, expert_ffn_size=32)
-    experts = 3 * 8 * 32 * SHAPE.hidden_size * SHAPE.num_layers
+    moe = dataclasses.replace(UNTIED, num_experts=8, num_experts_per_token=2, expert_ffn_size=32)
+    experts = 3 * 8 * 32 * UNTIED.hidden_size * UNTIED.num_layers
     one = stage_parameters(moe, pipeline=1, tensor=1)
     assert one == moe.num_parameters
     assert stage_parameters(moe, pipeline=1, tensor=1, expert=4) == one - experts + experts // 4
@@ -244,10 +236,10 @@ def test_experts_are_spread_over_expert_parallel_ranks_only() -> None:
 
 def test_states_of_experts_lie_on_fewer_ranks() -> None:
     """Four ranks hold each expert twice: its states are spread over two ranks, the others' over all four."""
-    moe = dataclasses.replace(SHAPE, num_experts=8, num_experts_per_token=2, expert_ffn_size=32)
+    moe = dataclasses.replace(UNTIED, num_experts=8, num_experts_per_token=2, expert_ffn_size=32)
     config = make_config({"one": ((1, 1, 4, 1), 1)})
     config.branches["one"].parallel.expert_model_parallel_size = 2
-    experts = 3 * 8 * 32 * SHAPE.hidden_size * SHAPE.num_layers
+    experts = 3 * 8 * 32 * UNTIED.hidden_size * UNTIED.num_layers
     estimate = estimate_memory(config, config.branches["one"], moe, on_gpu=False)
     assert estimate.optimizer == 8 * ((moe.num_parameters - experts) // 4 + experts // 2 // 2)
     assert estimate.weights == 4 * (moe.num_parameters - experts + experts // 2)
@@ -256,20 +248,20 @@ def test_states_of_experts_lie_on_fewer_ranks() -> None:
 def test_a_frozen_branch_keeps_no_training_state() -> None:
     config = make_config({"one": ((1, 1, 1, 1), 1)})
     config.branches["one"].frozen = True
-    estimate = estimate_memory(config, config.branches["one"], SHAPE, on_gpu=False)
+    estimate = estimate_memory(config, config.branches["one"], UNTIED, on_gpu=False)
     assert (estimate.gradients, estimate.optimizer) == (0, 0)
-    assert estimate.weights == 4 * SHAPE.num_parameters
+    assert estimate.weights == 4 * UNTIED.num_parameters
 
 
 def test_a_frozen_branch_is_not_charged_for_what_it_does_not_have() -> None:
     """No engine, no buckets of a weight sync, no reference or snapshot of weights that never change."""
     config = make_config({"one": ((1, 1, 1, 1), 1)})
     config.loss.kl_coefficient, config.opd.teacher_mode = 0.1, TeacherMode.phase_snapshot
-    trained = estimate_memory(config, config.branches["one"], SHAPE, on_gpu=True)
+    trained = estimate_memory(config, config.branches["one"], UNTIED, on_gpu=True)
     assert min(trained.rollout, trained.weight_sync, trained.extra_models) > 0 and trained.rollout_sleeps
     config.branches["one"].frozen = True
     for on_gpu in (False, True):
-        estimate = estimate_memory(config, config.branches["one"], SHAPE, on_gpu=on_gpu)
+        estimate = estimate_memory(config, config.branches["one"], UNTIED, on_gpu=on_gpu)
         assert (estimate.rollout, estimate.weight_sync, estimate.extra_models) == (0, 0, 0)
         assert not estimate.rollout_sleeps
         assert estimate.total == estimate.weights + estimate.activations + estimate.logits

@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,8 @@ def test_jsonl_with_nothing_but_a_torn_line(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
-def test_a_full_disk_ends_the_metrics_with_one_sentence_and_no_half_line(small_disk: Path) -> None:
+def test_a_full_disk_ends_the_metrics_with_one_sentence(make_disk: Callable[[int], Path]) -> None:
+    small_disk = make_disk(2 << 20)
     path = small_disk / "run" / "metrics.jsonl"
     writer = JsonlWriter(path)
     writer.write(1, "rlvr", {"a": 1.0})

@@ -13,7 +13,9 @@ import pytest
 from copd_megatron.config import ConfigError, load_config, read_model_shape, read_model_shapes
 from copd_megatron.launch.dry_run import dry_run
 from copd_megatron.planner.memory import estimate_memory
-from tests.test_config import HF_CONFIG, MIXTURE, ROOT, SHAPE, load, write_model
+from tests.support.commands import ROOT
+from tests.support.run_config import load
+from tests.support.shapes import HF_CONFIG, MIXTURE, SHAPE, write_model
 
 # --- the model's folder ------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from copd_megatron.config import ConfigError, read_model_shape
 from copd_megatron.hf.model_config import read_sizes
 from copd_megatron.hf.model_function import CHECKED, HARMLESS, check_function
 from copd_megatron.model.shape import SUPPORTED_ARCHITECTURES
-from tests.test_config import HF_CONFIG, write_model
+from tests.support.shapes import HF_CONFIG, write_model
 from tests.test_model_folder import QWEN3_VL_4B, QWEN3_VL_30B_A3B
 
 TEXT = HF_CONFIG

@@ -22,12 +22,10 @@ from copd_megatron.launch.placement import PlacementError
 from copd_megatron.plugins import EXPERIMENTS
 from copd_megatron.recipes.experiments.base import tasks_of
 from tests.support.checkpoint_runs import BRANCHES, prepare, write_config
+from tests.support.commands import ROOT
 from tests.support.models import make_model
-from tests.test_slurm import Cluster, cluster, needs_slurm
+from tests.support.slurm_cluster import Cluster, needs_slurm
 
-__all__ = ["cluster"]  # a fixture
-
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "launchers/nemo_experiment.py"
 PYTHON = ROOT / ".venv-launch/bin/python"
 

@@ -12,7 +12,7 @@ from copd_megatron.data.occurrences import number_occurrences
 from copd_megatron.data.seeds import sample_seed
 from copd_megatron.records import Prompt
 from tests.support.shards import write
-from tests.test_prompt_stream import stream_of
+from tests.support.text_streams import stream_of
 
 
 def bare_prompt(name: str) -> Prompt:

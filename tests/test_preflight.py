@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(root, {name: {} for name in BRANCHES}, checkpoint={"save_period": 2, "keep_last": 3})
 
 
+@pytest.fixture
+def disk(make_disk: Callable[[int], Path]) -> Path:
+    return make_disk(2 << 20)
+
+
 def test_the_bound_is_what_the_header_says(config_path: Path) -> None:
     config = load_config(config_path)
     shapes = read_model_shapes(config)
@@ -30,26 +36,26 @@ def test_the_bound_is_what_the_header_says(config_path: Path) -> None:
     assert run_bytes(config, shapes) == 2 * parameters * 16
 
 
-def test_a_disk_that_is_too_small_is_refused(config_path: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_refused(config_path: Path, disk: Path, tmp_path: Path) -> None:
     config = load_config(config_path)
     shapes = read_model_shapes(config)
     preflight.check_disk(config, shapes, tmp_path / "not/there/yet")
-    with pytest.raises(ConfigError, match=rf"needs up to .*{small_disk} has 2\.0 MiB free; free some"):
-        preflight.check_disk(config, shapes, small_disk / "runs/a")
+    with pytest.raises(ConfigError, match=rf"needs up to .*{disk} has 2\.0 MiB free; free some"):
+        preflight.check_disk(config, shapes, disk / "runs/a")
 
 
-def test_what_a_run_has_written_already_counts(config_path: Path, small_disk: Path) -> None:
+def test_what_a_run_has_written_already_counts(config_path: Path, disk: Path) -> None:
     config = load_config(config_path)
     shapes = read_model_shapes(config)
-    (small_disk / "checkpoint").write_bytes(b"")
-    os.truncate(small_disk / "checkpoint", run_bytes(config, shapes))  # sparse
-    preflight.check_disk(config, shapes, small_disk)
+    (disk / "checkpoint").write_bytes(b"")
+    os.truncate(disk / "checkpoint", run_bytes(config, shapes))  # sparse
+    preflight.check_disk(config, shapes, disk)
 
 
-def test_little_shared_memory_is_refused_with_the_remedy(small_disk: Path, tmp_path: Path) -> None:
+def test_little_shared_memory_is_refused_with_the_remedy(disk: Path, tmp_path: Path) -> None:
     preflight.check_shared_memory(1, tmp_path)
     with pytest.raises(ConfigError, match=r"2 MiB free, 3 ranks on this machine need about 192; .*--shm"):
-        preflight.check_shared_memory(3, small_disk)
+        preflight.check_shared_memory(3, disk)
     with pytest.raises(ConfigError, match="mount a tmpfs"):
         preflight.check_shared_memory(1, tmp_path / "gone")
 

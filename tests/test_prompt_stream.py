@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -32,33 +31,10 @@ from copd_megatron.data.convert.write import write_shards
 from copd_megatron.data.stream import epoch_order
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.shards import new_sample, record, write, write_raw
+from tests.support.text_streams import chat_tokenizer, plain_tokenizer, stream_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@functools.cache
-def plain_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, no chat template."""
-    return byte_tokenizer()
-
-
-@functools.cache
-def chat_tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer(chat_template=CHATML)
-
-
-def stream_of(
-    pattern: str, tokenizer: PreTrainedTokenizerFast | None = None, *, seed: int = 1, **data: Any
-) -> PromptStream:
-    return PromptStream.from_config(
-        DataConfig(train=[pattern], **data), tokenizer or plain_tokenizer(), domain="text", seed=seed
-    )
+    pass
 
 
 def ids(prompts: Sequence[Any]) -> list[str]:

@@ -11,12 +11,10 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,12 +24,11 @@ from copd_megatron.checkpoint.manifest import complete_checkpoints
 from copd_megatron.tiny.vl import make_visual_base, make_visual_data
 from copd_megatron.tiny.vl_recipe import VL_BASE
 from tests.support.checkpoint_runs import BRANCHES, prepare, write_config
+from tests.support.commands import ROOT
+from tests.support.slurm_cluster import Cluster, needs_slurm
 
-ROOT = Path(__file__).resolve().parents[1]
-CLUSTER = ROOT / "tests/slurm/cluster.sh"
 LAUNCHER = ROOT / "launchers/two_branch.sh"
 THREE_BRANCH_LAUNCHER = ROOT / "launchers/three_branch.sh"
-NUM_NODES = 3
 NUM_CYCLES = 20
 """Of three steps: for a minute or so after the first there are more to come."""
 NUM_VISUAL_CYCLES = 18
@@ -39,88 +36,7 @@ NUM_VISUAL_CYCLES = 18
 TIMEOUT_SECONDS = 75
 """Of a collective; longer than any part of the start takes on a busy machine."""
 
-needs_slurm = pytest.mark.skipif(
-    os.geteuid() != 0
-    or not all(shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin") for tool in ("slurmd", "munged")),
-    reason="needs root and a SLURM: apt-get install slurm-wlm munge",
-)
 pytestmark = needs_slurm
-
-
-@dataclass
-class Cluster:
-    """The cluster and the folder that jobs are submitted from."""
-
-    folder: Path
-    environment: dict[str, str]
-    jobs: list[str] = field(default_factory=list)
-
-    def command(self, *words: str) -> str:
-        """Runs one of SLURM's commands; its output."""
-        done = subprocess.run(
-            words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
-        return done.stdout
-
-    def submit(self, *words: str, **environment: str) -> str:
-        """``sbatch`` with settings for these nodes; the job's number. Its output is in <number>.log."""
-        sizes = ("--nodes=2", "--ntasks-per-node=1", "--gres=none", "--output=%j.log")
-        done = subprocess.run(
-            ["sbatch", "--parsable", *sizes, *words],
-            cwd=self.folder, env=self.environment | environment, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        self.jobs.append(done.stdout.strip())
-        return self.jobs[-1]
-
-    def record(self, job: str, name: str) -> str:
-        """A field of ``scontrol show job``."""
-        found = re.search(rf"\b{name}=(\S*)", self.command("scontrol", "--oneliner", "show", "job", job))
-        assert found is not None, f"job {job} has no {name}"
-        return found[1]
-
-    def log(self, job: str) -> str:
-        path = self.folder / f"{job}.log"
-        return path.read_text() if path.exists() else ""
-
-    def wait(self, job: str, until: Callable[[], bool], seconds: float) -> None:
-        """Until something is true of a job that must not end before."""
-        deadline = time.monotonic() + seconds
-        while not until():
-            state = self.record(job, "JobState")
-            over = state not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED") and not until()
-            assert not over and time.monotonic() < deadline, f"{state}\n{self.log(job)[-6000:]}"
-            time.sleep(0.1)
-
-    def end_of(self, job: str, seconds: float) -> tuple[str, str]:
-        """Waits for the job's end: its state and exit status."""
-        deadline = time.monotonic() + seconds
-        while (state := self.record(job, "JobState")) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
-            assert time.monotonic() < deadline, f"{state}\n{self.log(job)[-6000:]}"
-            time.sleep(0.2)
-        return state, self.record(job, "ExitCode")
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("slurm")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "RANK"))}
-    environment |= {
-        "SLURM_CONF": str(folder / "cluster/slurm.conf"),
-        "COPD_REQUIREMENTS": "cpu",
-        "COPD_VENV": os.environ.get("VIRTUAL_ENV", str(ROOT / ".venv")),
-        "PYTHONWARNINGS": "ignore",
-    }
-    subprocess.run(
-        [str(CLUSTER), "up", str(folder / "cluster"), str(NUM_NODES), "2"], check=True, timeout=120
-    )
-    submits = folder / "submitted from"
-    submits.mkdir()
-    try:
-        yield Cluster(submits, environment)
-    finally:
-        subprocess.run([str(CLUSTER), "down", str(folder / "cluster")], check=True, timeout=180)
 
 
 # --- what is refused, and what a job is made of: seconds ----------------------------------------------------

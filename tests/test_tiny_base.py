@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +27,11 @@ from copd_megatron.tiny.muon import Muon, orthogonalize
 from copd_megatron.tiny.recipe import TEXT_BASE, Domain, TextBase, WarmUpSettings, base_digest, data_digest
 from copd_megatron.tiny.tasks.text import Family
 from copd_megatron.tiny.warm_up import IGNORED, imitation_loss, lr_factor, pad_batch, reproducible, warm_up
+from tests.support.commands import ROOT, run_script, run_script_without
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = dataclasses.replace(
     TEXT_BASE,
@@ -382,30 +380,17 @@ def test_the_digest_follows_what_matters() -> None:
 
 
 def test_the_command_makes_both_folders_and_needs_no_torch_to_find_them(tmp_path: Path) -> None:
-    arguments = ["tools/make_tiny_base.py", "--out", str(tmp_path / "base"), "--steps", "2"]
-    first = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    arguments = ("make_tiny_base.py", "--out", tmp_path / "base", "--steps", 2)
+    first = run_script(*arguments)
     assert first.returncode == 0, first.stderr
     assert "written" in first.stdout and "made in" in first.stdout
     for domain in TEXT_BASE.domains:
         for split, count in (("train", TEXT_BASE.num_train), ("validation", TEXT_BASE.num_validation)):
             assert len(ShardSet.open([f"{tmp_path}/base_data/{domain.name}-{split}-*.tar"])) == count
-    without_torch = (
-        "import runpy, sys\n"
-        "for name in ('torch', 'transformers', 'reasoning_gym'):\n"
-        "    sys.modules[name] = None\n"
-        "sys.path.insert(0, 'tools')\n"
-        f"sys.argv = {arguments!r}\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    second = subprocess.run([sys.executable, "-c", without_torch], cwd=ROOT, capture_output=True, text=True)
+    second = run_script_without(("torch", "transformers", "reasoning_gym"), *arguments)
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("there already") == 2
-    wrong = subprocess.run(
-        [sys.executable, *arguments[:1], "--out", str(ROOT / "tests"), "--data", str(tmp_path / "base_data")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    wrong = run_script(arguments[0], "--out", ROOT / "tests", "--data", tmp_path / "base_data")
     assert wrong.returncode == 2
 
 

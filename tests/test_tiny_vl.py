@@ -7,7 +7,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,7 @@ from copd_megatron.tiny.vl_recipe import (
     visual_data_digest,
 )
 from copd_megatron.tiny.warm_up import reproducible
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.commands import ROOT, run_script_without
 
 SMALL = dataclasses.replace(
     VL_BASE,
@@ -239,15 +237,8 @@ def test_a_finished_folder_is_found_without_torch(base: Path, tmp_path: Path) ->
     (tmp_path / "base" / MARKER).write_text(json.dumps({"digest": digest}))
     (tmp_path / "base_data").mkdir()
     (tmp_path / "base_data" / MARKER).write_text(json.dumps({"digest": visual_data_digest(VL_BASE)}))
-    script = (
-        "import runpy, sys\n"
-        "for name in ('torch', 'transformers', 'reasoning_gym', 'av'):\n"
-        "    sys.modules[name] = None\n"
-        "sys.path.insert(0, 'tools')\n"
-        f"sys.argv = ['tools/make_tiny_base.py', '--kind', 'vl', '--out', {str(tmp_path / 'base')!r}]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    absent = ("torch", "transformers", "reasoning_gym", "av")
+    result = run_script_without(absent, "make_tiny_base.py", "--kind", "vl", "--out", tmp_path / "base")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("there already") == 2
     assert "text, image, video" in result.stdout

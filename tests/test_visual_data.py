@@ -19,7 +19,7 @@ from copd_megatron.rewards import registry
 from copd_megatron.tiny.tasks.canvas import COLORS, DIGIT_COLUMNS, DIGIT_ROWS, blank, draw_digit
 from copd_megatron.tiny.tasks.families import VisualTask, families, family
 from copd_megatron.tiny.tasks.visual import VisualShare, write_visual_domain
-from tests.test_data_tools import run_tool
+from tests.support.commands import run_script
 
 ALL_FRAMES = MediaConfig(frame_rate=1000.0)
 IMAGES = ["count", "count_arithmetic", "compare", "locate", "read_digits", "read_chart"]
@@ -304,7 +304,7 @@ def test_tool_writes_the_same_bytes_in_any_process(tmp_path: Path) -> None:
     arguments += ["--family", "count:2", "--family", "direction", "--set", "count.max_count=4"]
     arguments += ["--set", 'direction.colors=["red", "blue"]']
     for folder, hash_seed in (("1", "1"), ("2", "2")):
-        done = run_tool(
+        done = run_script(
             "make_visual_data.py", "--out", str(tmp_path / folder), *arguments, hash_seed=hash_seed
         )
         assert done.returncode == 0, done.stderr
@@ -314,7 +314,7 @@ def test_tool_writes_the_same_bytes_in_any_process(tmp_path: Path) -> None:
 
 
 def test_tool_lists_families_and_names_errors(tmp_path: Path) -> None:
-    listed = run_tool("make_visual_data.py", "--list")
+    listed = run_script("make_visual_data.py", "--list")
     assert listed.returncode == 0
     for name in IMAGES + VIDEOS:
         assert f"{name} (" in listed.stdout
@@ -325,7 +325,7 @@ def test_tool_lists_families_and_names_errors(tmp_path: Path) -> None:
         (["--family", "count:x"], "'x' is not a weight"),
         ([], "Missing option '--family'"),
     ):
-        done = run_tool("make_visual_data.py", *base, *extra)
+        done = run_script("make_visual_data.py", *base, *extra)
         assert done.returncode == 2
         assert message in done.stderr and "Traceback" not in done.stderr
 

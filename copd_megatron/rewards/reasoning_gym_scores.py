@@ -180,19 +180,6 @@ UNREADABLE: Mapping[str, re.Pattern[str]] = {
 """Answers that score 0 unread, by family, because the library's scorer takes them for right or for ever."""
 
 
-UNREADABLE: Mapping[str, re.Pattern[str]] = {
-    # Fraction("1e999999999") is written out before it is compared
-    "coin_flip": re.compile(r"[eE][+-]?\d{4}"),
-    # the distance to "nan" is below every bound: a full score
-    "complex_arithmetic": re.compile("nan|inf", re.IGNORECASE),
-    # any words have as many solutions as an equation without real ones, whose answer is an empty string
-    "polynomial_equations": re.compile(r"""^(?!\s*(?:""|'')?\s*$)(?!.*\d)""", re.DOTALL),
-    # moves are made one square at a time
-    "rush_hour": re.compile(r"\d{4}"),
-}
-"""Answers that score 0 unread, by family, because the library's scorer takes them for right or for ever."""
-
-
 def score(family: str, answer: str, entry: Entry, library: Callable[[str], Score]) -> float:
     """The family's score of an answer, 0 to 1.
 

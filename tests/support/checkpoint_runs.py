@@ -1,10 +1,8 @@
-"""Material for tests that run, stop and resume whole trainings: a base model, data, a configuration; and the
-checkpoint tools as a user calls them."""
+"""Material for tests that run, stop and resume whole trainings: a base model, data, a configuration."""
 
 from __future__ import annotations
 
 import contextlib
-import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +16,6 @@ from tests.support.commands import environment
 from tests.support.domains import make_domains
 from tests.support.models import make_model, warm_up
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 BRANCHES = ("alpha", "beta")
 NUM_STEPS = 6
 
@@ -109,38 +106,6 @@ def train(config: Path, run_dir: Path, overrides: Sequence[str] = (), *, timeout
     """Runs ``copd train`` to its end; its exit status."""
     with training(config, run_dir, overrides) as process:
         return process.wait(timeout)
-
-
-def load_tool(name: str) -> dict[str, Any]:
-    """What ``tools/<name>.py`` defines."""
-    with _tools_on_path():
-        return runpy.run_path(str(TOOLS / f"{name}.py"))
-
-
-def run_tool(name: str, *arguments: object) -> int:
-    """``python tools/<name>.py arguments...`` within this process; its exit status."""
-    path, before = str(TOOLS / f"{name}.py"), sys.argv
-    sys.argv = [path, *map(str, arguments)]
-    try:
-        with _tools_on_path():
-            runpy.run_path(path, run_name="__main__")
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
-    finally:
-        sys.argv = before
-    raise AssertionError(f"{path} ended without a status")
-
-
-@contextlib.contextmanager
-def _tools_on_path() -> Iterator[None]:
-    """Python itself puts a script's folder first; a script may put more there."""
-    before = list(sys.path)
-    sys.path.insert(0, str(TOOLS))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 def log_of(run_dir: Path) -> Path:

@@ -8,15 +8,17 @@ import json
 import struct
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import pytest
 from PIL import Image
 
+from copd_megatron.errors import BadSampleError
 from copd_megatron.tiny.tasks.encode import mp4, png
 
 # ---------------------------------------------------------------- images
@@ -276,3 +278,10 @@ BAD_TARS: dict[str, bytes] = {
 def write_tar(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """The reason for which a call refuses the sample."""
+    with pytest.raises(BadSampleError, match="shard s") as error:
+        call()
+    return error.value.reason

@@ -18,7 +18,6 @@ from tests.support.hostile_media import (
     tar_of,
     write_tar,
 )
-from tests.support.models_vl import make_processor
 
 CONFIG = MediaConfig(frame_rate=4.0, min_frames=2, num_workers=2, max_pixels_hard_limit=10**6)
 
@@ -27,9 +26,10 @@ Samples = Mapping[str, tuple[Any, Mapping[str, bytes]]]
 
 
 @contextmanager
-def vision_streams(folder: Path) -> Iterator[Callable[[Samples], PromptStream]]:
+def vision_streams(
+    folder: Path, processor: MultimodalProcessor
+) -> Iterator[Callable[[Samples], PromptStream]]:
     """Gives a function that makes a stream over samples, which a shard in ``folder`` holds."""
-    processor = MultimodalProcessor(make_processor(), CONFIG)
     sources = itertools.count()
     with MediaLoader(processor, CONFIG) as loader:
 
