@@ -22,7 +22,6 @@ from copd_megatron.checkpoint.manifest import (
     CheckpointError,
     complete_checkpoints,
     hash_problems,
-    mark_unfinished,
     read_manifest,
     step_folder,
 )
@@ -167,7 +166,6 @@ def _damage(world: Any, run_dir: Path) -> None:
     if world.is_first:
         newest = step_folder(run_dir, 4)
         (step_folder(run_dir, 6) / "alpha").mkdir(parents=True)
-        mark_unfinished(step_folder(run_dir, 6))
         copied = step_folder(run_dir, 7)
         subprocess.run(["cp", "-r", newest, copied], check=True)
         os.truncate(copied / "beta" / "__0_0.distcp", 1000)
