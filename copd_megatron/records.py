@@ -56,9 +56,10 @@ class Prompt:
     """One task from a shard, tokenised with the chat template."""
 
     prompt_id: str
-    """Unique in its data set and stable over runs: ``<shard name>/<key>``."""
+    """Unique in its branch's data and stable over runs: ``<shard name>/<key>``, in a pool
+    ``<pool>/<shard name>/<key>``."""
     domain: str
-    """Branch whose data it comes from."""
+    """Branch whose data it comes from, or the pool of a branch that has several."""
     token_ids: IntArray
     """[P]; placeholders of media are expanded, one token per merged patch."""
     answer: str

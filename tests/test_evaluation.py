@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from copd_megatron.config.schema import AdvantageConfig, EvaluationConfig
+from copd_megatron.config.schema import AdvantageConfig, Config, EvaluationConfig
 from copd_megatron.evaluation.table import Score, render_table, save_table, table_title
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.report.history import read_run
@@ -93,7 +93,7 @@ def test_ungraded_responses_are_out_of_training(monkeypatch: pytest.MonkeyPatch)
     rollouts = [graded(reward) for reward in (1.0, None, 0.5, None)]
     monkeypatch.setattr(native, "_fresh_groups", lambda *_, **__: rollouts)
     me = SimpleNamespace(
-        config=SimpleNamespace(advantage=AdvantageConfig(dynamic_sampling=False)),
+        config=Config(advantage=AdvantageConfig(dynamic_sampling=False)),
         settings=SimpleNamespace(num_prompts_per_step=1),
         metrics=Metrics(),
     )

@@ -23,7 +23,7 @@ from copd_megatron.config import (
     ScheduleConfig,
     validate,
 )
-from copd_megatron.data import DataError, PromptStream, ShardSet, load_validation
+from copd_megatron.data import DataError, PromptReader, PromptStream, ShardSet, load_validation
 from copd_megatron.data.convert.write import NewSample, write_shards
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.media import MediaMismatchError, MediaPlace, content_hash, place_of
@@ -78,15 +78,20 @@ def many(count: int) -> list[Mapping[str, bytes]]:
     ]
 
 
-def stream_over(loader: MediaLoader, shards: ShardSet, hf_processor: Any, **settings: Any) -> PromptStream:
-    return PromptStream.from_config(
-        DataConfig(max_prompt_tokens=500, **settings),
+def reader_over(loader: MediaLoader, shards: ShardSet, hf_processor: Any, source: str) -> PromptReader:
+    return PromptReader(
+        shards,
         hf_processor.tokenizer,
         domain="image",
-        seed=3,
-        shards=shards,
-        media=MediaPrompts(loader, "image/train", shards),
+        max_prompt_tokens=500,
+        media=MediaPrompts(loader, source, shards),
     )
+
+
+def stream_over(
+    loader: MediaLoader, shards: ShardSet, hf_processor: Any, *, shuffle: bool = True
+) -> PromptStream:
+    return PromptStream(reader_over(loader, shards, hf_processor, "image/train"), seed=3, shuffle=shuffle)
 
 
 def same(first: Prompt, second: Prompt) -> bool:
@@ -279,13 +284,7 @@ def test_text_and_media_samples_mix(
 ) -> None:
     shards = shards_of(tmp_path, [{}, {"0.png": png(picture())}])
     with MediaLoader(processor, MEDIA) as loader:
-        prompts = load_validation(
-            DataConfig(max_prompt_tokens=500),
-            hf_processor.tokenizer,
-            domain="image",
-            shards=shards,
-            media=MediaPrompts(loader, "image/validation", shards),
-        )
+        prompts = load_validation(reader_over(loader, shards, hf_processor, "image/validation"))
     assert [len(prompt.media) for prompt in prompts] == [0, 1]
     assert hf_processor.tokenizer.decode(prompts[0].token_ids).count("<|image_pad|>") == 0
 

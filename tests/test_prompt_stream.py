@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copd_megatron.config.schema import DataConfig
 from copd_megatron.data import (
     DataError,
     PromptReader,
@@ -31,7 +30,7 @@ from copd_megatron.data.convert.write import write_shards
 from copd_megatron.data.stream import epoch_order
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.shards import new_sample, record, write, write_raw
-from tests.support.text_streams import chat_tokenizer, plain_tokenizer, stream_of
+from tests.support.text_streams import chat_tokenizer, plain_tokenizer, reader_of, stream_of
 
 if TYPE_CHECKING:
     pass
@@ -226,24 +225,20 @@ def test_split_refuses_ranks_outside_the_world(rank: int, world: int) -> None:
 
 
 def test_validation_is_complete_and_in_file_order(tmp_path: Path) -> None:
-    data = DataConfig(validation=[write(tmp_path, 25, prefix="val")])
-    prompts = load_validation(data, plain_tokenizer(), domain="text", verifiers=["exact"])
-    assert [prompt.answer for prompt in prompts] == [str(i) for i in range(25)]
-    some = load_validation(data, plain_tokenizer(), domain="text", max_prompts=5)
+    reader = reader_of(write(tmp_path, 25, prefix="val"))
+    assert [prompt.answer for prompt in load_validation(reader)] == [str(i) for i in range(25)]
+    some = load_validation(reader, max_prompts=5)
     assert [prompt.answer for prompt in some] == ["0", "5", "10", "15", "20"]
-    assert len(load_validation(data, plain_tokenizer(), domain="text", max_prompts=99)) == 25
+    assert len(load_validation(reader, max_prompts=99)) == 25
 
 
 def test_validation_skips_and_says_so(mixed_pattern: str, caplog: pytest.LogCaptureFixture) -> None:
-    data = DataConfig(validation=[mixed_pattern], max_prompt_tokens=50)
     with caplog.at_level(logging.WARNING):
-        prompts = load_validation(data, plain_tokenizer(), domain="text", verifiers=["exact"])
+        prompts = load_validation(reader_of(mixed_pattern, max_prompt_tokens=50, verifiers=["exact"]))
     assert len(prompts) == 18
     assert "of 23 validation samples" in caplog.text
     with pytest.raises(DataError, match="no validation sample can be used"):
-        load_validation(
-            DataConfig(validation=[mixed_pattern], max_prompt_tokens=1), plain_tokenizer(), domain="text"
-        )
+        load_validation(reader_of(mixed_pattern, max_prompt_tokens=1))
 
 
 def test_every_process_computes_the_same_order(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from copd_megatron.checkpoint.joint import JointSaver, Saved, find_checkpoint, l
 from copd_megatron.checkpoint.manifest import step_folder
 from copd_megatron.checkpoint.stop import StopSignals, deadline, must_save_now
 from copd_megatron.config import to_yaml
-from copd_megatron.data import PromptStream
+from copd_megatron.data import PromptSequence
 from copd_megatron.evaluation.run import Accuracies
 from copd_megatron.evaluation.table import mean_reward
 from copd_megatron.rollout.early_stop import from_state, to_state
@@ -201,7 +201,7 @@ def _counters(me: Branch) -> dict[str, int]:
     return me.grader.counters() if grades else {}
 
 
-def _streams(me: Branch) -> dict[str, PromptStream]:
+def _streams(me: Branch) -> dict[str, PromptSequence]:
     """The branch's prompt streams by purpose."""
     own = {} if me.prompts is None else {"native": me.prompts}
     return own | {edge.name: stream for edge, stream in me.edge_prompts.items()}

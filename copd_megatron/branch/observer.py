@@ -15,6 +15,7 @@ import yaml
 from copd_megatron.branch.schedule import Step, num_steps
 from copd_megatron.branch.state import Branch
 from copd_megatron.config import save_resolved, to_yaml
+from copd_megatron.config.domains import domains_of
 from copd_megatron.evaluation.run import Accuracies
 from copd_megatron.evaluation.table import mean_reward
 from copd_megatron.launch.run_dir import starts_anew
@@ -76,6 +77,9 @@ class Observer:
                 me.metrics.maximum(f"media/{name}", total)
         if me.prompts is not None:
             me.metrics.value("data/epoch", float(me.prompts.epoch))
+            if me.settings.data.pools:
+                for pool, epoch in me.prompts.epochs.items():
+                    me.metrics.value(f"data/epoch/{pool}", float(epoch))
             me.metrics.value("data/skipped", float(sum(me.prompts.skipped.values())))
         with me.world.watch.operation("metrics", ranks=me.world.branch_ranks[me.name]):
             mine = me.metrics.reduce(dist.group.WORLD)
@@ -98,12 +102,13 @@ class Observer:
 
     def validation(self, accuracies: Accuracies) -> None:
         """Adds this branch's validation accuracies to the step's metrics: the mean reward where a verifier
-        gives partial credit."""
-        for domain, score in accuracies.get(self.me.name, {}).items():
-            value = mean_reward(score)
+        gives partial credit. The one without a domain's name is the mean over the branch's own domains."""
+        found = {domain: mean_reward(score) for domain, score in accuracies.get(self.me.name, {}).items()}
+        for domain, value in found.items():
             self.me.metrics.value(f"validation/accuracy/{domain}", value)
-            if domain == self.me.name:
-                self.me.metrics.value("validation/accuracy", value)
+        own = [found[d.name] for d in domains_of(self.me.config, self.me.name) if d.name in found]
+        if own:
+            self.me.metrics.value("validation/accuracy", sum(own) / len(own))
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from copd_megatron.branch.schedule import Step
 from copd_megatron.branch.state import Branch
+from copd_megatron.config.domains import all_domains
 from copd_megatron.metrics.phase_memory import phase_memory
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout.early_stop import EarlyStop
@@ -91,8 +92,16 @@ def rewards_of(rollouts: Sequence[Rollout]) -> list[float]:
 
 
 def reward_metrics(me: Branch, prefix: str, rollouts: Sequence[Rollout]) -> None:
-    """Mean reward, response length and share of truncated responses, named ``<prefix>reward`` and so on."""
+    """Mean reward, response length and share of truncated responses, named ``<prefix>reward`` and so on; for
+    prompts of pools also by pool, ``<prefix>reward/<pool>``."""
+    _reward_metrics(me, prefix, "", rollouts)
+    pools = {domain.name for domain in all_domains(me.config) if domain.is_pool}
+    for pool in sorted(pools & {r.prompt.domain for r in rollouts}):
+        _reward_metrics(me, prefix, f"/{pool}", [r for r in rollouts if r.prompt.domain == pool])
+
+
+def _reward_metrics(me: Branch, prefix: str, suffix: str, rollouts: Sequence[Rollout]) -> None:
     count, rewards = len(rollouts), rewards_of(rollouts)
-    me.metrics.mean(f"{prefix}reward", sum(rewards), len(rewards))
-    me.metrics.mean(f"{prefix}response_length", sum(r.response_length for r in rollouts), count)
-    me.metrics.mean(f"{prefix}truncated_fraction", sum(r.truncated for r in rollouts), count)
+    me.metrics.mean(f"{prefix}reward{suffix}", sum(rewards), len(rewards))
+    me.metrics.mean(f"{prefix}response_length{suffix}", sum(r.response_length for r in rollouts), count)
+    me.metrics.mean(f"{prefix}truncated_fraction{suffix}", sum(r.truncated for r in rollouts), count)

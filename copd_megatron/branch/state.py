@@ -9,7 +9,7 @@ from pathlib import Path
 from copd_megatron.config import Config
 from copd_megatron.config.graph import Edge, Graph
 from copd_megatron.config.schema import BranchConfig
-from copd_megatron.data import PromptStream
+from copd_megatron.data import PromptSequence
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.metrics.reduction import Metrics
 from copd_megatron.objectives.base import Objective
@@ -51,9 +51,9 @@ class Branch:
     grader: Grader
     objectives: Mapping[str, Objective]
     """By component: ``native``, and one for each edge into this branch."""
-    prompts: PromptStream | None
+    prompts: PromptSequence | None
     """The branch's own data; None on a frozen branch."""
-    edge_prompts: dict[Edge, PromptStream]
+    edge_prompts: dict[Edge, PromptSequence]
     """Per edge into this branch, a stream of its own over the edge's prompts."""
     media: MediaLoader | None
     """Images and videos by reference, decoded off this thread; None for a text model."""

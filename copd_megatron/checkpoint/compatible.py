@@ -10,6 +10,7 @@ from typing import Any, Final
 import yaml
 
 from copd_megatron.config import Config, ConfigError, to_yaml
+from copd_megatron.config.schema import BranchConfig
 
 WITHOUT_EFFECT: Final = (
     "run.name",
@@ -42,6 +43,8 @@ WITHOUT_EFFECT: Final = (
     # the data may have moved; whether it is the same, the stream's own fingerprint says
     "branches.*.data.train",
     "branches.*.data.validation",
+    "branches.*.data.pools.*.train",
+    "branches.*.data.pools.*.validation",
 )
 """Settings that may change freely: at most, rounding differs afterwards."""
 
@@ -51,7 +54,8 @@ FIXED: Final = ("run.seed", "branches.*.frozen", "branches.*.data.shuffle")
 
 def differences(saved: str, config: Config) -> dict[str, tuple[Any, Any]]:
     """Settings that differ, dotted key to (value when saved, value now)."""
-    then, now = _flat(yaml.safe_load(saved)), _flat(yaml.safe_load(to_yaml(config)))
+    then = _defaults(config) | _flat(yaml.safe_load(saved))
+    now = _flat(yaml.safe_load(to_yaml(config)))
     return {
         key: (then.get(key), now.get(key))
         for key in sorted(then.keys() | now.keys())
@@ -96,6 +100,12 @@ def check_compatible(saved: str, config: Config, *, where: str) -> list[str]:
         for key, (then, now) in changed.items()
         if not _matches(key, WITHOUT_EFFECT)
     ]
+
+
+def _defaults(config: Config) -> dict[str, Any]:
+    """Settings that an earlier release did not have yet were at their defaults, whatever they are now."""
+    branches = {name: BranchConfig() for name in config.branches}
+    return _flat(yaml.safe_load(to_yaml(Config(branches=branches))))
 
 
 def _matches(key: str, patterns: tuple[str, ...]) -> bool:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from transformers import AutoTokenizer
 
 from copd_megatron.config import Config
-from copd_megatron.data import PromptStream, ShardSet, check_shards, load_validation
+from copd_megatron.config.domains import Domain, all_domains, domains_of
+from copd_megatron.data import (
+    PromptMix,
+    PromptReader,
+    PromptSequence,
+    PromptStream,
+    ShardSet,
+    check_shards,
+    load_validation,
+)
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.media_prompts import MediaPrompts
 from copd_megatron.data.processing import MultimodalProcessor
 from copd_megatron.data.seeds import sample_seed
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.records import Prompt
+
+Part = Literal["train", "validation"]
 
 
 class PromptSources:
@@ -32,56 +44,58 @@ class PromptSources:
             self.media = MediaLoader(processor, config.media)
         self._open: dict[str, tuple[ShardSet, MediaPrompts | None]] = {}
 
-    def stream(self, domain: str, purpose: str) -> PromptStream:
-        """An endless stream over a domain's training prompts; each purpose has its own order."""
-        branch = self.config.branches[domain]
-        shards, media = self._shards(domain, "train")
-        return PromptStream.from_config(
-            branch.data,
-            self.tokenizer,
-            domain=domain,
-            seed=stream_seed(self.config.run.seed, purpose),
-            verifiers=branch.reward.verifiers,
-            system_prompt=self.config.model.system_prompt,
-            shards=shards,
-            media=media,
-        )
+    def stream(self, branch: str, purpose: str) -> PromptSequence:
+        """An endless sequence of a branch's training prompts; each purpose has its own order."""
+        streams, weights = {}, {}
+        for domain in domains_of(self.config, branch):
+            order = f"{purpose}/{domain.name}" if domain.is_pool else purpose
+            streams[domain.name], weights[domain.name] = self._stream(domain, order), domain.weight
+        return PromptMix(streams, weights) if self.config.branches[branch].data.pools else streams[branch]
 
     def validation(self) -> dict[str, list[Prompt]]:
         """The validation prompts of every domain that has any."""
         return {
-            domain: self._validation(domain)
-            for domain, branch in self.config.branches.items()
-            if branch.data.validation
+            domain.name: load_validation(
+                self.reader(domain, "validation"), max_prompts=self.config.evaluation.max_prompts
+            )
+            for domain in all_domains(self.config)
+            if domain.validation
         }
+
+    def reader(self, domain: Domain, part: Part) -> PromptReader:
+        """What reads a domain's samples."""
+        branch = self.config.branches[domain.branch]
+        shards, media = self._shards(domain, part)
+        return PromptReader(
+            shards,
+            self.tokenizer,
+            domain=domain.name,
+            max_prompt_tokens=branch.data.max_prompt_tokens,
+            system_prompt=self.config.model.system_prompt,
+            verifiers=branch.reward.verifiers,
+            media=media,
+            prefix=f"{domain.name}/" if domain.is_pool else "",
+        )
 
     def know_all_media(self) -> None:
         """Opens every domain's training shards, so that this branch can read any medium a student names."""
         if self.media is not None and not self.config.opd.ship_media:
-            for domain, branch in self.config.branches.items():
-                if branch.data.train:
+            for domain in all_domains(self.config):
+                if domain.train:
                     self._shards(domain, "train")
 
-    def _validation(self, domain: str) -> list[Prompt]:
-        branch = self.config.branches[domain]
-        shards, media = self._shards(domain, "validation")
-        return load_validation(
-            branch.data,
-            self.tokenizer,
-            domain=domain,
-            max_prompts=self.config.evaluation.max_prompts,
-            verifiers=branch.reward.verifiers,
-            system_prompt=self.config.model.system_prompt,
-            shards=shards,
-            media=media,
+    def _stream(self, domain: Domain, purpose: str) -> PromptStream:
+        return PromptStream(
+            self.reader(domain, "train"),
+            seed=stream_seed(self.config.run.seed, purpose),
+            shuffle=self.config.branches[domain.branch].data.shuffle,
         )
 
-    def _shards(self, domain: str, part: str) -> tuple[ShardSet, MediaPrompts | None]:
-        name = f"{domain}/{part}"
+    def _shards(self, domain: Domain, part: Part) -> tuple[ShardSet, MediaPrompts | None]:
+        name = f"{domain.name}/{part}"
         if name not in self._open:
-            branch = self.config.branches[domain]
-            patterns = branch.data.train if part == "train" else branch.data.validation
-            shards = check_shards(patterns, branch.reward.verifiers)
+            patterns = domain.train if part == "train" else domain.validation
+            shards = check_shards(patterns, self.config.branches[domain.branch].reward.verifiers)
             media = None if self.media is None else MediaPrompts(self.media, name, shards)
             self._open[name] = (shards, media)
         return self._open[name]

@@ -18,12 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
-from copd_megatron.config.schema import DataConfig
 from copd_megatron.data.failures import any_failure
 from copd_megatron.data.media import media_members, refuse_unknown_members
 from copd_megatron.data.occurrences import number_occurrences
 from copd_megatron.data.samples import Message, Sample, SampleRef, texts_and_media
-from copd_megatron.data.shards import ShardSet, check_shards
+from copd_megatron.data.shards import ShardSet
 from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.records import IntArray, MediaRef, Prompt
 
@@ -54,6 +53,25 @@ class MediaEncoder(Protocol):
     def refuse_lone_placeholders(self, sample: Sample, token_ids: IntArray, where: str) -> None: ...
 
     def prefetch(self, samples: Iterable[SampleRef]) -> None: ...
+
+
+class PromptSequence(Protocol):
+    """What a step draws its prompts from: a ``PromptStream``, or several in a ``mix.PromptMix``."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def epochs(self) -> Mapping[str, int]: ...
+
+    @property
+    def skipped(self) -> Mapping[str, int]: ...
+
+    def next(self, num_prompts: int, drawn: Sequence[Prompt] = ()) -> list[Prompt]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 def split_evenly[T](items: Sequence[T], rank: int, world: int) -> list[T]:
@@ -121,7 +139,8 @@ def _opens_thinking(tokenizer: Tokenizer, token_ids: IntArray) -> bool:
 class PromptReader:
     """Samples to prompts: reads, checks and tokenises them; counts and logs those that it has to skip.
 
-    ``media`` encodes samples with images or videos; without it such samples are skipped.
+    ``media`` encodes samples with images or videos; without it such samples are skipped. ``prefix`` begins
+    the prompt ids, where those of other shards could be the same.
     """
 
     def __init__(
@@ -134,6 +153,7 @@ class PromptReader:
         system_prompt: str | None = None,
         verifiers: Collection[str] | None = None,
         media: MediaEncoder | None = None,
+        prefix: str = "",
     ) -> None:
         self.shards = shards
         self.domain = domain
@@ -144,6 +164,7 @@ class PromptReader:
         self._system_prompt = system_prompt
         self._verifiers = verifiers
         self._media = media
+        self._prefix = prefix
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Announce samples that will be read, in that order, so that their media are decoded meanwhile."""
@@ -164,7 +185,7 @@ class PromptReader:
             self._skip(ref, error)
             return None
         return Prompt(
-            prompt_id=ref.id,
+            prompt_id=self._prefix + ref.id,
             domain=self.domain,
             token_ids=token_ids,
             answer=sample.answer,
@@ -246,40 +267,15 @@ class PromptStream:
         self._position = 0
         self._order = self._order_of(0)
 
-    @classmethod
-    def from_config(
-        cls,
-        data: DataConfig,
-        tokenizer: Tokenizer,
-        *,
-        domain: str,
-        seed: int,
-        verifiers: Collection[str] | None = None,
-        system_prompt: str | None = None,
-        shards: ShardSet | None = None,
-        media: MediaEncoder | None = None,
-    ) -> PromptStream:
-        """The stream over ``data.train``.
-
-        ``shards``: the same shards if they are open already (``check_shards``), which saves the scan;
-        ``media``: encodes samples with images or videos, from the same shards; ``verifiers``: the names that
-        samples may use, None: any. Raises DataError as ``check_shards`` does.
-        """
-        reader = PromptReader(
-            shards if shards is not None else check_shards(data.train, verifiers),
-            tokenizer,
-            domain=domain,
-            max_prompt_tokens=data.max_prompt_tokens,
-            system_prompt=system_prompt,
-            verifiers=verifiers,
-            media=media,
-        )
-        return cls(reader, seed=seed, shuffle=data.shuffle)
-
     @property
     def epoch(self) -> int:
         """Epoch of the next prompt, counted from 0."""
         return self._epoch
+
+    @property
+    def epochs(self) -> Mapping[str, int]:
+        """The epoch, by the name of the domain."""
+        return {self.reader.domain: self._epoch}
 
     @property
     def skipped(self) -> Mapping[str, int]:
@@ -337,6 +333,11 @@ class PromptStream:
         samples.
         """
         mine = self.state_dict()
+        if "pools" in state:
+            raise DataError(
+                f"{self.reader.domain}: the data position cannot be restored: the checkpoint has the pools "
+                f"{', '.join(state['pools'])}. Restore data.pools, or start a new run."
+            )
         for name, remedy in (
             ("fingerprint", "Put back the shards that the run began with, or start a new run on these"),
             ("seed", "Restore run.seed, or start a new run"),
@@ -357,42 +358,24 @@ class PromptStream:
         return epoch_order(len(self.reader.shards), self._seed, epoch, self._shuffle)
 
 
-def load_validation(
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    domain: str,
-    max_prompts: int | None = None,
-    verifiers: Collection[str] | None = None,
-    system_prompt: str | None = None,
-    shards: ShardSet | None = None,
-    media: MediaEncoder | None = None,
-) -> list[Prompt]:
-    """Prompts of ``data.validation`` in file order, the same every time.
+def load_validation(reader: PromptReader, *, max_prompts: int | None = None) -> list[Prompt]:
+    """All prompts of a reader's shards in file order, the same every time.
 
     ``max_prompts``: take that many, spread evenly over the files; samples that cannot be used are skipped,
     counted in the log, and not replaced.
 
-    Raises DataError: as ``check_shards``, or when nothing usable is left.
+    Raises DataError when nothing usable is left.
     """
-    reader = PromptReader(
-        shards if shards is not None else check_shards(data.validation, verifiers),
-        tokenizer,
-        domain=domain,
-        max_prompt_tokens=data.max_prompt_tokens,
-        system_prompt=system_prompt,
-        verifiers=verifiers,
-        media=media,
-    )
     total = len(reader.shards)
     wanted = total if max_prompts is None else min(max_prompts, total)
     reader.prefetch(i * total // wanted for i in range(wanted))
     prompts = [prompt for i in range(wanted) if (prompt := reader.read(i * total // wanted)) is not None]
     if reader.skipped:
-        logger.warning("%s: skipped %s of %d validation samples", domain, dict(reader.skipped), wanted)
+        logger.warning("%s: skipped %s of %d validation samples", reader.domain, dict(reader.skipped), wanted)
     if not prompts:
         raise DataError(
-            f"{domain}: no validation sample can be used (skipped: {dict(reader.skipped)} of {wanted}). "
+            f"{reader.domain}: no validation sample can be used (skipped: {dict(reader.skipped)} of "
+            f"{wanted}). "
             "The first of each kind are in the log with their remedies."
         )
     return prompts

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from copd_megatron.config import Config
+from copd_megatron.config.domains import all_domains
 from copd_megatron.data.sources import PromptSources
 from copd_megatron.evaluation.run import accuracy, num_prompts
 from copd_megatron.evaluation.table import render_table
@@ -34,7 +35,9 @@ def evaluate_folder(config: Config, folder: str | Path) -> str:
             stack.callback(sources.media.close)
         validation = sources.validation()
         graders = {
-            domain: stack.enter_context(Grader(config.branches[domain].reward)) for domain in validation
+            domain.name: stack.enter_context(Grader(config.branches[domain.branch].reward))
+            for domain in all_domains(config)
+            if domain.name in validation
         }
         run_id = stack.enter_context(single_process())
         engine = RolloutEngine(

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-MEAN_COLUMN = "mean"
+from copd_megatron.config.domains import MEAN_COLUMN
+
 _MISSING = "-"
 
 

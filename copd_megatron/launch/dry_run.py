@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from copd_megatron.config import Config, Device, ModelShape, read_model_shapes, to_yaml, validate
+from copd_megatron.config.domains import describe_pools
 from copd_megatron.config.graph import build_graph
 from copd_megatron.planner.memory import GIB, compute_bytes, estimate_memory
 from copd_megatron.topology.layout import Layout
@@ -24,7 +25,8 @@ _PARTS = (
 
 
 def dry_run(config: Config, world_size: int | None = None) -> str:
-    """The resolved config, the rank layout, the distillation edges and the memory estimate, as text.
+    """The resolved config, the rank layout, the pools of mixed data, the distillation edges and the memory
+    estimate, as text.
 
     Args:
         config: as ``load_config`` returns it.
@@ -39,10 +41,11 @@ def dry_run(config: Config, world_size: int | None = None) -> str:
     sections = (
         ("Resolved configuration", to_yaml(config).rstrip()),
         ("Rank layout", f"{layout.world_size} ranks\n{layout.describe()}"),
+        ("Prompt pools", describe_pools(config)),
         ("Distillation edges", build_graph(config).describe()),
         ("Memory per rank (estimate)", _describe_memory(config, shapes)),
     )
-    return "\n\n".join(f"# {title}\n{body}" for title, body in sections) + "\n"
+    return "\n\n".join(f"# {title}\n{body}" for title, body in sections if body) + "\n"
 
 
 def _describe_memory(config: Config, shapes: Mapping[str, ModelShape]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from copd_megatron.checkpoint.compatible import check_compatible
 from copd_megatron.checkpoint.manifest import checkpoints_dir, complete_checkpoints, step_folder
 from copd_megatron.config import Config, ConfigError, ModelShape, read_model_shapes
+from copd_megatron.config.domains import all_domains
 from copd_megatron.data import check_shards
 from copd_megatron.launch.lock import RunLock
 from copd_megatron.launch.run_dir import run_directory, starts_anew
@@ -58,9 +59,10 @@ def check_inputs(config: Config) -> None:
     check_packages(config.logging)
     for branch in config.branches.values():
         registry.resolve(branch.reward.verifiers)
-        for patterns in (branch.data.train, branch.data.validation):
+    for domain in all_domains(config):
+        for patterns in (domain.train, domain.validation):
             if patterns:
-                check_shards(patterns, branch.reward.verifiers)
+                check_shards(patterns, config.branches[domain.branch].reward.verifiers)
 
 
 def check_run_dir(config: Config, folder: Path) -> None:

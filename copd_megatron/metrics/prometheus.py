@@ -42,6 +42,10 @@ _PATTERNS = tuple(
         (r"copd/(?P<metric>[^/]+)/(?P<edge>.+)", "{metric}"),
         (r"(?P<branch>[^/]+)/cross/(?P<teacher>[^/]+)/(?P<metric>.+)", "cross_{metric}"),
         (r"(?P<branch>[^/]+)/validation/accuracy/(?P<domain>.+)", "validation_accuracy_by_domain"),
+        (
+            r"(?P<branch>[^/]+)/train/(?P<metric>reward|response_length|truncated_fraction)/(?P<domain>.+)",
+            "train_{metric}_by_domain",
+        ),
         (r"(?P<branch>[^/]+)/(?P<metric>.+)", "{metric}"),
         (r"(?P<metric>.+)", "{metric}"),
     )

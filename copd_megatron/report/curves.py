@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from copd_megatron.evaluation.table import MEAN_COLUMN
+from copd_megatron.config.domains import MEAN_COLUMN
 from copd_megatron.report.behaviour import behaviour_lines
 from copd_megatron.report.history import OVERLAP, SYMMETRIC_KL, TEACHER_GAP, RunHistory, read_run
 

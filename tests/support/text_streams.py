@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from copd_megatron.config.schema import DataConfig
-from copd_megatron.data import PromptStream
+from copd_megatron.data import PromptReader, PromptStream, ShardSet
 from tests.support.byte_tokenizer import byte_tokenizer
 
 if TYPE_CHECKING:
@@ -29,9 +28,29 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer(chat_template=CHATML)
 
 
-def stream_of(
-    pattern: str, tokenizer: PreTrainedTokenizerFast | None = None, *, seed: int = 1, **data: Any
-) -> PromptStream:
-    return PromptStream.from_config(
-        DataConfig(train=[pattern], **data), tokenizer or plain_tokenizer(), domain="text", seed=seed
+def reader_of(
+    pattern: str,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    max_prompt_tokens: int = 1024,
+    domain: str = "text",
+    **options: Any,
+) -> PromptReader:
+    return PromptReader(
+        ShardSet.open([pattern]),
+        tokenizer or plain_tokenizer(),
+        domain=domain,
+        max_prompt_tokens=max_prompt_tokens,
+        **options,
     )
+
+
+def stream_of(
+    pattern: str,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    seed: int = 1,
+    shuffle: bool = True,
+    **options: Any,
+) -> PromptStream:
+    return PromptStream(reader_of(pattern, tokenizer, **options), seed=seed, shuffle=shuffle)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from copd_megatron.config import DataConfig, MediaConfig
-from copd_megatron.data import PromptStream, ShardSet
+from copd_megatron.config import MediaConfig
+from copd_megatron.data import PromptReader, PromptStream, ShardSet
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.media_prompts import MediaPrompts
 from copd_megatron.data.processing import MultimodalProcessor
@@ -39,13 +39,13 @@ def vision_streams(
                 members.append((f"{key}.json", sample_json(prompt=prompt)))
                 members += [(f"{key}.{extension}", data) for extension, data in media.items()]
             shards = ShardSet.open([str(write_tar(folder / "s.tar", tar_of(members)))])
-            return PromptStream.from_config(
-                DataConfig(max_prompt_tokens=500),
+            reader = PromptReader(
+                shards,
                 processor.tokenizer,
                 domain="image",
-                seed=3,
-                shards=shards,
+                max_prompt_tokens=500,
                 media=MediaPrompts(loader, f"image/{next(sources)}", shards),
             )
+            return PromptStream(reader, seed=3)
 
         yield make

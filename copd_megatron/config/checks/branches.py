@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+from copd_megatron.config.domains import MEAN_COLUMN, all_domains, domains_of
 from copd_megatron.config.schema import BranchConfig, Config, MismatchCorrection, Topology
 from copd_megatron.model.shape import ModelShape
 
@@ -24,6 +25,7 @@ def problems(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
         if not branch.frozen:
             yield from _step(config, name, branch)
             yield from _sampling(config, name, branch)
+    yield from _domain_names(config)
     yield from _media(config)
 
 
@@ -36,10 +38,40 @@ def _name(name: str) -> Iterator[str]:
 
 
 def _data(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
-    if not branch.data.train and _needs_prompts(config, name):
-        yield f"branches.{name}.data.train: empty; give webdataset shards (paths, globs or brace ranges)"
+    for part in ("train", "validation"):
+        if branch.data.pools and getattr(branch.data, part):
+            yield (
+                f"branches.{name}.data.{part}: given beside data.pools ({', '.join(branch.data.pools)}), but "
+                f"every pool has its own {part} shards; move these into a pool, or remove the pools"
+            )
+    if _needs_prompts(config, name):
+        for domain in domains_of(config, name):
+            if not domain.train:
+                yield f"{domain.key}.train: empty; give webdataset shards (paths, globs or brace ranges)"
     if not branch.reward.verifiers and not branch.frozen:
         yield f"branches.{name}.reward.verifiers: empty; name those that its samples ask for"
+
+
+def _domain_names(config: Config) -> Iterator[str]:
+    """Metrics, tables and media refer to a domain by its name alone."""
+    seen: dict[str, str] = {}
+    for domain in all_domains(config):
+        if domain.is_pool and not _NAME.fullmatch(domain.name):
+            yield (
+                f"{domain.key}: {domain.name!r} cannot name a pool: it becomes part of metric names; use "
+                "letters, digits and underscores"
+            )
+        if domain.name == MEAN_COLUMN and domain.validation:
+            yield (
+                f"{domain.key}: the last column of the table of accuracies is named {MEAN_COLUMN!r}; rename "
+                f"the {'pool' if domain.is_pool else 'branch'}"
+            )
+        if domain.name in seen:
+            yield (
+                f"{domain.key}: {domain.name!r} is also the name of {seen[domain.name]}, and metrics and "
+                "tables tell domains apart by name; rename one of them"
+            )
+        seen.setdefault(domain.name, domain.key)
 
 
 def _needs_prompts(config: Config, name: str) -> bool:

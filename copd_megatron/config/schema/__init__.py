@@ -21,6 +21,7 @@ from copd_megatron.config.schema.branch import (
     DataConfig,
     MediaConfig,
     ParallelConfig,
+    PoolConfig,
     RewardConfig,
     RolloutConfig,
 )
@@ -144,6 +145,7 @@ __all__ = [
     "OPDConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PoolConfig",
     "PrecisionConfig",
     "ProfilingConfig",
     "PrometheusConfig",

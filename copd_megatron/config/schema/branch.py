@@ -18,13 +18,29 @@ from copd_megatron.config.schema.choices import RolloutQuantization
 
 
 @dataclass(kw_only=True)
+class PoolConfig:
+    """One of several sets of prompts that a branch draws from: a domain of its own in metrics and tables."""
+
+    train: list[PathText] = field(default_factory=list)
+    """Shards to train on, named as in ``data.train``."""
+    validation: list[PathText] = field(default_factory=list)
+    """Shards for evaluation. Empty: this domain is not evaluated."""
+    weight: PositiveFloat = 1.0
+    """The pool's share of the branch's prompts is its weight divided by the sum of all pools' weights."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
-    """A domain's prompts, in webdataset shards."""
+    """A branch's prompts, in webdataset shards."""
 
     train: list[PathText] = field(default_factory=list)
     """Shards to train on: paths, globs or brace ranges (``math-{000000..000007}.tar``)."""
     validation: list[PathText] = field(default_factory=list)
     """Shards for evaluation, named like those of ``train``. Empty: the branch's domain is not evaluated."""
+    pools: dict[str, PoolConfig] = field(default_factory=dict)
+    """Several sets of prompts by name, in place of ``train`` and ``validation``: training on mixed data. Each
+    has its own order and epochs. After any number of prompts, each pool has given its share of them, rounded
+    down or up."""
     shuffle: bool = True
     """Shuffle shards and samples anew in each epoch, in an order that seed and epoch determine. False: the
     order of the shards."""
