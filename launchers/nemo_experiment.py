@@ -11,6 +11,11 @@ Recipes, each followed by an evaluation of what it made:
     copd    the configuration as it is: branches that teach each other
     opd     the same number of steps in sequence: reinforcement learning makes an expert of every branch, then
             the first branch's expert learns by distillation from the other experts, which are frozen
+    mixed   reinforcement learning of one model on the data of all branches, with as many prompts as all
+            branches together
+    experts_mean
+            reinforcement learning makes an expert of every branch, with as many steps as both phases have;
+            the mean of the experts is the model
 
 A task starts when the tasks that it needs are done (experts, then distillation, then evaluation). Independent
 tasks run in parallel on SLURM. ``--dry-run`` shows the tasks with their configurations. A task that is
@@ -49,6 +54,9 @@ def script_of(task: Task, *, project: Path, workdir: Path, out: Path, requiremen
             f'for model in {folders}; do echo "# $model"; copd eval "$config" "$model"; done |\n'
             f"    tee {quoted['out']}/{quoted['name']}/evaluation.txt"
         )
+    elif task.merge is not None:
+        models, target = " ".join(map(shlex.quote, task.merge.models)), shlex.quote(task.merge.out)
+        command = f"copd merge {models} --out {target} --overwrite"
     else:
         command = 'copd train "$config"'
     return f"""set -euo pipefail
@@ -74,7 +82,7 @@ def nodes_of(task: Task, ranks_per_node: int) -> tuple[int, int]:
         PlacementError: NeMo-Run fills nodes in rank order with equal numbers of ranks, and these branches do
             not fit that.
     """
-    if task.evaluates:
+    if not task.trains:
         return 1, 1
     layout = Layout.from_config(task.config)
     nodes = place(layout, num_nodes=None, ranks_per_node=ranks_per_node).num_nodes

@@ -88,6 +88,8 @@ WITHOUT_TORCH = [
     "copd_megatron.recipes.experiments.base",
     "copd_megatron.recipes.experiments.copd",
     "copd_megatron.recipes.experiments.opd",
+    "copd_megatron.recipes.experiments.experts_mean",
+    "copd_megatron.recipes.experiments.mixed",
     "copd_megatron.config.graph",
     "copd_megatron.opd.plan",
     "copd_megatron.topology.layout",

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -16,8 +17,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from copd_megatron.cli.main import main
 from copd_megatron.config import ConfigError, load_config, validate
+from copd_megatron.config.schema import Topology
+from copd_megatron.hf.folder import HFFolder
 from copd_megatron.launch.placement import PlacementError
 from copd_megatron.plugins import EXPERIMENTS
 from copd_megatron.recipes.experiments.base import tasks_of
@@ -58,6 +63,12 @@ def test_recipes_become_tasks_that_wait_for_each_other(nemo: ModuleType, config_
         "expert_beta": (),
         "opd": ("expert_alpha", "expert_beta"),
         "evaluate_opd": ("opd",),
+        "mixed": (),
+        "evaluate_mixed": ("mixed",),
+        "independent_alpha": (),
+        "independent_beta": (),
+        "experts_mean": ("independent_alpha", "independent_beta"),
+        "evaluate_experts_mean": ("experts_mean",),
     }
     for task in tasks.values():
         validate(task.config, world_size=None, model=None)
@@ -70,6 +81,49 @@ def test_recipes_become_tasks_that_wait_for_each_other(nemo: ModuleType, config_
     assert tasks["evaluate_opd"].evaluates[-1] == "/out/opd/export/alpha"
     assert tasks["evaluate_copd"].evaluates == ("/out/copd/export/merged",)
     assert load_config(config_path) == config, "the given configuration is not changed"
+
+
+def test_mixed_data_draws_from_all_branches_with_the_combined_budget(config_path: Path) -> None:
+    config = load_config(config_path, ["branches.alpha.num_prompts_per_step=6"])
+    run, evaluation = tasks_of(config, ["mixed"], Path("/out"))
+    validate(run.config, world_size=None, model=None)
+    (branch,) = run.config.branches.values()
+    assert list(run.config.branches) == ["mixed"] and run.config.opd.topology is Topology.none
+    data = {name: config.branches[name].data for name in ("alpha", "beta")}
+    assert {name: (p.train, p.validation, p.weight) for name, p in branch.data.pools.items()} == {
+        "alpha": (data["alpha"].train, data["alpha"].validation, 6.0),
+        "beta": (data["beta"].train, data["beta"].validation, 5.0),
+    }
+    schedule = run.config.schedule
+    assert (schedule.cycles, schedule.rlvr_steps, schedule.opd_steps) == (1, 11, 0)
+    assert 11 * branch.num_prompts_per_step == 6 * (6 + 5), "both branches' prompts of six steps"
+    assert evaluation.evaluates == ("/out/mixed/export/mixed",) and evaluation.config == config
+    config.branches["beta"].model_path = "another"
+    with pytest.raises(ConfigError, match=r"the branches start from .*another"):
+        tasks_of(config, ["mixed"], Path("/out"))
+
+
+def test_the_mean_of_experts_is_a_merge_between_trainings_and_evaluation(
+    nemo: ModuleType, config_path: Path, tmp_path: Path
+) -> None:
+    config, out = load_config(config_path), tmp_path / "the out"
+    alpha, _, mean, evaluation = tasks_of(config, ["experts_mean"], out)
+    assert (alpha.config.schedule.rlvr_steps, alpha.config.schedule.opd_steps) == (6, 0)
+    experts = [str(out / f"independent_{name}/export/{name}") for name in BRANCHES]
+    for number, folder in enumerate(experts):
+        make_model(Path(folder), seed=number)
+    assert nemo.nodes_of(mean, 8) == (1, 1) and not mean.trains
+    script = nemo.script_of(mean, project=ROOT, workdir=tmp_path, out=out, requirements="cpu")
+    (command,) = re.findall(r"^copd merge .*$", script, re.M)
+    _, *words = shlex.split(command)
+    assert main(words) == 0 and main(words) == 0, "a task that is started again"
+    merged = out / "experts_mean/export/merged"
+    assert evaluation.evaluates == (*experts, str(merged))
+    one, other, both = (HFFolder(folder) for folder in (*experts, merged))
+    for name in both.names():
+        torch.testing.assert_close(both.read(name), (one.read(name) + other.read(name)) / 2)
+    with pytest.raises(ConfigError, match="a mean needs two branches"):
+        tasks_of(alpha.config, ["experts_mean"], out)
 
 
 def test_scripts_hold_their_configuration(nemo: ModuleType, config_path: Path, tmp_path: Path) -> None:

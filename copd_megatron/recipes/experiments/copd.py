@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from copd_megatron.config import Config
-from copd_megatron.recipes.experiments.base import Experiment, Task, run_of
+from copd_megatron.recipes.experiments.base import Experiment, Task, export_of, run_of
 
 
 def copd(config: Config, out: Path) -> list[Task]:
@@ -13,10 +13,10 @@ def copd(config: Config, out: Path) -> list[Task]:
     run = run_of(config, out, "copd")
     trained = [name for name, branch in config.branches.items() if not branch.frozen]
     merged = run.end.merge and len(trained) > 1
-    final = out / "copd/export" / ("merged" if merged else trained[0])
+    final = export_of(out, "copd", "merged" if merged else trained[0])
     return [
         Task(name="copd", config=run),
-        Task(name="evaluate_copd", config=config, after=("copd",), evaluates=(str(final),)),
+        Task(name="evaluate_copd", config=config, after=("copd",), evaluates=(final,)),
     ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from copd_megatron.config import Config, ConfigError
 from copd_megatron.config.schema import Topology
-from copd_megatron.recipes.experiments.base import Experiment, Task, run_of
+from copd_megatron.recipes.experiments.base import Experiment, Task, expert_of, export_of, run_of
 
 
 def opd(config: Config, out: Path) -> list[Task]:
@@ -18,9 +18,12 @@ def opd(config: Config, out: Path) -> list[Task]:
     """
     if len(config.branches) < 2:
         raise ConfigError("recipe opd: distillation needs two branches or more, the configuration has one")
-    experts = [_expert(config, out, name) for name in config.branches]
+    num_steps = config.schedule.cycles * config.schedule.rlvr_steps
+    experts = [
+        expert_of(config, out, name, name=f"expert_{name}", num_steps=num_steps) for name in config.branches
+    ]
     student = next(iter(config.branches))
-    exports = [str(_export(out, name)) for name in config.branches]
+    exports = [export_of(out, f"expert_{name}", name) for name in config.branches]
     return [
         *experts,
         Task(
@@ -32,20 +35,9 @@ def opd(config: Config, out: Path) -> list[Task]:
             name="evaluate_opd",
             config=config,
             after=("opd",),
-            evaluates=(*exports, str(out / f"opd/export/{student}")),
+            evaluates=(*exports, export_of(out, "opd", student)),
         ),
     ]
-
-
-def _expert(config: Config, out: Path, name: str) -> Task:
-    """One branch alone, by reinforcement learning."""
-    run = run_of(config, out, f"expert_{name}")
-    run.branches = {name: run.branches[name]}
-    run.branches[name].frozen = False
-    run.schedule.rlvr_steps, run.schedule.opd_steps = config.schedule.cycles * config.schedule.rlvr_steps, 0
-    run.schedule.cycles = 1
-    run.opd.topology, run.opd.hub, run.opd.edges = Topology.none, None, []
-    return Task(name=f"expert_{name}", config=run)
 
 
 def _distillation(config: Config, out: Path, student: str) -> Config:
@@ -56,14 +48,9 @@ def _distillation(config: Config, out: Path, student: str) -> Config:
     run.opd.topology, run.opd.hub, run.opd.edges = Topology.hub_and_spoke, student, []
     run.end.merge = False
     for name, branch in run.branches.items():
-        branch.model_path = str(_export(out, name))
+        branch.model_path = export_of(out, f"expert_{name}", name)
         branch.frozen = name != student
     return run
-
-
-def _export(out: Path, name: str) -> Path:
-    """Where an expert's weights are."""
-    return out / f"expert_{name}/export/{name}"
 
 
 EXPERIMENT: Experiment = opd
