@@ -9,7 +9,7 @@ from copd_megatron.branch.schedule import Step, steps
 from copd_megatron.branch.start import start
 from copd_megatron.branch.state import Batch
 from copd_megatron.branch.update import sync_weights
-from copd_megatron.branch.validation import each_branch, shared_model
+from copd_megatron.branch.validation import each_branch, starting_models
 from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
 from copd_megatron.config import Config
 from copd_megatron.plugins import RECIPES
@@ -32,8 +32,8 @@ def train(config: Config) -> int:
     ):
         progress = checkpoints.resume()
         sync_weights(me)
-        if config.evaluation.at_start and me.validation and not progress.steps_done:
-            progress.table |= shared_model(me, "base")
+        if config.evaluation.at_start and me.validation and not progress.table:
+            progress.table = starting_models(me, trained=bool(progress.steps_done))
         for step in steps(config.schedule, progress.steps_done):
             observer.begin(step)
             batch = Batch()
@@ -46,7 +46,7 @@ def train(config: Config) -> int:
             if checkpoints.after(step, accuracies):
                 return EXIT_PREEMPTED
         checkpoints.wait()
-        finish(me, progress.table)
+        observer.final(finish(me, progress.table))
     return 0
 
 

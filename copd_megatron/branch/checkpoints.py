@@ -19,6 +19,7 @@ from typing import Any, Self
 from copd_megatron.branch.observer import Observer
 from copd_megatron.branch.schedule import Step, num_steps
 from copd_megatron.branch.state import Branch
+from copd_megatron.branch.validation import conditions
 from copd_megatron.checkpoint.compatible import check_compatible
 from copd_megatron.checkpoint.joint import JointSaver, Saved, find_checkpoint, load_checkpoint
 from copd_megatron.checkpoint.manifest import step_folder
@@ -94,7 +95,12 @@ class Checkpoints:
         self._restore(state, str(folder))
         for writer in self.observer.writers:
             writer.truncate_after(manifest.step)
-        self.progress = Progress(steps_done=manifest.step, table=state["table"])
+        same = state.get("table_conditions") == conditions(me)
+        comparable = all(me.world.all_gather_objects(same, "checkpoint.table"))
+        if state["table"] and not comparable and me.world.is_first:
+            logger.warning("%s has rows of the final table, measured with other validation prompts or other "
+                           "settings of evaluation: they are measured again", folder)  # fmt: skip
+        self.progress = Progress(steps_done=manifest.step, table=state["table"] if comparable else {})
         me.world.barrier("checkpoint.resumed")
         if me.world.is_first:
             logger.info(
@@ -176,6 +182,7 @@ class Checkpoints:
             "streams": {name: stream.state_dict() for name, stream in _streams(me).items()},
             "graded": dict(counts),
             "table": self.progress.table,
+            "table_conditions": conditions(me),
             "teacher_version": None if me.teacher is None else me.teacher.version,
             "begun": to_state(me.begun),
         }

@@ -17,11 +17,18 @@ from copd_megatron.weight_sync.export import export_hf
 logger = logging.getLogger(__name__)
 
 
-def finish(me: Branch, table: Accuracies) -> None:
-    """Exports every branch, merges them (theta = mean of the branches), evaluates, writes the table."""
+def finish(me: Branch, table: Accuracies) -> Accuracies:
+    """Exports every branch, merges them (theta = mean of the branches), evaluates, writes the table.
+
+    Args:
+        table: rows that are known already.
+
+    Returns:
+        All rows.
+    """
     config, folder = me.config, me.run_dir / "export"
     if me.validation:
-        table |= each_branch(me)
+        table = table | each_branch(me)
     trained = [name for name, branch in config.branches.items() if not branch.frozen]
     if config.end.export or config.end.merge:
         export_branch(me, folder / me.name)
@@ -36,7 +43,7 @@ def finish(me: Branch, table: Accuracies) -> None:
         )
         load_folder(me, folder / "merged")
         if me.validation:
-            table |= shared_model(me, "merged")
+            table = table | shared_model(me, "merged")
     if table:
         text = write_table(me, table)
         if me.world.is_first:
@@ -48,6 +55,7 @@ def finish(me: Branch, table: Accuracies) -> None:
         if behaviour:
             print(f"how alike the branches are\n\n{behaviour}\n", flush=True)
         print(f"curves: {picture}", flush=True)
+    return table
 
 
 def export_branch(me: Branch, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -14,10 +14,11 @@ import yaml
 
 from copd_megatron.branch.schedule import Step, num_steps
 from copd_megatron.branch.state import Branch
-from copd_megatron.config import save_resolved, to_yaml
-from copd_megatron.config.domains import domains_of
+from copd_megatron.config import to_yaml
+from copd_megatron.config.domains import domains_of, evaluated_as
 from copd_megatron.evaluation.run import Accuracies
 from copd_megatron.evaluation.table import mean_reward
+from copd_megatron.launch.provenance import record_start
 from copd_megatron.launch.run_dir import starts_anew
 from copd_megatron.metrics.console import ConsoleView
 from copd_megatron.metrics.profiler import ProfilerWindow
@@ -54,12 +55,12 @@ class Observer:
             )
             me.world.watch.recorder = self._timeline.operation
         if me.world.is_first:
-            me.run_dir.mkdir(parents=True, exist_ok=True)
-            save_resolved(me.config, me.run_dir / "config.yaml")
+            record_start(me.config, me.run_dir)
             self.writers.extend(_writers(me))
 
     def begin(self, step: Step) -> None:
-        """A step begins."""
+        """A step begins. Evaluation before it, of the base model, is no part of it."""
+        self.me.evaluation_seconds = 0.0
         self._profiler.begin(step.index + 1)
         self._begin = time.monotonic()
 
@@ -67,8 +68,11 @@ class Observer:
         """Writes everything collected since the last call; collective over all branches."""
         me, seconds = self.me, time.monotonic() - self._begin
         me.metrics.maximum("timing/step_seconds", seconds)
-        me.metrics.minimum("perf/tokens_per_second", me.num_sampled_tokens / max(seconds, 1e-9))
-        me.num_sampled_tokens = 0
+        if me.evaluation_seconds:
+            me.metrics.maximum("timing/evaluation_seconds", me.evaluation_seconds)
+        trained = max(seconds - me.evaluation_seconds, 1e-9)
+        me.metrics.minimum("perf/tokens_per_second", me.num_sampled_tokens / trained)
+        me.num_sampled_tokens, me.evaluation_seconds = 0, 0.0
         for name, count in me.grader.counters().items():
             if me.engine is not None and me.engine.tp_rank == 0:
                 me.metrics.total(f"rewards/{name}", count)
@@ -87,15 +91,15 @@ class Observer:
         everything: dict[str, float] = {}
         for part in me.world.all_gather_objects(named if me.world.is_branch_first else {}, "metrics.gather"):
             everything.update(part)
-        self._write(step, everything)
+        self._each_writer(lambda writer: writer.write(step.index + 1, step.phase.value, everything))
         if self._timeline is not None:
             self._timeline.step(step.index + 1, step.phase.value, self._begin, time.monotonic())
         self._profiler.end(step.index + 1)
 
-    def _write(self, step: Step, metrics: Mapping[str, float]) -> None:
+    def _each_writer(self, write: Callable[[Writer], None]) -> None:
         for writer in list(self.writers):
             try:
-                writer.write(step.index + 1, step.phase.value, metrics)
+                write(writer)
             except OSError as error:  # without metrics.jsonl the run ends: its writer raises RunStorageError
                 logger.warning("%s stops: %s; metrics.jsonl goes on", type(writer).__name__, error)
                 self.writers.remove(writer)
@@ -103,12 +107,25 @@ class Observer:
     def validation(self, accuracies: Accuracies) -> None:
         """Adds this branch's validation accuracies to the step's metrics: the mean reward where a verifier
         gives partial credit. The one without a domain's name is the mean over the branch's own domains."""
+        config = self.me.config
         found = {domain: mean_reward(score) for domain, score in accuracies.get(self.me.name, {}).items()}
         for domain, value in found.items():
             self.me.metrics.value(f"validation/accuracy/{domain}", value)
-        own = [found[d.name] for d in domains_of(self.me.config, self.me.name) if d.name in found]
+        names = [evaluated_as(config).get(domain.name) for domain in domains_of(config, self.me.name)]
+        own = [found[name] for name in names if name in found]
         if own:
             self.me.metrics.value("validation/accuracy", sum(own) / len(own))
+
+    def final(self, table: Accuracies) -> None:
+        """Shows the final table's figures, the mean reward where a verifier gives partial credit, where a
+        run's curves are shown. ``evaluation.json`` holds all of them."""
+        figures = {
+            f"final/accuracy/{model}/{domain}": mean_reward(score)
+            for model, row in table.items()
+            for domain, score in row.items()
+        }
+        if figures:
+            self._each_writer(lambda writer: writer.finish(num_steps(self.me.config.schedule), figures))
 
     def __enter__(self) -> Self:
         return self

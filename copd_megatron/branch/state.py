@@ -63,7 +63,9 @@ class Branch:
     metrics: Metrics = field(default_factory=Metrics)
     """This step's metrics, named without the branch."""
     num_sampled_tokens: int = 0
-    """Response tokens sampled since the last step was written."""
+    """Response tokens sampled for training since the last step was written."""
+    evaluation_seconds: float = 0.0
+    """Spent on evaluation since the last step was written."""
     begun: list[Group] = field(default_factory=list)
     """Native groups that the last step left unfinished (``rollout.partial_rollouts``)."""
     num_skipped_updates: int = 0

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from copd_megatron.branch.sampling import sample_graded
 from copd_megatron.branch.state import Branch
+from copd_megatron.branch.update import sync_weights
 from copd_megatron.evaluation.run import Accuracies, accuracy, num_prompts
 from copd_megatron.evaluation.table import Score, render_table, save_table
 from copd_megatron.hf.folder import HFFolder
+from copd_megatron.metrics.reduction import Metrics
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout.engine import SamplingSettings
 
@@ -22,6 +27,53 @@ def shared_model(me: Branch, name: str) -> Accuracies:
     for part in me.world.all_gather_objects(_accuracy(me, mine), "evaluate.gather"):
         merged.update(part)
     return {name: merged}
+
+
+def starting_models(me: Branch, *, trained: bool) -> Accuracies:
+    """Accuracy of the models that the branches start from, a row for each: ``base`` for ``model.path``, and
+    ``base of image`` for a ``model_path`` that branch image has of its own. The work on a model is split,
+    domain by domain, over the branches that start from it.
+
+    Args:
+        trained: the branches have been trained already, so that the engines have to load their starting
+            models for this.
+    """
+    models = _starting_models(me)
+    name, holders = next(((row, names) for row, names in models.items() if me.name in names), ("", ()))
+    if trained and holders:
+        load_folder(me, me.settings.model_path or me.config.model.path)
+    mine = [d for i, d in enumerate(me.validation) if holders and holders[i % len(holders)] == me.name]
+    rows: Accuracies = {row: {} for row in models}
+    for row, scores in me.world.all_gather_objects((name, _accuracy(me, mine)), "evaluate.gather"):
+        rows.get(row, {}).update(scores)
+    if trained:
+        sync_weights(me)
+    return {row: {d: scores[d] for d in me.validation if d in scores} for row, scores in rows.items()}
+
+
+def _starting_models(me: Branch) -> dict[str, tuple[str, ...]]:
+    """The row of each starting model, and the branches that train from it."""
+    folders: dict[str, list[str]] = {}
+    for name, branch in me.config.branches.items():
+        if not branch.frozen:
+            folders.setdefault(branch.model_path or me.config.model.path, []).append(name)
+    return {
+        "base" if folder == me.config.model.path else f"base of {', '.join(names)}": tuple(names)
+        for folder, names in folders.items()
+    }
+
+
+def conditions(me: Branch) -> str:
+    """A digest of what a figure of the table depends on besides the model: the prompts of every domain, and
+    how they are sampled. Rows that were measured under other conditions cannot be compared."""
+    digest = hashlib.sha256(repr((me.config.evaluation.temperature,
+                                  me.config.evaluation.num_generations_per_prompt,
+                                  me.settings.rollout.max_new_tokens)).encode())  # fmt: skip
+    for domain, prompts in me.validation.items():
+        for prompt in prompts:
+            digest.update(repr((domain, prompt.prompt_id, prompt.answer, prompt.verifier)).encode())
+            digest.update(prompt.token_ids.tobytes())
+    return digest.hexdigest()
 
 
 def each_branch(me: Branch) -> Accuracies:
@@ -39,10 +91,25 @@ def _accuracy(me: Branch, domains: Iterable[str]) -> dict[str, Score]:
     def sample(prompts: Sequence[Prompt], settings: SamplingSettings, purpose: str) -> list[Rollout]:
         return sample_graded(me, prompts, settings, step=0, purpose=purpose)
 
-    scores = accuracy(sample, me.validation, me.config.evaluation, domains=domains)
+    with _beside_the_step(me):
+        scores = accuracy(sample, me.validation, me.config.evaluation, domains=domains)
     # a resumed run has not evaluated: the next step must not find these prompts in the cache
     me.engine.llm.reset_prefix_cache()
     return scores
+
+
+@contextlib.contextmanager
+def _beside_the_step(me: Branch) -> Iterator[None]:
+    """What is sampled and graded in the block counts neither as a step's nor as the run's training."""
+    metrics, tokens, graded = me.metrics, me.num_sampled_tokens, me.grader.counters()
+    begin = time.monotonic()
+    me.metrics = Metrics()
+    try:
+        yield
+    finally:
+        me.metrics, me.num_sampled_tokens = metrics, tokens
+        me.grader.restore_counters(graded)
+        me.evaluation_seconds += time.monotonic() - begin
 
 
 def load_folder(me: Branch, folder: str | Path) -> None:

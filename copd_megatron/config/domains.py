@@ -73,6 +73,21 @@ def domains_by_name(config: Config) -> dict[str, Domain]:
     return {domain.name: domain for domain in all_domains(config)}
 
 
+def evaluated_as(config: Config) -> dict[str, str]:
+    """The name under which each domain with validation data is evaluated.
+
+    Domains with the same validation data, such as those of a student and of the expert whose domain it
+    learns, are evaluated once, as the first: twice in a table, its mean would count them twice.
+    """
+    first: dict[tuple[object, ...], str] = {}
+    names = {}
+    for domain in all_domains(config):
+        if domain.validation:
+            data = (tuple(domain.validation), config.branches[domain.branch].data.max_prompt_tokens)
+            names[domain.name] = first.setdefault(data, domain.name)
+    return names
+
+
 def describe_pools(config: Config) -> str:
     """One line for each pool with its share of the branch's prompts, for the dry run; empty without pools."""
     lines = []

@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import AutoTokenizer
 
 from copd_megatron.config import Config
-from copd_megatron.config.domains import Domain, all_domains, domains_of
+from copd_megatron.config.domains import Domain, all_domains, domains_by_name, domains_of, evaluated_as
 from copd_megatron.data import (
     PromptMix,
     PromptReader,
@@ -53,13 +53,13 @@ class PromptSources:
         return PromptMix(streams, weights) if self.config.branches[branch].data.pools else streams[branch]
 
     def validation(self) -> dict[str, list[Prompt]]:
-        """The validation prompts of every domain that has any."""
+        """The validation prompts of every domain that has any; data that domains share, once."""
+        known = domains_by_name(self.config)
         return {
-            domain.name: load_validation(
-                self.reader(domain, "validation"), max_prompts=self.config.evaluation.max_prompts
+            name: load_validation(
+                self.reader(known[name], "validation"), max_prompts=self.config.evaluation.max_prompts
             )
-            for domain in all_domains(self.config)
-            if domain.validation
+            for name in dict.fromkeys(evaluated_as(self.config).values())
         }
 
     def reader(self, domain: Domain, part: Part) -> PromptReader:

@@ -14,6 +14,7 @@ from copd_megatron.config import Config, ConfigError, ModelShape, read_model_sha
 from copd_megatron.config.domains import all_domains
 from copd_megatron.data import check_shards
 from copd_megatron.launch.lock import RunLock
+from copd_megatron.launch.provenance import forget_starts
 from copd_megatron.launch.run_dir import run_directory, starts_anew
 from copd_megatron.metrics.packages import check_packages
 from copd_megatron.planner.disk import _size, run_bytes
@@ -93,7 +94,7 @@ def check_run_dir(config: Config, folder: Path) -> None:
 
 
 def clear_run(folder: Path) -> None:
-    """Deletes the metrics and checkpoints of an earlier run.
+    """Deletes the metrics, checkpoints and starts of an earlier run.
 
     Raises:
         ConfigError: something cannot be deleted, or ``checkpoints`` is a link to somewhere else: the new run
@@ -107,6 +108,7 @@ def clear_run(folder: Path) -> None:
         )
     try:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
+        forget_starts(folder)
         if checkpoints.exists():
             shutil.rmtree(checkpoints)
     except OSError as error:

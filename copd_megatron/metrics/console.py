@@ -123,6 +123,9 @@ class ConsoleView:
             for branch in self._branches
         ]
 
+    def finish(self, step: int, figures: Mapping[str, float]) -> None:
+        """Shows nothing: the final table is printed."""
+
     def truncate_after(self, step: int) -> None:
         """Restarts the timing: steps before a resume say nothing about those after it."""
         self._times.clear()

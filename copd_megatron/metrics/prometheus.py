@@ -38,6 +38,7 @@ _CLIENT_SECONDS = 5.0
 _PATTERNS = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
+        (r"final/accuracy/(?P<model>[^/]+)/(?P<domain>.+)", "final_accuracy"),
         (r"copd/overlap@(?P<k>\d+)/(?P<edge>.+)", "overlap"),
         (r"copd/(?P<metric>[^/]+)/(?P<edge>.+)", "{metric}"),
         (r"(?P<branch>[^/]+)/cross/(?P<teacher>[^/]+)/(?P<metric>.+)", "cross_{metric}"),
@@ -68,7 +69,8 @@ def sample_name(path: str) -> tuple[str, dict[str, str]]:
 
 
 class LastStep(Collector):
-    """The gauges of the newest step; a library's ``Collector``, read by several threads."""
+    """The gauges of the newest step and, at the end, of the final table; a library's ``Collector``, read by
+    several threads."""
 
     def __init__(self, run: str, clock: Callable[[], float] = time.time) -> None:
         """
@@ -78,9 +80,11 @@ class LastStep(Collector):
         """
         self._run, self._clock = run, clock
         self._families: tuple[Metric, ...] = ()
+        self._shown: tuple[int, str, Mapping[str, float]] = (0, "", {})
 
     def show(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Replaces what is shown by a step that has just ended."""
+        self._shown = (step, phase, metrics)
         families: dict[str, Metric] = {}
 
         def add(name: str, text: str, labels: Mapping[str, str], value: float) -> None:
@@ -94,6 +98,11 @@ class LastStep(Collector):
             name, labels = sample_name(path)
             add(name, f"{path} in metrics.jsonl", labels, value)
         self._families = tuple(families[name] for name in sorted(families))
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        """Shows figures of the whole run beside the last step's."""
+        step, phase, metrics = self._shown
+        self.show(step, phase, {**metrics, **figures})
 
     def collect(self) -> Iterable[Metric]:
         """The families of the step, by name; none before the first one."""
@@ -122,6 +131,14 @@ class PrometheusTextfile:
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Shows one step."""
         self._step.show(step, phase, metrics)
+        self._replace()
+
+    def finish(self, step: int, figures: Mapping[str, float]) -> None:
+        """Adds the figures to the last step."""
+        self._step.add(figures)
+        self._replace()
+
+    def _replace(self) -> None:
         # node_exporter reads *.prom, so the unfinished file has another ending
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
@@ -240,6 +257,10 @@ class PrometheusEndpoint:
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Shows one step."""
         self._step.show(step, phase, metrics)
+
+    def finish(self, step: int, figures: Mapping[str, float]) -> None:
+        """Adds the figures to the last step."""
+        self._step.add(figures)
 
     def truncate_after(self, step: int) -> None:
         """Nothing to forget: the endpoint holds one step."""

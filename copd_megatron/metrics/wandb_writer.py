@@ -53,6 +53,10 @@ class WandbWriter:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._run.log({**finite, "phase": phase}, step=step)
 
+    def finish(self, step: int, figures: Mapping[str, float]) -> None:
+        """Puts the figures into the run's summary."""
+        self._run.summary.update({name: value for name, value in figures.items() if math.isfinite(value)})
+
     def truncate_after(self, step: int) -> None:
         """Does nothing: W&B cannot remove steps."""
 

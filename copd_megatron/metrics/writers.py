@@ -25,6 +25,9 @@ class Writer(Protocol):
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Records one step."""
 
+    def finish(self, step: int, figures: Mapping[str, float]) -> None:
+        """Records figures of the whole run, of its final table, when ``step``, the last one, is done."""
+
     def truncate_after(self, step: int) -> None:
         """Removes steps after ``step``: a run that resumes from a checkpoint will write them again."""
 
@@ -69,6 +72,9 @@ class JsonlWriter:
                 raise ValueError(f"a metric cannot be named {name!r}: the line's own field has that name")
             record[name] = self._jsonable(name, float(value), step)
         self._append(json.dumps(record, allow_nan=False).encode() + b"\n", step)
+
+    def finish(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes nothing: a line is a step, and ``evaluation.json`` beside it holds the final table."""
 
     def truncate_after(self, step: int) -> None:
         """Removes the lines of later steps. Replaces the file atomically, so a crash leaves the old or the
@@ -190,6 +196,10 @@ class TensorBoardWriter:
             if math.isfinite(value):
                 self._writer.add_scalar(name, value, global_step=step)
         self._writer.flush()
+
+    def finish(self, step: int, figures: Mapping[str, float]) -> None:
+        """Adds a scalar per figure, at the last step."""
+        self.write(step, "", figures)
 
     def truncate_after(self, step: int) -> None:
         """Starts an events file that makes TensorBoard hide what earlier files hold after ``step``."""

@@ -1,0 +1,194 @@
+"""The table of a run: its rows, what they may be compared with, and where its figures go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from copd_megatron.config import BranchConfig, Config, DataConfig, EvaluationConfig, ModelConfig
+from copd_megatron.config.domains import evaluated_as
+from copd_megatron.metrics.prometheus import PrometheusTextfile
+from copd_megatron.metrics.writers import JsonlWriter, TensorBoardWriter
+from copd_megatron.records import Prompt
+
+
+def _config(**branches: BranchConfig) -> Config:
+    return Config(model=ModelConfig(path="/m/base"), branches=branches)
+
+
+def _branch(data: str | None = None, **settings: Any) -> BranchConfig:
+    return BranchConfig(data=DataConfig(validation=[] if data is None else [data]), **settings)
+
+
+def test_a_domain_that_branches_share_is_evaluated_once() -> None:
+    config = _config(
+        text=_branch("text.tar", frozen=True),
+        image=_branch("image.tar", frozen=True),
+        student=_branch("text.tar"),
+        silent=_branch(),
+    )
+    assert evaluated_as(config) == {"text": "text", "image": "image", "student": "text"}
+    config.branches["student"].data.max_prompt_tokens += 1
+    assert evaluated_as(config)["student"] == "student", "it may be left with other prompts"
+
+
+class _World:
+    """As many branches as are asked for, of one rank each, taking turns at a collective."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = parts
+
+    def all_gather_objects(self, mine: Any, name: str) -> Sequence[Any]:
+        return [mine, *self.parts]
+
+
+def _me(monkeypatch: pytest.MonkeyPatch, config: Config, name: str, others: Sequence[Any]) -> Any:
+    from copd_megatron.branch import validation
+
+    monkeypatch.setattr(validation, "_accuracy", lambda me, domains: dict.fromkeys(domains, 0.5))
+    return SimpleNamespace(
+        name=name,
+        config=config,
+        settings=config.branches[name],
+        world=_World(others),
+        validation={"text": [], "image": [], "video": []},
+    )
+
+
+def test_there_is_a_row_for_every_starting_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from copd_megatron.branch.validation import starting_models
+
+    config = _config(
+        text=_branch("t"),
+        image=_branch("i", model_path="/m/expert"),
+        video=_branch("v"),
+        old=_branch(frozen=True),
+    )
+    others = [("base", {"image": 0.25}), ("base of image", {"text": 0.0, "image": 1.0, "video": 0.0})]
+    me = _me(monkeypatch, config, "text", others)
+    assert starting_models(me, trained=False) == {
+        "base": {"text": 0.5, "image": 0.25, "video": 0.5},
+        "base of image": {"text": 0.0, "image": 1.0, "video": 0.0},
+    }
+
+
+def test_branches_that_were_trained_load_what_they_started_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    from copd_megatron.branch import validation
+
+    done: list[str] = []
+    monkeypatch.setattr(validation, "load_folder", lambda me, folder: done.append(f"load {folder}"))
+    monkeypatch.setattr(validation, "sync_weights", lambda me: done.append("sync"))
+    config = _config(text=_branch("t"), image=_branch("i", model_path="/m/expert"))
+    validation.starting_models(_me(monkeypatch, config, "image", []), trained=True)
+    assert done == ["load /m/expert", "sync"]
+
+
+def _prompt(**changes: Any) -> Prompt:
+    prompt = Prompt(
+        prompt_id="a/1", domain="text", token_ids=np.arange(3, dtype=np.int32), answer="1", verifier="exact"
+    )
+    return dataclasses.replace(prompt, **changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "prompts"),
+    [
+        ({"temperature": 0.5}, [_prompt()]),
+        ({"num_generations_per_prompt": 2}, [_prompt()]),
+        ({}, [_prompt(), _prompt(prompt_id="a/2")]),
+        ({}, [_prompt(token_ids=np.arange(4, dtype=np.int32))]),
+        ({}, [_prompt(answer="2")]),
+        ({}, []),
+    ],
+    ids=["temperature", "samples", "more prompts", "another template", "other answers", "fewer prompts"],
+)
+def test_rows_are_comparable_only_under_the_same_conditions(
+    options: Mapping[str, Any], prompts: list[Prompt]
+) -> None:
+    from copd_megatron.branch.validation import conditions
+
+    def under(options: Mapping[str, Any], prompts: list[Prompt]) -> str:
+        config = _config(text=_branch())
+        config.evaluation = EvaluationConfig(**options)
+        me = SimpleNamespace(config=config, settings=config.branches["text"], validation={"text": prompts})
+        return conditions(cast(Any, me))
+
+    assert under({}, [_prompt()]) == under({"at_start": False, "every_steps": 3}, [_prompt()])
+    assert under({}, [_prompt()]) != under(options, prompts)
+
+
+def test_evaluation_counts_as_nothing_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from copd_megatron.branch import validation
+    from copd_megatron.metrics.reduction import Metrics
+    from copd_megatron.rewards.grader import Grader
+
+    def sample(me: Any, *_: Any, **__: Any) -> list[Any]:
+        me.num_sampled_tokens += 1000
+        me.metrics.maximum("timing/generation_seconds", 99.0)
+        me.grader.restore_counters({"graded": 50})
+        return [SimpleNamespace(reward=1.0)]
+
+    monkeypatch.setattr(validation, "sample_graded", sample)
+    grader = Grader.__new__(Grader)
+    grader.restore_counters({"graded": 7})
+    metrics = Metrics()
+    metrics.maximum("timing/generation_seconds", 1.0)
+    me: Any = SimpleNamespace(
+        config=_config(text=_branch("t")),
+        validation={"text": [_prompt()]},
+        engine=SimpleNamespace(llm=SimpleNamespace(reset_prefix_cache=lambda: True)),
+        metrics=metrics,
+        num_sampled_tokens=3,
+        evaluation_seconds=0.0,
+        grader=grader,
+    )
+    assert validation._accuracy(me, ["text"]) == {"text": 1.0}
+    assert me.num_sampled_tokens == 3 and me.evaluation_seconds > 0
+    assert me.grader.counters() == {"graded": 7, "failed": 0}
+    assert me.metrics.reduce() == {"timing/generation_seconds": 1.0}
+
+
+def test_the_final_figures_stand_where_the_curves_are(tmp_path: Path) -> None:
+    figures = {"final/accuracy/merged/text": 0.75, "final/accuracy/base of image/text": 0.5}
+    textfile, jsonl = PrometheusTextfile(tmp_path / "copd.prom", run="r"), JsonlWriter(tmp_path / "m.jsonl")
+    board = TensorBoardWriter(tmp_path / "board")
+    for writer in (textfile, jsonl, board):
+        writer.write(6, "opd", {"text/train/reward": 0.41})
+        writer.finish(6, figures)
+        writer.close()
+    text = (tmp_path / "copd.prom").read_text()
+    assert 'copd_final_accuracy{domain="text",model="merged",run="r"} 0.75' in text
+    assert 'copd_train_reward{branch="text",run="r"} 0.41' in text, "the last step stays"
+    assert [json.loads(line)["step"] for line in (tmp_path / "m.jsonl").open()] == [6], "a line is a step"
+    assert any(b"final/accuracy/merged/text" in path.read_bytes() for path in (tmp_path / "board").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_resumed_with_other_prompts_measures_all_rows_with_them(tmp_path: Path) -> None:
+    """As if it had been run with them from its beginning."""
+    from copd_megatron.checkpoint.compare import file_differences
+    from copd_megatron.checkpoint.manifest import step_folder
+    from tests.support.checkpoint_runs import BRANCHES, log_of, prepare, train, write_config
+
+    prepare(tmp_path)
+    config = write_config(tmp_path, {name: {} for name in BRANCHES}, schedule={"cycles": 1})
+    whole, few, resumed = tmp_path / "whole", tmp_path / "few", tmp_path / "resumed"
+    assert train(config, whole) == 0, log_of(whole).read_text()[-4000:]
+    assert train(config, few, ["evaluation.max_prompts=2"]) == 0, log_of(few).read_text()[-4000:]
+    (resumed / "checkpoints").mkdir(parents=True)
+    shutil.copytree(step_folder(few, 2), step_folder(resumed, 2))
+    shutil.copyfile(few / "metrics.jsonl", resumed / "metrics.jsonl")
+    assert train(config, resumed) == 0, log_of(resumed).read_text()[-4000:]
+    assert "they are measured again" in log_of(resumed).read_text()
+    assert file_differences(whole, resumed) == []
+    tables = [json.loads((run / "evaluation.json").read_text()) for run in (few, whole)]
+    assert tables[0]["num_prompts"] != tables[1]["num_prompts"]
