@@ -43,6 +43,12 @@ def test_a_killed_rank_is_the_cause_of_the_others_errors(tmp_path: Path) -> None
     assert why_it_ended(tmp_path, {1: -11}, since=START) == "global rank 1 was killed by SIGSEGV"
 
 
+def test_ranks_that_the_launcher_ended_are_not_the_cause(tmp_path: Path) -> None:
+    told = why_it_ended(tmp_path, {0: -15, 1: -11, 2: -15}, since=START)
+    assert told == "global rank 1 was killed by SIGSEGV"
+    assert why_it_ended(tmp_path, {0: -15}, since=START) == "global rank 0 was killed by SIGTERM"
+
+
 def test_a_stuck_rank_is_named(tmp_path: Path) -> None:
     _log(tmp_path, 1, _STUCK, "waiting for: nobody; no other rank takes part in this")
     _log(tmp_path, 0, _COLLECTIVE, second=20)

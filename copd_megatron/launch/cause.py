@@ -40,7 +40,7 @@ def why_it_ended(run_dir: Path, exits: Mapping[int, int], *, since: datetime) ->
     hopeless = next((match for line in recent if (match := _JOB_ENDS.match(line))), None)
     if hopeless is not None:
         return hopeless["message"]
-    killed = {rank: -status for rank, status in exits.items() if status < 0}
+    killed = _killed_first({rank: -status for rank, status in exits.items() if status < 0})
     if killed:
         return "; ".join(_killed(rank, number) for rank, number in killed.items())
     if stuck:
@@ -51,6 +51,12 @@ def why_it_ended(run_dir: Path, exits: Mapping[int, int], *, since: datetime) ->
 def _told(match: re.Match[str]) -> str:
     place = match["branch"] + (f" rank {match['branch_rank']}" if match["branch_rank"] else "")
     return f"{place} (global rank {match['rank']}): {match['error']}: {match['message']}"
+
+
+def _killed_first(killed: Mapping[int, int]) -> dict[int, int]:
+    """Without the ranks that torchrun ended by SIGTERM because of what had happened to another."""
+    elsewhere = {rank: number for rank, number in killed.items() if number != signal.SIGTERM}
+    return elsewhere or dict(killed)
 
 
 def _killed(rank: int, number: int) -> str:
