@@ -1,9 +1,13 @@
-"""The models that a configuration names, read without their weights."""
+"""The models that a configuration names, read without their weights: their sizes, and their tokens."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from copd_megatron.config.schema import Config
+from copd_megatron.errors import ConfigError
 from copd_megatron.hf.model_config import read_model_shape
+from copd_megatron.hf.tokens import token_ids
 from copd_megatron.model.shape import ModelShape
 
 
@@ -22,3 +26,35 @@ def read_model_shapes(config: Config) -> dict[str, ModelShape]:
             read[folder] = read_model_shape(folder, key)
         shapes[name] = read[folder]
     return shapes
+
+
+def check_tokenizers(config: Config) -> None:
+    """Whether a token id means the same to all branches, which exchange ids. A token that only one model has
+    is no contradiction: models of a family add tokens of their own to a common vocabulary.
+
+    Raises:
+        ConfigError: two models have the same id for different tokens, or a tokenizer is damaged.
+    """
+    folders: dict[str, str] = {}
+    for name, branch in config.branches.items():
+        folders.setdefault(branch.model_path or config.model.path, name)
+    if len(folders) < 2:
+        return
+    known: dict[str, dict[int, str]] = {}
+    for folder, name in folders.items():
+        try:
+            tokens = token_ids(Path(folder))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if tokens is not None:
+            known[name] = {number: token for token, number in tokens.items()}
+    (first, ours), *others = known.items() or [("", {})]
+    for name, theirs in others:
+        differ = [number for number in sorted(ours.keys() & theirs.keys()) if ours[number] != theirs[number]]
+        if differ:
+            number = differ[0]
+            raise ConfigError(
+                f"branches.{name}.model_path: {len(differ)} token ids mean something else than in branch "
+                f"{first}'s model, {number} for one: {theirs[number]!r} and {ours[number]!r}; branches "
+                "exchange token ids, so use models of one tokenizer"
+            )

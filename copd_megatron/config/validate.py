@@ -3,7 +3,8 @@
 Names and types are checked when the settings are read (``load.py``). This is the rest: single values against
 the limits beside their fields (``bounds.py``), then the checks that span fields (``checks/``). Every message
 gives field, value, arithmetic and remedy. Model folders are checked when their shapes are read
-(``models.py``), shards and verifiers by ``launch/inputs.py``.
+(``models.py``), tokenizers, shards and verifiers by
+``launch/preflight.py``.
 """
 
 from __future__ import annotations

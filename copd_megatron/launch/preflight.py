@@ -12,6 +12,7 @@ from copd_megatron.checkpoint.compatible import check_compatible
 from copd_megatron.checkpoint.manifest import checkpoints_dir, complete_checkpoints, step_folder
 from copd_megatron.config import Config, ConfigError, ModelShape, read_model_shapes
 from copd_megatron.config.domains import all_domains
+from copd_megatron.config.models import check_tokenizers
 from copd_megatron.data import check_shards
 from copd_megatron.launch.lock import RunLock
 from copd_megatron.launch.provenance import forget_starts
@@ -52,12 +53,13 @@ def check_place(config: Config) -> None:
 
 
 def check_inputs(config: Config) -> None:
-    """Packages, verifiers and shards that the configuration names.
+    """Packages, tokenizers, verifiers and shards that the configuration names.
 
     Raises:
         ConfigError, DataError, UnknownVerifierError: something is missing or cannot be used.
     """
     check_packages(config.logging)
+    check_tokenizers(config)
     for branch in config.branches.values():
         registry.resolve(branch.reward.verifiers)
     for domain in all_domains(config):

@@ -13,6 +13,7 @@ from copd_megatron.formats.tensors import TensorSource
 from copd_megatron.hf.companions import read_json
 from copd_megatron.hf.model_config import read_sizes
 from copd_megatron.hf.tensors import block_range
+from copd_megatron.hf.tokens import merge_rules, token_ids
 from copd_megatron.model.shape import SUPPORTED_ARCHITECTURES
 from copd_megatron.model.slots import tied_copy
 
@@ -187,24 +188,13 @@ def _check_tokenizer(first: TensorSource, other: TensorSource, pair: str) -> Non
 
 def _vocabulary(source: TensorSource) -> dict[str, str] | None:
     """What each token or merge rule stands for; None if there is no tokenizer."""
-    tokenizer = read_json(source.companions, "tokenizer.json")
-    if tokenizer is None:
-        vocabulary = read_json(source.companions, "vocab.json")
-        return None if vocabulary is None else {token: f"id {number}" for token, number in vocabulary.items()}
-    model: Mapping[str, Any] = tokenizer.get("model", {})
-    vocabulary = model.get("vocab", {})
-    # A unigram model lists [token, score] pairs; its ids are the places in the list.
-    pairs = (
-        vocabulary.items()
-        if isinstance(vocabulary, Mapping)
-        else ((entry[0], number) for number, entry in enumerate(vocabulary))
-    )
-    found = {token: f"id {number}" for token, number in pairs}
-    for number, rule in enumerate(model.get("merges", [])):
-        found[f"merge {rule if isinstance(rule, str) else ' '.join(rule)}"] = f"rank {number}"
-    for token in tokenizer.get("added_tokens", []):
-        found[token["content"]] = f"id {token['id']}"
-    return found
+    tokens = token_ids(source.companions)
+    if tokens is None:
+        return None
+    rules = merge_rules(source.companions)
+    return {f"merge {rule}": f"rank {rank}" for rule, rank in rules.items()} | {
+        token: f"id {number}" for token, number in tokens.items()
+    }
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
