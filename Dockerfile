@@ -5,10 +5,23 @@
 #   docker build --target gpu -t copd-megatron:gpu .    H100, H200 and newer: NVIDIA's PyTorch container
 #   docker build --target cpu -t copd-megatron:cpu .    tests and tiny models, without a GPU
 #   docker run --gpus all --shm-size=8g copd-megatron:gpu copd doctor
+#   docker run --gpus all --shm-size=8g --user "$(id -u):$(id -g)" --volume "$PWD:/workspace" copd-megatron:gpu \
+#       copd train my.yaml
 #   enroot import -o copd.sqsh dockerd://copd-megatron:gpu       for Pyxis: COPD_CONTAINER=$PWD/copd.sqsh
 #   apptainer build copd.sif docker-daemon://copd-megatron:gpu   for Apptainer: COPD_CONTAINER=$PWD/copd.sif
+#
+# The processes in a container are not root's: Docker runs them as the user copd, or as --user says; Pyxis and
+# Apptainer run them as you.
+#
+# A tag can be moved to another image, a digest cannot. To build from exactly one base image:
+#   docker buildx imagetools inspect python:3.12.12-slim-bookworm --format '{{.Manifest.Digest}}'
+#   docker build --target cpu --build-arg CPU_BASE=python:3.12.12-slim-bookworm@sha256:... -t copd-megatron:cpu .
+# and the same with GPU_BASE for the other image.
+ARG CPU_BASE=python:3.12.12-slim-bookworm
+# A pre-release of PyTorch 2.13, CUDA 13.3, Python 3.12, NCCL, Transformer Engine and Apex, built to fit together
+ARG GPU_BASE=nvcr.io/nvidia/pytorch:26.07-py3
 
-FROM python:3.12.12-slim-bookworm AS cpu
+FROM ${CPU_BASE} AS cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
 # g++: some packages are compiled here, and torch.compile needs it (rollout.enforce_eager=false). libnuma1: vLLM's
 # CPU kernels are linked against it.
@@ -22,10 +35,12 @@ COPY . .
 RUN python -m pip install --no-deps --no-build-isolation --editable . \
     && python -c "import megatron.core, vllm, copd_megatron.train" \
     && copd doctor
+RUN useradd --create-home --uid 10001 copd && install --directory --owner=10001 /workspace
+USER 10001
+WORKDIR /workspace
 CMD ["copd", "doctor"]
 
-# A pre-release of PyTorch 2.13, CUDA 13.3, Python 3.12, NCCL, Transformer Engine and Apex, built to fit together
-FROM nvcr.io/nvidia/pytorch:26.07-py3 AS gpu
+FROM ${GPU_BASE} AS gpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
 # The base image constrains packages to versions other than those that requirements-gpu.txt pins.
 ENV PIP_CONSTRAINT=""
@@ -56,4 +71,7 @@ RUN python3 -m pip install --no-deps --no-build-isolation --editable . \
     && python3 -c "import torch; assert torch.__version__.startswith('2.13.'), torch.__version__; torch.ones(1).numpy()" \
     && python3 -c "import amp_C, apex.optimizers, transformer_engine.pytorch, megatron.core, vllm" \
     && python3 -c "import copd_megatron.train"
+RUN useradd --create-home --uid 10001 copd && install --directory --owner=10001 /workspace
+USER 10001
+WORKDIR /workspace
 CMD ["copd", "doctor"]

@@ -149,8 +149,21 @@ def test_the_dockerfile_passes_hadolint() -> None:
 
 
 def test_the_dockerfiles_base_images_are_pinned() -> None:
-    images = re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.M)
-    assert images and all(re.search(r":\d+\.\d+", image) for image in images)
+    """To a version here; a build can pin them to a digest."""
+    text = (ROOT / "Dockerfile").read_text()
+    defaults = dict(re.findall(r"^ARG (\w+)=(\S+)", text, re.M))
+    bases = re.findall(r"^FROM \$\{(\w+)\} AS", text, re.M)
+    assert len(bases) == len(re.findall(r"^FROM ", text, re.M)) == 2, "each can be given by --build-arg"
+    assert all(re.search(r":\d+\.\d+", defaults[base]) for base in bases)
+
+
+def test_containers_do_not_run_as_root() -> None:
+    """In a folder that their user can write to."""
+    for stage in (ROOT / "Dockerfile").read_text().split("\nFROM ")[1:]:
+        users = re.findall(r"^USER (\S+)", stage, re.M)
+        assert users and users[-1] not in ("root", "0")
+        last = re.findall(r"^WORKDIR (\S+)", stage, re.M)[-1]
+        assert f"install --directory --owner={users[-1]} {last}" in stage
 
 
 def test_the_gpu_image_takes_torch_and_what_is_built_for_it_from_its_base() -> None:
