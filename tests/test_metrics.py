@@ -434,3 +434,10 @@ def test_table_is_saved_three_times(tmp_path: Path) -> None:
 def test_table_refuses(rows: dict[str, dict[str, float]], columns: list[str], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         render_table(rows, columns)
+
+
+def test_a_student_of_a_frozen_teacher_shows_their_overlap() -> None:
+    """Only branches that train have a line."""
+    view = ConsoleView(["student"], 4)
+    (line,) = view.lines(1, "opd", {"copd/overlap@10/student-text": 0.6, "copd/overlap@10/text-image": 0.1})
+    assert line.overlap == 0.6

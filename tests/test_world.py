@@ -6,10 +6,12 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
 import unittest.mock
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from copd_megatron.errors import EXIT_HOPELESS, ConfigError
 from copd_megatron.topology.messages import MessageError
 from copd_megatron.topology.watch import EXIT_STUCK, CollectiveError, Watch, is_collective_failure
 from copd_megatron.topology.who_waits import RankState, format_report, waited_for
-from copd_megatron.topology.world import World, WorldError, init_world
+from copd_megatron.topology.world import World, WorldError, _connect, init_world
 from tests.support.distributed import DistributedTestError, launch_distributed, run_distributed
 
 BRANCHES = {"text": (0, 1), "image": (2,), "video": (3, 4, 5)}
@@ -153,6 +155,22 @@ def _join_or_stay_away() -> str:
     return "joined"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("address", ["no-such-host.invalid", "taken port"])
+def test_a_store_that_cannot_be_is_named_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, address: str, rank: int
+) -> None:
+    """Whether this rank would serve it, or only reach it. What listens at the port answers nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1" if address == "taken port" else address)
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        role = "reach" if rank else "serve"
+        with pytest.raises(WorldError, match=rf"rank {rank} cannot {role} the job's store at .*:{port}: "):
+            _connect(rank, timedelta(seconds=2))
+
+
 def test_ranks_that_never_start_are_named() -> None:
     results = run_distributed(_join_or_stay_away, 3)
     for message in results[:2]:
@@ -173,6 +191,7 @@ def test_no_launcher_environment_is_an_error_with_the_remedy(monkeypatch: pytest
 
 TORCHRUN_SCRIPT = """
 import os, sys
+from datetime import timedelta
 from pathlib import Path
 from copd_megatron.topology.world import init_world
 attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]

@@ -151,9 +151,8 @@ class ConsoleView:
                 handler.setStream(sys.stderr)
 
     def _overlap_of(self, branch: str, overlaps: Mapping[str, float]) -> float | None:
-        others = [other for other in self._branches if other != branch]
-        pairs = {f"{branch}-{other}" for other in others} | {f"{other}-{branch}" for other in others}
-        values = [value for pair, value in overlaps.items() if pair in pairs]
+        # names of branches have no "-"; the other branch may be a frozen teacher, which has no line
+        values = [value for pair, value in overlaps.items() if branch in pair.split("-")]
         return sum(values) / len(values) if values else None
 
     def _eta_seconds(self) -> float | None:
