@@ -15,6 +15,7 @@ import pytest
 
 from copd_megatron.config import BranchConfig, Config, DataConfig, EvaluationConfig, ModelConfig
 from copd_megatron.config.domains import evaluated_as
+from copd_megatron.config.schema import PoolConfig
 from copd_megatron.metrics.prometheus import PrometheusTextfile
 from copd_megatron.metrics.writers import JsonlWriter, TensorBoardWriter
 from copd_megatron.records import Prompt
@@ -36,6 +37,9 @@ def test_a_domain_that_branches_share_is_evaluated_once() -> None:
         silent=_branch(),
     )
     assert evaluated_as(config) == {"text": "text", "image": "image", "student": "text"}
+    config.branches["student"].data.pools = {"sums": PoolConfig(validation=["text.tar"]), "own": PoolConfig()}
+    assert evaluated_as(config) == {"text": "text", "image": "image", "sums": "text"}, "pools too"
+    config.branches["student"].data.pools = {}
     config.branches["student"].data.max_prompt_tokens += 1
     assert evaluated_as(config)["student"] == "student", "it may be left with other prompts"
 
