@@ -13,7 +13,7 @@ Worked example: prompt ``[5, 6, 7]``, response ``[8, 9]``: ``token_ids = [5, 6, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,36 @@ class Ask:
     """The log-probability of every response token, [R]."""
     positions: tuple[int, ...] = ()
     """Response positions (0 .. R - 1) whose distribution over the whole vocabulary is asked, [s, V]."""
+    everywhere: bool = False
+    """Stands for all response positions, where their number is not known yet."""
+    top_k: int = 0
+    """The likeliest ids at every response token, and their log-probabilities, [R, k] each."""
+    support: bool = False
+    """The log-probabilities of ids that come along with the question, [R, k]."""
+    entropy: bool = False
+    """The entropy at every response token, [R]."""
+    temperature: float = 1.0
+    """Factor on the sampling temperature at which the answer is computed."""
+    samples: int = 0
+    """Responses to the row, which is a prompt alone, that the other branch samples."""
+    max_new_tokens: int = 0
+    """Longest of these, in tokens."""
+
+    def of_row(self, response_length: int) -> Ask:
+        """The same, with ``everywhere`` spelt out."""
+        if not self.everywhere:
+            return self
+        return replace(self, everywhere=False, positions=tuple(range(response_length)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TopK:
+    """The k likeliest ids at each response token of a row."""
+
+    ids: IntArray
+    """[R, k], the likeliest first"""
+    logprobs: FloatArray
+    """[R, k]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +183,13 @@ class TrainRow:
     """[R] under the rollout engine."""
     reference_logprobs: FloatArray | None = None
     """[R] under the reference policy, for the KL term."""
+    support_ids: IntArray | None = None
+    """[R, k] ids on which the row's loss compares distributions, -1 in empty places; None: the whole
+    vocabulary, if there are ``target_logprobs``."""
+    target_logprobs: FloatArray | None = None
+    """[R, k] (or [R, V]) the teacher's log-probabilities there; None: the loss compares no distributions."""
+    forward_weight: FloatArray | None = None
+    """[R] factor on a forward KL that is added."""
     weight_version: int = 0
     media: tuple[MediaRef, ...] = ()
     """Images and videos of the prompt, in the order of their placeholders."""

@@ -46,6 +46,7 @@ class Likely:
 
     threshold: float
     asks: ClassVar[Ask] = Ask(tokens=True)
+    asks_own: ClassVar[Ask] = Ask()
     needs_old_logprobs: ClassVar[bool] = False
 
     @classmethod

@@ -71,7 +71,7 @@ def test_weights_stand_in_the_graph_and_in_the_dry_run() -> None:
             "native.weight=0",
             "native.weight: 0 leaves nothing to learn in Phase I, but schedule.rlvr_steps=12",
         ),
-        ("opd.weight=-0.5", "edge addition<-running_sums: weight is -0.5; give a number of at least 0"),
+        ("opd.weight=-0.5", r"opd\.weight: -0\.5 must be at least 0"),
         ("opd.weight=.nan", "weight"),
     ],
 )

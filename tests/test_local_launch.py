@@ -86,6 +86,7 @@ def test_ctrl_c_before_torchrun_is_there_is_one_line_too(tmp_path: Path) -> None
 _INTERRUPTED_IMPORT = """
 import os, signal, sys
 from copd_megatron.launch import local
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 class Importing:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
@@ -97,19 +98,21 @@ sys.exit(local.main([sys.argv[1]]))
 
 def test_signals_that_are_ignored_stay_ignored() -> None:
     """As nohup has it."""
-    assert "SIGHUP" in handled_signals()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
-        assert "SIGHUP" not in handled_signals() and "SIGTERM" in handled_signals()
+        assert "SIGHUP" in handled_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert "SIGHUP" not in handled_signals()
         with StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             assert signals.received is None
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == "SIGHUP"
     finally:
         signal.signal(signal.SIGHUP, before)
-    with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert signals.received == "SIGHUP"
 
 
 def test_overwriting_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> None:

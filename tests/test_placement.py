@@ -115,9 +115,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(root / "base", seed=1)
     make_domains(root / "data", num_train=4, num_validation=0)
     settings = {
-        "model": {"path": str(root / "base"), "max_sequence_tokens": 2048},
+        "model": {"path": str(root / "base"), "max_sequence_tokens": 512},
         "branch_defaults": {
             "parallel": {"tensor_model_parallel_size": 2},
+            "data": {"max_prompt_tokens": 256},
+            "rollout": {"max_new_tokens": 256},
         },
         "branches": {
             name: {"data": {"train": [str(root / "data" / f"{name}-train-*.tar")]}}

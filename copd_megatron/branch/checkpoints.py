@@ -185,6 +185,7 @@ class Checkpoints:
             "table_conditions": conditions(me),
             "teacher_version": None if me.teacher is None else me.teacher.version,
             "begun": to_state(me.begun),
+            "first_sizes": dict(me.first_sizes),
         }
 
     def _restore(self, state: dict[str, Any], where: str) -> None:
@@ -198,6 +199,7 @@ class Checkpoints:
         if saved and me.world.is_branch_first:
             logger.warning("%s: data positions of %s are no longer used", where, ", ".join(saved))
         me.begun = from_state(state.get("begun", ()))
+        me.first_sizes = dict(state.get("first_sizes", {}))
         if me.world.is_branch_first:  # the counters are summed over the branch
             me.grader.restore_counters(state["graded"])
 

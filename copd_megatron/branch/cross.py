@@ -3,7 +3,11 @@
 For every edge into a branch there is a list of questions to the teacher. In Phase II it holds the rollouts on
 the edge's prompts, with what the edge's objective asks; in every phase, a few native rollouts (probes) with a
 question about a few positions. An edge of weight 0 has no rollouts. Teachers see rows and questions, not what
-they are for.
+they are for. A branch that is its own teacher answers itself: nothing of that crosses.
+
+What changes rows on the way, each off by default: a context that only the teacher reads (``privileged``), a
+gate that closes where the teacher is no better (``gate``), and what the responses' verdicts say of the
+teacher's scores (``objectives/calibration``).
 """
 
 from __future__ import annotations
@@ -14,15 +18,34 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from copd_megatron.branch.gate import open_rollouts
+from copd_megatron.branch.privileged import privileged_prompts
 from copd_megatron.branch.probes import Probe, behaviour_metrics, choose_probes, score_probes
 from copd_megatron.branch.sampling import reward_metrics, sample_and_grade
 from copd_megatron.branch.schedule import Phase, Step
-from copd_megatron.branch.scoring import logprobs_of, refresh_teacher, teach
+from copd_megatron.branch.scoring import reference_logprobs, refresh_teacher, score, teach
 from copd_megatron.branch.state import Batch, Branch
 from copd_megatron.config.graph import Edge
+from copd_megatron.data.seeds import sample_seed
 from copd_megatron.objectives.base import Material
+from copd_megatron.objectives.calibration import Calibrated, calibrate
 from copd_megatron.opd.records import ScoreRequest, TeacherScore
-from copd_megatron.records import Ask, FloatArray, Rollout, TrainRow
+from copd_megatron.policy.actor import SequenceScore
+from copd_megatron.records import Ask, FloatArray, IntArray, Rollout, TrainRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lesson:
+    """What an edge's rows are made of."""
+
+    rollouts: Sequence[Rollout]
+    own: Sequence[SequenceScore]
+    """What the student's own actor says of them."""
+    prompts: Sequence[IntArray | None]
+    """[P'] what the teacher reads instead of each rollout's prompt; None: nothing, and the rollout teaches
+    nothing."""
+    is_open: Sequence[bool]
+    """Whether the teacher may teach on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +53,7 @@ class _Answers:
     """What an edge's teacher said."""
 
     rollouts: Sequence[TeacherScore]
+    """Of the rollouts that teach."""
     probes: Sequence[TeacherScore]
 
 
@@ -44,16 +68,13 @@ def cross(me: Branch, step: Step, batch: Batch) -> Batch:
     # without rows of its own, a branch is compared on the states that it visits on its teachers' prompts
     visited = batch.native or [rollout for rollouts in sampled.values() for rollout in rollouts]
     probes = choose_probes(me, step, visited)
-    own = {edge: logprobs_of(me, rollouts) for edge, rollouts in sampled.items()}
+    lessons = _lessons(me, step, sampled)
     probed = score_probes(me, probes)
-    answers = _ask_teachers(me, step, sampled, probes)
-    rows = [
-        row
-        for edge, rollouts in sampled.items()
-        for row in _rows(me, edge, rollouts, own[edge], answers[edge].rollouts)
-    ]
+    answers = _ask_teachers(me, step, lessons, probes)
+    rows = [row for edge in lessons for row in _rows(me, step, edge, lessons[edge], answers[edge].rollouts)]
     for edge in me.graph.into(me.name):
-        behaviour_metrics(me, edge, probed, answers[edge].probes)
+        if not edge.is_self:
+            behaviour_metrics(me, edge, probed, answers[edge].probes)
     return replace(batch, rows=[*batch.rows, *rows])
 
 
@@ -62,69 +83,166 @@ def _sample_edges(me: Branch, step: Step) -> dict[Edge, list[Rollout]]:
     sampled: dict[Edge, list[Rollout]] = {}
     if step.phase is not Phase.opd:
         return sampled
+    grade = me.config.opd.grade_responses
     for edge in me.graph.into(me.name):
         if not edge.weight:
             continue
         prompts = me.edge_prompts[edge].next(edge.num_prompts)
-        sampled[edge] = sample_and_grade(me, prompts, edge.num_generations, step, purpose=edge.name)
+        sampled[edge] = sample_and_grade(
+            me, prompts, edge.num_generations, step, purpose=edge.name, grade=grade
+        )
         reward_metrics(me, f"cross/{edge.teacher}/", sampled[edge])
     return sampled
 
 
+def _lessons(me: Branch, step: Step, sampled: Mapping[Edge, Sequence[Rollout]]) -> dict[Edge, _Lesson]:
+    """The rollouts with what their teachers may read and teach. Collective over all branches where a gate is
+    on or peers give feedback."""
+    if step.phase is not Phase.opd:
+        return {}
+    privileged = privileged_prompts(me, step, sampled)
+    is_open = open_rollouts(me, step, sampled)
+    return {
+        edge: _Lesson(
+            rollouts=rollouts,
+            own=score(me, rollouts, top_k=me.objectives[edge.component].asks_own.top_k),
+            prompts=privileged.get(edge, [rollout.prompt.token_ids for rollout in rollouts]),
+            is_open=is_open.get(edge, [True] * len(rollouts)),
+        )
+        for edge, rollouts in sampled.items()
+    }
+
+
 def _ask_teachers(
-    me: Branch, step: Step, sampled: Mapping[Edge, Sequence[Rollout]], probes: Sequence[Probe]
+    me: Branch, step: Step, lessons: Mapping[Edge, _Lesson], probes: Sequence[Probe]
 ) -> dict[Edge, _Answers]:
     """One exchange: this branch's questions out, its teachers' answers back, and those of its students
     answered in between. Collective over all branches."""
-    questions = {
-        edge: [
-            *((rollout, me.objectives[edge.component].asks) for rollout in sampled.get(edge, ())),
-            *((probe.rollout, probe.ask) for probe in probes),
-        ]
-        for edge in me.graph.into(me.name)
-    }
+    asked = {edge: _questions(me, edge, lessons.get(edge)) for edge in me.graph.into(me.name)}
     requests = {
-        edge: [_request(number, *question) for number, question in enumerate(asked)]
-        for edge, asked in questions.items()
+        edge: [
+            *questions,
+            *(
+                _request(len(questions) + i, p.rollout, p.ask, p.rollout.prompt.token_ids)
+                for i, p in enumerate(probes)
+            ),
+        ]
+        for edge, questions in asked.items()
+        if not edge.is_self
     }
     begin = time.perf_counter()
     scores = me.router.exchange(requests, lambda edge, wanted: teach(me, wanted, step))
+    scores |= {edge: teach(me, asked[edge], step) for edge in asked if edge.is_self}
     me.metrics.maximum("timing/exchange_seconds", time.perf_counter() - begin)
     if me.media is not None:
         me.media.drop_encoded()
-    answers = {}
     for edge in requests:
-        traffic, count = me.router.traffic[edge], len(sampled.get(edge, ()))
+        traffic = me.router.traffic[edge]
         me.metrics.total(f"copd/router_bytes/{edge.name}", traffic.sent_bytes + traffic.received_bytes)
-        answers[edge] = _Answers(rollouts=scores[edge][:count], probes=scores[edge][count:])
-    return answers
+    return {
+        edge: _Answers(rollouts=scores[edge][: len(asked[edge])], probes=scores[edge][len(asked[edge]) :])
+        for edge in asked
+    }
 
 
-def _request(number: int, rollout: Rollout, ask: Ask) -> ScoreRequest:
+def _questions(me: Branch, edge: Edge, lesson: _Lesson | None) -> list[ScoreRequest]:
+    """What an edge's objective asks about every rollout that teaches."""
+    if lesson is None:
+        return []
+    ask = me.objectives[edge.component].asks
+    questions: list[ScoreRequest] = []
+    for rollout, own, prompt in zip(lesson.rollouts, lesson.own, lesson.prompts, strict=True):
+        if prompt is None:
+            continue
+        support = own.top.ids if ask.support and own.top is not None else None
+        questions.append(
+            _request(len(questions), rollout, ask.of_row(rollout.response_length), prompt, support)
+        )
+    return questions
+
+
+def _request(
+    number: int, rollout: Rollout, ask: Ask, prompt: IntArray, support: IntArray | None = None
+) -> ScoreRequest:
+    response = rollout.token_ids[rollout.prompt_length :]
     return ScoreRequest(
         row_id=number,
-        token_ids=rollout.token_ids,
-        prompt_length=rollout.prompt_length,
+        token_ids=np.concatenate([prompt, response]).astype(np.int32),
+        prompt_length=len(prompt),
         weight_version=rollout.weight_version,
         ask=ask,
+        support_ids=support,
         media=rollout.media,
     )
 
 
 def _rows(
+    me: Branch, step: Step, edge: Edge, lesson: _Lesson, answers: Sequence[TeacherScore]
+) -> list[TrainRow]:
+    """An edge's training rows: of the rollouts that its teacher has something to say about."""
+    objective = me.objectives[edge.component]
+    taught = [i for i, prompt in enumerate(lesson.prompts) if prompt is not None]
+    if not taught:
+        return []
+    rollouts, own = [lesson.rollouts[i] for i in taught], [lesson.own[i] for i in taught]
+    material = _material(me, step, edge, rollouts, own, answers)
+    calibrated = None
+    if material.teacher_logprobs is not None and material.old_logprobs is not None:
+        deltas = [t - s for t, s in zip(material.teacher_logprobs, material.old_logprobs, strict=True)]
+        gap = np.concatenate(deltas)
+        me.metrics.mean(f"copd/teacher_gap/{edge.name}", float(gap.sum()), len(gap))
+        calibrated = _calibrated(me, edge, rollouts, deltas, material.seed)
+    shift = None if calibrated is None else calibrated.shift.tolist()
+    rows = objective.rows(replace(material, shift=shift))
+    masks = [np.ones_like(row.loss_mask) for row in rows] if calibrated is None else calibrated.masks
+    return [
+        replace(
+            row,
+            component_weight=edge.weight,
+            loss_mask=row.loss_mask * mask * np.float32(lesson.is_open[i]),
+        )
+        for i, row, mask in zip(taught, rows, masks, strict=True)
+    ]
+
+
+def _material(
     me: Branch,
+    step: Step,
     edge: Edge,
     rollouts: Sequence[Rollout],
-    own: Sequence[FloatArray],
+    own: Sequence[SequenceScore],
     answers: Sequence[TeacherScore],
-) -> list[TrainRow]:
-    """An edge's training rows."""
-    objective = me.objectives[edge.component]
-    theirs = [answer.logprobs for answer in answers] if objective.asks.tokens else None
-    rows = objective.rows(
-        Material(rollouts=rollouts, component=edge.component, old_logprobs=own, teacher_logprobs=theirs)
+) -> Material:
+    """All that was said of the rollouts."""
+    asks = me.objectives[edge.component].asks
+    extrapolates = me.config.opd.extrapolation != 1
+    return Material(
+        rollouts=rollouts,
+        component=edge.component,
+        old_logprobs=[said.logprobs for said in own],
+        reference_logprobs=reference_logprobs(me, rollouts) if extrapolates else None,
+        teacher_logprobs=[answer.logprobs for answer in answers] if asks.tokens else None,
+        own_top=[said.top for said in own if said.top is not None] or None,
+        teacher_top=[answer.top for answer in answers if answer.top is not None] or None,
+        teacher_on_support=[a.support_logprobs for a in answers if a.support_logprobs is not None] or None,
+        teacher_distributions=[answer.distributions for answer in answers] if asks.everywhere else None,
+        teacher_entropy=[a.entropy for a in answers if a.entropy is not None] or None,
+        seed=sample_seed(me.config.run.seed, me.name, step.index, f"{edge.name}/rows", 0),
     )
-    if theirs is not None:
-        gap = np.concatenate([t - s for t, s in zip(theirs, own, strict=True)])
-        me.metrics.mean(f"copd/teacher_gap/{edge.name}", float(gap.sum()), len(gap))
-    return [replace(row, component_weight=edge.weight) for row in rows]
+
+
+def _calibrated(
+    me: Branch, edge: Edge, rollouts: Sequence[Rollout], deltas: Sequence[FloatArray], seed: int
+) -> Calibrated | None:
+    """What verdicts and gaps change about the rows; None where nothing is switched on."""
+    options = me.config.opd.calibration
+    if not options.needs_verdicts and options.max_gap is None:
+        return None
+    groups = [rollout.prompt.group_id for rollout in rollouts]
+    found = calibrate(deltas, [rollout.reward for rollout in rollouts], groups, options, seed)
+    count, tokens = len(found.margins_before), sum(len(mask) for mask in found.masks)
+    me.metrics.mean(f"copd/margin_before/{edge.name}", float(found.margins_before.sum()), count)
+    me.metrics.mean(f"copd/margin_after/{edge.name}", float(found.margins_after.sum()), count)
+    me.metrics.mean(f"copd/order_consistency/{edge.name}", float(found.num_ordered), count)
+    me.metrics.mean(f"copd/masked_fraction/{edge.name}", float(found.num_masked_tokens), tokens)
+    return found

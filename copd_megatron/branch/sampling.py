@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from copd_megatron.branch.schedule import Step
 from copd_megatron.branch.state import Branch
 from copd_megatron.config.domains import all_domains
+from copd_megatron.data.stream import split_evenly
 from copd_megatron.metrics.phase_memory import phase_memory
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout.early_stop import EarlyStop
@@ -22,6 +24,7 @@ def sample_and_grade(
     *,
     purpose: str = "native",
     stop: EarlyStop | None = None,
+    grade: bool = True,
 ) -> list[Rollout]:
     """Graded rollouts of a training step, at the branch's own sampling settings.
 
@@ -34,7 +37,9 @@ def sample_and_grade(
         top_p=rollout.top_p,
         top_k=rollout.top_k,
     )
-    return sample_graded(me, prompts, settings, step=step.index, purpose=f"{me.name}/{purpose}", stop=stop)
+    return sample_graded(
+        me, prompts, settings, step=step.index, purpose=f"{me.name}/{purpose}", stop=stop, grade=grade
+    )
 
 
 def sample_graded(
@@ -45,8 +50,11 @@ def sample_graded(
     step: int,
     purpose: str,
     stop: EarlyStop | None = None,
+    grade: bool = True,
 ) -> list[Rollout]:
     """Samples ``prompts`` over the branch's rollout replicas, grades and gathers; collective over the branch.
+
+    ``grade`` False leaves out the grading, for responses that nobody will judge here.
 
     Returns:
         ``len(prompts) * num_generations`` rollouts in prompt order, the same on every rank. With ``stop``
@@ -60,7 +68,7 @@ def sample_graded(
         mine = me.engine.sample_share(prompts, settings, step=step, branch=purpose, stop=stop)
     generated = time.perf_counter()
     with watch.operation("rewards.grade", ranks=(me.world.rank,)):
-        mine = _graded(me, mine)
+        mine = _graded(me, mine) if grade else mine
     graded_at = time.perf_counter()
     with watch.operation("rollout.gather", ranks=me.world.branch_ranks[me.name]):
         rollouts = me.engine.gather(mine, prompts, settings)
@@ -78,6 +86,17 @@ def _graded(me: Branch, mine: list[Rollout]) -> list[Rollout]:
         return mine
     graded = iter(me.grader.grade([r for r in mine if not r.unfinished and r.reward is None]))
     return [r if r.unfinished or r.reward is not None else next(graded) for r in mine]
+
+
+def grade_everywhere(me: Branch, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Grades rollouts that all ranks of the branch hold, each rank its share; collective over the branch."""
+    ranks = me.world.branch_ranks[me.name]
+    mine = split_evenly(rollouts, ranks.index(me.world.rank), len(ranks))
+    with me.world.watch.operation("rewards.grade", ranks=(me.world.rank,)):
+        rewards = [r.reward for r in me.grader.grade(mine)]
+    shares = me.world.branch_gather(rewards, "rewards.gather")
+    flat = [reward for share in shares for reward in share]
+    return [replace(r, reward=reward) for r, reward in zip(rollouts, flat, strict=True)]
 
 
 def graded_only(rollouts: Sequence[Rollout]) -> list[Rollout]:

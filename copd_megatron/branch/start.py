@@ -20,6 +20,7 @@ from copd_megatron.launch.lock import RunLock
 from copd_megatron.launch.preflight import check_place
 from copd_megatron.launch.run_dir import run_directory
 from copd_megatron.objectives.base import Context, Objective, ObjectiveFactory
+from copd_megatron.opd.privilege import Splicer
 from copd_megatron.opd.router import Router
 from copd_megatron.plugins import OBJECTIVES
 from copd_megatron.policy.actor import MegatronActor
@@ -101,7 +102,7 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
         sync = WeightSync(actor, engine, config.weight_sync)
     router = Router(
         world,
-        graph,
+        graph.links,
         encoded=media.encoded if media is not None and config.opd.ship_media else None,
         take_file=media.put_encoded if media is not None else None,
     )
@@ -119,10 +120,11 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
         objectives=objectives,
         prompts=prompts,
         edge_prompts=edge_prompts,
+        splicer=Splicer(sources.tokenizer),
         media=media,
         validation=validation,
         run_dir=run_dir,
-        reference=actor.snapshot() if config.loss.kl_coefficient else None,
+        reference=actor.snapshot() if config.loss.kl_coefficient or config.opd.extrapolation != 1 else None,
     )
 
 

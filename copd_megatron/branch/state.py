@@ -13,6 +13,7 @@ from copd_megatron.data import PromptSequence
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.metrics.reduction import Metrics
 from copd_megatron.objectives.base import Objective
+from copd_megatron.opd.privilege import Splicer
 from copd_megatron.opd.router import Router
 from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
 from copd_megatron.records import Prompt, Rollout, TrainRow
@@ -55,6 +56,8 @@ class Branch:
     """The branch's own data; None on a frozen branch."""
     edge_prompts: dict[Edge, PromptSequence]
     """Per edge into this branch, a stream of its own over the edge's prompts."""
+    splicer: Splicer
+    """Puts what only a teacher reads into a prompt; turns tokens into text."""
     media: MediaLoader | None
     """Images and videos by reference, decoded off this thread; None for a text model."""
     validation: dict[str, list[Prompt]]
@@ -68,6 +71,8 @@ class Branch:
     """Spent on evaluation since the last step was written."""
     begun: list[Group] = field(default_factory=list)
     """Native groups that the last step left unfinished (``rollout.partial_rollouts``)."""
+    first_sizes: dict[str, float] = field(default_factory=dict)
+    """Mean |advantage| of each component at its first step (``loss.balance=drift``)."""
     num_skipped_updates: int = 0
     """Updates left out one after another, up to now."""
     reference: WeightSnapshot | None = None

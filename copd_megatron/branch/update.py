@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from copd_megatron.branch.schedule import Step
 from copd_megatron.branch.state import Batch, Branch
+from copd_megatron.config.schema import Balance
 from copd_megatron.data.seeds import sample_seed
 from copd_megatron.errors import DivergedError
 from copd_megatron.metrics.phase_memory import phase_memory
 from copd_megatron.objectives.base import ByComponent
-from copd_megatron.objectives.shares import advantage_shares
+from copd_megatron.objectives.shares import advantage_shares, balance_factors, mean_sizes
 from copd_megatron.records import TrainRow
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ def train_on(me: Branch, rows: Sequence[TrainRow], step: Step) -> None:
     """One update of the actor; collective over the branch."""
     if me.engine is not None:
         me.engine.sleep()
+    rows = _balanced(me, rows)
     begin = time.perf_counter()
     ranks = me.world.branch_ranks[me.name]
     with phase_memory(me.metrics, "update"):
@@ -68,6 +71,20 @@ def _train(me: Branch, rows: Sequence[TrainRow], step: Step, ranks: Sequence[int
             if name not in ("num_tokens", "gen_kl_error"):
                 me.metrics.mean(f"train/{name}", total, statistics.sums["num_tokens"])
     me.actor.finish_update()
+
+
+def _balanced(me: Branch, rows: Sequence[TrainRow]) -> Sequence[TrainRow]:
+    """The rows with the component weights that ``loss.balance`` wants."""
+    loss = me.config.loss
+    if loss.balance is Balance.none:
+        return rows
+    for component, size in mean_sizes(rows).items():
+        if size:
+            me.first_sizes.setdefault(component, size)
+    factors = balance_factors(rows, loss, me.settings.rollout.max_new_tokens, me.first_sizes)
+    for component, factor in factors.items():
+        me.metrics.value(f"train/balance_factor/{component.replace(':', '/')}", factor)
+    return [replace(row, component_weight=row.component_weight * factors[row.component]) for row in rows]
 
 
 def _note_skipped(me: Branch, step: Step, loss: float, stepped: Mapping[str, float]) -> None:

@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from copd_megatron.config.schema import Config, EdgeConfig, Topology
+from copd_megatron.config.schema import Config, EdgeConfig, Privilege, Topology
 from copd_megatron.errors import ConfigError
 
 
@@ -35,6 +35,15 @@ class Edge:
     """What the student's rows are made with (``copd_megatron/objectives``)."""
     weight: float = 1.0
     """Factor on the loss of the edge's rows; 0: none are sampled."""
+    context: Privilege = Privilege.none
+    """What the teacher reads besides the student's prompt."""
+    peer: str | None = None
+    """Branch whose feedback is part of the context."""
+
+    @property
+    def is_self(self) -> bool:
+        """The branch is its own teacher, with more to read."""
+        return self.student == self.teacher
 
     @property
     def name(self) -> str:
@@ -70,6 +79,20 @@ class Graph:
         self._known(branch)
         return tuple(edge for edge in self.edges if edge.teacher == branch)
 
+    @property
+    def links(self) -> Graph:
+        """What crosses between branches: all edges but those from a branch to itself, and a link from a
+        student to every peer that gives it feedback."""
+        links = {(edge.student, edge.teacher): edge for edge in self.edges if not edge.is_self}
+        for edge in self.edges:
+            if edge.peer is not None:
+                links.setdefault((edge.student, edge.peer), _peer_link(edge, edge.peer))
+        return Graph(self.branches, tuple(links.values()))
+
+    def link(self, student: str, other: str) -> Edge:
+        """The link over which ``student`` asks ``other``."""
+        return next(edge for edge in self.links.edges if (edge.student, edge.teacher) == (student, other))
+
     def describe(self) -> str:
         """One line an edge, for the dry run."""
         if not self.edges:
@@ -79,7 +102,7 @@ class Graph:
         width = max(len(edge.name) for edge in self.edges)
         lines += [
             f"  {edge.name:<{width}}  {edge.objective}, weight {edge.weight:g}, beta {edge.beta:g}, "
-            f"{edge.num_prompts} prompts of {edge.prompts} x {edge.num_generations} samples"
+            f"{edge.num_prompts} prompts of {edge.prompts} x {edge.num_generations} samples{_extras(edge)}"
             for edge in self.edges
         ]
         return "\n".join(lines)
@@ -87,6 +110,21 @@ class Graph:
     def _known(self, branch: str) -> None:
         if branch not in self.branches:
             raise KeyError(f"no branch {branch!r} in the graph; branches: {', '.join(self.branches)}")
+
+
+def _extras(edge: Edge) -> str:
+    """What a line of the dry run says of an edge's context."""
+    if edge.context is Privilege.none:
+        return ""
+    return f", context {edge.context.value}" + (f", feedback from {edge.peer}" if edge.peer else "")
+
+
+def _peer_link(edge: Edge, peer: str) -> Edge:
+    """A link that carries questions and feedback, and no rows to learn from."""
+    return Edge(
+        student=edge.student, teacher=peer, prompts=edge.prompts, beta=0.0, num_prompts=edge.num_prompts,
+        num_generations=edge.num_generations, objective="none", weight=0.0,
+    )  # fmt: skip
 
 
 def build_graph(config: Config) -> Graph:
@@ -153,11 +191,14 @@ def _by_pair(edges: Sequence[EdgeConfig], branches: tuple[str, ...]) -> dict[tup
         teacher = _branch(edge.teacher, branches, f"{where}.teacher")
         if edge.prompts is not None:
             _branch(edge.prompts, branches, f"{where}.prompts")
-        if student == teacher:
+        if student == teacher and edge.context is Privilege.none:
             raise ConfigError(
                 f"{where}: student and teacher are both {student!r}, and a branch that scores its own tokens "
-                "learns nothing (delta is 0); name another teacher"
+                f"learns nothing (delta is 0); name another teacher, or let it read more as a teacher, with "
+                f"context: own_correct"
             )
+        if edge.peer is not None:
+            _check_peer(edge, _branch(edge.peer, branches, f"{where}.peer"), where)
         if (student, teacher) in by_pair:
             first = list(by_pair).index((student, teacher))
             raise ConfigError(
@@ -166,6 +207,16 @@ def _by_pair(edges: Sequence[EdgeConfig], branches: tuple[str, ...]) -> dict[tup
             )
         by_pair[student, teacher] = edge
     return by_pair
+
+
+def _check_peer(edge: EdgeConfig, peer: str, where: str) -> None:
+    if edge.context is Privilege.none:
+        raise ConfigError(
+            f"{where}.peer: {peer!r} gives feedback that nobody reads without a context; set context: "
+            "own_correct, or peer: null"
+        )
+    if peer == edge.student:
+        raise ConfigError(f"{where}.peer: {peer!r} is the student itself; name another branch")
 
 
 def _edge(config: Config, student: str, teacher: str, override: EdgeConfig | None) -> Edge:
@@ -181,6 +232,8 @@ def _edge(config: Config, student: str, teacher: str, override: EdgeConfig | Non
         num_generations=_first(opd.num_generations_per_prompt, own.num_generations_per_prompt),
         objective=given.objective or opd.objective,
         weight=_first(given.weight, opd.weight),
+        context=given.context,
+        peer=given.peer,
     )
 
 

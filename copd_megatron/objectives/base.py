@@ -11,7 +11,7 @@ The actor runs the token loss over micro-batches and knows no objective by name.
 file shows how to write one.
 
 Shape legend: ``R`` response tokens of a row, ``V`` vocabulary, ``N`` response tokens of a micro-batch,
-flattened.
+flattened, ``m`` some of these.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from copd_megatron.config.graph import Edge
 from copd_megatron.config.schema import BranchConfig, Config
-from copd_megatron.records import Ask, FloatArray, Rollout, TrainRow
+from copd_megatron.objectives.divergence import Measure, Targets
+from copd_megatron.records import Ask, FloatArray, Rollout, TopK, TrainRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,20 @@ class Material:
     """[R] each, under the base model; None: there is no KL term."""
     teacher_logprobs: Sequence[FloatArray] | None = None
     """[R] each, under the teacher; None: no teacher was asked for them."""
+    own_top: Sequence[TopK] | None = None
+    """[R, k] each, the learning branch's likeliest ids at the start of the step (``asks_own.top_k``)."""
+    teacher_top: Sequence[TopK] | None = None
+    """[R, k] each, the teacher's likeliest ids (``asks.top_k``)."""
+    teacher_on_support: Sequence[FloatArray] | None = None
+    """[R, k] each, the teacher's log-probabilities at the ids of ``own_top`` (``asks.support``)."""
+    teacher_distributions: Sequence[FloatArray] | None = None
+    """[R, V] each (``asks.everywhere``)."""
+    teacher_entropy: Sequence[FloatArray] | None = None
+    """[R] each, in nats (``asks.entropy``)."""
+    shift: Sequence[float] | None = None
+    """Added to every token's log pi_teacher - log pi_student of each rollout; None: nothing is."""
+    seed: int = 0
+    """Of what is drawn at random: from run seed, branch, step and component."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +96,17 @@ class MicroBatchRows(Protocol):
     @property
     def row_index_n(self) -> Tensor:
         """[N] int64, place in ``rows`` of each token's row."""
+
+    def divergence(self, tokens: Tensor, targets: Targets, measure: Measure) -> Tensor:
+        """[m] the policy's divergence from ``targets``, in nats, with gradient.
+
+        Computed in chunks: nothing of the size [m, V] is kept for the backward pass.
+
+        Args:
+            tokens: [m] int64, which of the N tokens, ascending.
+            targets: of these tokens.
+            measure: which divergence.
+        """
 
 
 class PreparedLoss(Protocol):
@@ -109,6 +135,11 @@ class Objective(Protocol):
     @property
     def asks(self) -> Ask:
         """What the teacher is asked about every rollout; ``Ask()`` asks nothing."""
+
+    @property
+    def asks_own(self) -> Ask:
+        """What the learning branch's own actor is asked at the start of the step, besides the log-probability
+        of every token. ``asks.support`` sends the ids of its ``top_k`` to the teacher."""
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -167,6 +198,12 @@ class _Part:
 
     rows: Sequence[int]
     row_index_n: Tensor
+    whole: MicroBatchRows
+    tokens: Tensor
+    """[m] int64, which tokens of ``whole`` these are."""
+
+    def divergence(self, tokens: Tensor, targets: Targets, measure: Measure) -> Tensor:
+        return self.whole.divergence(self.tokens[tokens], targets, measure)
 
 
 class _Mixed:
@@ -186,7 +223,12 @@ class _Mixed:
             renumbered[places] = torch.arange(len(places), device=renumbered.device)
             index = renumbered[batch.row_index_n]
             mine = index >= 0
-            part = _Part(rows=[self._home[batch.rows[p]][1] for p in places], row_index_n=index[mine])
+            part = _Part(
+                rows=[self._home[batch.rows[p]][1] for p in places],
+                row_index_n=index[mine],
+                whole=batch,
+                tokens=torch.nonzero(mine).squeeze(1),
+            )
             outputs.append(loss(part, logprobs[mine], entropy[mine]))
         return _sum(outputs)
 

@@ -47,6 +47,7 @@ class Grpo:
     max_new_tokens: int
     """The branch's limit, for overlong shaping and as the divisor of ``loss.aggregation=constant``."""
     asks: ClassVar[Ask] = Ask()
+    asks_own: ClassVar[Ask] = Ask()
 
     @classmethod
     def of(cls, context: Context) -> Self:

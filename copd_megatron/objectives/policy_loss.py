@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from copd_megatron.config.schema import KLEstimator, KLPlacement, LossConfig, RatioLevel
+from copd_megatron.config.schema import KLEstimator, KLPlacement, LossConfig, RatioLevel, Surrogate
 from copd_megatron.objectives.base import LossOutput
 from copd_megatron.objectives.rows import MAX_LOG_RATIO
 
@@ -57,6 +57,10 @@ def policy_loss(
         surrogate = min(rho * A, clip(rho, 1 - ratio_clip_min, 1 + ratio_clip_max) * A)
         surrogate = max(surrogate, dual_clip * A)                           if A < 0 and dual_clip is set
         loss      = correction * (-surrogate + kl_coefficient * KL - entropy_coefficient * entropy)
+
+    ``surrogate: cispo`` (MiniMax-M1) takes sg(clip(rho)) * A * log pi instead: no token loses its gradient.
+    ``sapo`` (soft adaptive policy optimisation) takes 4 / tau * sigmoid(tau (rho - 1)) * A, with a tau of its
+    own for positive and negative advantages.
 
     ``ratio_level: sequence`` (GSPO) takes rho = exp(mean over the row's unmasked tokens of log pi/pi_old)
     for every token of the row, gradient flowing through the mean. A row must then be whole within the
@@ -163,7 +167,12 @@ def _clipped_surrogate(
     """Per-token loss [N] and per-token statistics {name: [N]} from [N] log-ratios."""
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     low, high = 1.0 - config.ratio_clip_min, 1.0 + config.ratio_clip_max
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    if config.surrogate is Surrogate.cispo:
+        surrogate = ratio.detach().clamp(low, high) * advantages * log_ratio
+    elif config.surrogate is Surrogate.sapo:
+        surrogate = _soft_gate(ratio, advantages, config) * advantages
+    else:
+        surrogate = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     clip_low = (advantages < 0) & (ratio < low)
     clip_high = (advantages > 0) & (ratio > high)
     statistics = {
@@ -172,7 +181,7 @@ def _clipped_surrogate(
         "clip_fraction_low": clip_low,
         "clip_fraction_high": clip_high,
     }
-    if config.dual_clip is not None:
+    if config.dual_clip is not None and config.surrogate is Surrogate.clipped:
         # With c > 1 + ratio_clip_max the bound acts on negative advantages only; the explicit test keeps
         # that true for every c.
         bound = config.dual_clip * advantages
@@ -180,6 +189,15 @@ def _clipped_surrogate(
         surrogate = torch.where(bounded, bound, surrogate)
         statistics["dual_clip_fraction"] = bounded
     return -surrogate, statistics
+
+
+def _soft_gate(ratio: Tensor, advantages: Tensor, config: LossConfig) -> Tensor:
+    """SAPO's gate of the ratio, [N]: 4 / tau sigmoid(tau (rho - 1)), whose slope is 1 at rho = 1 and fades on
+    both sides, faster for a larger tau."""
+    tau = torch.where(advantages > 0, config.sapo_temperature_positive, config.sapo_temperature_negative).to(
+        ratio.dtype
+    )
+    return 4.0 / tau * torch.sigmoid(tau * (ratio - 1.0))
 
 
 def _sequence_log_ratio(log_ratio: Tensor, keep: Tensor, row_index: Tensor, num_rows: int | None) -> Tensor:

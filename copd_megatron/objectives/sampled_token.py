@@ -12,9 +12,17 @@ from typing import ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from copd_megatron.config.schema import LossConfig
+from copd_megatron.config.schema import AdvantageConfig, LossConfig
 from copd_megatron.objectives.base import Context, Material, ObjectiveFactory, TokenLoss
-from copd_megatron.objectives.rows import check_same_length, finite_vector, label_of, per_rollout, row_of
+from copd_megatron.objectives.grpo import grpo_advantages
+from copd_megatron.objectives.rows import (
+    Float64Array,
+    check_same_length,
+    finite_vector,
+    label_of,
+    per_rollout,
+    row_of,
+)
 from copd_megatron.objectives.surrogate import ClippedSurrogate
 from copd_megatron.records import Ask, FloatArray, Rollout, TrainRow
 
@@ -30,7 +38,15 @@ class SampledToken:
     """Bound on |delta| before it is multiplied by beta; None: no bound."""
     loss: LossConfig
     max_new_tokens: int
-    asks: ClassVar[Ask] = Ask(tokens=True)
+    extrapolation: float = 1.0
+    """G-OPD's lambda."""
+    outcome_weight: float = 0.0
+    """MOPD's alpha."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    """How the outcome's advantage is normalised."""
+    temperature: float = 1.0
+    """Factor on the teacher's temperature."""
+    asks_own: ClassVar[Ask] = Ask()
     needs_old_logprobs: ClassVar[bool] = True
 
     @classmethod
@@ -43,7 +59,16 @@ class SampledToken:
             delta_clip=context.config.opd.delta_clip,
             loss=context.config.loss,
             max_new_tokens=context.settings.rollout.max_new_tokens,
+            extrapolation=context.config.opd.extrapolation,
+            outcome_weight=context.config.opd.outcome_weight,
+            advantage=context.config.advantage,
+            temperature=context.config.opd.teacher_temperature,
         )
+
+    @property
+    def asks(self) -> Ask:
+        """The log-probability of every sampled token."""
+        return Ask(tokens=True, temperature=self.temperature)
 
     def rows(self, material: Material) -> list[TrainRow]:
         """See ``cross_rows``."""
@@ -52,15 +77,46 @@ class SampledToken:
                 f"{material.component}: Eq. 8 needs the log-probabilities of teacher and student; score the "
                 "rollouts with both before making rows"
             )
-        return cross_rows(
+        rows = cross_rows(
             material.rollouts,
-            material.teacher_logprobs,
+            self._targets(material, material.teacher_logprobs),
             material.old_logprobs,
             component=material.component,
             teacher=self.teacher,
             beta=self.beta,
             delta_clip=self.delta_clip,
         )
+        return self._with_outcomes(rows, material.rollouts) if self.outcome_weight else rows
+
+    def _targets(self, material: Material, teacher: Sequence[FloatArray]) -> Sequence[npt.ArrayLike]:
+        """[R] log-probabilities that the student is drawn to: the teacher's, extrapolated and shifted."""
+        targets: Sequence[npt.ArrayLike] = teacher
+        if self.extrapolation != 1:
+            if material.reference_logprobs is None:
+                raise ValueError(
+                    f"{material.component}: extrapolation needs the base model's log-probabilities"
+                )
+            targets = [
+                extrapolated(theirs, base, self.extrapolation)
+                for theirs, base in zip(teacher, material.reference_logprobs, strict=True)
+            ]
+        if material.shift is None:
+            return targets
+        return [np.asarray(t, dtype=np.float64) + s for t, s in zip(targets, material.shift, strict=True)]
+
+    def _with_outcomes(self, rows: Sequence[TrainRow], rollouts: Sequence[Rollout]) -> list[TrainRow]:
+        """Adds alpha x the group-relative advantage of each response's reward (MOPD). A response without a
+        grade has none."""
+        graded = [i for i, rollout in enumerate(rollouts) if rollout.reward is not None]
+        rewards = [reward for rollout in rollouts if (reward := rollout.reward) is not None]
+        groups = [rollouts[i].prompt.group_id for i in graded]
+        outcome = np.zeros(len(rows), dtype=np.float32)
+        if graded:
+            outcome[graded] = grpo_advantages(rewards, groups, self.advantage)
+        return [
+            replace(row, advantages=row.advantages + np.float32(self.outcome_weight) * value)
+            for row, value in zip(rows, outcome, strict=True)
+        ]
 
     def token_loss(self) -> TokenLoss:
         """The clipped surrogate."""
@@ -68,6 +124,16 @@ class SampledToken:
 
 
 OBJECTIVE: ObjectiveFactory = SampledToken
+
+
+def extrapolated(
+    teacher_logprobs: npt.ArrayLike, base_logprobs: npt.ArrayLike, factor: float
+) -> Float64Array:
+    """[R] lambda log pi_teacher + (1 - lambda) log pi_base, the target of G-OPD. 1 gives the teacher's."""
+    teacher = finite_vector("teacher_logprobs", teacher_logprobs)
+    base = finite_vector("base_logprobs", base_logprobs)
+    check_same_length("teacher_logprobs", teacher, "base_logprobs", base)
+    return factor * teacher + (1.0 - factor) * base
 
 
 def opd_advantages(

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from copd_megatron.records import Ask, FloatArray, IntArray, MediaRef
+from copd_megatron.records import Ask, FloatArray, IntArray, MediaRef, TopK
 
 _NOTHING: Final = Ask()
 
@@ -31,6 +31,8 @@ class ScoreRequest:
     """Version of the student's weights that sampled it."""
     ask: Ask = _NOTHING
     """What the teacher is to say about it."""
+    support_ids: IntArray | None = None
+    """[R, k] ids whose log-probabilities ``ask.support`` wants; -1 marks an empty place."""
     media: tuple[MediaRef, ...] = ()
     """Images and videos of the prompt, by reference: the teacher reads them itself."""
 
@@ -50,3 +52,11 @@ class TeacherScore:
     """[R] log pi_teacher of the row's response tokens; empty unless ``ask.tokens``."""
     distributions: FloatArray = field(default_factory=lambda: np.empty((0, 0), dtype=np.float32))
     """[s, V] the teacher's log-probabilities of the whole vocabulary at ``ask.positions``."""
+    top: TopK | None = None
+    """[R, k] its likeliest ids; None unless ``ask.top_k``."""
+    support_logprobs: FloatArray | None = None
+    """[R, k] its log-probabilities at ``support_ids``, 0 in empty places; None unless ``ask.support``."""
+    entropy: FloatArray | None = None
+    """[R] nats; None unless ``ask.entropy``."""
+    samples: tuple[IntArray, ...] = ()
+    """Token ids of the ``ask.samples`` responses that it sampled."""

@@ -2,10 +2,12 @@
 
 A message is an int64 header of ``HEADER_FIELDS`` and a payload of ``payload_bytes``:
 
-requests  table int64 [n, 7] (position, row id, L, P, weight version, tokens asked 0/1, s), token ids int32,
-          asked positions int32, media section (``media_section``)
-scores    table int64 [n, 6] (position, row id, weight version, log-probabilities, s, V), log-probabilities
-          float32, distributions float32
+requests  table int64 [n, 12] (position, row id, L, P, weight version, asked flags, s, k of the top, k of the
+          support, temperature in billionths, samples, longest sample), token ids int32, asked positions int32, support ids int32,
+          media section (``media_section``)
+scores    table int64 [n, 11] (position, row id, weight version, log-probabilities, s, V, R, k of the top, k of
+          the support, entropies, samples), lengths of samples int32, samples' ids int32, log-probabilities float32, distributions float32, top ids int32, their
+          log-probabilities float32, log-probabilities on the support float32, entropies float32
 
 ``position`` is the row's index in the edge's list, so that the receiver restores the order. ``ids_crc`` is
 the CRC-32 of the lane's token ids; scores carry that of the ids they were computed from. Little-endian.
@@ -23,15 +25,18 @@ import numpy.typing as npt
 
 from copd_megatron.opd.media_section import pack_media, unpack_media
 from copd_megatron.opd.records import ScoreRequest, TeacherScore
-from copd_megatron.records import Ask, MediaRef
+from copd_megatron.records import Ask, MediaRef, TopK
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 REQUESTS: Final = 0
 SCORES: Final = 1
 
 _MAGIC: Final = 0x434F5044
-_REQUEST_COLUMNS: Final = 7
-_SCORE_COLUMNS: Final = 6
+_REQUEST_COLUMNS: Final = 12
+_SCORE_COLUMNS: Final = 11
+_TOKENS: Final = 1
+_ENTROPY: Final = 2
+_TEMPERATURE_UNIT: Final = 1e-9
 
 
 class RouterError(RuntimeError):
@@ -131,8 +136,10 @@ def pack_requests(
         check_request(row)
     table = np.array(
         [
-            (i, r.row_id, len(r.token_ids), r.prompt_length, r.weight_version, r.ask.tokens,
-             len(r.ask.positions))
+            (i, r.row_id, len(r.token_ids), r.prompt_length, r.weight_version,
+             _TOKENS * r.ask.tokens + _ENTROPY * r.ask.entropy, len(r.ask.positions), r.ask.top_k,
+             0 if r.support_ids is None else r.support_ids.shape[1],
+             round(r.ask.temperature / _TEMPERATURE_UNIT), r.ask.samples, r.ask.max_new_tokens)
             for i, r in zip(positions, rows, strict=True)
         ],
         dtype="<i8",
@@ -143,6 +150,7 @@ def pack_requests(
             table,
             *(_as(r.token_ids, "<i4") for r in rows),
             *(_as(np.array(r.ask.positions), "<i4") for r in rows),
+            *(_as(r.support_ids, "<i4") for r in rows if r.support_ids is not None),
             media,
         ]
     )
@@ -164,15 +172,22 @@ def unpack_requests(message: Message, origin: str) -> dict[int, ScoreRequest]:
     table = reader.take("<i8", header.num_rows * _REQUEST_COLUMNS).reshape(-1, _REQUEST_COLUMNS)
     ids = reader.rows("<i4", table[:, 2])
     asked = reader.rows("<i4", table[:, 6])
+    support = reader.rows("<i4", (table[:, 2] - table[:, 3]) * table[:, 8])
     section = reader.take("<u1", header.media_bytes)
     reader.finish()
     media, _ = _media_of(section, header, origin)
     rows = {
         int(position): ScoreRequest(
             row_id=int(row_id), token_ids=ids[i], prompt_length=int(prompt), weight_version=int(version),
-            ask=Ask(tokens=bool(tokens), positions=tuple(asked[i].tolist())), media=media[i],
+            ask=Ask(
+                tokens=bool(flags & _TOKENS), entropy=bool(flags & _ENTROPY), top_k=int(top_k),
+                support=bool(k), positions=tuple(asked[i].tolist()), temperature=int(heat) * _TEMPERATURE_UNIT,
+                samples=int(samples), max_new_tokens=int(longest),
+            ),
+            support_ids=support[i].reshape(-1, k) if k else None, media=media[i],
         )
-        for i, (position, row_id, _, prompt, version, tokens, _) in enumerate(table)
+        for i, (position, row_id, _, prompt, version, flags, _, top_k, k, heat, samples, longest)
+        in enumerate(table)
     }  # fmt: skip
     crc = ids_crc(list(rows.values()))
     if crc != header.ids_crc:
@@ -206,7 +221,15 @@ def pack_scores(
     rows = [scores[i] for i in positions]
     table = np.array(
         [
-            (i, r.row_id, r.weight_version, len(r.logprobs), *r.distributions.shape)
+            (
+                i,
+                r.row_id,
+                r.weight_version,
+                len(r.logprobs),
+                *r.distributions.shape,
+                *_shape_of_answers(r),
+                len(r.samples),
+            )
             for i, r in zip(positions, rows, strict=True)
         ],
         dtype="<i8",
@@ -214,8 +237,14 @@ def pack_scores(
     payload = _flat(
         [
             table,
+            *(_as(np.array([len(s) for s in r.samples]), "<i4") for r in rows),
+            *(_as(s, "<i4") for r in rows for s in r.samples),
             *(_as(r.logprobs, "<f4") for r in rows),
             *(_as(r.distributions, "<f4") for r in rows),
+            *(_as(r.top.ids, "<i4") for r in rows if r.top is not None),
+            *(_as(r.top.logprobs, "<f4") for r in rows if r.top is not None),
+            *(_as(r.support_logprobs, "<f4") for r in rows if r.support_logprobs is not None),
+            *(_as(r.entropy, "<f4") for r in rows if r.entropy is not None),
         ]
     )
     header = Header(
@@ -230,16 +259,37 @@ def unpack_scores(message: Message, origin: str) -> dict[int, TeacherScore]:
     header, payload = message.header, message.payload
     reader = _Reader(payload, origin)
     table = reader.take("<i8", header.num_rows * _SCORE_COLUMNS).reshape(-1, _SCORE_COLUMNS)
+    lengths = reader.rows("<i4", table[:, 10])
+    samples = [tuple(reader.rows("<i4", counts.astype(np.int64))) for counts in lengths]
     logprobs = reader.rows("<f4", table[:, 3])
     distributions = reader.rows("<f4", table[:, 4] * table[:, 5])
+    top_ids = reader.rows("<i4", table[:, 6] * table[:, 7])
+    top_logprobs = reader.rows("<f4", table[:, 6] * table[:, 7])
+    support = reader.rows("<f4", table[:, 6] * table[:, 8])
+    entropy = reader.rows("<f4", table[:, 9])
     reader.finish()
     return {
         int(position): TeacherScore(
             row_id=int(row_id), weight_version=int(version), logprobs=logprobs[i],
             distributions=distributions[i].reshape(s, v),
+            top=TopK(ids=top_ids[i].reshape(-1, top), logprobs=top_logprobs[i].reshape(-1, top)) if top else None,
+            support_logprobs=support[i].reshape(-1, k) if k else None,
+            entropy=entropy[i] if count else None, samples=samples[i],
         )
-        for i, (position, row_id, version, _, s, v) in enumerate(table)
+        for i, (position, row_id, version, _, s, v, _, top, k, count, _) in enumerate(table)
     }  # fmt: skip
+
+
+def _shape_of_answers(score: TeacherScore) -> tuple[int, int, int, int]:
+    """(R, k of the top, k of the support, entropies) of what is answered token by token."""
+    arrays = [score.support_logprobs, None if score.top is None else score.top.logprobs]
+    length = next((len(array) for array in arrays if array is not None), 0)
+    return (
+        length,
+        0 if score.top is None else score.top.ids.shape[1],
+        0 if score.support_logprobs is None else score.support_logprobs.shape[1],
+        0 if score.entropy is None else len(score.entropy),
+    )
 
 
 def check_request(request: ScoreRequest) -> None:
@@ -255,6 +305,14 @@ def check_request(request: ScoreRequest) -> None:
             f"row {request.row_id}: asked positions {list(positions)} must lie in 0 .. "
             f"{request.response_length - 1}, as they count response tokens"
         )
+    ids = request.support_ids
+    if request.ask.support != (ids is not None) or (
+        ids is not None and (ids.ndim != 2 or len(ids) != request.response_length or not ids.shape[1])
+    ):
+        raise RouterError(
+            f"row {request.row_id}: support ids of shape {None if ids is None else list(ids.shape)}, asked: "
+            f"{request.ask.support}; give [{request.response_length}, k] ids where they are asked about"
+        )
 
 
 def check_scores(requests: Sequence[ScoreRequest], scores: Sequence[TeacherScore], origin: str) -> None:
@@ -267,15 +325,19 @@ def check_scores(requests: Sequence[ScoreRequest], scores: Sequence[TeacherScore
         raise RouterError(f"{origin}: {len(scores)} scores for {len(requests)} rows")
     for request, score in zip(requests, scores, strict=True):
         tokens = request.response_length if request.ask.tokens else 0
-        expected = (request.row_id, tokens, len(request.ask.positions))
-        got = (score.row_id, len(score.logprobs), len(score.distributions))
+        asked = request.ask
+        expected = (request.row_id, asked.samples, tokens, len(asked.positions), *_answers_to(request))
+        got = (
+            score.row_id, len(score.samples), len(score.logprobs), len(score.distributions),
+            *_shape_of_answers(score),
+        )  # fmt: skip
         if got != expected:
             raise RouterError(
-                f"{origin}: (row id, log-probabilities, distributions) are {got} in the score, {expected} in "
-                "the request; a teacher must answer its rows in their order, in full"
+                f"{origin}: (row id, samples, log-probabilities, distributions, R, k of the top, k of the "
+                f"support, entropies) are {got} in the score, {expected} in the request; a teacher must answer "
+                "its rows in their order, in full"
             )
-        if np.isnan(score.logprobs).any():
-            where = int(np.flatnonzero(np.isnan(score.logprobs))[0])
+        if (where := _first_nan(score)) is not None:
             raise RouterError(
                 f"{origin}: log-probability of response token {where} in row {request.row_id} is NaN; check "
                 "the teacher's weights"
@@ -283,6 +345,25 @@ def check_scores(requests: Sequence[ScoreRequest], scores: Sequence[TeacherScore
     versions = sorted({score.weight_version for score in scores})
     if len(versions) > 1:
         raise RouterError(f"{origin}: rows were scored by weight versions {versions}; one step must use one")
+
+
+def _answers_to(request: ScoreRequest) -> tuple[int, int, int, int]:
+    """``_shape_of_answers`` of a full answer."""
+    ask, length = request.ask, request.response_length
+    k = 0 if request.support_ids is None else request.support_ids.shape[1]
+    return (length if ask.top_k or k else 0, ask.top_k, k, length if ask.entropy else 0)
+
+
+def _first_nan(score: TeacherScore) -> int | None:
+    """The first response token of which a score says NaN."""
+    said = [score.logprobs, score.entropy, score.support_logprobs]
+    said.append(None if score.top is None else score.top.logprobs)
+    places = [
+        int(np.flatnonzero(np.isnan(array.reshape(len(array), -1)).any(axis=1))[0])
+        for array in said
+        if array is not None and np.isnan(array).any()
+    ]
+    return min(places, default=None)
 
 
 class _Reader:
@@ -306,6 +387,8 @@ class _Reader:
     def rows(self, dtype: str, counts: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
         if len(counts) == 0:
             return []
+        if (counts < 0).any():
+            raise RouterError(f"{self._origin}: the row table promises {int(counts.min())} values of a row")
         return np.split(self.take(dtype, int(counts.sum())), np.cumsum(counts)[:-1])
 
     def finish(self) -> None:

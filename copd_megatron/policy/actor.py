@@ -47,7 +47,6 @@ from copd_megatron.model.shape import ModelShape
 from copd_megatron.objectives.base import TokenLoss
 from copd_megatron.policy import cpu
 from copd_megatron.policy.batch.balance import CostModel, plan_micro_batches, plan_packed
-from copd_megatron.policy.batch.context import GatherContext
 from copd_megatron.policy.batch.micro_batch import (
     Arrangement,
     Features,
@@ -57,7 +56,8 @@ from copd_megatron.policy.batch.micro_batch import (
     build_micro_batch,
 )
 from copd_megatron.policy.batch.statistics import BatchStatistics, Tally, tally_mismatch
-from copd_megatron.policy.head import VocabShard, linear_full_logprobs, linear_logprobs
+from copd_megatron.policy.head import VocabShard
+from copd_megatron.policy.last_stage import Head, Placed
 from copd_megatron.policy.megatron.media_sequences import MediaSeqParams
 from copd_megatron.policy.megatron.model import (
     ModelChunks,
@@ -73,7 +73,7 @@ from copd_megatron.policy.megatron.settings import (
 )
 from copd_megatron.policy.offload import Offloader
 from copd_megatron.policy.shard import ShardView, load_hf, plain
-from copd_megatron.records import FloatArray, TrainRow
+from copd_megatron.records import FloatArray, IntArray, TopK, TrainRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,18 @@ class SequenceScore:
     """[R] nats"""
     state_logprobs: FloatArray
     """[S, V] full distributions at the asked-for response positions."""
+    top: TopK | None = None
+    """[R, k] the likeliest ids; None: not asked for."""
+    support_logprobs: FloatArray | None = None
+    """[R, k] at the ids asked about, 0 in empty places; None: not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """What a scoring pass computes beside each token's log-probability and entropy."""
+
+    temperature: float
+    top_k: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +259,13 @@ class MegatronActor:
 
     @torch.no_grad()
     def log_probs(
-        self, sequences: Sequence[Sequenced], states: Sequence[Sequence[int]] | None = None
+        self,
+        sequences: Sequence[Sequenced],
+        states: Sequence[Sequence[int]] | None = None,
+        *,
+        top_k: int = 0,
+        support: Sequence[IntArray] | None = None,
+        temperature: float = 1.0,
     ) -> list[SequenceScore]:
         """Scores every sequence under the current weights; collective over the branch.
 
@@ -255,6 +273,9 @@ class MegatronActor:
             sequences: the same list on every rank of the branch; responses must not be empty.
             states: response positions per sequence whose full distribution is wanted (few: each costs
                 ``V`` floats on every rank).
+            top_k: number of likeliest ids wanted at every response token; 0: none.
+            support: [R, k] ids per sequence whose log-probabilities are wanted, all of one k.
+            temperature: factor on the sampling temperature.
 
         Returns:
             One score per sequence, in order, on every rank.
@@ -266,16 +287,27 @@ class MegatronActor:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         num_states = [len(s) for s in states] if states is not None else [0] * len(sequences)
         state_offsets = np.concatenate([[0], np.cumsum(num_states)])
-        out = torch.zeros(2, int(offsets[-1]), device=self.device)
+        wanted = {
+            "tokens": (2, torch.float32),
+            "top_ids": (top_k, torch.int32),
+            "top_logprobs": (top_k, torch.float32),
+            "support": (support[0].shape[1] if support else 0, torch.float32),
+        }
+        by_token = {
+            name: torch.zeros(int(offsets[-1]), width, dtype=dtype, device=self.device)
+            for name, (width, dtype) in wanted.items()
+            if width
+        }
         state_out = torch.zeros(int(state_offsets[-1]), self.dims.vocab_size, device=self.device)
-        batches = self._micro_batches(sequences, states)
+        batches = self._micro_batches(sequences, states, support)
 
-        def collect(batch: MicroBatch, output: dict[str, Tensor]) -> None:
+        def collect(batch: MicroBatch, output: dict[str, Any]) -> None:
             begin = 0
             for row in batch.rows:
                 stop = begin + lengths[row]
                 if self.tp_rank == 0 and self.cp_rank == 0:
-                    out[:, offsets[row] : offsets[row + 1]] = output["tokens"][:, begin:stop]
+                    for name, whole in by_token.items():
+                        whole[offsets[row] : offsets[row + 1]] = output[name][begin:stop]
                 begin = stop
             if self.cp_rank:
                 return
@@ -287,25 +319,36 @@ class MegatronActor:
                 ]
                 begin += num_states[row]
 
-        self._run(batches, forward_only=True, consume=collect)
+        question = _Question(temperature=self.temperature * temperature, top_k=top_k)
+        self._run(batches, forward_only=True, question=question, consume=collect)
         # Owners hold the values, everybody else zeros: one sum brings them to every rank of the branch.
-        dist.all_reduce(out)
+        for whole in by_token.values():
+            dist.all_reduce(whole)
         if state_out.numel():
             dist.all_reduce(state_out)
-        tokens, full = out.cpu().numpy(), state_out.cpu().numpy()
-        return [
-            SequenceScore(
-                logprobs=tokens[0, offsets[row] : offsets[row + 1]],
-                entropy=tokens[1, offsets[row] : offsets[row + 1]],
+        said = {name: whole.cpu().numpy() for name, whole in by_token.items()}
+        full = state_out.cpu().numpy()
+
+        def score_of(row: int) -> SequenceScore:
+            mine = {name: whole[offsets[row] : offsets[row + 1]] for name, whole in said.items()}
+            return SequenceScore(
+                logprobs=np.ascontiguousarray(mine["tokens"][:, 0]),
+                entropy=np.ascontiguousarray(mine["tokens"][:, 1]),
                 state_logprobs=full[state_offsets[row] : state_offsets[row + 1]],
+                top=TopK(ids=mine["top_ids"], logprobs=mine["top_logprobs"]) if top_k else None,
+                support_logprobs=mine.get("support"),
             )
-            for row in range(len(sequences))
-        ]
+
+        return [score_of(row) for row in range(len(sequences))]
 
     @torch.no_grad()
-    def snapshot(self, *, into: WeightSnapshot | None = None) -> WeightSnapshot:
+    def snapshot(
+        self, *, into: WeightSnapshot | None = None, dtype: torch.dtype | None = None
+    ) -> WeightSnapshot:
         """A copy of this rank's current weights, in host memory: that of an older snapshot, which is lost, or
-        fresh (page-locked memory is not given back, so a refreshed snapshot should take its old place)."""
+        fresh (page-locked memory is not given back, so a refreshed snapshot should take its old place).
+
+        ``dtype`` None: the weights' own."""
         self.take_weights()
         old = [] if into is None else into.tensors
         tensors = []
@@ -314,9 +357,18 @@ class MegatronActor:
             if old:
                 host = old[number]
             else:
-                host = torch.empty(values.shape, dtype=values.dtype, pin_memory=self.on_cuda)
+                host = torch.empty(values.shape, dtype=dtype or values.dtype, pin_memory=self.on_cuda)
             tensors.append(host.copy_(values))
         return WeightSnapshot(version=self.version, tensors=tensors)
+
+    @torch.no_grad()
+    def blend(self, average: WeightSnapshot, rate: float) -> WeightSnapshot:
+        """Moves a moving average of the weights (a float32 snapshot: small steps would be lost in bfloat16)
+        towards the live ones, in place: average + rate (live - average)."""
+        self.take_weights()
+        for parameter, held in zip(self.model.parameters(), average.tensors, strict=True):
+            held.lerp_(plain(parameter.detach()).to(held), rate)
+        return WeightSnapshot(version=self.version, tensors=average.tensors)
 
     @contextlib.contextmanager
     def using(self, snapshot: WeightSnapshot | None) -> Iterator[int]:
@@ -325,6 +377,13 @@ class MegatronActor:
             yield self.version
             return
         assert not self._exchanged, "one snapshot at a time has the weights' place"
+        parameters = list(self.model.parameters())
+        if any(held.dtype != p.dtype for held, p in zip(snapshot.tensors, parameters, strict=True)):
+            # a moving average is finer than the weights: in their place it would be rounded
+            snapshot = WeightSnapshot(
+                version=snapshot.version,
+                tensors=[held.to(p.dtype) for held, p in zip(snapshot.tensors, parameters, strict=True)],
+            )
         self._exchange(snapshot)
         try:
             yield snapshot.version
@@ -383,21 +442,22 @@ class MegatronActor:
         prepared = token_loss.prepare(rows)
         tally = Tally()
 
-        def loss_of(batch: MicroBatch, output: dict[str, Tensor]) -> Tensor:
-            logprobs, entropy = output["tokens"]
-            result = prepared(batch, logprobs, entropy)
+        def loss_of(batch: MicroBatch, output: dict[str, Any]) -> Tensor:
+            logprobs, entropy = output["tokens"].unbind(dim=1)
+            placed = Placed(batch.rows, batch.row_index_n, output["head"])
+            result = prepared(placed, logprobs, entropy)
             for prefix, values in (("term/", result.terms), ("sum/", result.statistics)):
                 for name, value in values.items():
                     tally.add(prefix + name, value)
             tally.add("loss", result.loss)
-            tally_mismatch(tally, batch, rows, logprobs.detach())
+            tally_mismatch(tally, placed, rows, logprobs.detach())
             return result.loss
 
         for module in self.modules:
             module.zero_grad_buffer()
         assert self.optimizer is not None, "a frozen actor cannot train"
         self.optimizer.zero_grad()
-        self._run(self._micro_batches(rows, None), forward_only=False, loss_of=loss_of)
+        self._run(self._micro_batches(rows), forward_only=False, loss_of=loss_of)
         sums, maxima = tally.reduce(counts=self.last_stage and self.tp_rank == 0 and self.cp_rank == 0)
         return BatchStatistics(
             loss=sums.get("loss", 0.0),
@@ -440,7 +500,10 @@ class MegatronActor:
     # ---- the way through Megatron's schedules ------------------------------------------------------------
 
     def _micro_batches(
-        self, sequences: Sequence[Sequenced], states: Sequence[Sequence[int]] | None
+        self,
+        sequences: Sequence[Sequenced],
+        states: Sequence[Sequence[int]] | None = None,
+        support: Sequence[IntArray] | None = None,
     ) -> list[MicroBatch]:
         lengths = [self.arrangement.padded_length(len(seq.token_ids)) for seq in sequences]
         ranks, budget = self.parallel.data_parallel_size, self.training.micro_batch_tokens
@@ -464,6 +527,7 @@ class MegatronActor:
                 at_least=common,
                 states=states,
                 vision=self.vision,
+                support=support,
             )
             for rows in plan[self.dp_rank]
         ]
@@ -473,6 +537,7 @@ class MegatronActor:
         batches: Sequence[MicroBatch],
         *,
         forward_only: bool,
+        question: _Question | None = None,
         consume: Any = None,
         loss_of: Any = None,
     ) -> None:
@@ -480,19 +545,21 @@ class MegatronActor:
 
         On the last pipeline stage either ``consume(batch, output)`` takes the outputs (scoring) or
         ``loss_of(batch, output)`` makes the scalar that is differentiated (training). ``output`` holds
-        ``tokens`` [2, N] (log-probability, entropy) and ``states`` [S, local vocabulary].
+        ``tokens`` [N, 2] (log-probability, entropy), when scoring ``states`` [S, local vocabulary] and what
+        ``question`` asks by token, when training the ``head`` that compares distributions.
         """
+        asked = question or _Question(temperature=self.temperature)
 
         def step(iterator: Iterator[MicroBatch], module: Any) -> tuple[Tensor, Any]:
             batch = next(iterator)
-            output: dict[str, Tensor] = {}
+            output: dict[str, Any] = {}
             media = {} if self.vision is None else {"vision": batch.vision}
             hidden = module(
                 input_ids=batch.input_ids_bs,
                 position_ids=batch.position_ids,
                 attention_mask=None,
                 packed_seq_params=_packed_parameters(batch),
-                output_processor=partial(self._head, batch, output),
+                output_processor=partial(self._head, batch, asked, output),
                 **media,
             )
 
@@ -519,7 +586,8 @@ class MegatronActor:
     def _head(
         self,
         batch: MicroBatch,
-        output: dict[str, Tensor],
+        asked: _Question,
+        output: dict[str, Any],
         *,
         hidden_states: Tensor,
         output_layer: Any,
@@ -533,26 +601,23 @@ class MegatronActor:
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False
             )
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logprobs, entropy = linear_logprobs(
-            flat.index_select(0, batch.hidden_index_n),
+        head = Head(
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
             weight,
-            batch.targets_n,
+            batch,
             shard=self.shard,
-            temperature=self.temperature,
+            temperature=asked.temperature,
             chunk_tokens=self.training.logprob_chunk_tokens,
         )
-        tokens = torch.stack([logprobs, entropy])
-        full = linear_full_logprobs(
-            flat.index_select(0, batch.state_index), weight, shard=self.shard, temperature=self.temperature
-        )
-        if batch.place_n is not None and batch.state_place is not None:
-            group = parallel_state.get_context_parallel_group()
-            count = batch.row_index_n.numel()
-            tokens = GatherContext.apply(tokens.t().contiguous(), batch.place_n, count, group).t()
-            full = GatherContext.apply(full, batch.state_place, batch.num_states, group)
-        output["tokens"], output["states"] = tokens, full
-        return tokens
+        output["tokens"], output["head"] = head.tokens(), head
+        if torch.is_grad_enabled():
+            return output["tokens"]
+        output["states"] = head.states()
+        if asked.top_k:
+            output["top_logprobs"], output["top_ids"] = head.top(asked.top_k)
+        if batch.support_nk is not None:
+            output["support"] = head.support()
+        return output["tokens"]
 
 
 def _vision(dims: ModelShape, features: Callable[[Any], Features | None]) -> Vision | None:

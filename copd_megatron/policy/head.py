@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from copd_megatron.objectives.divergence import Measure, Targets
+
 
 @dataclass(frozen=True, kw_only=True)
 class VocabShard:
@@ -136,6 +138,130 @@ def linear_logprobs(
         hidden_nh, weight_vh, targets_n, shard, temperature, chunk_tokens
     )
     return logprobs, entropy
+
+
+class _LinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_nh: Tensor,
+        weight_vh: Tensor,
+        targets: Targets,
+        measure: Measure,
+        shard: VocabShard,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_nh, weight_vh)
+        ctx.settings = (targets, measure, shard, temperature, chunk_tokens)
+        parts = [torch.zeros(0, dtype=torch.float32, device=hidden_nh.device)]
+        for begin in range(0, hidden_nh.shape[0], chunk_tokens):
+            part = slice(begin, begin + chunk_tokens)
+            logits = _chunk_logits(hidden_nh[part], weight_vh, shard, temperature)
+            log_p = logits.sub_(_log_normaliser(logits, shard))
+            parts.append(_chunk_divergence(log_p, targets[part], measure, shard)[1])
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_nh, weight_vh = ctx.saved_tensors
+        targets, measure, shard, temperature, chunk_tokens = ctx.settings
+        grad_hidden = torch.empty_like(hidden_nh)
+        grad_weight = torch.zeros_like(weight_vh, dtype=torch.float32)
+        for begin in range(0, hidden_nh.shape[0], chunk_tokens):
+            part = slice(begin, begin + chunk_tokens)
+            logits = _chunk_logits(hidden_nh[part], weight_vh, shard, temperature)
+            log_p = logits.sub_(_log_normaliser(logits, shard))
+            with torch.enable_grad():
+                student, values = _chunk_divergence(log_p, targets[part], measure, shard)
+                (slope,) = torch.autograd.grad(values, student, grads[0][part])
+            grad_logits = _softmax_backward(log_p, slope, targets[part].ids, shard)
+            grad_logits = grad_logits.div_(temperature).to(hidden_nh.dtype)
+            grad_hidden[part] = torch.matmul(grad_logits, weight_vh)
+            grad_weight += torch.matmul(grad_logits.t(), hidden_nh[part]).float()
+        shard.all_reduce(grad_hidden)
+        return grad_hidden, grad_weight.to(weight_vh.dtype), *[None] * 5
+
+
+def _chunk_divergence(
+    log_p: Tensor, targets: Targets, measure: Measure, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """(the student's log-probabilities that the divergence is a function of, the divergence [n]).
+
+    The first are a leaf: [n, k] on the support, the same on every rank, or [n, v] on this rank's slice of the
+    vocabulary."""
+    if targets.ids is None:
+        width = max(0, min(log_p.shape[1], shard.vocab_size - shard.start))
+        student = log_p[:, :width].detach().requires_grad_()
+        ours = Targets(
+            ids=None,
+            logprobs=targets.logprobs[:, shard.start : shard.start + width],
+            forward_weight=targets.forward_weight,
+        )
+        values = measure.on_vocabulary(student, ours)
+        # every rank differentiates its own slice, so the sum over ranks is no part of the graph
+        rest = shard.all_reduce(values.detach().clone()) - values.detach()
+        return student, values + rest
+    student = _support_logprobs(log_p, targets.ids, shard).requires_grad_()
+    return student, measure.on_support(student, targets)
+
+
+def _support_logprobs(log_p: Tensor, ids_nk: Tensor, shard: VocabShard) -> Tensor:
+    """[n, k] log-probabilities at vocabulary ids, on every rank; 0 in empty places."""
+    column, here = _local_targets(ids_nk, shard, log_p.shape[1])
+    return shard.all_reduce(log_p.gather(1, column).masked_fill(~here, 0.0))
+
+
+def _softmax_backward(log_p: Tensor, slope: Tensor, ids_nk: Tensor | None, shard: VocabShard) -> Tensor:
+    """[n, Vp] gradient of the logits from that of log-probabilities: d log p_i / d z_j = [i = j] - p_j."""
+    total = slope.sum(dim=1, keepdim=True)
+    if ids_nk is None:
+        shard.all_reduce(total)
+        grad_logits = log_p.exp() * -total
+        grad_logits[:, : slope.shape[1]] += slope
+        return grad_logits
+    column, here = _local_targets(ids_nk, shard, log_p.shape[1])
+    return (log_p.exp() * -total).scatter_add_(1, column, slope * here)
+
+
+def linear_divergence(
+    hidden_nh: Tensor,
+    weight_vh: Tensor,
+    targets: Targets,
+    measure: Measure,
+    *,
+    shard: VocabShard,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """Divergence of each state's distribution from its target, in nats, [N] float32, differentiable.
+
+    Gradients come back as those of ``linear_logprobs``. Beside the chunk's logits there is nothing of the
+    size of the vocabulary but what ``targets`` itself holds.
+    """
+    values: Tensor = _LinearDivergence.apply(
+        hidden_nh, weight_vh, targets, measure, shard, temperature, chunk_tokens
+    )
+    return values
+
+
+@torch.no_grad()
+def linear_support_logprobs(
+    hidden_nh: Tensor,
+    weight_vh: Tensor,
+    ids_nk: Tensor,
+    *,
+    shard: VocabShard,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """Log-probabilities of k vocabulary ids at each state, [N, k] float32, on every rank."""
+    parts = [torch.zeros(0, ids_nk.shape[1], dtype=torch.float32, device=hidden_nh.device)]
+    for begin in range(0, hidden_nh.shape[0], chunk_tokens):
+        part = slice(begin, begin + chunk_tokens)
+        logits = _chunk_logits(hidden_nh[part], weight_vh, shard, temperature)
+        parts.append(_support_logprobs(logits.sub_(_log_normaliser(logits, shard)), ids_nk[part], shard))
+    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -67,6 +67,8 @@ class SamplingSettings:
     temperature: float
     top_p: float = 1.0
     top_k: int = -1
+    max_new_tokens: int | None = None
+    """Longest response in tokens; None: the branch's ``rollout.max_new_tokens``."""
 
 
 @dataclass(kw_only=True)
@@ -309,6 +311,7 @@ class RolloutEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        longest = settings.max_new_tokens or self.config.max_new_tokens
         mine = [
             (prompts[i], sample)
             for i in split_replicas(len(prompts), self.num_replicas)[self.replica]
@@ -332,7 +335,7 @@ class RolloutEngine:
                     temperature=settings.temperature,
                     top_p=settings.top_p,
                     top_k=settings.top_k,
-                    max_tokens=self.config.max_new_tokens - (0 if part is None else part.response_length),
+                    max_tokens=longest - (0 if part is None else part.response_length),
                     stop=self.config.stop or None,
                     seed=seeds[i],
                     logprobs=0,

@@ -7,6 +7,7 @@ are treated as read-only once loaded. Nothing here imports torch or vLLM.
 ``run``       name, model, schedule, evaluation, end, checkpoints
 ``branch``    data, media, rewards, layout, sampling
 ``learning``  native rows, the distillation graph, loss, advantages
+``distillation``  distributions, calibration by verdicts, the reliability gate
 ``training``  precision, optimizer, micro-batches, memory, weight sync
 ``watching``  logs, metrics, profiles
 ``choices``   settings that are one of a few words
@@ -27,18 +28,34 @@ from copd_megatron.config.schema.branch import (
 )
 from copd_megatron.config.schema.choices import (
     Aggregation,
+    Balance,
     Device,
+    Divergence,
     FP8Format,
     FP8Recipe,
+    Gate,
     KLEstimator,
     KLPlacement,
     LRSchedule,
+    Margin,
+    MarginShift,
+    MarginStatistic,
     MismatchCorrection,
+    Privilege,
     RatioLevel,
     Recompute,
     RolloutQuantization,
+    Scope,
+    Support,
+    Surrogate,
     TeacherMode,
     Topology,
+)
+from copd_megatron.config.schema.distillation import (
+    CalibrationConfig,
+    DistributionConfig,
+    FeedbackConfig,
+    GateConfig,
 )
 from copd_megatron.config.schema.learning import (
     AdvantageConfig,
@@ -121,22 +138,32 @@ class Config:
 __all__ = [
     "AdvantageConfig",
     "Aggregation",
+    "Balance",
     "BehaviourConfig",
     "BranchConfig",
+    "CalibrationConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
     "Device",
+    "DistributionConfig",
+    "Divergence",
     "EdgeConfig",
     "EndConfig",
     "EvaluationConfig",
     "FP8Format",
     "FP8Recipe",
+    "FeedbackConfig",
+    "Gate",
+    "GateConfig",
     "KLEstimator",
     "KLPlacement",
     "LRSchedule",
     "LoggingConfig",
     "LossConfig",
+    "Margin",
+    "MarginShift",
+    "MarginStatistic",
     "MediaConfig",
     "MemoryConfig",
     "MismatchCorrection",
@@ -147,6 +174,7 @@ __all__ = [
     "ParallelConfig",
     "PoolConfig",
     "PrecisionConfig",
+    "Privilege",
     "ProfilingConfig",
     "PrometheusConfig",
     "RatioLevel",
@@ -156,6 +184,9 @@ __all__ = [
     "RolloutQuantization",
     "RunConfig",
     "ScheduleConfig",
+    "Scope",
+    "Support",
+    "Surrogate",
     "TeacherMode",
     "Topology",
     "TrainingConfig",

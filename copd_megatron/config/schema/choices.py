@@ -27,11 +27,91 @@ class Topology(Enum):
 class TeacherMode(Enum):
     """Which weights a live branch teaches with. ``live``: those at the start of the step; ``phase_snapshot``:
     those at the start of Phase II; ``every_n_steps``: a snapshot renewed every
-    ``opd.snapshot_every_steps``."""
+    ``opd.snapshot_every_steps``; ``ema``: a moving average of the weights."""
 
     live = "live"
     phase_snapshot = "phase_snapshot"
     every_n_steps = "every_n_steps"
+    ema = "ema"
+
+
+class Divergence(Enum):
+    """How two distributions are compared (``objectives/divergence.py``)."""
+
+    reverse_kl = "reverse_kl"
+    forward_kl = "forward_kl"
+    jsd = "jsd"
+
+
+class Support(Enum):
+    """Whose likeliest ids two distributions are compared on."""
+
+    student = "student"
+    teacher = "teacher"
+    union = "union"
+    intersection = "intersection"
+
+
+class Margin(Enum):
+    """What is done about a group whose returns contradict its verdicts (``objectives/calibration.py``)."""
+
+    none = "none"
+    shift = "shift"
+    mask = "mask"
+
+
+class MarginStatistic(Enum):
+    """Which returns of correct and incorrect responses are compared."""
+
+    mean = "mean"
+    min_max = "min_max"
+
+
+class MarginShift(Enum):
+    """Which responses a margin shift moves."""
+
+    both = "both"
+    lift = "lift"
+    drop = "drop"
+
+
+class Scope(Enum):
+    """What a margin or a balance is taken over."""
+
+    group = "group"
+    batch = "batch"
+
+
+class Gate(Enum):
+    """Where a teacher's and a student's pass rates are compared."""
+
+    none = "none"
+    prompt = "prompt"
+    pool = "pool"
+
+
+class Balance(Enum):
+    """How the components of an update are kept in balance (``objectives/shares.py``)."""
+
+    none = "none"
+    share = "share"
+    drift = "drift"
+
+
+class Surrogate(Enum):
+    """How a token's advantage and ratio make its loss (``objectives/policy_loss.py``)."""
+
+    clipped = "clipped"
+    cispo = "cispo"
+    sapo = "sapo"
+
+
+class Privilege(Enum):
+    """What a teacher reads that its student did not (``objectives/README.md``). ``own_correct``: another
+    response to the same prompt, sampled by the student and correct."""
+
+    none = "none"
+    own_correct = "own_correct"
 
 
 class Aggregation(Enum):

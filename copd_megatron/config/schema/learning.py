@@ -13,15 +13,25 @@ from copd_megatron.config.bounds import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Share,
 )
 from copd_megatron.config.schema.choices import (
     Aggregation,
+    Balance,
     KLEstimator,
     KLPlacement,
     MismatchCorrection,
+    Privilege,
     RatioLevel,
+    Surrogate,
     TeacherMode,
     Topology,
+)
+from copd_megatron.config.schema.distillation import (
+    CalibrationConfig,
+    DistributionConfig,
+    FeedbackConfig,
+    GateConfig,
 )
 
 
@@ -54,6 +64,13 @@ class EdgeConfig:
     """Objective of this edge. Null: ``opd.objective``."""
     weight: NonNegativeFloat | None = None
     """Factor on the loss of this edge's rows. Null: ``opd.weight``."""
+    context: Privilege = Privilege.none
+    """What the teacher reads besides the student's prompt. ``own_correct``: another response of the student
+    to it that is correct, and a peer's feedback, if there is a ``peer``. A branch can be its own teacher only
+    with a context."""
+    peer: str | None = None
+    """Branch whose feedback on the student's response the teacher reads (``opd.feedback``). Needs a
+    ``context``."""
 
 
 @dataclass(kw_only=True)
@@ -93,6 +110,25 @@ class OPDConfig:
     """Prompts per edge and step. Null: the student's ``num_prompts_per_step``."""
     num_generations_per_prompt: PositiveInt | None = None
     """Responses per prompt of an edge. Null: the student's ``num_generations_per_prompt``."""
+    distribution: DistributionConfig = field(default_factory=DistributionConfig)
+    """How the objectives ``topk`` and ``full`` compare distributions."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """What the responses' verdicts change about their teacher's scores (Uni-OPD)."""
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
+    """Privileged contexts, and feedback from peers (OPCoD)."""
+    grade_responses: bool = True
+    """Grade the responses to other branches' prompts. False saves the verifiers' time; nothing that depends
+    on their rewards can be used then."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """Where a live teacher may teach."""
+    teacher_temperature: PositiveFloat = 1.0
+    """Factor on the sampling temperature at which a teacher is asked. Below 1 its distribution is sharper."""
+    extrapolation: NonNegativeFloat = 1.0
+    """Lambda of G-OPD: the advantage is lambda log pi_teacher + (1 - lambda) log pi_base - log pi_student. 1:
+    Eq. 8. Above 1 the student goes beyond its teacher, away from the base model. ``sampled_token`` only."""
+    outcome_weight: NonNegativeFloat = 0.0
+    """Alpha of MOPD: the group-relative advantage of a cross response's reward (Eq. 11) is added to its token
+    advantages, times this. ``sampled_token`` only. 0: rewards of cross responses teach nothing."""
     delta_clip: PositiveFloat | None = None
     """Clip log pi_teacher - log pi_student to plus or minus this bound, in nats. Null: no clipping. Set it
     if rare tokens dominate the gradient."""
@@ -101,7 +137,10 @@ class OPDConfig:
     False: the teacher reads them itself."""
     teacher_mode: TeacherMode = TeacherMode.live
     """Weights that a branch teaches with. ``live``: those it has at the start of the step, as in the paper.
-    ``phase_snapshot``: those at the start of Phase II. ``every_n_steps``: renewed during Phase II."""
+    ``phase_snapshot``: those at the start of Phase II. ``every_n_steps``: renewed during Phase II. ``ema``: a
+    moving average of the weights since the first OPD step."""
+    ema_rate: Share = 0.05
+    """Share of the live weights in each step's average with ``ema``."""
     snapshot_every_steps: PositiveInt = 1
     """OPD steps between renewals with ``every_n_steps``."""
     behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
@@ -111,6 +150,20 @@ class OPDConfig:
 @dataclass(kw_only=True)
 class LossConfig:
     """The clipped surrogate (Eq. 7) and its options; see ``objectives/policy_loss.py``."""
+
+    surrogate: Surrogate = Surrogate.clipped
+    """``clipped``: Eq. 7. ``cispo``: every token keeps its gradient, weighted by the clipped ratio. ``sapo``:
+    the gradient fades smoothly as the ratio leaves 1."""
+    sapo_temperature_positive: PositiveFloat = 1.0
+    """How fast the gradient of ``sapo`` fades where the advantage is positive."""
+    sapo_temperature_negative: PositiveFloat = 1.05
+    """The same where it is negative, which should fade faster."""
+    balance: Balance = Balance.none
+    """``share``: each component's share of the sum of weight x |advantage| is brought to its weight's share
+    of all weights. ``drift``: each component's weight is multiplied by (its mean |advantage| now / at its
+    first step) ^ ``balance_exponent`` (Open-MOPD). Either factor stays within [0.05, 20]. ``none``: off."""
+    balance_exponent: float = -1.0
+    """Exponent of ``drift``. Negative: a component whose advantages have shrunk weighs more."""
 
     aggregation: Aggregation = Aggregation.seq_mean_token_mean
     """How token losses are averaged. ``seq_mean_token_mean``: over a response, then over responses (Eq. 7).

@@ -124,6 +124,8 @@ class MicroBatch:
     """[s_] int64 in 0..S-1; None: all of them in order."""
     num_states: int
     """S"""
+    support_nk: Tensor | None = None
+    """[n, k] int64 ids whose log-probabilities are asked at each response token; None: none are."""
 
 
 def build_micro_batch(
@@ -135,12 +137,13 @@ def build_micro_batch(
     at_least: int = 1,
     states: Sequence[Sequence[int]] | None = None,
     vision: Vision | None = None,
+    support: Sequence[IntArray] | None = None,
 ) -> MicroBatch:
     """Lays out the named rows of ``sequences`` (``arrangement`` None: packed, on one context-parallel rank).
 
     A pack is filled up to ``at_least`` tokens. ``states`` gives, per sequence of the full list, response
-    positions whose full distribution is wanted. No rows make a micro-batch of one token and no targets, so
-    that a rank without work still takes part in the collectives.
+    positions whose full distribution is wanted, ``support`` ids [R, k] whose log-probabilities are. No rows
+    make a micro-batch of one token and no targets, so that a rank without work still takes part in the collectives.
     """
     arrangement = arrangement or Arrangement()
     lengths = [len(sequences[row].token_ids) for row in rows] or [1]
@@ -196,7 +199,14 @@ def build_micro_batch(
         state_index=send(local_states),
         state_place=send(our_states) if partial else None,
         num_states=sum(len(part) for part in state_hidden),
+        support_nk=None if support is None else send(_support(rows, support)[ours]),
     )
+
+
+def _support(rows: Sequence[int], support: Sequence[IntArray]) -> np.ndarray:
+    """[N, k] ids at the response tokens of the named rows."""
+    width = support[0].shape[1] if len(support) else 0
+    return np.concatenate([np.zeros((0, width), dtype=np.int64), *(support[row] for row in rows)])
 
 
 @dataclass(frozen=True, kw_only=True)
