@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewards": {"config", "errors", "records"},
     "metrics": {"config", "errors"},
     "topology": {"config", "errors"},
-    "planner": {"config", "errors", "model"},
+    "planner": {"config", "errors", "model", "records"},
     # what a branch is made of
     "data": {"config", "errors", "model", "records", "rewards"},
     "opd": {"config", "errors", "records", "topology"},

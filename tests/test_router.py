@@ -41,7 +41,7 @@ from tests.support.distributed import launch_distributed, run_distributed
 
 VOCAB = 50
 BRANCHES = {"text": (0, 1), "image": (2,), "video": (3, 4, 5)}
-ROW_TABLE_BYTES = (7 + 6) * 8
+ROW_TABLE_BYTES = (12 + 11) * 8
 
 
 def _graph(topology: Topology, *names: str, frozen: tuple[str, ...] = ()) -> Graph:
@@ -164,7 +164,7 @@ def _message() -> Message:
 def test_a_damaged_message_is_an_error_that_names_its_origin() -> None:
     message = _message()
     payload = message.payload.copy()
-    payload[3 * 7 * 8 + 5] ^= 1
+    payload[3 * 12 * 8 + 5] ^= 1
     with pytest.raises(RouterError, match=r"edge a<-b.*token ids arrived with CRC"):
         unpack_requests(Message(header=message.header, payload=payload), "edge a<-b lane 0")
     with pytest.raises(RouterError, match=r"the payload of \d+ bytes ends before byte \d+"):

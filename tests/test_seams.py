@@ -25,7 +25,7 @@ OWN_OBJECTIVE, OWN_RECIPE = "tests.example_objective:OBJECTIVE", "tests.example_
 
 
 def test_files_of_the_room_are_found_by_name() -> None:
-    assert OBJECTIVES.known() == ("grpo", "sampled_token")
+    assert OBJECTIVES.known() == ("full", "grpo", "sampled_token", "topk")
     assert RECIPES.known() == ("copd", "rlvr")
     for room in (OBJECTIVES, RECIPES):
         for name in room.known():

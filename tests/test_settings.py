@@ -145,7 +145,11 @@ def test_every_whole_and_decimal_number_but_a_few_has_limits() -> None:
     for setting in SETTINGS:
         if setting.expected in ("a number", "a whole number", "a number or null", "a whole number or null"):
             unlimited.add(setting.key)
-    assert unlimited == {"loss.entropy_coefficient", "profiling.step_start", "profiling.step_end"}
+    assert unlimited == {
+        *("loss.entropy_coefficient", "loss.balance_exponent", "profiling.step_start", "profiling.step_end"),
+        *("opd.calibration.margin_target", "opd.calibration.correct_reward"),
+        *("opd.feedback.correct_reward", "opd.gate.correct_reward"),
+    }
 
 
 # --- what is written is what the run gets -------------------------------------------------------------------

@@ -193,7 +193,7 @@ def _without_one(
 def _excess(
     state: _State, members: npt.NDArray[np.int64], ratio: float, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """Responses to leave out so that correct : incorrect comes as near to ``ratio`` as whole responses can."""
+    """Responses to leave out so that correct : incorrect comes as near to ``ratio`` as it can."""
     correct, wrong = members[state.correct[members]], members[~state.correct[members]]
     if not len(correct) or not len(wrong):
         return members[:0]

@@ -26,7 +26,7 @@ class Targets:
     """What a teacher says of N tokens."""
 
     ids: Tensor | None
-    """[N, k] int64, distinct within a token; -1 marks an empty place. None: the whole vocabulary, in order."""
+    """[N, k] int64, distinct within a token, -1 in empty places; None: the whole vocabulary, in order."""
     logprobs: Tensor
     """[N, k] of the teacher; empty places may hold anything finite."""
     forward_weight: Tensor | None = None

@@ -1,4 +1,4 @@
-"""On-policy distillation by the distribution over the whole vocabulary (the paper's Eq. 3 with ``forward_kl``).
+"""On-policy distillation by the distribution over the whole vocabulary (Eq. 3 with ``forward_kl``).
 
 Exact, and dear: 4 bytes for each vocabulary entry at each token travel between branches and are held until
 the update. For small vocabularies, and to see what ``topk`` loses.

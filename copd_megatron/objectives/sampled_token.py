@@ -6,7 +6,7 @@ numpy only; computed in float64, handed over as float32. Shape legend: ``R`` res
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -42,7 +42,7 @@ class SampledToken:
     """G-OPD's lambda."""
     outcome_weight: float = 0.0
     """MOPD's alpha."""
-    advantage: AdvantageConfig = AdvantageConfig()
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     """How the outcome's advantage is normalised."""
     temperature: float = 1.0
     """Factor on the teacher's temperature."""

@@ -38,8 +38,8 @@ class Splicer:
         head = prompt[: len(prompt) - len(tail)]
         if prompt[len(head) :].tolist() != tail.tolist():
             raise DataError(
-                "a prompt does not end as the chat template ends a user's message, so there is no place for a "
-                "privileged context; its last message must be the user's"
+                "a prompt does not end as the chat template ends a user's message, so there is no place for "
+                "a privileged context; its last message must be the user's"
             )
         return np.concatenate([head, self._encode(text), tail]).astype(np.int32)
 

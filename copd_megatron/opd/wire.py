@@ -3,11 +3,12 @@
 A message is an int64 header of ``HEADER_FIELDS`` and a payload of ``payload_bytes``:
 
 requests  table int64 [n, 12] (position, row id, L, P, weight version, asked flags, s, k of the top, k of the
-          support, temperature in billionths, samples, longest sample), token ids int32, asked positions int32, support ids int32,
-          media section (``media_section``)
-scores    table int64 [n, 11] (position, row id, weight version, log-probabilities, s, V, R, k of the top, k of
-          the support, entropies, samples), lengths of samples int32, samples' ids int32, log-probabilities float32, distributions float32, top ids int32, their
-          log-probabilities float32, log-probabilities on the support float32, entropies float32
+          support, temperature in billionths, samples, longest sample), token ids int32, asked positions
+          int32, support ids int32, media section (``media_section``)
+scores    table int64 [n, 11] (position, row id, weight version, log-probabilities, s, V, R, k of the top,
+          k of the support, entropies, samples), lengths of samples int32, samples' ids int32,
+          log-probabilities float32, distributions float32, top ids int32, their log-probabilities float32,
+          log-probabilities on the support float32, entropies float32
 
 ``position`` is the row's index in the edge's list, so that the receiver restores the order. ``ids_crc`` is
 the CRC-32 of the lane's token ids; scores carry that of the ids they were computed from. Little-endian.
@@ -36,7 +37,7 @@ _REQUEST_COLUMNS: Final = 12
 _SCORE_COLUMNS: Final = 11
 _TOKENS: Final = 1
 _ENTROPY: Final = 2
-_TEMPERATURE_UNIT: Final = 1e-9
+_TEMPERATURES: Final = 10**9
 
 
 class RouterError(RuntimeError):
@@ -139,7 +140,7 @@ def pack_requests(
             (i, r.row_id, len(r.token_ids), r.prompt_length, r.weight_version,
              _TOKENS * r.ask.tokens + _ENTROPY * r.ask.entropy, len(r.ask.positions), r.ask.top_k,
              0 if r.support_ids is None else r.support_ids.shape[1],
-             round(r.ask.temperature / _TEMPERATURE_UNIT), r.ask.samples, r.ask.max_new_tokens)
+             round(r.ask.temperature * _TEMPERATURES), r.ask.samples, r.ask.max_new_tokens)
             for i, r in zip(positions, rows, strict=True)
         ],
         dtype="<i8",
@@ -181,8 +182,8 @@ def unpack_requests(message: Message, origin: str) -> dict[int, ScoreRequest]:
             row_id=int(row_id), token_ids=ids[i], prompt_length=int(prompt), weight_version=int(version),
             ask=Ask(
                 tokens=bool(flags & _TOKENS), entropy=bool(flags & _ENTROPY), top_k=int(top_k),
-                support=bool(k), positions=tuple(asked[i].tolist()), temperature=int(heat) * _TEMPERATURE_UNIT,
-                samples=int(samples), max_new_tokens=int(longest),
+                support=bool(k), positions=tuple(asked[i].tolist()),
+                temperature=int(heat) / _TEMPERATURES, samples=int(samples), max_new_tokens=int(longest),
             ),
             support_ids=support[i].reshape(-1, k) if k else None, media=media[i],
         )
@@ -272,12 +273,16 @@ def unpack_scores(message: Message, origin: str) -> dict[int, TeacherScore]:
         int(position): TeacherScore(
             row_id=int(row_id), weight_version=int(version), logprobs=logprobs[i],
             distributions=distributions[i].reshape(s, v),
-            top=TopK(ids=top_ids[i].reshape(-1, top), logprobs=top_logprobs[i].reshape(-1, top)) if top else None,
+            top=_top(top_ids[i], top_logprobs[i], top),
             support_logprobs=support[i].reshape(-1, k) if k else None,
             entropy=entropy[i] if count else None, samples=samples[i],
         )
         for i, (position, row_id, version, _, s, v, _, top, k, count, _) in enumerate(table)
     }  # fmt: skip
+
+
+def _top(ids: npt.NDArray[Any], logprobs: npt.NDArray[Any], k: int) -> TopK | None:
+    return TopK(ids=ids.reshape(-1, k), logprobs=logprobs.reshape(-1, k)) if k else None
 
 
 def _shape_of_answers(score: TeacherScore) -> tuple[int, int, int, int]:
@@ -334,8 +339,8 @@ def check_scores(requests: Sequence[ScoreRequest], scores: Sequence[TeacherScore
         if got != expected:
             raise RouterError(
                 f"{origin}: (row id, samples, log-probabilities, distributions, R, k of the top, k of the "
-                f"support, entropies) are {got} in the score, {expected} in the request; a teacher must answer "
-                "its rows in their order, in full"
+                f"support, entropies) are {got} in the score, {expected} in the request; a teacher must "
+                "answer its rows in their order, in full"
             )
         if (where := _first_nan(score)) is not None:
             raise RouterError(

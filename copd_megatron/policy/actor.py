@@ -15,9 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -72,32 +70,9 @@ from copd_megatron.policy.megatron.settings import (
     this_machine,
 )
 from copd_megatron.policy.offload import Offloader
+from copd_megatron.policy.scores import Question, ScoreSheet, SequenceScore
 from copd_megatron.policy.shard import ShardView, load_hf, plain
-from copd_megatron.records import FloatArray, IntArray, TopK, TrainRow
-
-
-@dataclass(frozen=True, kw_only=True)
-class SequenceScore:
-    """What the actor says about one sequence."""
-
-    logprobs: FloatArray
-    """[R] of the response tokens, at the sampling temperature."""
-    entropy: FloatArray
-    """[R] nats"""
-    state_logprobs: FloatArray
-    """[S, V] full distributions at the asked-for response positions."""
-    top: TopK | None = None
-    """[R, k] the likeliest ids; None: not asked for."""
-    support_logprobs: FloatArray | None = None
-    """[R, k] at the ids asked about, 0 in empty places; None: not asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Question:
-    """What a scoring pass computes beside each token's log-probability and entropy."""
-
-    temperature: float
-    top_k: int = 0
+from copd_megatron.records import IntArray, TrainRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,63 +258,25 @@ class MegatronActor:
         if not sequences:
             return []
         self.take_weights()
-        lengths = [len(seq.token_ids) - seq.prompt_length for seq in sequences]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        num_states = [len(s) for s in states] if states is not None else [0] * len(sequences)
-        state_offsets = np.concatenate([[0], np.cumsum(num_states)])
-        wanted = {
-            "tokens": (2, torch.float32),
-            "top_ids": (top_k, torch.int32),
-            "top_logprobs": (top_k, torch.float32),
-            "support": (support[0].shape[1] if support else 0, torch.float32),
-        }
-        by_token = {
-            name: torch.zeros(int(offsets[-1]), width, dtype=dtype, device=self.device)
-            for name, (width, dtype) in wanted.items()
-            if width
-        }
-        state_out = torch.zeros(int(state_offsets[-1]), self.dims.vocab_size, device=self.device)
-        batches = self._micro_batches(sequences, states, support)
+        sheet = ScoreSheet(
+            sequences,
+            states,
+            top_k=top_k,
+            support_k=support[0].shape[1] if support else 0,
+            vocab_size=self.dims.vocab_size,
+            device=self.device,
+        )
 
         def collect(batch: MicroBatch, output: dict[str, Any]) -> None:
-            begin = 0
-            for row in batch.rows:
-                stop = begin + lengths[row]
-                if self.tp_rank == 0 and self.cp_rank == 0:
-                    for name, whole in by_token.items():
-                        whole[offsets[row] : offsets[row + 1]] = output[name][begin:stop]
-                begin = stop
-            if self.cp_rank:
-                return
-            begin, width = 0, output["states"].shape[1]
-            for row in batch.rows:
-                target = state_out[state_offsets[row] : state_offsets[row + 1]]
-                target[:, self.shard.start : self.shard.start + width] = output["states"][
-                    begin : begin + num_states[row]
-                ]
-                begin += num_states[row]
+            if self.tp_rank == 0 and self.cp_rank == 0:
+                sheet.write_tokens(batch, output)
+            if self.cp_rank == 0:
+                sheet.write_states(batch, output["states"], self.shard)
 
-        question = _Question(temperature=self.temperature * temperature, top_k=top_k)
+        question = Question(temperature=self.temperature * temperature, top_k=top_k)
+        batches = self._micro_batches(sequences, states, support)
         self._run(batches, forward_only=True, question=question, consume=collect)
-        # Owners hold the values, everybody else zeros: one sum brings them to every rank of the branch.
-        for whole in by_token.values():
-            dist.all_reduce(whole)
-        if state_out.numel():
-            dist.all_reduce(state_out)
-        said = {name: whole.cpu().numpy() for name, whole in by_token.items()}
-        full = state_out.cpu().numpy()
-
-        def score_of(row: int) -> SequenceScore:
-            mine = {name: whole[offsets[row] : offsets[row + 1]] for name, whole in said.items()}
-            return SequenceScore(
-                logprobs=np.ascontiguousarray(mine["tokens"][:, 0]),
-                entropy=np.ascontiguousarray(mine["tokens"][:, 1]),
-                state_logprobs=full[state_offsets[row] : state_offsets[row + 1]],
-                top=TopK(ids=mine["top_ids"], logprobs=mine["top_logprobs"]) if top_k else None,
-                support_logprobs=mine.get("support"),
-            )
-
-        return [score_of(row) for row in range(len(sequences))]
+        return sheet.reduce()
 
     @torch.no_grad()
     def snapshot(
@@ -537,7 +474,7 @@ class MegatronActor:
         batches: Sequence[MicroBatch],
         *,
         forward_only: bool,
-        question: _Question | None = None,
+        question: Question | None = None,
         consume: Any = None,
         loss_of: Any = None,
     ) -> None:
@@ -548,7 +485,7 @@ class MegatronActor:
         ``tokens`` [N, 2] (log-probability, entropy), when scoring ``states`` [S, local vocabulary] and what
         ``question`` asks by token, when training the ``head`` that compares distributions.
         """
-        asked = question or _Question(temperature=self.temperature)
+        asked = question or Question(temperature=self.temperature)
 
         def step(iterator: Iterator[MicroBatch], module: Any) -> tuple[Tensor, Any]:
             batch = next(iterator)
@@ -586,7 +523,7 @@ class MegatronActor:
     def _head(
         self,
         batch: MicroBatch,
-        asked: _Question,
+        asked: Question,
         output: dict[str, Any],
         *,
         hidden_states: Tensor,

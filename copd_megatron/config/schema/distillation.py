@@ -93,7 +93,7 @@ class FeedbackConfig:
     max_new_tokens: PositiveInt = 256
     """Longest feedback in tokens."""
     require_concept: bool = True
-    """Keep a peer's feedback only if it begins with ``Concept:`` and names something that the problem says."""
+    """Keep a peer's feedback only if it begins with ``Concept:`` and words of the problem."""
     context_prompt: str = (
         "\n\nHere is a correct solution to this problem:\n{solution}\n\nAnd here is a comment on an attempt "
         "at it:\n{feedback}\n\nNow solve the problem yourself."
@@ -115,7 +115,7 @@ class GateConfig:
     """``prompt``: the teacher answers each prompt itself, and teaches where its pass rate is above the
     student's. ``pool``: the pass rates over all of the step's prompts of an edge are compared. ``none``:
     teachers always teach."""
-    margin: float = 0.0
+    margin: Annotated[float, Bounds(at_least=-1, at_most=1)] = 0.0
     """How much above the student's the teacher's pass rate must be."""
     num_samples: PositiveInt = 4
     """Responses with which a teacher answers a prompt."""

@@ -143,7 +143,8 @@ def build_micro_batch(
 
     A pack is filled up to ``at_least`` tokens. ``states`` gives, per sequence of the full list, response
     positions whose full distribution is wanted, ``support`` ids [R, k] whose log-probabilities are. No rows
-    make a micro-batch of one token and no targets, so that a rank without work still takes part in the collectives.
+    make a micro-batch of one token and no targets, so that a rank without work still takes part in the
+    collectives.
     """
     arrangement = arrangement or Arrangement()
     lengths = [len(sequences[row].token_ids) for row in rows] or [1]
