@@ -12,8 +12,17 @@ import numpy as np
 import pytest
 
 from tests.support.layouts import EXPERTS, SEQUENCE, VIRTUAL, Job, run_layouts
-from tests.support.models import reference_logprobs
-from tests.support.policy_runs import OPTIMIZER, TEMPERATURE, VOCAB, Outcome, exercise, mixed_rows
+from tests.support.models import reference_distributions, reference_logprobs
+from tests.support.policy_runs import (
+    OPTIMIZER,
+    TEMPERATURE,
+    TOP_K,
+    VOCAB,
+    Outcome,
+    exercise,
+    mixed_rows,
+    support_ids,
+)
 from tests.support.texts import random_texts
 
 DENSE: dict[str, dict[str, Any]] = {
@@ -62,6 +71,40 @@ def test_scores_equal_transformers(
             np.testing.assert_allclose(score.logprobs, exact, atol=1e-4)
             np.testing.assert_allclose(score.entropy, other.entropy, atol=1e-4)
             np.testing.assert_allclose(score.state_logprobs, other.state_logprobs, atol=1e-4)
+
+
+@each_layout
+def test_distributions_equal_those_of_one_rank(
+    outcomes: dict[Any, list[Outcome]], kind: str, layout: str
+) -> None:
+    """Likeliest ids, ids asked about, and the loss and gradient of objectives that compare distributions."""
+    alone = outcomes[kind, "one"][0]
+    for rank in outcomes[kind, layout]:
+        for mine, other in zip(rank.answers, alone.answers, strict=True):
+            assert np.array_equal(mine["ids"], other["ids"])
+            for name in ("logprobs", "support"):
+                np.testing.assert_allclose(mine[name], other[name], atol=1e-4)
+        (mine, stepped), (other, other_stepped) = rank.distilled, alone.distilled
+        assert mine.loss == pytest.approx(other.loss, rel=1e-5)
+        assert mine.sums == pytest.approx(other.sums, rel=1e-5, abs=1e-5)
+        assert stepped["skipped"] == 1.0
+        assert stepped["grad_norm"] == pytest.approx(other_stepped["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_likeliest_ids_are_those_of_the_exact_distribution(
+    outcomes: dict[Any, list[Outcome]], layout_models: dict[str, Path], kind: str
+) -> None:
+    texts = random_texts(11, VOCAB, seed=1)
+    for text, ids, answer in zip(texts, support_ids(texts), outcomes[kind, "one"][0].answers, strict=True):
+        exact = reference_distributions(
+            layout_models[kind], text.token_ids, text.prompt_length, TEMPERATURE * 0.7
+        )
+        order = np.argsort(-exact, axis=1)[:, :TOP_K]
+        assert np.array_equal(answer["ids"], order)
+        np.testing.assert_allclose(answer["logprobs"], np.take_along_axis(exact, order, 1), atol=1e-4)
+        expected = np.where(ids >= 0, np.take_along_axis(exact, np.maximum(ids, 0), 1), 0.0)
+        np.testing.assert_allclose(answer["support"], expected, atol=1e-4)
 
 
 @each_layout

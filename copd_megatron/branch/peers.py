@@ -56,6 +56,9 @@ def ask_to_write(
         for link, asked in questions.items()
     }
     answers = me.router.exchange(requests, lambda link, asked: _write(me, step, link, asked, purpose))
+    for link in requests:
+        traffic = me.router.traffic[link]
+        me.metrics.total(f"copd/router_bytes/{link.name}", traffic.sent_bytes + traffic.received_bytes)
     return {link: [list(answer.samples) for answer in answers[link]] for link in requests}
 
 

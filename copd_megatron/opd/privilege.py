@@ -92,18 +92,23 @@ def without_answer(feedback: str, gold: str) -> str:
     An answer is stated where its words stand between others, in any case and spacing: 12 is stated in
     "it is 12." and not in "120".
     """
-    words = _plain(gold).strip()
+    words = _spaced(gold).rstrip(".")
     if not words:
         return feedback
-    stated = re.compile(rf"(?<![^\s]){re.escape(words)}(?![^\s])")
-    sentences = re.split(r"(?<=[.!?\n])(?=\s|\S)", feedback)
-    kept = [sentence for sentence in sentences if not stated.search(_plain(sentence))]
+    stated = re.compile(rf"(?<![\w.-]){re.escape(words)}(?!\w|[.,]\d)")
+    sentences = re.split(r"(?<=[.!?])(?=\s)|(?<=\n)", feedback)
+    kept = [sentence for sentence in sentences if not stated.search(_spaced(sentence))]
     return "".join(kept).strip()
 
 
 def others_correct(correct: Sequence[bool], member: int) -> list[int]:
     """Members of a group, other than ``member``, that are correct."""
     return [i for i, right in enumerate(correct) if right and i != member]
+
+
+def _spaced(text: str) -> str:
+    """Lower case, single spaces."""
+    return " ".join(text.lower().split())
 
 
 def _plain(text: str) -> str:

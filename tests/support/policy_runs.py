@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from copd_megatron.config.schema import LossConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from copd_megatron.config.schema import (
+    Divergence,
+    LossConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from copd_megatron.records import TrainRow
 from tests.support.actors import make_actor
 from tests.support.models import reference_logprobs
@@ -24,6 +30,7 @@ TEMPERATURE = 0.8
 LOSS = LossConfig(entropy_coefficient=0.1, kl_coefficient=0.2)
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, adam_eps=1e-3, clip_grad=0.5)
 NUM_STEPS = 2
+TOP_K = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,11 @@ class Outcome:
     """What one rank reports."""
 
     scores: list[Any]
+    answers: list[dict[str, np.ndarray]]
+    """What is said by token of likeliest ids and of ids asked about, at another temperature."""
+    distilled: tuple[Any, dict[str, float]]
+    """Statistics and outcome of an update with two distribution losses beside the surrogate, left out by its
+    gradient bound."""
     snapshot_scores: list[Any]
     """With the initial weights, after training."""
     snapshot_version: int
@@ -63,6 +75,8 @@ def exercise(
         temperature=TEMPERATURE,
     )
     scores = actor.log_probs(texts, states)
+    answers = _answers(actor, texts)
+    distilled = _distilled(actor, rows)
     initial = actor.snapshot()
     steps = []
     for _ in range(NUM_STEPS):
@@ -88,6 +102,8 @@ def exercise(
     return Outcome(
         skips=_skips(actor, rows),
         scores=[_plain(score) for score in scores],
+        answers=answers,
+        distilled=distilled,
         snapshot_scores=[_plain(score) for score in back],
         snapshot_version=version,
         steps=steps,
@@ -95,6 +111,67 @@ def exercise(
         stale_error=stale,
         largest_micro_batch=max(sizes),
     )
+
+
+def _answers(actor: Any, texts: list[Text]) -> list[dict[str, np.ndarray]]:
+    scores = actor.log_probs(texts, top_k=TOP_K, support=support_ids(texts), temperature=0.7)
+    return [{"ids": s.top.ids, "logprobs": s.top.logprobs, "support": s.support_logprobs} for s in scores]
+
+
+def support_ids(texts: Sequence[Text]) -> list[np.ndarray]:
+    """[R, 3] ids of the whole vocabulary, some places empty."""
+    rng = np.random.default_rng(8)
+    ids = []
+    for text in texts:
+        mine = np.argsort(rng.random((text.response_length, VOCAB)))[:, :3].astype(np.int32)
+        mine[rng.random(mine.shape) < 0.2] = -1
+        ids.append(mine)
+    return ids
+
+
+def _distilled(actor: Any, rows: list[TrainRow]) -> tuple[Any, dict[str, float]]:
+    """One update over rows of three components, two of which compare distributions."""
+    from copd_megatron.objectives.base import ByComponent
+    from copd_megatron.objectives.distribution import DistributionLoss
+    from copd_megatron.objectives.divergence import Measure
+    from copd_megatron.objectives.surrogate import ClippedSurrogate
+
+    losses = {
+        "native": ClippedSurrogate(LOSS, 64),
+        "cross:topk": DistributionLoss(Measure(kind=Divergence.jsd), 0.7, LOSS, 64),
+        "cross:full": DistributionLoss(Measure(kind=Divergence.reverse_kl), 1.3, LOSS, 64),
+    }
+    actor.training = dataclasses.replace(actor.training, max_grad_norm=1e-9)
+    statistics = actor.forward_backward(_with_targets(rows), ByComponent(losses))
+    stepped = actor.optimizer_step()
+    actor.training = dataclasses.replace(actor.training, max_grad_norm=None)
+    # the step that was left out took its place in the learning-rate schedule, which here is constant
+    return _plain(statistics), stepped
+
+
+def _with_targets(rows: Sequence[TrainRow]) -> list[TrainRow]:
+    """The rows, two thirds of them with random teachers: over 4 ids, and over the vocabulary."""
+    rng = np.random.default_rng(9)
+    changed = []
+    for i, row in enumerate(rows):
+        logits = rng.normal(size=(row.response_length, VOCAB))
+        teacher = (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float32)
+        ids = np.argsort(rng.random(teacher.shape))[:, :4].astype(np.int32)
+        if i % 3 == 0:
+            changed.append(
+                dataclasses.replace(
+                    row,
+                    component="cross:topk",
+                    support_ids=ids,
+                    target_logprobs=np.take_along_axis(teacher, ids, axis=1),
+                    forward_weight=(np.arange(row.response_length) % 2).astype(np.float32),
+                )
+            )
+        elif i % 3 == 1:
+            changed.append(dataclasses.replace(row, component="cross:full", target_logprobs=teacher))
+        else:
+            changed.append(dataclasses.replace(row, component="native"))
+    return changed
 
 
 def _skips(actor: Any, rows: list[TrainRow]) -> SimpleNamespace:

@@ -86,7 +86,7 @@ class FeedbackConfig:
 
     correct_reward: float = 1.0
     """A response counts as correct from this reward on."""
-    gate_pass_rate: Share = 0.5
+    gate_pass_rate: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.5
     """The peer gives feedback on a prompt only if it passes at least this share of its own attempts."""
     gate_samples: PositiveInt = 4
     """Attempts of the peer at a prompt. They decide whether it may give feedback."""
