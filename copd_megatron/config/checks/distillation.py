@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 from copd_megatron.config.graph import Graph, build_graph
-from copd_megatron.config.schema import Config, Topology
+from copd_megatron.config.schema import Config, Gate, Margin, Privilege, Topology
 from copd_megatron.errors import ConfigError
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.plugins import OBJECTIVES, RECIPES
@@ -29,6 +29,10 @@ def problems(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
         return
     yield from _edges_exist(config, graph)
     yield from _temperatures(config, graph)
+    yield from _objectives_fit(config, graph)
+    yield from _verdicts(config, graph)
+    yield from _peers_sample(config, graph)
+    yield from _ids(config, graph, shapes)
 
 
 def _schedule(config: Config) -> Iterator[str]:
@@ -37,10 +41,12 @@ def _schedule(config: Config) -> Iterator[str]:
         yield "schedule: rlvr_steps and opd_steps are both 0, there is nothing to train; raise one"
     if all(branch.frozen for branch in config.branches.values()):
         yield "branches: every branch is frozen, there is nothing to train; set frozen: false for one"
-    if schedule.opd_steps > 0 and len(config.branches) < 2:
+    teaches_itself = any(edge.student == edge.teacher for edge in config.opd.edges)
+    if schedule.opd_steps > 0 and len(config.branches) < 2 and not teaches_itself:
         yield (
             f"schedule.opd_steps: {schedule.opd_steps} with {len(config.branches)} branch: distillation "
-            f"needs a teacher; add a branch or set schedule.opd_steps=0"
+            f"needs a teacher; add a branch, let it teach itself (opd.topology=custom, an edge with a context) "
+            f"or set schedule.opd_steps=0"
         )
     if config.native.weight == 0 and schedule.rlvr_steps > 0:
         yield (
@@ -94,6 +100,87 @@ def _edges_exist(config: Config, graph: Graph) -> Iterator[str]:
             f"schedule.opd_steps: {steps} with opd.topology {config.opd.topology.value}, which makes no edge "
             f"here, would distil nothing; set schedule.opd_steps=0 (its steps can go into rlvr_steps), or "
             f"choose another topology"
+        )
+
+
+_OF_EDGES = ("sampled_token", "topk", "full")
+_DISTRIBUTIONS = ("topk", "full")
+"""Objectives that compare whole distributions."""
+
+
+def _objectives_fit(config: Config, graph: Graph) -> Iterator[str]:
+    """Objectives stand where they belong, and what is set has an effect on them."""
+    opd = config.opd
+    if config.native.objective in _OF_EDGES:
+        yield (
+            f"native.objective: {config.native.objective!r} needs a teacher, which a branch's own rows do not "
+            f"have; use native.objective=grpo, and this one as opd.objective"
+        )
+    for edge in graph.edges:
+        if edge.objective == "grpo":
+            yield (
+                f"edge {edge.name}: objective 'grpo' learns from rewards and asks its teacher nothing; use "
+                f"{', '.join(_OF_EDGES)} or one of your own"
+            )
+    distributions = [edge.name for edge in graph.edges if edge.objective in _DISTRIBUTIONS and edge.weight]
+    if not distributions:
+        return
+    scalars = {
+        "opd.calibration.margin=shift": opd.calibration.margin is Margin.shift,
+        f"opd.extrapolation={opd.extrapolation:g}": opd.extrapolation != 1,
+        f"opd.outcome_weight={opd.outcome_weight:g}": opd.outcome_weight != 0,
+        f"opd.delta_clip={opd.delta_clip}": opd.delta_clip is not None,
+    }
+    for setting, is_on in scalars.items():
+        if is_on:
+            yield (
+                f"{setting} changes the advantages of sampled tokens, and {', '.join(distributions)} compare "
+                f"distributions, which have none; use objective sampled_token there, or switch it off"
+            )
+
+
+def _verdicts(config: Config, graph: Graph) -> Iterator[str]:
+    """What reads the rewards of cross responses needs them graded."""
+    opd = config.opd
+    readers = {
+        "opd.calibration": opd.calibration.needs_verdicts,
+        "opd.outcome_weight": opd.outcome_weight != 0,
+        "opd.gate": opd.gate.scope is not Gate.none,
+        "opd.edges[].context": any(edge.context is not Privilege.none for edge in graph.edges),
+    }
+    needed = [name for name, reads in readers.items() if reads]
+    if needed and not opd.grade_responses:
+        yield (
+            f"opd.grade_responses: false, but {', '.join(needed)} depends on the responses' rewards; set "
+            f"opd.grade_responses=true, or switch {'it' if len(needed) == 1 else 'them'} off"
+        )
+
+
+def _peers_sample(config: Config, graph: Graph) -> Iterator[str]:
+    """Branches that are asked to write must be able to sample; frozen ones only score."""
+    for edge in graph.edges:
+        if edge.peer is not None and config.branches[edge.peer].frozen:
+            yield (
+                f"edge {edge.name}: its peer {edge.peer!r} is frozen and cannot write feedback; set "
+                f"branches.{edge.peer}.frozen=false, or peer: null"
+            )
+        gated = config.opd.gate.scope is not Gate.none and not edge.is_self
+        if gated and config.branches[edge.teacher].frozen:
+            yield (
+                f"opd.gate.scope: {config.opd.gate.scope.value}, but teacher {edge.teacher!r} is frozen and "
+                f"cannot answer the prompts it would teach on; set opd.gate.scope=none"
+            )
+
+
+def _ids(config: Config, graph: Graph, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
+    """As many likeliest ids as there are."""
+    smallest = min((shape.vocab_size for shape in shapes.values()), default=None)
+    asked = config.opd.distribution.top_k
+    uses = any(edge.objective == "topk" for edge in graph.edges)
+    if smallest is not None and uses and asked > smallest:
+        yield (
+            f"opd.distribution.top_k: {asked} is more than the {smallest} tokens of the vocabulary; lower it, or "
+            f"use opd.objective=full"
         )
 
 
