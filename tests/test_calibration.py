@@ -1,4 +1,4 @@
-"""Uni-OPD's calibration by hand and against its definitions; the reliability gate; the balance of components."""
+"""Uni-OPD's calibration by hand and by its definitions, the reliability gate, the balance of components."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_a_batchs_margin_mixes_its_groups() -> None:
 
 
 def test_a_mask_drops_whoever_helps_most_until_the_order_is_right() -> None:
-    """Without response 0 (return -1): 0 - 0.8 = -0.8; without 2 (return 1): -0.5 - 0.6 = -1.1. So 0 goes, then
-    2 (0 - 0.6 = -0.6), then both classes are at their floor of one."""
+    """Without response 0 (return -1): 0 - 0.8 = -0.8; without 2 (return 1): -0.5 - 0.6 = -1.1. So 0 goes,
+    then 2 (0 - 0.6 = -0.6), then both classes are at their floor of one."""
     found = _calibrate(*WRONG_ORDER, margin=Margin.mask, margin_target=0.0)
     assert [bool(mask.all()) for mask in found.masks] == [False, True, False, True]
     np.testing.assert_allclose(found.margins_after, [-0.6])

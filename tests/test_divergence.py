@@ -166,7 +166,7 @@ def test_the_sampled_token_has_the_reverse_kls_gradient_in_expectation(surrogate
 
 
 def test_a_divergence_summed_to_an_advantage_teaches_nothing() -> None:
-    """Why the divergence is a loss: as one number per state it is a baseline, whose expected gradient is 0."""
+    """One number per state is a baseline, whose expected gradient is 0: the divergence must be a loss."""
     logits = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     teacher = _random_logprobs(7, seed=2)
     mine = logits.clone().requires_grad_()

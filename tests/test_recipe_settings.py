@@ -27,7 +27,7 @@ def _problem(*settings: str) -> str:
     [
         (
             ["opd.topology=custom", "opd.edges=[{student: addition, teacher: addition}]"],
-            "learns nothing (delta is 0); name another teacher, or let it read more as a teacher, with context",
+            "learns nothing (delta is 0); name another teacher, or let it read more as a teacher",
         ),
         (
             ["opd.edges=[{student: addition, teacher: running_sums, peer: running_sums}]"],

@@ -28,9 +28,9 @@ def edge_count(topology: Topology, num_branches: int) -> int:
 
 
 def answer_bytes(ask: Ask, support_k: int, vocab_size: int) -> int:
-    """Bytes that come back about each response token: 4 for the sampled token's log-probability, 8 for each of
-    the teacher's k likeliest ids, 4 for each id asked about, 4 for the entropy; all of the vocabulary where
-    the whole distribution is asked (and 4 more for the position, which is sent)."""
+    """Bytes that come back about each response token: 4 for the sampled token's log-probability, 8 for each
+    of the teacher's k likeliest ids, 4 for each id asked about, 4 for the entropy; all of the vocabulary
+    where the whole distribution is asked (and 4 more for the position, which is sent)."""
     values = ask.tokens + 2 * ask.top_k + support_k + ask.entropy
     return LOGPROB_BYTES * (values + (vocab_size + 1 if ask.everywhere else 0))
 

@@ -45,8 +45,8 @@ def _schedule(config: Config) -> Iterator[str]:
     if schedule.opd_steps > 0 and len(config.branches) < 2 and not teaches_itself:
         yield (
             f"schedule.opd_steps: {schedule.opd_steps} with {len(config.branches)} branch: distillation "
-            f"needs a teacher; add a branch, let it teach itself (opd.topology=custom, an edge with a context) "
-            f"or set schedule.opd_steps=0"
+            f"needs a teacher; add a branch, let it teach itself (opd.topology=custom, an edge with a "
+            f"context) or set schedule.opd_steps=0"
         )
     if config.native.weight == 0 and schedule.rlvr_steps > 0:
         yield (
@@ -113,8 +113,8 @@ def _objectives_fit(config: Config, graph: Graph) -> Iterator[str]:
     opd = config.opd
     if config.native.objective in _OF_EDGES:
         yield (
-            f"native.objective: {config.native.objective!r} needs a teacher, which a branch's own rows do not "
-            f"have; use native.objective=grpo, and this one as opd.objective"
+            f"native.objective: {config.native.objective!r} needs a teacher, which a branch's own rows do "
+            f"not have; use native.objective=grpo, and this one as opd.objective"
         )
     for edge in graph.edges:
         if edge.objective == "grpo":
@@ -179,8 +179,8 @@ def _ids(config: Config, graph: Graph, shapes: Mapping[str, ModelShape]) -> Iter
     uses = any(edge.objective == "topk" for edge in graph.edges)
     if smallest is not None and uses and asked > smallest:
         yield (
-            f"opd.distribution.top_k: {asked} is more than the {smallest} tokens of the vocabulary; lower it, or "
-            f"use opd.objective=full"
+            f"opd.distribution.top_k: {asked} is more than the {smallest} tokens of the vocabulary; lower it "
+            f"or use opd.objective=full"
         )
 
 
