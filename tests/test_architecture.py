@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": {"config", "errors", "model"},
     # what a branch is made of
     "data": {"config", "errors", "model", "records", "rewards"},
+    "samples": {"config", "data", "errors", "records"},
     "opd": {"config", "errors", "records", "topology"},
     "policy": {"config", "errors", "hf", "model", "objectives", "records", "topology"},
     "rollout": {"config", "data", "errors", "records", "topology"},
@@ -57,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "plugins",
         *("checkpoint", "config", "data", "errors", "evaluation", "hf", "launch", "merge", "metrics"),
         *("model", "objectives", "opd", "policy", "records", "report", "rewards", "rollout", "topology"),
-        *("weight_sync",),
+        *("samples", "weight_sync"),
     },
 }
 """Room to the other rooms it builds on. A room not named here (the loop, the command line) may use all, and

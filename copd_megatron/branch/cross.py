@@ -121,6 +121,7 @@ def _rows(
     """An edge's training rows."""
     objective = me.objectives[edge.component]
     theirs = [answer.logprobs for answer in answers] if objective.asks.tokens else None
+    me.samples.note(edge.component, rollouts, edge=edge.name, student=own, teacher=theirs)
     rows = objective.rows(
         Material(rollouts=rollouts, component=edge.component, old_logprobs=own, teacher_logprobs=theirs)
     )

@@ -45,6 +45,7 @@ MODULES: Final = {
     "eval": "copd_megatron.cli.eval",
     "merge": "copd_megatron.cli.merge",
     "report": "copd_megatron.cli.report",
+    "samples": "copd_megatron.cli.samples",
     "logs": "copd_megatron.cli.logs",
     "timeline": "copd_megatron.cli.timeline",
     "data": "copd_megatron.cli.data",

@@ -67,6 +67,7 @@ from copd_megatron.config.schema.watching import (
     LoggingConfig,
     ProfilingConfig,
     PrometheusConfig,
+    SamplesConfig,
     WandbConfig,
 )
 
@@ -155,6 +156,7 @@ __all__ = [
     "RolloutConfig",
     "RolloutQuantization",
     "RunConfig",
+    "SamplesConfig",
     "ScheduleConfig",
     "TeacherMode",
     "Topology",
