@@ -51,6 +51,7 @@ MODULES: Final = {
     "data": "copd_megatron.cli.data",
     "checkpoint": "copd_megatron.cli.checkpoint",
     "tiny-base": "copd_megatron.cli.tiny_base",
+    "config": "copd_megatron.cli.config",
     "doctor": "copd_megatron.cli.doctor",
     "completion": "copd_megatron.cli.completion",
 }
