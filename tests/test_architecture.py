@@ -39,11 +39,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": {"config", "data", "errors", "records", "topology"},
     "weight_sync": {"config", "errors", "hf", "model", "policy", "rollout"},
     "checkpoint": {"config", "errors", "policy", "topology"},
-    "evaluation": {
-        *("config", "data", "errors", "hf", "model", "policy", "records", "rewards", "rollout", "topology"),
-    },
     # weights outside a job, and what is told of a run
     "formats": {"checkpoint", "hf", "model"},
+    "evaluation": {
+        *("config", "data", "errors", "formats", "hf", "metrics", "model", "policy", "records", "rewards"),
+        *("rollout", "topology"),
+    },
     "merge": {"checkpoint", "config", "errors", "formats", "hf", "model"},
     "report": {"config", "errors", "evaluation", "formats", "hf", "merge", "metrics"},
     "tiny": {"config", "data", "errors", "policy", "rewards"},

@@ -66,9 +66,7 @@ def test_majority_at_k_against_enumeration() -> None:
 def test_majority_of_many_draws_subsets_by_seed() -> None:
     answers = ["a"] * 20 + ["b"] * 12
     rewards = [1.0] * 20 + [0.0] * 12
-    exact = sum(
-        math.comb(20, a) * math.comb(12, 9 - a) / math.comb(32, 9) * (a > 9 - a) for a in range(10)
-    )
+    exact = sum(math.comb(20, a) * math.comb(12, 9 - a) / math.comb(32, 9) * (a > 9 - a) for a in range(10))
     assert majority_at_k(answers, rewards, 9) == pytest.approx(exact, abs=0.03)
     assert majority_at_k(answers, rewards, 9) == majority_at_k(answers, rewards, 9)
 
