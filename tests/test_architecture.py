@@ -46,7 +46,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("rollout", "topology"),
     },
     "merge": {"checkpoint", "config", "errors", "formats", "hf", "model"},
-    "report": {"config", "errors", "evaluation", "formats", "hf", "merge", "metrics"},
+    "report": {
+        *("config", "data", "errors", "evaluation", "formats", "hf", "launch", "merge", "metrics"),
+        "samples",
+    },
     "tiny": {"config", "data", "errors", "policy", "rewards"},
     # before the ranks start
     "launch": {
