@@ -62,7 +62,7 @@ def record_start(config: Config, folder: Path, arguments: Sequence[str] | None =
     save_resolved(config, path)
 
 
-def forgetread_starts(folder: Path) -> None:
+def forget_starts(folder: Path) -> None:
     """Deletes what ``record_start`` wrote: another run begins in the directory."""
     names = {str(start.get("settings")) for start in read_starts(folder)}
     for path in [folder / STARTS, *folder.glob("config.*.yaml")]:

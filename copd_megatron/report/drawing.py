@@ -6,14 +6,30 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, Final
 
-from copd_megatron.evaluation.table import MEAN_COLUMN
+from copd_megatron.config.domains import MEAN_COLUMN
 from copd_megatron.report.panels import Curve, Panel, PhaseSpan, smoothed
 from copd_megatron.report.scores import ScoreTable
 
-PALETTE = ("#3b82c4", "#e0783a", "#3c9e62", "#b5589f", "#8371cf", "#a5902a", "#3aa3a8", "#c4515f", "#7d8a96")
+PALETTE: Final = (
+    "#3b82c4",
+    "#e0783a",
+    "#3c9e62",
+    "#b5589f",
+    "#8371cf",
+    "#a5902a",
+    "#3aa3a8",
+    "#c4515f",
+    "#5f8f2e",
+)
 _INK, _GRID, _SHADE = "#010203", "#040506", "#070809"
+_FIXED: Final = {"base": "#8a939b", "merged": _INK}
+_LEGEND_CHARACTERS = 62
+"""Characters that fit into one line of a legend, marks and gaps aside."""
+_GAP = 3
+"""A line breaks where values are missing for more than so many times their usual distance."""
 """Stand for the page's colours while matplotlib draws."""
 _THEME = {_INK: "currentColor", _GRID: "var(--grid)", _SHADE: "var(--shade)"}
 _SIZE = re.compile(r'(<svg\b[^>]*?) width="[^"]*"', re.DOTALL)
@@ -93,26 +109,39 @@ def draw_scores(table: ScoreTable, colors: dict[str, str]) -> str:
 
 def color_of(label: str, colors: dict[str, str]) -> str:
     """The label's colour, which it keeps on the whole page."""
+    if label in _FIXED:
+        return _FIXED[label]
     return colors.setdefault(label, PALETTE[len(colors) % len(PALETTE)])
 
 
 def _lines(axes: Any, panel: Panel, colors: dict[str, str]) -> None:
     for curve in panel.curves:
         color = color_of(curve.label, colors)
-        places, values = _known(curve.steps, curve.values)
+        places, values = _known(curve)
         marker = "o" if len(places) <= 30 else ""
         smooth = smoothed(values)
         if smooth != tuple(values):
             axes.plot(places, values, color=color, lw=0.7, alpha=0.35)
         axes.plot(places, smooth, color=color, lw=1.6, marker=marker, ms=3, label=curve.label)
         if curve.low is not None and curve.high is not None:
-            axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.18, lw=0)
+            low, high = (_known(curve, edge)[1] for edge in (curve.low, curve.high))
+            axes.fill_between(places, low, high, color=color, alpha=0.18, lw=0)
 
 
-def _known(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Points that exist; a line connects them over steps without a value."""
-    pairs = [(step, value) for step, value in zip(steps, values, strict=True) if not math.isnan(value)]
-    return [step for step, _ in pairs], [value for _, value in pairs]
+def _known(curve: Curve, edge: Sequence[float] | None = None) -> tuple[list[float], list[float]]:
+    """Points that exist, of the curve or of an edge of its band. A line connects them over steps without a
+    value, but not over a whole phase without any: there a NaN stands between them."""
+    there = [i for i, value in enumerate(curve.values) if not math.isnan(value)]
+    steps = [curve.steps[i] for i in there]
+    usual = min((b - a for a, b in pairwise(steps)), default=1)
+    places, values = list[float](), list[float]()
+    for i in there:
+        if places and curve.steps[i] - places[-1] > _GAP * usual:
+            places.append((places[-1] + curve.steps[i]) / 2)
+            values.append(math.nan)
+        places.append(curve.steps[i])
+        values.append((curve.values if edge is None else edge)[i])
+    return places, values
 
 
 def _stack(axes: Any, panel: Panel, colors: dict[str, str]) -> None:
@@ -153,8 +182,9 @@ def _svg(paint: Any, size: tuple[float, float], name: str) -> str:
         axes.patch.set_alpha(0)
         axes.set_axisbelow(True)
         paint(axes)
-        if axes.get_legend_handles_labels()[1]:
-            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        if labels := axes.get_legend_handles_labels()[1]:
+            columns = max(1, min(4, _LEGEND_CHARACTERS // (max(map(len, labels)) + 4)))
+            figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

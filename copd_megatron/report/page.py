@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from copd_megatron.config import load_config
+from copd_megatron.config.domains import MEAN_COLUMN
 from copd_megatron.errors import ConfigError
 from copd_megatron.evaluation.statistics import Estimate
-from copd_megatron.evaluation.table import MEAN_COLUMN
 from copd_megatron.launch.provenance import read_starts
 from copd_megatron.report.drawing import draw_panel, draw_scores
 from copd_megatron.report.history import RunHistory, read_run

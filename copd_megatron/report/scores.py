@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from copd_megatron.config.domains import MEAN_COLUMN
 from copd_megatron.evaluation.statistics import Estimate, wilson
-from copd_megatron.evaluation.table import MEAN_COLUMN
 from copd_megatron.report.history import RunHistory
 
 _T95 = (

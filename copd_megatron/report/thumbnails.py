@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from copd_megatron.config import Config
+from copd_megatron.config.domains import all_domains
 from copd_megatron.config.schema import MediaConfig
 from copd_megatron.data.decode.image import decode_image
 from copd_megatron.data.decode.limits import PixelArray
@@ -30,9 +31,9 @@ class Thumbnails:
 
     def __init__(self, config: Config) -> None:
         self._paths: dict[tuple[str, str], Path] = {}
-        for domain, branch in config.branches.items():
-            for part, patterns in (("train", branch.data.train), ("validation", branch.data.validation)):
-                self._paths |= {(f"{domain}/{part}", p.stem): p for p in _local(patterns)}
+        for domain in all_domains(config):
+            for part, patterns in (("train", domain.train), ("validation", domain.validation)):
+                self._paths |= {(f"{domain.name}/{part}", p.stem): p for p in _local(patterns)}
         self._known: dict[str, str | None] = {}
 
     def uri(self, medium: Mapping[str, str]) -> str | None:
