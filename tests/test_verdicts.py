@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from copd_megatron.errors import ConfigError, DataError
+from copd_megatron.errors import DataError
 from copd_megatron.evaluation.show import to_json, to_markdown, to_text
 from copd_megatron.evaluation.summary import POOLED, figures_of, summarise
 from copd_megatron.evaluation.verdicts import PromptVerdicts, VerdictFile, verdicts_of
@@ -51,31 +51,31 @@ def test_verdicts_of_responses() -> None:
 
 
 def test_a_file_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    file = VerdictFile(tmp_path / "merged")
+    file = VerdictFile(tmp_path, "merged", {"seed": 1})
     assert file.read() == []
-    file.begin({"seed": 1}, anew=False)
+    file.begin(anew=False)
     file.append([verdicts(1, [1.0]), verdicts(2, [0.0, None], level=3)])
-    with (tmp_path / "merged/verdicts.jsonl").open("a") as stream:
+    with (file.folder / "verdicts.jsonl").open("a") as stream:
         stream.write('{"domain": "te')
-    again = VerdictFile(tmp_path / "merged")
+    again = VerdictFile(tmp_path, "merged", {"seed": 1})
     assert [v.prompt for v in again.read()] == ["s-000000/1", "s-000000/2"]
-    again.check({"seed": 1})
-    again.begin({"seed": 1}, anew=False)
+    again.begin(anew=False)
     again.append([verdicts(3, [1.0])])
     assert again.read() == [verdicts(1, [1.0]), verdicts(2, [0.0, None], level=3), verdicts(3, [1.0])]
-    again.begin({"seed": 1}, anew=True)
+    again.begin(anew=True)
     assert again.read() == []
-
-
-def test_other_settings_are_refused(tmp_path: Path) -> None:
-    file = VerdictFile(tmp_path)
-    file.check({"seed": 1})
-    file.begin({"seed": 1, "temperature": 0.0}, anew=False)
-    with pytest.raises(ConfigError, match="another seed, temperature; add --overwrite"):
-        file.check({"seed": 2, "temperature": 1.0})
-    (tmp_path / "verdicts.jsonl").write_text("{}\n")
+    (again.folder / "verdicts.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="not verdicts"):
-        file.read()
+        again.read()
+
+
+def test_other_settings_have_another_file(tmp_path: Path) -> None:
+    first = VerdictFile(tmp_path, "merged", {"seed": 1, "model": "a"})
+    first.begin(anew=False)
+    first.append([verdicts(1, [1.0])])
+    assert VerdictFile(tmp_path, "merged", {"seed": 1, "model": "b"}).read() == []
+    assert VerdictFile(tmp_path, "merged", {"model": "a", "seed": 1}).read() == [verdicts(1, [1.0])]
+    assert json.loads((first.folder / "settings.json").read_text()) == {"seed": 1, "model": "a"}
 
 
 # --- the summary -------------------------------------------------------------------------------------------

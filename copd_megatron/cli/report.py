@@ -20,7 +20,14 @@ EXAMPLES = """
 @click.command("report", cls=Command, examples=EXAMPLES)
 @click.argument("run_dirs", nargs=-1, required=True, type=PATH, metavar="RUN_DIR...")
 @click.option("--out", type=PATH, help="The page; default: RUN_DIR/report.html, of the first run.")
-@click.option("--samples", "num_samples", type=click.IntRange(min=0), default=24, show_default=True)
+@click.option(
+    "--samples",
+    "num_samples",
+    type=click.IntRange(min=0),
+    default=24,
+    show_default=True,
+    help="Responses on the page.",
+)
 @click.option("--distances", is_flag=True, help="Also how far each branch moved; reads all exported models.")
 @click.option("--follow", type=COUNT, metavar="SECONDS", help="Write the page again so often, until Ctrl-C.")
 def command(

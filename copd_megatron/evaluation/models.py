@@ -89,15 +89,10 @@ def evaluate_models(
         anew: forget verdicts that are there.
 
     Raises:
-        ConfigError: ``out`` holds verdicts of another model or other settings.
         DataError: no branch has validation data, or a shard cannot be used.
         OSError: verdicts cannot be written.
     """
-    files = {model.label: VerdictFile(out / model.label) for model in models}
-    settings = {model.label: _settings(config, model) for model in models}
-    if not anew:
-        for label, file in files.items():
-            file.check(settings[label])
+    files = {model.label: VerdictFile(out, model.label, _settings(config, model)) for model in models}
     sources = PromptSources(config, models[0].companions, models[0].shape)
     with contextlib.ExitStack() as stack:
         if sources.media is not None:
@@ -110,8 +105,8 @@ def evaluate_models(
             if domain.name in validation
         }
         if first:
-            for label, file in files.items():
-                file.begin(settings[label], anew=anew)
+            for file in files.values():
+                file.begin(anew=anew)
         done = _agreed({label: [(v.domain, v.prompt) for v in f.read()] for label, f in files.items()}, first)
         if all(len(set(done[label])) >= sum(map(len, validation.values())) for label in files):
             return {label: _ordered(file.read(), validation) for label, file in files.items()}

@@ -1,18 +1,19 @@
 """Verdicts of an evaluation, prompt by prompt, in a file that grows as they come.
 
-One folder per model: ``settings.json`` says what was measured and how, ``verdicts.jsonl`` has a line for each
-prompt. An evaluation that is started again goes on where the file ends.
+One folder for each model and way of measuring it: ``settings.json`` says which, ``verdicts.jsonl`` has a line
+for each prompt. An evaluation that is started again goes on where the file ends.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from copd_megatron.errors import ConfigError, DataError
+from copd_megatron.errors import DataError
 from copd_megatron.metrics.writers import append_whole, drop_torn_line
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards.final_answer import final_answer
@@ -59,28 +60,20 @@ def verdicts_of(prompt: Prompt, rollouts: Sequence[Rollout]) -> PromptVerdicts:
 class VerdictFile:
     """The verdicts of one model. One process writes; reading changes nothing."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._path, self._settings = folder / "verdicts.jsonl", folder / "settings.json"
-
-    def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuses to go on with another model, or other settings, than what is there was measured with.
-
-        Raises:
-            ConfigError: names what differs, and the remedy.
+    def __init__(self, out: Path, label: str, settings: Mapping[str, Any]) -> None:
         """
-        if not self._settings.is_file():
-            return
-        there = json.loads(self._settings.read_text(encoding="utf-8"))
-        wanted = json.loads(json.dumps(settings))
-        different = sorted(k for k in there.keys() | wanted.keys() if there.get(k) != wanted.get(k))
-        if different:
-            raise ConfigError(
-                f"{self.folder} holds an evaluation with another {', '.join(different)}; add --overwrite to "
-                "measure anew, or choose another --out"
-            )
+        Args:
+            out: folder of several models' verdicts.
+            label: what the model is called.
+            settings: all that the verdicts depend on, the model's content included. Other settings have
+                another folder, so that verdicts of two kinds never mix.
+        """
+        self._text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        digest = hashlib.blake2b(self._text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+        self.folder = out / f"{label}-{digest}"
+        self._path = self.folder / "verdicts.jsonl"
 
-    def begin(self, settings: Mapping[str, Any], *, anew: bool) -> None:
+    def begin(self, *, anew: bool) -> None:
         """Makes the folder ready to be appended to; ``anew`` forgets what is there.
 
         Raises:
@@ -89,7 +82,7 @@ class VerdictFile:
         self.folder.mkdir(parents=True, exist_ok=True)
         if anew:
             self._path.unlink(missing_ok=True)
-        self._settings.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (self.folder / "settings.json").write_text(self._text, encoding="utf-8", errors="surrogatepass")
         self._path.touch()
         drop_torn_line(self._path)
 
