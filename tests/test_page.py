@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from copd_megatron.cli.main import main
+from copd_megatron.config import load_config
 from copd_megatron.evaluation.table import save_table
-from copd_megatron.metrics.environment import note_environment, read_environment
+from copd_megatron.launch.provenance import record_start
 from copd_megatron.report.drawing import draw_panel
 from copd_megatron.report.history import read_run
 from copd_megatron.report.page import PageOptions, shade_of, shown_sample, write_page
@@ -51,14 +52,15 @@ def full_run(folder: Path, *, shift: float = 0.0) -> Path:
         "merged": {"text": 0.875 + shift, "image": 0.75},
     }
     save_table(folder, rows, ["text", "image"], num_prompts={"text": 40, "image": 8})
-    (folder / "config.yaml").write_text("run: {name: x}\nmodel: {path: base}\n")
+    given = folder.with_suffix(".yaml")
+    given.write_text("run: {name: x}\nmodel: {path: base}\n")
+    record_start(load_config(given), folder, ["train", "my.yaml"])
     samples = [
         make(prompt=HOSTILE, response=HOSTILE, lengths=[len(HOSTILE)], gold="<b>3</b>"),
         make(reward=1.0, response="yes!", lengths=[3, 1], student=[-1.0, -2.0], teacher=[-0.1, -4.0]),
         dataclasses.replace(make(teacher=None, edge=None, metadata={"a": 1}), step=2),
     ]
     write_samples(folder / "samples/text", "train", 1, samples)
-    note_environment(folder, device="cpu")
     return folder
 
 
@@ -220,14 +222,6 @@ def test_the_command_writes_page_and_picture(tmp_path: Path, capsys: pytest.Capt
     assert main(["report", str(a), str(b), "--out", str(tmp_path / "both.html")]) == 0
     assert (tmp_path / "both.html").is_file() and not (b / "report.png").exists()
     assert main(["report", str(a), str(tmp_path / "nowhere")]) == 2
-
-
-def test_starts_are_noted(tmp_path: Path) -> None:
-    assert read_environment(tmp_path) == []
-    note_environment(tmp_path, device="cpu", ranks=2)
-    note_environment(tmp_path, device="cpu", ranks=4)
-    first, second = read_environment(tmp_path)
-    assert (first["ranks"], second["ranks"]) == (2, 4) and first["python"] and first["torch"]
 
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
