@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import MISSING, dataclass
 from typing import Any
 
@@ -77,6 +77,7 @@ def shown_value(value: Any) -> str:
 def markdown() -> str:
     """The reference page: a heading for each section, a table of its settings."""
     everything = list(describe_settings())
+    parents = {_parent(setting.key) for setting in everything}
     lines = [
         "# Settings",
         "",
@@ -85,7 +86,7 @@ def markdown() -> str:
         "`copd config --markdown`; a test compares the two.",
     ]
     for section in [None, *(s for s in everything if s.is_section)]:
-        inside = "" if section is None else _inside(section.key)
+        inside = "" if section is None else _inside(section.key, parents)
         settings = [s for s in everything if not s.is_section and _parent(s.key) == inside]
         if not settings:
             continue
@@ -128,10 +129,9 @@ def _general(key: str) -> str:
     return _PLACE.sub("[0]", key)
 
 
-def _inside(key: str) -> str:
-    """The prefix of the settings in a section."""
-    below = {"branches": f"branches.{NAME}", "opd.edges": "opd.edges[0]"}
-    return below.get(key, key)
+def _inside(key: str, parents: Container[str]) -> str:
+    """The prefix of the settings in a section, which may be a mapping or a list of such sections."""
+    return next((key + each for each in (f".{NAME}", "[0]") if key + each in parents), key)
 
 
 def _parent(key: str) -> str:
