@@ -51,7 +51,7 @@ def script_of(task: Task, *, project: Path, workdir: Path, out: Path, requiremen
         folders = " ".join(map(shlex.quote, task.evaluates))
         command = (
             f"mkdir -p {quoted['out']}/{quoted['name']}\n"
-            f'for model in {folders}; do echo "# $model"; copd eval "$config" "$model"; done |\n'
+            f'copd eval "$config" {folders} --out {quoted["out"]}/{quoted["name"]} |\n'
             f"    tee {quoted['out']}/{quoted['name']}/evaluation.txt"
         )
     elif task.merge is not None:

@@ -33,18 +33,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": {"config", "errors", "model", "records"},
     # what a branch is made of
     "data": {"config", "errors", "model", "records", "rewards"},
+    "samples": {"config", "data", "errors", "records"},
     "opd": {"config", "errors", "records", "topology"},
     "policy": {"config", "errors", "hf", "model", "objectives", "records", "topology"},
     "rollout": {"config", "data", "errors", "records", "topology"},
     "weight_sync": {"config", "errors", "hf", "model", "policy", "rollout"},
     "checkpoint": {"config", "errors", "policy", "topology"},
-    "evaluation": {
-        *("config", "data", "errors", "hf", "model", "policy", "records", "rewards", "rollout", "topology"),
-    },
     # weights outside a job, and what is told of a run
     "formats": {"checkpoint", "hf", "model"},
+    "evaluation": {
+        *("config", "data", "errors", "formats", "hf", "metrics", "model", "policy", "records", "rewards"),
+        *("rollout", "topology"),
+    },
     "merge": {"checkpoint", "config", "errors", "formats", "hf", "model"},
-    "report": {"config", "errors", "evaluation", "formats", "hf", "merge", "metrics"},
+    "report": {
+        *("config", "data", "errors", "evaluation", "formats", "hf", "launch", "merge", "metrics"),
+        "samples",
+    },
     "tiny": {"config", "data", "errors", "policy", "rewards"},
     # before the ranks start
     "launch": {
@@ -57,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "plugins",
         *("checkpoint", "config", "data", "errors", "evaluation", "hf", "launch", "merge", "metrics"),
         *("model", "objectives", "opd", "policy", "records", "report", "rewards", "rollout", "topology"),
-        *("weight_sync",),
+        *("samples", "weight_sync"),
     },
 }
 """Room to the other rooms it builds on. A room not named here (the loop, the command line) may use all, and

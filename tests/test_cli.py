@@ -129,7 +129,8 @@ def test_examples_are_right(example: str) -> None:
         return
     config = context.params.get("config")
     if config is not None and Path(ROOT, str(config)).exists():
-        load_config(ROOT / str(config), context.params["overrides"])
+        words = context.params.get("overrides") or context.params.get("words", ())
+        load_config(ROOT / str(config), [word for word in words if "=" in word])
 
 
 def test_help_and_version_are_there_at_once() -> None:

@@ -96,6 +96,7 @@ def test_ungraded_responses_are_out_of_training(monkeypatch: pytest.MonkeyPatch)
         config=Config(advantage=AdvantageConfig(dynamic_sampling=False)),
         settings=SimpleNamespace(num_prompts_per_step=1),
         metrics=Metrics(),
+        samples=SimpleNamespace(note=lambda *_: None),
     )
     kept = native.sample_native(cast(Any, me), cast(Any, None))
     assert [r.reward for r in kept] == [1.0, 0.5] == [r.reward for r in graded_only(rollouts)]

@@ -195,9 +195,9 @@ def _check_results(out: Path) -> None:
         lines = [json.loads(line) for line in (out / name / "metrics.jsonl").open()]
         assert lines and lines[-1]["phase"] == ("opd" if name == "opd" else "rlvr")
     table = (out / "evaluate_opd/evaluation.txt").read_text()
-    for model in ("expert_alpha/export/alpha", "expert_beta/export/beta", "opd/export/alpha"):
-        assert f"# {out / model}\n" in table
-    assert table.count("alpha (n=4)") == 3
+    for model in ("expert_alpha-export-alpha", "expert_beta-export-beta", "opd-export-alpha"):
+        assert re.search(rf"^{model} ", table, re.MULTILINE)
+    assert "alpha (n=4)" in table
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_training_then_evaluation_locally(run_config: Path, tmp_path: Path) -> N
     lines = [json.loads(line) for line in (tmp_path / "out/copd/metrics.jsonl").open()]
     assert [line["phase"] for line in lines] == ["rlvr", "opd"]
     table = (tmp_path / "out/evaluate_copd/evaluation.txt").read_text()
-    assert f"# {tmp_path / 'out/copd/export/merged'}\n" in table and "alpha (n=4)" in table
+    assert re.search(r"^merged ", table, re.MULTILINE) and "alpha (n=4)" in table
 
 
 @needs_slurm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 import typing
 from dataclasses import MISSING, fields, is_dataclass
@@ -14,8 +15,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from copd_megatron.cli.main import main
 from copd_megatron.config import Config, ConfigError, load_config, save_resolved, validate
 from copd_megatron.config.bounds import Bounds, violations
+from copd_megatron.config.reference import find_settings, markdown, shown_value, values_of
 from copd_megatron.config.texts import NAME, Setting, describe_settings
 from tests.test_config import load, write
 
@@ -346,3 +349,78 @@ def test_settings_that_would_silently_do_something_else_are_refused(
     with pytest.raises(ConfigError) as caught:
         validate(_load(*overrides), None, None)
     assert message in str(caught.value)
+
+
+# --- the reference ------------------------------------------------------------------------------------------
+
+
+def test_the_reference_page_is_what_the_settings_say() -> None:
+    page = Path(__file__).parents[1] / "copd_megatron/config/REFERENCE.md"
+    remedy = "copd config --markdown > copd_megatron/config/REFERENCE.md writes it anew"
+    assert page.read_text(encoding="utf-8") == markdown(), remedy
+    rows = [line.split("|")[1].strip() for line in markdown().splitlines() if line.startswith("| `")]
+    assert len(rows) == sum(not setting.is_section for setting in SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [
+        ("opd.beta", ["opd.beta"]),
+        ("opd.edges[3].beta", ["opd.edges[0].beta"]),
+        ("branches.text.rollout.top_p", [f"branches.{NAME}.rollout.top_p"]),
+        ("native", ["native", "native.weight", "native.objective"]),
+    ],
+)
+def test_settings_are_found_by_key(key: str, found: list[str]) -> None:
+    assert sorted(setting.key for setting in find_settings(key)) == sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("opd.bata", "did you mean 'opd.beta'"),
+        ("branches.text.rolout", "did you mean 'branches.text.rollout'"),
+        ("opd.beta.x", "opd.beta is a number, it has no key 'x'"),
+        ("nothing", "unknown key 'nothing'"),
+    ],
+)
+def test_a_key_that_is_none_has_a_nearest(key: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        find_settings(key)
+
+
+def test_settings_are_found_by_word() -> None:
+    keys = [setting.key for setting in find_settings(word="TRUNCATED")]
+    assert "advantage.overlong_filtering" in keys and f"branches.{NAME}.rollout.max_new_tokens" in keys
+    assert all("truncated" in (s.key + s.text).lower() for s in find_settings(word="truncated"))
+
+
+def test_a_setting_has_the_values_of_a_configuration() -> None:
+    config = _load("optimizer.lr=1e-4", "run.device=cpu")
+    by_key = {setting.key: setting for setting in SETTINGS}
+
+    def values(key: str) -> list[tuple[str, str, bool]]:
+        return [(v.key, shown_value(v.value), v.is_default) for v in values_of(by_key[key], config)]
+
+    assert values("optimizer.lr") == [("optimizer.lr", "0.0001", False)]
+    assert values("run.device") == [("run.device", "cpu", False)]
+    assert values("opd.edges[0].beta") == []
+    assert values(f"branches.{NAME}.rollout.top_p") == [
+        (f"branches.{name}.rollout.top_p", "1", True) for name in config.branches
+    ]
+    assert values(f"branches.{NAME}.data.train")[0][1].startswith("[.cache/tiny_text_data/addition-train-")
+    for setting in SETTINGS:
+        if not setting.is_section:
+            values_of(setting, config)
+
+
+def test_the_config_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "opd.beta", "--file", str(TINY), "--set", "opd.beta=0.7"]) == 0
+    shown = capsys.readouterr().out
+    assert "opd.beta: a number: above 0; default 1" in shown and "opd.beta=0.7  (changed)" in shown
+    assert main(["config", "--search", "no setting says this"]) == 2
+    assert main(["config", "opd.beta", "--set", "opd.beta=0.7"]) == 2
+    assert "--set needs --file" in capsys.readouterr().err
+    assert main(["config", "opd.bata"]) == 2
+    assert main(["config"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 2 * len(SETTINGS)

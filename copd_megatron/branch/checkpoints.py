@@ -85,6 +85,7 @@ class Checkpoints:
         if manifest is None:
             for writer in self.observer.writers:
                 writer.truncate_after(0)
+            me.samples.resume_after(0)
             return self.progress
         begin = time.perf_counter()
         folder = step_folder(me.run_dir, manifest.step)
@@ -95,6 +96,7 @@ class Checkpoints:
         self._restore(state, str(folder))
         for writer in self.observer.writers:
             writer.truncate_after(manifest.step)
+        me.samples.resume_after(manifest.step)
         same = state.get("table_conditions") == conditions(me)
         comparable = all(me.world.all_gather_objects(same, "checkpoint.table"))
         if state["table"] and not comparable and me.world.is_first:

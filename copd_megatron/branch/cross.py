@@ -192,6 +192,13 @@ def _rows(
         gap = np.concatenate(deltas)
         me.metrics.mean(f"copd/teacher_gap/{edge.name}", float(gap.sum()), len(gap))
         calibrated = _calibrated(me, edge, rollouts, deltas, material.seed)
+    me.samples.note(
+        edge.component,
+        rollouts,
+        edge=edge.name,
+        student=material.old_logprobs,
+        teacher=material.teacher_logprobs,
+    )
     shift = None if calibrated is None else calibrated.shift.tolist()
     rows = objective.rows(replace(material, shift=shift))
     masks = [np.ones_like(row.loss_mask) for row in rows] if calibrated is None else calibrated.masks

@@ -39,6 +39,7 @@ def sample_native(me: Branch, step: Step) -> list[Rollout]:
             break
         fresh = _fresh_groups(me, missing, step, drawn=[r.prompt for r in rollouts])
         reward_metrics(me, "train/", fresh)
+        me.samples.note(NATIVE, fresh)
         fresh = graded_only(fresh)
         if options.dynamic_sampling:
             keep = informative_groups(rewards_of(fresh), [r.prompt.group_id for r in fresh])

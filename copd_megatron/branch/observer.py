@@ -61,11 +61,13 @@ class Observer:
     def begin(self, step: Step) -> None:
         """A step begins. Evaluation before it, of the base model, is no part of it."""
         self.me.evaluation_seconds = 0.0
+        self.me.samples.step = step.index + 1
         self._profiler.begin(step.index + 1)
         self._begin = time.monotonic()
 
     def step(self, step: Step) -> None:
         """Writes everything collected since the last call; collective over all branches."""
+        self._write_samples()
         me, seconds = self.me, time.monotonic() - self._begin
         me.metrics.maximum("timing/step_seconds", seconds)
         if me.evaluation_seconds:
@@ -103,6 +105,11 @@ class Observer:
             except OSError as error:  # without metrics.jsonl the run ends: its writer raises RunStorageError
                 logger.warning("%s stops: %s; metrics.jsonl goes on", type(writer).__name__, error)
                 self.writers.remove(writer)
+
+    def _write_samples(self) -> None:
+        begin = time.monotonic()
+        self.me.samples.write_step()
+        self.me.metrics.maximum("timing/samples_seconds", time.monotonic() - begin)
 
     def validation(self, accuracies: Accuracies) -> None:
         """Adds this branch's validation accuracies to the step's metrics: the mean reward where a verifier

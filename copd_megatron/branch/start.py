@@ -28,6 +28,7 @@ from copd_megatron.policy.device import model_dtype, uses_cuda
 from copd_megatron.records import NATIVE
 from copd_megatron.rewards.grader import Grader
 from copd_megatron.rollout.engine import RolloutEngine
+from copd_megatron.samples.log import SampleLog
 from copd_megatron.topology.layout import Layout
 from copd_megatron.topology.world import World, init_world
 from copd_megatron.weight_sync.sync import WeightSync
@@ -124,6 +125,14 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
         media=media,
         validation=validation,
         run_dir=run_dir,
+        samples=SampleLog(
+            run_dir,
+            name,
+            config.logging.samples,
+            sources.tokenizer,
+            run_seed=config.run.seed,
+            writes=world.is_branch_first,
+        ),
         reference=actor.snapshot() if config.loss.kl_coefficient or config.opd.extrapolation != 1 else None,
     )
 

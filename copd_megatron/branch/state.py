@@ -20,6 +20,7 @@ from copd_megatron.records import Prompt, Rollout, TrainRow
 from copd_megatron.rewards.grader import Grader
 from copd_megatron.rollout.early_stop import Group
 from copd_megatron.rollout.engine import RolloutEngine
+from copd_megatron.samples.log import SampleLog
 from copd_megatron.topology.world import World
 from copd_megatron.weight_sync.sync import WeightSync
 
@@ -63,6 +64,8 @@ class Branch:
     validation: dict[str, list[Prompt]]
     """Validation prompts of every domain."""
     run_dir: Path
+    samples: SampleLog
+    """Responses kept to be read."""
     metrics: Metrics = field(default_factory=Metrics)
     """This step's metrics, named without the branch."""
     num_sampled_tokens: int = 0

@@ -24,7 +24,7 @@ def shared_model(me: Branch, name: str) -> Accuracies:
     trainers = [branch for branch in me.world.branches if not me.config.branches[branch].frozen]
     mine = [d for i, d in enumerate(me.validation) if trainers[i % len(trainers)] == me.name]
     merged: dict[str, Score] = {}
-    for part in me.world.all_gather_objects(_accuracy(me, mine), "evaluate.gather"):
+    for part in me.world.all_gather_objects(_accuracy(me, name, mine), "evaluate.gather"):
         merged.update(part)
     return {name: merged}
 
@@ -44,7 +44,7 @@ def starting_models(me: Branch, *, trained: bool) -> Accuracies:
         load_folder(me, me.settings.model_path or me.config.model.path)
     mine = [d for i, d in enumerate(me.validation) if holders and holders[i % len(holders)] == me.name]
     rows: Accuracies = {row: {} for row in models}
-    for row, scores in me.world.all_gather_objects((name, _accuracy(me, mine)), "evaluate.gather"):
+    for row, scores in me.world.all_gather_objects((name, _accuracy(me, name, mine)), "evaluate.gather"):
         rows.get(row, {}).update(scores)
     if trained:
         sync_weights(me)
@@ -78,21 +78,28 @@ def conditions(me: Branch) -> str:
 
 def each_branch(me: Branch) -> Accuracies:
     """Accuracy of every training branch's own model on every domain."""
-    own = (me.name, _accuracy(me, me.validation))
+    own = (me.name, _accuracy(me, me.name, me.validation))
     gathered = dict(me.world.all_gather_objects(own, "evaluate.gather"))
     return {branch: gathered[branch] for branch in me.world.branches if gathered[branch]}
 
 
-def _accuracy(me: Branch, domains: Iterable[str]) -> dict[str, Score]:
-    """Mean verifier score per domain under the weights that this branch's engine holds."""
+def _accuracy(me: Branch, model: str, domains: Iterable[str]) -> dict[str, Score]:
+    """Mean verifier score per domain under the weights that this branch's engine holds.
+
+    ``model``: what these weights are called.
+    """
     if me.engine is None:
         return {}
+    answers: dict[str, list[Rollout]] = {}
 
     def sample(prompts: Sequence[Prompt], settings: SamplingSettings, purpose: str) -> list[Rollout]:
-        return sample_graded(me, prompts, settings, step=0, purpose=purpose)
+        rollouts = sample_graded(me, prompts, settings, step=0, purpose=purpose)
+        answers[purpose.removeprefix("validation/")] = rollouts
+        return rollouts
 
     with _beside_the_step(me):
         scores = accuracy(sample, me.validation, me.config.evaluation, domains=domains)
+        me.samples.write_evaluation(model, answers)
     # a resumed run has not evaluated: the next step must not find these prompts in the cache
     me.engine.llm.reset_prefix_cache()
     return scores

@@ -2,33 +2,92 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
 from copd_megatron.cli.group import Command
-from copd_megatron.cli.parameters import OVERRIDES
-from copd_megatron.config import load_config
+from copd_megatron.cli.parameters import PATH, log_plainly
+from copd_megatron.config import Config, load_config
+from copd_megatron.errors import ConfigError
 from copd_megatron.hf.model_config import read_model_shape
+
+if TYPE_CHECKING:
+    from copd_megatron.evaluation.verdicts import PromptVerdicts
 
 EXAMPLES = """
     copd eval configs/two_branch_tiny.yaml runs/two_branch_tiny/export/merged
     copd eval configs/two_branch_tiny.yaml .cache/tiny_text evaluation.max_prompts=50
+    copd eval my.yaml base export/text export/merged evaluation.num_generations_per_prompt=8 \\
+        evaluation.temperature=1 --by level --out evaluations/mine
+    torchrun --nproc-per-node 8 -m copd_megatron.cli eval my.yaml export/merged
 """
 
 
 @click.command("eval", cls=Command, examples=EXAMPLES)
 @click.argument("config")
-@click.argument("model")
-@OVERRIDES
-def command(config: str, model: str, overrides: tuple[str, ...]) -> int:
-    """Measure a model on validation sets.
+@click.argument("words", nargs=-1, required=True, metavar="MODEL... [KEY=VALUE]...")
+@click.option("--out", type=PATH, help="Folder for verdicts and tables; default: RUN_DIR/eval.")
+@click.option("--by", multiple=True, metavar="KEY", help="Also by this metadata key, or by verifier.")
+@click.option("--overwrite", is_flag=True, help="Measure anew what --out holds already.")
+def command(
+    config: str, words: tuple[str, ...], out: Path | None, by: tuple[str, ...], overwrite: bool
+) -> int:
+    """Measure models on validation sets.
 
-    CONFIG is a YAML file, whose validation sets, verifiers and sampling settings are used; MODEL is a Hugging
-    Face folder, such as an exported branch or a merged model. Prints one row of the table that ends a run.
+    CONFIG is a YAML file, whose validation sets, verifiers and sampling settings are used; a MODEL is a
+    Hugging Face folder, such as an exported branch or a merged model, or a branch's folder in a checkpoint.
+    Several models answer the same prompts, and every other one is compared with the first.
+
+    Prints tables with 95 % intervals and writes them to --out as evaluation.json and evaluation.md. Verdicts
+    are written as they come: the same command goes on where it was stopped. Under torchrun or srun all ranks
+    take part.
     """
-    settings = load_config(config, overrides)
-    read_model_shape(model, "model")  # refused here, before the engines take their time to import
+    models = [word for word in words if "=" not in word]
+    settings = load_config(config, [word for word in words if "=" in word])
+    if not models:
+        raise click.UsageError("name at least one MODEL.", click.get_current_context())
+    for model in models:  # refused here, before the engines take their time to import
+        if not any(Path(model).glob(".metadata")) and not any(Path(model).glob("manifest.json")):
+            read_model_shape(model, "model")
+    folder = out or Path(settings.run.dir or f"runs/{settings.run.name}") / "eval"
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:
+        log_plainly()
 
-    from copd_megatron.evaluation.folder import evaluate_folder
+    from copd_megatron.evaluation.models import evaluate_models, open_models
 
-    print(evaluate_folder(settings, model))
+    verdicts = evaluate_models(settings, open_models(models), folder, anew=overwrite)
+    if first:
+        _report(settings, verdicts, folder, by)
     return 0
+
+
+def _report(
+    config: Config, verdicts: dict[str, list[PromptVerdicts]], folder: Path, by: tuple[str, ...]
+) -> None:
+    """Prints and writes the tables."""
+    from copd_megatron.evaluation.run import score_of
+    from copd_megatron.evaluation.show import to_json, to_markdown, to_text
+    from copd_megatron.evaluation.summary import summarise
+    from copd_megatron.evaluation.table import render_table
+
+    summary = summarise(verdicts, by=by)
+    missing = [key for key in by if not any(summary.by[key].values())]
+    if missing:
+        raise ConfigError(f"--by {missing[0]}: no validation prompt has this metadata")
+    rows = {
+        model: {
+            domain: score_of([r for v in found if v.domain == domain for r in v.graded])
+            for domain in summary.domains
+        }
+        for model, found in verdicts.items()
+    }
+    counts = {d: max(f[d].num_prompts for f in summary.models.values()) for d in summary.domains}
+    print(f"{render_table(rows, summary.domains, num_prompts=counts)}\n\n{to_text(summary)}\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(to_json(summary) + "\n", encoding="utf-8")
+    (folder / "evaluation.md").write_text(to_markdown(summary) + "\n", encoding="utf-8")
+    print(f"written: {folder / 'evaluation.md'}, {folder / 'evaluation.json'}")

@@ -45,11 +45,13 @@ MODULES: Final = {
     "eval": "copd_megatron.cli.eval",
     "merge": "copd_megatron.cli.merge",
     "report": "copd_megatron.cli.report",
+    "samples": "copd_megatron.cli.samples",
     "logs": "copd_megatron.cli.logs",
     "timeline": "copd_megatron.cli.timeline",
     "data": "copd_megatron.cli.data",
     "checkpoint": "copd_megatron.cli.checkpoint",
     "tiny-base": "copd_megatron.cli.tiny_base",
+    "config": "copd_megatron.cli.config",
     "doctor": "copd_megatron.cli.doctor",
     "completion": "copd_megatron.cli.completion",
 }

@@ -44,3 +44,12 @@ def log_plainly() -> None:
     """Sends what the package logs to standard error, message by message, for commands without a run's
     logs."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+
+
+def step_range(option: str, text: str) -> tuple[int, int]:
+    """``3`` or ``3-5`` as first and last step; a usage error when it is neither."""
+    first, _, last = text.partition("-")
+    try:
+        return int(first), int(last or first)
+    except ValueError:
+        raise click.UsageError(f"{option} {text}: write 3, or 3-5.", click.get_current_context()) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from copd_megatron.cli.group import Command
-from copd_megatron.cli.parameters import PATH
+from copd_megatron.cli.parameters import PATH, step_range
 from copd_megatron.metrics.timeline import write_trace
 
 EXAMPLES = """
@@ -27,15 +27,8 @@ def command(run_dir: Path, steps: str | None, out: Path | None) -> int:
     Prints a table and writes one Chrome trace for all ranks. RUN_DIR is the directory of a run with
     profiling.timeline=true, during the run or after it.
     """
-    path, summary = write_trace(run_dir, out, steps=_range(steps) if steps is not None else None)
+    path, summary = write_trace(
+        run_dir, out, steps=step_range("--steps", steps) if steps is not None else None
+    )
     print(f"{summary}\nwrote {path}; open it at https://ui.perfetto.dev or chrome://tracing")
     return 0
-
-
-def _range(text: str) -> tuple[int, int]:
-    """``3`` or ``3-5`` as first and last step."""
-    first, _, last = text.partition("-")
-    try:
-        return int(first), int(last or first)
-    except ValueError:
-        raise click.UsageError(f"--steps {text}: write 3, or 3-5.", click.get_current_context()) from None

@@ -66,7 +66,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The settings as YAML that ``load_config`` reads back to an equal ``Config``."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 
 
 def save_resolved(config: Config, path: str | Path) -> Path:
@@ -225,14 +225,14 @@ def _expand_home(value: Any, hint: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Settings as plain containers that OmegaConf reads back: enums by name, ``${`` in a text escaped."""
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, str):

@@ -46,7 +46,7 @@ def record_start(config: Config, folder: Path, arguments: Sequence[str] | None =
         OSError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    starts = _starts(folder)
+    starts = read_starts(folder)
     path = folder / SETTINGS
     if starts and path.is_file() and path.read_text(encoding="utf-8") != to_yaml(config):
         kept = f"config.{starts[-1].get('start', len(starts))}.yaml"
@@ -64,14 +64,14 @@ def record_start(config: Config, folder: Path, arguments: Sequence[str] | None =
 
 def forget_starts(folder: Path) -> None:
     """Deletes what ``record_start`` wrote: another run begins in the directory."""
-    names = {str(start.get("settings")) for start in _starts(folder)}
+    names = {str(start.get("settings")) for start in read_starts(folder)}
     for path in [folder / STARTS, *folder.glob("config.*.yaml")]:
         if path.name == STARTS or path.name in names:
             path.unlink(missing_ok=True)
 
 
-def _starts(folder: Path) -> list[dict[str, Any]]:
-    """The starts so far; a line that is none is left out."""
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """The starts of a run so far, oldest first; a line that is none is left out."""
     try:
         lines = (folder / STARTS).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:

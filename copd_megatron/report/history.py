@@ -28,6 +28,8 @@ class RunHistory:
     """Model to domain to accuracy, or to the mean reward where a verifier gives partial credit and the mean
     lies in [0, 1]; empty until the run has ended."""
     domains: tuple[str, ...] = ()
+    num_prompts: Mapping[str, int] = field(default_factory=dict)
+    """Validation prompts of each domain."""
 
     def named(self, prefix: str, suffix: str = "") -> dict[str, tuple[float, ...]]:
         """Series whose names have this prefix and suffix, under the part between them."""
@@ -73,6 +75,7 @@ def read_run(run_dir: str | Path) -> RunHistory:
         series={name: tuple(_number(rows[step].get(name)) for step in steps) for name in names},
         accuracy=_accuracy(evaluation),
         domains=tuple(evaluation.get("domains", ())),
+        num_prompts=evaluation.get("num_prompts", {}),
     )
 
 

@@ -145,6 +145,29 @@ class DistanceReport:
         return paths
 
 
+def read_distances(path: Path) -> DistanceReport:
+    """What ``to_json`` wrote.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        layers = [
+            LayerDistance(
+                layer=layer["layer"],
+                num_elements=layer["num_elements"],
+                base_norm=layer["base_norm"],
+                moved=tuple(map(_or_nan, layer["moved"].values())),
+                cosines=tuple(map(_or_nan, layer["cosine"].values())),
+            )
+            for layer in record["layers"]
+        ]
+        return DistanceReport(base=record["base"], branches=tuple(record["branches"]), layers=tuple(layers))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no distances of branches ({error!r}); remove it") from error
+
+
 def branch_distances(
     base: str | Path,
     branches: Sequence[str | Path],
@@ -233,6 +256,10 @@ def _cell(value: float, form: str) -> str:
 
 def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _model_order(label: str) -> tuple[Any, ...]:

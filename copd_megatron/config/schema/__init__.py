@@ -84,6 +84,7 @@ from copd_megatron.config.schema.watching import (
     LoggingConfig,
     ProfilingConfig,
     PrometheusConfig,
+    SamplesConfig,
     WandbConfig,
 )
 
@@ -183,6 +184,7 @@ __all__ = [
     "RolloutConfig",
     "RolloutQuantization",
     "RunConfig",
+    "SamplesConfig",
     "ScheduleConfig",
     "Scope",
     "Support",

@@ -8,8 +8,10 @@ from typing import Annotated
 from copd_megatron.config.bounds import (
     Bounds,
     Matches,
+    NonNegativeInt,
     OneOf,
     PathText,
+    PositiveInt,
 )
 
 _TEXTFILE = Matches(r".*\.prom", "a path that ends in .prom, since node_exporter reads no other files")
@@ -49,6 +51,22 @@ class PrometheusConfig:
 
 
 @dataclass(kw_only=True)
+class SamplesConfig:
+    """Responses kept in ``<run_dir>/samples``, which ``copd samples`` and ``copd report`` show."""
+
+    per_step: NonNegativeInt = 8
+    """Training responses kept of each branch and step, chosen by the run's seed: an equal share of the
+    branch's own and of each edge's. 0: none."""
+    every_steps: PositiveInt = 1
+    """Steps between two whose responses are kept."""
+    per_evaluation: NonNegativeInt = 16
+    """Responses kept of each model and domain at each evaluation, the same prompts every time. 0: none."""
+    max_tokens: PositiveInt = 1024
+    """Tokens kept of a response, and of a prompt: of longer ones the beginning and the end. A response of
+    1,024 tokens takes about 10 KB, so 8 a step take at most about 80 KB a branch."""
+
+
+@dataclass(kw_only=True)
 class LoggingConfig:
     """Where metrics and log lines go. ``metrics.jsonl`` is always written."""
 
@@ -64,6 +82,8 @@ class LoggingConfig:
     """Least severe messages that are logged: DEBUG, INFO, WARNING or ERROR."""
     rank_files: bool = True
     """Every rank logs to a file of its own in ``<run_dir>/logs``; ``copd logs`` shows them as one."""
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """Responses that are kept to be read."""
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,244 @@
+"""``copd eval``: any number of models on the validation sets of a configuration, on all ranks there are."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import batched
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from copd_megatron.config import Config
+from copd_megatron.config.domains import all_domains
+from copd_megatron.data.sources import PromptSources
+from copd_megatron.errors import ConfigError
+from copd_megatron.evaluation.run import sampling_settings
+from copd_megatron.evaluation.verdicts import PromptVerdicts, VerdictFile, verdicts_of
+from copd_megatron.formats.open import open_source
+from copd_megatron.formats.tensors import TensorSource, read_whole
+from copd_megatron.hf.folder import HFFolder
+from copd_megatron.hf.model_config import read_model_shape
+from copd_megatron.model.shape import ModelShape
+from copd_megatron.policy.device import model_dtype, uses_cuda
+from copd_megatron.records import Prompt, Rollout
+from copd_megatron.rewards.grader import Grader
+from copd_megatron.rollout.engine import RolloutEngine
+from copd_megatron.topology.collectives import all_gather_messages
+from copd_megatron.topology.single import single_process
+from copd_megatron.topology.world import init_world
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS_PER_PART = 4
+"""Of full engines between two writes of verdicts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model to be measured."""
+
+    label: str
+    """Its row in the table, and the folder of its verdicts."""
+    path: Path
+    companions: Path
+    """Folder with config.json, tokenizer and processor files."""
+    shape: ModelShape
+    source: TensorSource
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Its weights as vLLM takes them, one at a time."""
+        if self.companions == self.path:
+            yield from HFFolder(self.path).iterate()
+        else:
+            yield from ((name, read_whole(self.source, name)) for name in self.source.names())
+
+
+def open_models(paths: Sequence[str | Path]) -> list[Candidate]:
+    """The models behind folders and checkpoints.
+
+    Raises:
+        ConfigError: a path holds no model, or one of another shape than the first: one engine measures all.
+        FileNotFoundError, CheckpointError, ValueError: as ``open_source``.
+    """
+    models = [_open(Path(path), label) for path, label in zip(paths, _labels(paths), strict=True)]
+    for model in models[1:]:
+        if model.shape != models[0].shape:
+            raise ConfigError(
+                f"{model.path} is a model of another shape than {models[0].path}; evaluate it by a command "
+                "of its own"
+            )
+    return models
+
+
+def evaluate_models(
+    config: Config, models: Sequence[Candidate], out: Path, *, anew: bool = False
+) -> dict[str, list[PromptVerdicts]]:
+    """Samples and grades what is still missing of every model's verdicts, and returns all of them, in the
+    order of the prompts. Every rank of the job calls it.
+
+    Each prompt's responses have seeds of their own, so that number of ranks, order and interruptions change
+    no verdict.
+
+    Args:
+        out: a folder per model below it keeps the verdicts; shared by all ranks.
+        anew: forget verdicts that are there.
+
+    Raises:
+        DataError: no branch has validation data, or a shard cannot be used.
+        OSError: verdicts cannot be written.
+    """
+    files = {model.label: VerdictFile(out, model.label, _settings(config, model)) for model in models}
+    sources = PromptSources(config, models[0].companions, models[0].shape)
+    with contextlib.ExitStack() as stack:
+        if sources.media is not None:
+            stack.callback(sources.media.close)
+        run_id, first = stack.enter_context(_ranks(config))
+        validation = sources.validation()
+        graders = {
+            domain.name: stack.enter_context(Grader(config.branches[domain.branch].reward))
+            for domain in all_domains(config)
+            if domain.name in validation
+        }
+        if first:
+            for file in files.values():
+                file.begin(anew=anew)
+        done = _agreed({label: [(v.domain, v.prompt) for v in f.read()] for label, f in files.items()}, first)
+        if all(len(set(done[label])) >= sum(map(len, validation.values())) for label in files):
+            return {label: _ordered(file.read(), validation) for label, file in files.items()}
+        engine = _engine(config, models[0], run_id, sources)
+        for number, model in enumerate(models):
+            missing = {
+                domain: [p for p in prompts if (domain, p.group_id) not in done[model.label]]
+                for domain, prompts in validation.items()
+            }
+            if any(missing.values()):
+                engine.load_weights(model.tensors(), version=number)
+                for part in _measure(config, engine, graders, missing, model.label):
+                    if first:
+                        files[model.label].append(part)
+        all_gather_messages(None)  # the file is complete before anybody reads it
+        return {label: _ordered(file.read(), validation) for label, file in files.items()}
+
+
+def _measure(
+    config: Config,
+    engine: RolloutEngine,
+    graders: dict[str, Grader],
+    missing: dict[str, list[Prompt]],
+    label: str,
+) -> Iterator[list[PromptVerdicts]]:
+    """Verdicts, part by part; the same on all ranks."""
+    settings = sampling_settings(config.evaluation)
+    at_once = engine.config.max_num_seqs * engine.num_replicas * _ROUNDS_PER_PART
+    for domain, prompts in missing.items():
+        logger.info("%s: evaluating %d prompts of %s", label, len(prompts), domain)
+        for part in batched(prompts, max(1, at_once // settings.num_generations)):
+            mine = engine.sample_share(part, settings, step=0, branch=f"validation/{domain}")
+            if engine.tp_rank == 0:
+                mine = graders[domain].grade(mine)
+            rollouts = engine.gather(mine, part, settings)
+            engine.llm.reset_prefix_cache()  # what came before must not matter
+            yield [verdicts_of(p, answers) for p, answers in _per_prompt(part, rollouts)]
+
+
+def _per_prompt(
+    prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
+) -> Iterator[tuple[Prompt, Sequence[Rollout]]]:
+    count = len(rollouts) // len(prompts)
+    for number, prompt in enumerate(prompts):
+        yield prompt, rollouts[number * count : (number + 1) * count]
+
+
+def _engine(config: Config, model: Candidate, run_id: str, sources: PromptSources) -> RolloutEngine:
+    return RolloutEngine(
+        model_path=model.companions,
+        config=next(iter(config.branches.values())).rollout,
+        branch="eval",
+        run_id=run_id,
+        dtype=model_dtype(config),
+        max_tokens=config.model.max_sequence_tokens,
+        seed=config.run.seed,
+        media=sources.media,
+    )
+
+
+@contextlib.contextmanager
+def _ranks(config: Config) -> Iterator[tuple[str, bool]]:
+    """The job's ranks as one world, or a world of this process. Yields a run identifier, and whether this is
+    the first rank."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        with single_process() as run_id:
+            yield run_id, True
+        return
+    device: Literal["cuda", "cpu"] = "cuda" if uses_cuda(config) else "cpu"
+    with init_world(
+        {"eval": range(count)},
+        device=device,
+        timeout_seconds=config.run.collective_timeout_seconds,
+        run_id=os.environ.get("COPD_RUN_ID", "eval"),
+    ) as world:
+        yield "eval", world.is_first
+
+
+def _agreed(done: dict[str, list[tuple[str, str]]], first: bool) -> dict[str, set[tuple[str, str]]]:
+    """What the first rank found to be done already."""
+    message = {label: [list(pair) for pair in pairs] for label, pairs in done.items()} if first else {}
+    found = all_gather_messages(message)[0]
+    return {label: {(domain, prompt) for domain, prompt in pairs} for label, pairs in found.items()}
+
+
+def _ordered(verdicts: Sequence[PromptVerdicts], validation: dict[str, list[Prompt]]) -> list[PromptVerdicts]:
+    """The verdicts of these prompts, in their order. A file may hold more: of a larger ``max_prompts``."""
+    by_prompt = {(v.domain, v.prompt): v for v in verdicts}
+    return [by_prompt[domain, p.group_id] for domain, prompts in validation.items() for p in prompts]
+
+
+def _settings(config: Config, model: Candidate) -> dict[str, Any]:
+    """All that the verdicts depend on."""
+    evaluation, rollout = config.evaluation, next(iter(config.branches.values())).rollout
+    return {
+        "model": f"{model.path.resolve()}\n{model.source.identity()}",
+        "run.seed": config.run.seed,
+        "model.system_prompt": config.model.system_prompt,
+        "model.max_sequence_tokens": config.model.max_sequence_tokens,
+        "evaluation.num_generations_per_prompt": evaluation.num_generations_per_prompt,
+        "evaluation.temperature": evaluation.temperature,
+        "rollout.max_new_tokens": rollout.max_new_tokens,
+        "rollout.stop": list(rollout.stop),
+        "media": asdict(config.media),
+        "data.validation": {domain.name: list(domain.validation) for domain in all_domains(config)},
+    }
+
+
+def _open(path: Path, label: str) -> Candidate:
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        shape = read_model_shape(path, "model")
+        return Candidate(label=label, path=path, companions=path, shape=shape, source=open_source(path))
+    if not path.is_dir():
+        read_model_shape(path, "model")  # says what belongs there
+    source = open_source(path)
+    companions = source.companions
+    if companions is None:
+        raise ConfigError(
+            f"{path}: the checkpoint does not know where its model's config.json and tokenizer are; make a "
+            "Hugging Face folder of it with copd checkpoint to-hf --model-path"
+        )
+    return Candidate(
+        label=label, path=path, companions=companions, shape=read_model_shape(companions), source=source
+    )
+
+
+def _labels(paths: Sequence[str | Path]) -> list[str]:
+    """Names of the folders; with those above them where two are alike."""
+    parts = [Path(path).resolve().parts[1:] for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"a model is named twice: {', '.join(map(str, paths))}")

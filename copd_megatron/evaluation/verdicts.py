@@ -1,0 +1,111 @@
+"""Verdicts of an evaluation, prompt by prompt, in a file that grows as they come.
+
+One folder for each model and way of measuring it: ``settings.json`` says which, ``verdicts.jsonl`` has a line
+for each prompt. An evaluation that is started again goes on where the file ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from copd_megatron.errors import DataError
+from copd_megatron.metrics.writers import append_whole, drop_torn_line
+from copd_megatron.records import Prompt, Rollout
+from copd_megatron.rewards.final_answer import final_answer
+
+_MAX_ANSWER_CHARACTERS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptVerdicts:
+    """What a model's responses to one prompt were worth; the lists have one element per response."""
+
+    domain: str
+    prompt: str
+    """``Prompt.group_id``."""
+    verifier: str
+    metadata: Mapping[str, Any]
+    rewards: Sequence[float | None]
+    """None: not graded."""
+    answers: Sequence[str]
+    """Final answers, as far as 200 characters; empty where there is none."""
+    truncated: Sequence[bool]
+    num_tokens: Sequence[int]
+
+    @property
+    def graded(self) -> list[float]:
+        """The rewards that were given."""
+        return [reward for reward in self.rewards if reward is not None]
+
+
+def verdicts_of(prompt: Prompt, rollouts: Sequence[Rollout]) -> PromptVerdicts:
+    """From the graded responses to one prompt, in the order of their sample index."""
+    return PromptVerdicts(
+        domain=prompt.domain,
+        prompt=prompt.group_id,
+        verifier=prompt.verifier,
+        metadata=dict(prompt.metadata),
+        rewards=[r.reward for r in rollouts],
+        answers=[final_answer(r.text).text[:_MAX_ANSWER_CHARACTERS] for r in rollouts],
+        truncated=[r.truncated for r in rollouts],
+        num_tokens=[r.response_length for r in rollouts],
+    )
+
+
+class VerdictFile:
+    """The verdicts of one model. One process writes; reading changes nothing."""
+
+    def __init__(self, out: Path, label: str, settings: Mapping[str, Any]) -> None:
+        """
+        Args:
+            out: folder of several models' verdicts.
+            label: what the model is called.
+            settings: all that the verdicts depend on, the model's content included. Other settings have
+                another folder, so that verdicts of two kinds never mix.
+        """
+        self._text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        digest = hashlib.blake2b(self._text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+        self.folder = out / f"{label}-{digest}"
+        self._path = self.folder / "verdicts.jsonl"
+
+    def begin(self, *, anew: bool) -> None:
+        """Makes the folder ready to be appended to; ``anew`` forgets what is there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if anew:
+            self._path.unlink(missing_ok=True)
+        (self.folder / "settings.json").write_text(self._text, encoding="utf-8", errors="surrogatepass")
+        self._path.touch()
+        drop_torn_line(self._path)
+
+    def append(self, verdicts: Sequence[PromptVerdicts]) -> None:
+        """Adds whole lines or, where the disk is full, nothing.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        lines = [json.dumps(asdict(v), ensure_ascii=False, separators=(",", ":")) + "\n" for v in verdicts]
+        with self._path.open("ab", buffering=0) as file:
+            append_whole(file, "".join(lines).encode("utf-8", "surrogatepass"))
+
+    def read(self) -> list[PromptVerdicts]:
+        """What is there; an incomplete last line is none.
+
+        Raises:
+            DataError: a line holds something else.
+        """
+        if not self._path.is_file():
+            return []
+        lines = self._path.read_bytes().decode("utf-8", "surrogatepass").split("\n")[:-1]
+        try:
+            return [PromptVerdicts(**json.loads(line)) for line in lines]
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{self._path}: not verdicts ({error}). Remove it, or --overwrite.") from error

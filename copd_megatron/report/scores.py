@@ -1,0 +1,103 @@
+"""The table of accuracies of a run, or of several, with intervals, best and worst, and paired differences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from copd_megatron.config.domains import MEAN_COLUMN
+from copd_megatron.evaluation.statistics import Estimate, wilson
+from copd_megatron.report.history import RunHistory
+
+_T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145),
+    *(2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048),
+    *(2.045, 2.042),
+)
+"""97.5 % quantiles of Student's t with 1, 2, ... 30 degrees of freedom."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTable:
+    """Model to domain (and ``mean``) to a figure with its interval, as shares."""
+
+    models: Sequence[str]
+    domains: Sequence[str]
+    cells: Mapping[str, Mapping[str, Estimate]]
+    differences: Mapping[str, Mapping[str, Estimate]]
+    """Model to domain to its difference from ``base``, run by run; empty for a single run."""
+    num_runs: int
+
+    def cell(self, model: str, domain: str) -> Estimate | None:
+        """None where the model was not measured."""
+        return self.cells.get(model, {}).get(domain)
+
+    def rank(self, model: str, domain: str) -> str:
+        """``best``, ``worst`` or nothing, among the models of a column."""
+        values = [cell.value for m in self.models if (cell := self.cell(m, domain)) is not None]
+        mine = self.cell(model, domain)
+        if mine is None or len(values) < 2 or min(values) == max(values):
+            return ""
+        return {max(values): "best", min(values): "worst"}.get(mine.value, "")
+
+
+def score_table(runs: Sequence[RunHistory]) -> ScoreTable | None:
+    """The runs' tables together; None where no run has one."""
+    measured = [run for run in runs if run.accuracy]
+    if not measured:
+        return None
+    models = list(dict.fromkeys(model for run in measured for model in run.accuracy))
+    domains = list(dict.fromkeys(domain for run in measured for domain in run.domains))
+    cells: dict[str, dict[str, Estimate]] = {model: {} for model in models}
+    differences: dict[str, dict[str, Estimate]] = {}
+    for model in models:
+        for domain in [*domains, MEAN_COLUMN]:
+            values = _values(measured, model, domain)
+            if values:
+                single = len(runs) == 1
+                cells[model][domain] = _of_one(measured[0], domain, values[0]) if single else interval(values)
+            paired = _against_base(measured, model, domain)
+            if len(paired) > 1:
+                differences.setdefault(model, {})[domain] = interval(paired)
+    return ScoreTable(
+        models=models, domains=domains, cells=cells, differences=differences, num_runs=len(measured)
+    )
+
+
+def interval(values: Sequence[float]) -> Estimate:
+    """Mean of a few runs with Student's 95 % interval; without width for a single one."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return Estimate(value=mean, low=mean, high=mean)
+    quantile = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else 1.96
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return Estimate(value=mean, low=mean - half, high=mean + half)
+
+
+def _values(runs: Sequence[RunHistory], model: str, domain: str) -> list[float]:
+    found = [run.accuracy.get(model, {}).get(domain) for run in runs]
+    return [value for value in found if value is not None]
+
+
+def _against_base(runs: Sequence[RunHistory], model: str, domain: str) -> list[float]:
+    """The model's gain over its own run's base, where both were measured."""
+    if model == "base":
+        return []
+    pairs = [
+        (run.accuracy.get(model, {}).get(domain), run.accuracy.get("base", {}).get(domain)) for run in runs
+    ]
+    return [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+
+
+def _of_one(run: RunHistory, domain: str, value: float) -> Estimate:
+    """Wilson's interval from the number of prompts; for the mean, as if each domain varied by itself."""
+    if domain != MEAN_COLUMN:
+        count = run.num_prompts.get(domain, 0)
+        return wilson(round(value * count), count) if count else Estimate(value=value, low=value, high=value)
+    counts = [run.num_prompts.get(name, 0) for name in run.domains]
+    if not all(counts):
+        return Estimate(value=value, low=value, high=value)
+    half = 1.96 * math.sqrt(sum(value * (1 - value) / count for count in counts)) / len(counts)
+    return Estimate(value=value, low=max(0.0, value - half), high=min(1.0, value + half))

@@ -1,0 +1,86 @@
+"""``copd eval`` with real engines: several models, several ranks, and a second attempt give the same
+verdicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.commands import copd, python
+from tests.support.domains import make_domains
+from tests.support.models import make_model
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("eval")
+    make_domains(root / "data", num_validation=7)
+    for seed, name in enumerate(("one", "two")):
+        make_model(root / name, seed=seed, num_hidden_layers=2)
+    config = {
+        "run": {"dir": str(root / "run"), "device": "cpu", "collective_timeout_seconds": 200},
+        "model": {"path": str(root / "one"), "max_sequence_tokens": 160},
+        "branches": {
+            name: {
+                "data": {"validation": [str(root / "data" / f"{name}-validation-*.tar")]},
+                "rollout": {"max_new_tokens": 6, "max_num_seqs": 2},  # several parts
+            }
+            for name in ("alpha", "beta")
+        },
+        "evaluation": {"num_generations_per_prompt": 2, "temperature": 1.0},
+    }
+    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    return root
+
+
+def file_of(out: Path, model: str) -> Path:
+    (path,) = out.glob(f"{model}-*/verdicts.jsonl")
+    return path
+
+
+def verdicts(out: Path, model: str) -> list[dict[str, Any]]:
+    lines = file_of(out, model).read_text().splitlines()
+    return sorted(map(json.loads, lines), key=lambda v: (v["domain"], v["prompt"]))
+
+
+@pytest.mark.slow
+def test_models_ranks_and_attempts(root: Path) -> None:
+    command = ("eval", root / "config.yaml", root / "one", root / "two")
+    done = copd(*command)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "two - one" in done.stdout and "pass@k" in done.stdout and "maj@k" in done.stdout
+    table = json.loads((root / "run/eval/evaluation.json").read_text())
+    assert list(table["models"]) == ["one", "two"]
+    assert table["models"]["two"]["beta"]["num_responses"] == 14
+    first = {name: verdicts(root / "run/eval", name) for name in ("one", "two")}
+    assert first["one"] != first["two"] and len(first["one"]) == 14
+
+    # killed in the middle of the second model, in the middle of a line
+    path = file_of(root / "run/eval", "two")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]) + lines[5][:20])
+    again = copd(*command)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert {name: verdicts(root / "run/eval", name) for name in first} == first
+    assert again.stdout == done.stdout, "bit for bit"
+
+    module = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "copd_megatron.cli")
+    spread = python(*module, *command, "--out", root / "spread")
+    assert spread.returncode == 0, spread.stderr[-4000:]
+    assert {name: verdicts(root / "spread", name) for name in first} == first
+    assert spread.stdout.split("written:")[0] == done.stdout.split("written:")[0]
+
+
+def test_what_cannot_be_measured_is_said_before_engines_start(root: Path) -> None:
+    def said(*arguments: object) -> str:
+        done = copd("eval", root / "config.yaml", *arguments)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "no such folder" in said(root / "nowhere")
+    assert "name at least one MODEL" in said("run.seed=1")
+    assert "a model is named twice" in said(root / "one", root / "one")

@@ -1,0 +1,260 @@
+"""The report's page: what its figures and tables show, that it escapes what models say, and that a browser
+shows it without asking anybody for anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from copd_megatron.cli.main import main
+from copd_megatron.config import load_config
+from copd_megatron.evaluation.table import save_table
+from copd_megatron.launch.provenance import record_start
+from copd_megatron.report.drawing import draw_panel
+from copd_megatron.report.history import read_run
+from copd_megatron.report.page import PageOptions, shade_of, shown_sample, write_page
+from copd_megatron.report.panels import Curve, Panel, PhaseSpan, panels, phase_spans, smoothed
+from copd_megatron.report.scores import interval, score_table
+from copd_megatron.samples.files import write_samples
+from tests.test_report import write_run
+from tests.test_samples import make
+
+HOSTILE = "</div><script>fetch('http://example.org')</script><img src=http://example.org/x>"
+
+
+def full_run(folder: Path, *, shift: float = 0.0) -> Path:
+    """A run with everything that a page can show."""
+    steps = range(1, 21)
+    extra = {
+        "text/timing/step_seconds": [2.0] * 20,
+        "text/timing/generation_seconds": [0.5] * 20,
+        "text/timing/update_seconds": [1.0 + 0.01 * s for s in steps],
+        "text/timing/checkpoint_seconds": [math.nan if s != 10 else 0.25 for s in steps],
+        "text/validation/accuracy/text": [0.5 if s % 5 == 0 else math.nan for s in steps],
+        "text/train/reward": [min(1.0, s / 20 + shift) for s in steps],
+        "text/train/entropy": [1 / s for s in steps],
+    }
+    write_run(folder, extra=extra)
+    text = (folder / "metrics.jsonl").read_text().replace("NaN", "null")
+    (folder / "metrics.jsonl").write_text(text)
+    rows: dict[str, Any] = {
+        "base": {"text": 0.25 + shift, "image": 0.5},
+        "text": {"text": 0.75, "image": 0.5},
+        "merged": {"text": 0.875 + shift, "image": 0.75},
+    }
+    save_table(folder, rows, ["text", "image"], num_prompts={"text": 40, "image": 8})
+    given = folder.with_suffix(".yaml")
+    given.write_text("run: {name: x}\nmodel: {path: base}\n")
+    record_start(load_config(given), folder, ["train", "my.yaml"])
+    samples = [
+        make(prompt=HOSTILE, response=HOSTILE, lengths=[len(HOSTILE)], gold="<b>3</b>"),
+        make(reward=1.0, response="yes!", lengths=[3, 1], student=[-1.0, -2.0], teacher=[-0.1, -4.0]),
+        dataclasses.replace(make(teacher=None, edge=None, metadata={"a": 1}), step=2),
+    ]
+    write_samples(folder / "samples/text", "train", 1, samples)
+    return folder
+
+
+# --- curves ------------------------------------------------------------------------------------------------
+
+
+def test_which_panels_a_run_has(tmp_path: Path) -> None:
+    run = read_run(full_run(tmp_path / "a"))
+    found = {panel.title.split(",")[0].split(" (")[0]: panel for panel in panels([run])}
+    assert {
+        "reward on the branch's own prompts",
+        "overlap@10",
+        "symmetric KL",
+        "entropy of the policy",
+    } <= set(found)
+    assert phase_spans(run) == [PhaseSpan(first=11, last=20)]
+    (validation,) = found["validation accuracy during training"].curves
+    assert validation.label == "text on text"
+    assert validation.low is not None and round(validation.low[4], 3) == 0.352, "Wilson, 20 of 40"
+
+
+def test_the_seconds_of_a_step_add_up(tmp_path: Path) -> None:
+    run = read_run(full_run(tmp_path / "a"))
+    panel = next(p for p in panels([run]) if p.title == "seconds of a step: text")
+    assert panel.stacked and [c.label for c in panel.curves] == [
+        "sampling",
+        "update",
+        "checkpoint",
+        "everything else",
+    ]
+    total = [math.fsum(values) for values in zip(*(c.values for c in panel.curves), strict=True)]
+    assert total == pytest.approx([2.25 if step == 10 else 2.0 for step in range(1, 21)])
+
+
+def test_several_runs_are_a_mean_and_a_band(tmp_path: Path) -> None:
+    runs = [read_run(full_run(tmp_path / str(i), shift=0.05 * i)) for i in range(3)]
+    reward = next(c for c in panels(runs)[0].curves if c.label == "text")
+    assert reward.values[0] == pytest.approx(0.1) and reward.low is not None and reward.high is not None
+    assert (reward.low[0], reward.high[0]) == (pytest.approx(0.05), pytest.approx(0.15))
+
+
+def test_long_curves_are_smoothed_and_short_ones_are_not() -> None:
+    assert smoothed([1.0, 5.0]) == (1.0, 5.0)
+    noisy = [float(i % 2) for i in range(400)]
+    assert all(0.3 < value < 0.7 for value in smoothed(noisy))
+
+
+def test_a_drawing_takes_the_pages_colours() -> None:
+    curve = Curve(label="<a>", steps=(1, 2, 9), values=(0.1, 0.2, 0.3))
+    colors: dict[str, str] = {}
+    panel = Panel(title="t", curves=[curve], reference=0.2)
+    svg = draw_panel(panel, [PhaseSpan(first=2, last=2)], colors)
+    assert svg.startswith("<svg") and "currentColor" in svg and "var(--grid)" in svg and "var(--shade)" in svg
+    assert "&lt;a&gt;" in svg and 'viewBox="' in svg and not re.search(r'<svg[^>]* width="', svg)
+    assert draw_panel(panel, [PhaseSpan(first=2, last=2)], colors) == svg
+    assert colors == {"<a>": "#3b82c4"}
+
+
+# --- scores ------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_one_run_have_best_and_worst(tmp_path: Path) -> None:
+    table = score_table([read_run(full_run(tmp_path / "a"))])
+    assert table is not None and table.models == ["base", "text", "merged"]
+    assert (table.rank("merged", "text"), table.rank("base", "text")) == ("best", "worst")
+    assert [table.rank(m, "image") for m in table.models] == ["worst", "worst", "best"]
+    cell = table.cell("base", "text")
+    assert cell is not None and (round(cell.low, 3), round(cell.high, 3)) == (0.142, 0.402)
+    assert not table.differences
+
+
+def test_scores_of_several_runs_have_students_intervals_and_gains(tmp_path: Path) -> None:
+    table = score_table([read_run(full_run(tmp_path / str(i), shift=0.05 * i)) for i in range(3)])
+    assert table is not None and table.num_runs == 3
+    cell = table.cell("base", "text")
+    assert cell is not None and cell.value == pytest.approx(0.3)
+    assert cell.high - cell.value == pytest.approx(4.303 * 0.05 / math.sqrt(3), abs=1e-4)
+    gain = table.differences["merged"]["text"]
+    assert (gain.value, gain.low, gain.high) == (pytest.approx(0.625),) * 3, "the same in every run"
+    assert interval([0.5]).low == 0.5
+    assert score_table([read_run(write_run(tmp_path / "new"))]) is None
+
+
+# --- samples -----------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_shaded_by_the_teachers_log_ratio() -> None:
+    assert [shade_of(r) for r in (None, 0.1, 0.5, 2.5, 99.0, -1.0)] == ["", "", "p1", "p5", "p5", "n2"]
+    shown = shown_sample(make(response="abcd", lengths=[1, 1, 2], student=[-1, -1, -1], teacher=[-1, -1, -3]))
+    assert [(t.text, t.shade, t.note) for t in shown.tokens] == [
+        ("ab", "", ""),
+        ("cd", "n4", "log-ratio -2.00"),
+    ]
+    assert shown.gap == pytest.approx(-2 / 3)
+
+
+# --- the page ----------------------------------------------------------------------------------------------
+
+
+class References(HTMLParser):
+    """What a page refers to, and the elements that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        names = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
+        self.addresses += [value or "" for name, value in attrs if name in names]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = full_run(tmp_path_factory.mktemp("one") / "run")
+    return write_page([folder], folder / "report.html")
+
+
+def test_the_page_holds_everything_and_refers_to_nothing(one: Path) -> None:
+    text = one.read_text()
+    found = References()
+    found.feed(text)
+    assert all(address.startswith(("#", "data:")) for address in found.addresses), found.addresses
+    assert not found.tags & {"script", "link", "iframe", "object", "embed", "form"}
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert "default-src 'none'" in text
+    for words in (
+        "+43.8 points",
+        "[14.2, 40.2]",
+        "teacher gap",
+        "seconds of a step",
+        "megatron-core",
+        "n=40",
+    ):
+        assert words in text
+    assert HOSTILE not in text and "&lt;script&gt;" in text and "&lt;b&gt;3&lt;/b&gt;" in text
+    assert len(text) < 600_000
+
+
+def test_the_page_of_several_runs(tmp_path: Path) -> None:
+    folders = [full_run(tmp_path / f"seed{i}", shift=0.05 * i) for i in range(3)]
+    text = write_page(folders, tmp_path / "seeds.html", PageOptions(num_samples=0)).read_text()
+    assert "Means of 3 runs" in text and "gain over the base" in text and "seed0 · seed1 · seed2" in text
+    assert "What the models answered" not in text
+
+
+def test_a_run_that_has_begun_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "phase": "rlvr", "x/train/reward": 0.5}))
+    text = write_page([tmp_path], tmp_path / "page.html", PageOptions(refresh_seconds=5)).read_text()
+    assert "No evaluation table yet" in text and '<meta http-equiv="refresh" content="5">' in text
+
+
+def test_the_command_writes_page_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = full_run(tmp_path / "a"), full_run(tmp_path / "b")
+    assert main(["report", str(a)]) == 0
+    assert (a / "report.html").is_file() and (a / "report.png").is_file()
+    assert f"page: {a / 'report.html'}" in capsys.readouterr().out
+    assert main(["report", str(a), str(b), "--out", str(tmp_path / "both.html")]) == 0
+    assert (tmp_path / "both.html").is_file() and not (b / "report.png").exists()
+    assert main(["report", str(a), str(tmp_path / "nowhere")]) == 2
+
+
+CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+
+
+def requests_of(page: Path, scratch: Path, *, width: int = 1200) -> set[str]:
+    """The addresses that a page makes Chromium ask for, as its own log of the network names them. What the
+    browser asks for by itself (its clock, its updates) has no origin."""
+    assert CHROMIUM is not None
+    log = scratch / "net.json"
+    subprocess.run(
+        [
+            CHROMIUM,
+            *("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update"),
+            *(f"--user-data-dir={scratch / 'profile'}", f"--log-net-log={log}"),
+            *(f"--window-size={width},2000", f"--screenshot={scratch / 'page.png'}", page.as_uri()),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=200,
+    )
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    asked = {
+        e["url"] for e in events if "url" in e and e.get("initiator", "not an origin") != "not an origin"
+    }
+    return {address for address in asked if not address.startswith(("file:", "data:"))}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; apt-get install chromium")
+def test_a_browser_shows_it_and_requests_nothing(one: Path, tmp_path: Path) -> None:
+    assert requests_of(one, tmp_path, width=400) == set()
+    assert (tmp_path / "page.png").stat().st_size > 20_000
+    control = tmp_path / "control.html"
+    control.write_text("<img src=http://127.0.0.1:9/picture.png>")
+    assert requests_of(control, tmp_path) == {"http://127.0.0.1:9/picture.png"}
