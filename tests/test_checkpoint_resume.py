@@ -23,8 +23,6 @@ from tests.support.checkpoint_runs import BRANCHES, NUM_STEPS, log_of, prepare, 
 
 pytestmark = pytest.mark.slow  # kills and restarts whole runs: minutes on two cores
 
-pytestmark = pytest.mark.slow  # kills and restarts whole runs: minutes on two cores
-
 ROOT = Path(__file__).resolve().parents[1]
 ONE_RANK_EACH: dict[str, dict[str, int]] = {name: {} for name in BRANCHES}
 

@@ -88,7 +88,8 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
         # the other ranks wait for the grades: hanging verifiers must not take them to their limit
         max_seconds = config.run.collective_timeout_seconds * _GRADING_SHARE
         grader = Grader(settings.reward, also=verifiers, max_seconds=max_seconds)
-        prompts = None if settings.frozen else sources.stream(name, "native")
+        samples_own = not settings.frozen and config.native.weight > 0
+        prompts = sources.stream(name, "native") if samples_own else None
         edge_prompts = {edge: sources.stream(edge.prompts, edge.name) for edge in edges}
         validation = sources.validation()
         sources.know_all_media()

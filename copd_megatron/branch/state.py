@@ -54,7 +54,7 @@ class Branch:
     objectives: Mapping[str, Objective]
     """By component: ``native``, and one for each edge into this branch."""
     prompts: PromptSequence | None
-    """The branch's own data; None on a frozen branch."""
+    """The branch's own data; None where it does not learn from its own rows."""
     edge_prompts: dict[Edge, PromptSequence]
     """Per edge into this branch, a stream of its own over the edge's prompts."""
     splicer: Splicer

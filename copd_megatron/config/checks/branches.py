@@ -76,11 +76,11 @@ def _domain_names(config: Config) -> Iterator[str]:
 
 def _needs_prompts(config: Config, name: str) -> bool:
     """Trains on its own prompts, or lends them to a student."""
-    if not config.branches[name].frozen:
+    if not config.branches[name].frozen and config.native.weight > 0:
         return True
     if config.schedule.opd_steps == 0 or config.opd.topology is Topology.none:
         return False
-    if config.opd.topology is Topology.custom:
+    if config.opd.topology is Topology.custom:  # a student of teachers' prompts needs none of its own
         return any((edge.prompts or edge.teacher) == name for edge in config.opd.edges)
     return True
 
