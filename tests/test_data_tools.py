@@ -211,10 +211,7 @@ GOOD = {"prompt": "p", "answer": "a", "verifier": "exact"}
 
 
 MEDIA_FIELDS = (
-    "image",
-    "images",
     "Image_URL",
-    "video",
     "video_path",
     "img",
     "audio",
@@ -251,7 +248,7 @@ BAD_LINES = {kind: bad for kind, bad in BAD_JSON.items() if kind != "a list"}
                 **GOOD,
                 "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}],
             },
-            r"line 2: the prompt has parts of the types \['image'\]",
+            r"line 2: the prompt has 1 image placeholder\(s\) for 0 image\(s\)",
         ),
     ],
 )

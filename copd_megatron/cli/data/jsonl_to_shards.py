@@ -17,8 +17,9 @@ EXAMPLES = """
     copd data jsonl-to-shards *.jsonl --out data --name physics --prompt-field question \\
         --answer-field reward_model.ground_truth --verifier math
 
-A line of questions.jsonl:
+Lines of questions.jsonl:
     {"prompt": "What is 2 + 2? Put the answer into \\\\boxed{}.", "answer": "4", "verifier": "math"}
+    {"prompt": "<image>How many?", "images": ["photos/7.jpg"], "answer": "3", "verifier": "numeric"}
 """
 
 
@@ -34,6 +35,13 @@ A line of questions.jsonl:
     "--keep", multiple=True, metavar="FIELD", help="One more field to keep in the metadata; repeatable."
 )
 @click.option("--key-field", help="Field with the sample's key; default: a running number.")
+@click.option(
+    "--image-field", multiple=True, default=("image", "images"), show_default=True, help="Images; repeatable."
+)
+@click.option(
+    "--video-field", multiple=True, default=("video", "videos"), show_default=True, help="Videos; repeatable."
+)
+@click.option("--media-root", type=PATH, help="Folder that paths start at; default: the source's own.")
 @click.option("--prompt-suffix", default="", help="Put after every prompt.")
 @click.option("--skip-bad", is_flag=True, help="Skip and count bad lines instead of stopping.")
 @click.option(
@@ -53,13 +61,17 @@ def command(
     metadata_field: str,
     keep: tuple[str, ...],
     key_field: str | None,
+    image_field: tuple[str, ...],
+    video_field: tuple[str, ...],
     **options: Any,
 ) -> int:
-    """Turn JSON lines into shards.
+    """Turn JSON lines, JSON arrays or Parquet into shards.
 
-    SOURCES are files with one JSON object a line. Field names may be paths, such as
-    reward_model.ground_truth. Which prompts are held out for validation depends on the seed and the prompts
-    alone.
+    SOURCES are files with one JSON object a line, .json arrays or .parquet files. Field names may be paths,
+    such as reward_model.ground_truth. Images and videos are files whose paths start at the source's folder;
+    each is decoded once. <image> and <video> in the prompt say where they go; without any they go in front.
+    In chat messages, parts may name them: {"type": "image", "image": "a.png"}. Which prompts are held out for
+    validation depends on the seed and the prompts or media alone.
     """
     log_plainly()
     fields = FieldMap(
@@ -70,6 +82,8 @@ def command(
         metadata=metadata_field,
         extra_metadata=keep,
         key=key_field,
+        images=image_field,
+        videos=video_field,
     )
     written = convert_jsonl(sources, out, name, fields, **options)
     print(written.describe(out))

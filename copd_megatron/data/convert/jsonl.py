@@ -1,8 +1,8 @@
-"""A user's own JSONL files to shards, checked line by line.
+"""A user's own JSON lines, JSON arrays and Parquet files to shards, checked row by row.
 
-Whatever would be lost or refused later is refused here, with file and line: a field that holds media (these
-shards hold text), a gold answer that its verifier cannot grade, a key that occurs twice. Other fields that
-nothing asks for are left out, and a message names them.
+Whatever would be lost or refused later is refused here, with file and line: an image or video that cannot be
+decoded, one that no field asks for, a gold answer that its verifier cannot grade, a key that occurs twice.
+Other fields that nothing asks for are left out, and a message names them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import batched
 from pathlib import Path
 from typing import Any
 
 from copd_megatron.data.convert.gold import GoldCheck
+from copd_megatron.data.convert.media import MediaSource, OwnMedia, check_placeholders, with_named_media
+from copd_megatron.data.convert.rows import Row, read_rows
 from copd_megatron.data.convert.write import NewSample, WrittenDomain, key_problem, write_shards
 from copd_megatron.data.failures import any_failure
-from copd_megatron.data.samples import SampleRef, check_plain, load_json, sample_from_record, texts_and_media
+from copd_megatron.data.media import content_hash
+from copd_megatron.data.samples import SampleRef, check_plain, load_json, sample_from_record
 from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.rewards import registry
 
@@ -50,10 +53,24 @@ class FieldMap:
     """Further fields to keep in the sample's metadata, under their own names."""
     key: str | None = None
     """The field with the sample's key; None: a running number."""
+    images: tuple[str, ...] = ("image", "images")
+    """Fields with one image or several: paths, or ``{"bytes", "path"}``."""
+    videos: tuple[str, ...] = ("video", "videos")
+    """The same of videos."""
+
+    def media(self, root: Path | None) -> OwnMedia:
+        """What reads the media; fields that are kept as metadata are none."""
+        kept = self.extra_metadata
+        return OwnMedia(
+            image_fields=tuple(name for name in self.images if name not in kept),
+            video_fields=tuple(name for name in self.videos if name not in kept),
+            root=root,
+        )
 
     def asked_for(self) -> frozenset[str]:
         """All names, and the fields that paths begin with."""
         names = [self.prompt, self.answer, self.verifier, self.metadata, *self.extra_metadata]
+        names += [*self.images, *self.videos]
         names += [self.key] if self.key is not None else []
         return frozenset(names) | frozenset(name.split(".")[0] for name in names)
 
@@ -71,22 +88,27 @@ def convert_jsonl(
     skip_bad: bool = False,
     overwrite: bool = False,
     check_golds: bool = True,
+    media_root: Path | None = None,
 ) -> WrittenDomain:
     """Write ``<out>/<name>-train-NNNNNN.tar`` and, if asked for, ``<name>-validation-NNNNNN.tar``.
 
     The order of lines is kept. Validation takes ``num_validation`` distinct prompts, chosen by a hash of
-    (seed, prompt); lines that repeat one of these prompts are left out of the training set. Files are read
-    twice, so that lines are never all in memory. ``check_golds``: let verifiers grade every gold answer,
-    which takes a grading's time for each line.
+    (seed, prompt), or of (seed, media) where there are any, since a question is often asked of many images;
+    lines that repeat one of these are left out of the training set. Files are read twice, so that lines and
+    media are never all in memory. ``check_golds``: let verifiers grade every gold answer, which takes a
+    grading's time for each line. ``media_root``: the folder that paths of media start at, instead of the
+    source's own.
 
-    Raises DataError with file and line number: not JSON, missing field, wrong type, media, unknown verifier,
-    a gold answer that cannot be graded, a bad key (``skip_bad``: such lines are skipped, counted and
-    logged); no usable line; shards that exist already.
+    Raises DataError with file and line number: not JSON, missing field, wrong type, a medium that cannot be
+    read or decoded or that the prompt has no place for, unknown verifier, a gold answer that cannot be
+    graded, a bad key (``skip_bad``: such lines are skipped, counted and logged); no usable line; shards that
+    exist already.
     """
-    survey = _Survey(skip_bad=skip_bad)
+    survey, media = _Survey(skip_bad=skip_bad), fields.media(media_root)
     ranked: set[str] = set()
-    for _, sample in survey.usable(_lines(sources, fields, prompt_suffix), check_golds):
-        ranked.add(_rank(seed, sample))
+    lines = _lines(sources, fields, prompt_suffix, media)
+    for line, sample in survey.usable((line.without_media() for line in lines), check_golds):
+        ranked.add(_rank(seed, sample, line.media_hashes))
     survey.report()
     if not ranked:
         raise DataError(f"no usable line in {', '.join(map(str, sources))}. Check files and field names.")
@@ -100,10 +122,10 @@ def convert_jsonl(
 
     def part(split: str) -> Iterator[NewSample]:
         taken: set[str] = set()
-        for line in _lines(sources, fields, prompt_suffix):
+        for line in _lines(sources, fields, prompt_suffix, media):
             if line.place in survey.bad or isinstance(line.sample, BadSampleError):
                 continue
-            rank = _rank(seed, line.sample)
+            rank = _rank(seed, line.sample, line.media_hashes)
             if (rank in chosen) != (split == "validation") or rank in taken:
                 continue
             if split == "validation":
@@ -132,6 +154,13 @@ class _Line:
     sample: NewSample | BadSampleError
     unused: tuple[str, ...] = ()
     """Fields that hold something and that nothing asks for."""
+    media_hashes: tuple[str, ...] = ()
+
+    def without_media(self) -> _Line:
+        """The same without the media's bytes, which the survey does not need."""
+        if isinstance(self.sample, BadSampleError):
+            return self
+        return replace(self, sample=replace(self.sample, media={}))
 
 
 @dataclass(kw_only=True)
@@ -202,47 +231,87 @@ def _ungradable(line: _Line, sample: NewSample, problem: str) -> BadSampleError:
     )
 
 
-def _rank(seed: int, sample: NewSample) -> str:
-    text = json.dumps([seed, sample.prompt], sort_keys=True)
+def _rank(seed: int, sample: NewSample, media_hashes: Sequence[str]) -> str:
+    text = json.dumps([seed, sorted(media_hashes) or sample.prompt], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _lines(sources: Sequence[Path], fields: FieldMap, suffix: str) -> Iterator[_Line]:
+def _lines(sources: Sequence[Path], fields: FieldMap, suffix: str, media: OwnMedia) -> Iterator[_Line]:
     """All lines in order. Raises DataError: a file cannot be read."""
     asked_for = fields.asked_for()
     for file_number, source in enumerate(sources):
-        try:
-            lines = open(source, "rb")  # noqa: SIM115
-        except OSError as error:
-            raise DataError(f"{source}: cannot be read ({error.strerror}). Check path and rights.") from error
-        with lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where, place = f"{source}, line {number}", (file_number, number)
-                try:
-                    with any_failure(where):
-                        row = _row(line, where)
-                        unused = tuple(n for n, value in row.items() if n not in asked_for and _holds(value))
-                        _refuse_media(unused, where)
-                        sample = _sample(row, fields, suffix, where)
-                    yield _Line(place=place, where=where, sample=sample, unused=unused)
-                except BadSampleError as error:
-                    yield _Line(place=place, where=where, sample=error)
+        for number, where, raw in _raw_rows(source):
+            place = (file_number, number)
+            try:
+                with any_failure(where):
+                    row, shown = _row(raw, media, where)
+                    unused = tuple(n for n, value in row.items() if n not in asked_for and _holds(value))
+                    _refuse_media(unused, where)
+                    sample, named = _sample(row, fields, suffix, where)
+                    if named and shown:
+                        raise _named_twice(where)
+                    shown = named or shown
+                    check_placeholders(sample.prompt, shown, where)
+                    members = media.members(shown, source, where)
+                yield _Line(
+                    place=place,
+                    where=where,
+                    sample=replace(sample, media=members),
+                    unused=unused,
+                    media_hashes=tuple(map(content_hash, members.values())),
+                )
+            except BadSampleError as error:
+                yield _Line(place=place, where=where, sample=error)
 
 
-def _row(line: bytes, where: str) -> dict[str, Any]:
+def _named_twice(where: str) -> BadSampleError:
+    problem = "media are named both by parts of the prompt and by fields of their own, in unclear order"
+    return BadSampleError(where, "media_mismatch", problem, "Name them in one of the two ways.")
+
+
+def _raw_rows(source: Path) -> Iterator[tuple[int, str, bytes | Row | BadSampleError]]:
+    """Number, place in words and content of every row of a file: bytes of a line of JSON, or what a JSON
+    array or Parquet file holds."""
+    if source.suffix.lower() in (".parquet", ".json"):
+        for number, (where, row) in enumerate(read_rows([source])):
+            yield number, where, row
+        return
+    try:
+        lines = open(source, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror}). Check path and rights.") from error
+    with lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, f"{source}, line {number}", line
+
+
+def _row(
+    raw: bytes | Row | BadSampleError, media: OwnMedia, where: str
+) -> tuple[dict[str, Any], list[MediaSource]]:
+    """A row without its media, and these."""
     remedy = "Each line must be one JSON object."
-    row = load_json(line, where, "not valid JSON", remedy)
-    check_plain(row, where)
+    if isinstance(raw, BadSampleError):
+        raise raw
+    row = load_json(raw, where, "not valid JSON", remedy) if isinstance(raw, bytes) else dict(raw)
+    if isinstance(raw, bytes):
+        check_plain(row, where)
     if not isinstance(row, dict):
         raise BadSampleError(where, "bad_type", f"is a {type(row).__name__}, not an object", remedy)
+    shown = media.sources(row, where)
+    row = {name: value for name, value in row.items() if name not in media.fields}
     try:
         json.dumps(row, allow_nan=False)
     except ValueError as error:
         problem = "a number is infinite or not a number, which JSON does not have"
         raise BadSampleError(where, "not_json", problem, "Store it as a string or null.") from error
-    return row
+    except TypeError as error:
+        problem = f"a field holds what JSON cannot ({error})"
+        raise BadSampleError(
+            where, "bad_type", problem, "Leave the column out, or store it as text."
+        ) from error
+    check_plain(row, where)
+    return row, shown
 
 
 def _holds(value: Any) -> bool:
@@ -255,14 +324,18 @@ def _refuse_media(unused: Sequence[str], where: str) -> None:
         raise BadSampleError(
             where,
             "media_unsupported",
-            f"field(s) {', '.join(map(repr, media))} hold media, which would be lost: these shards hold text",
-            "tools/convert_dataset.py writes shards with media; for text alone, remove the field.",
+            f"field(s) {', '.join(map(repr, media))} hold media, which would be lost",
+            "Name them with --image-field or --video-field; audio is not supported.",
         )
 
 
-def _sample(row: dict[str, Any], fields: FieldMap, suffix: str, where: str) -> NewSample:
+def _sample(
+    row: dict[str, Any], fields: FieldMap, suffix: str, where: str
+) -> tuple[NewSample, list[MediaSource]]:
+    """The sample without its media, and the media that parts of its prompt name."""
+    prompt, named = with_named_media(_field(row, fields.prompt, where, "--prompt-field"), where)
     record = {
-        "prompt": _field(row, fields.prompt, where, "--prompt-field"),
+        "prompt": prompt,
         "answer": _field(row, fields.answer, where, "--answer-field"),
         "verifier": _verifier(row, fields, where),
         "metadata": _field(row, fields.metadata, where, "--metadata-field", default={}),
@@ -270,11 +343,6 @@ def _sample(row: dict[str, Any], fields: FieldMap, suffix: str, where: str) -> N
     if isinstance(record["answer"], int | float) and not isinstance(record["answer"], bool):
         record["answer"] = json.dumps(record["answer"])
     sample = sample_from_record(record, SampleRef(where, ""), where)
-    shown = sorted({kind for kind, _ in texts_and_media(sample.prompt)} - {"text"})
-    if shown:
-        problem = f"the prompt has parts of the types {shown}, but these shards hold text"
-        remedy = "tools/convert_dataset.py writes shards with media."
-        raise BadSampleError(where, "media_unsupported", problem, remedy)
     try:
         registry.get(sample.verifier)
     except registry.UnknownVerifierError as error:
@@ -282,13 +350,14 @@ def _sample(row: dict[str, Any], fields: FieldMap, suffix: str, where: str) -> N
         remedy = "--verifier NAME sets one for lines that name none."
         raise BadSampleError(where, "unknown_verifier", problem, remedy) from error
     extra = {name: _field(row, name, where, "--keep") for name in fields.extra_metadata}
-    return NewSample(
+    new = NewSample(
         prompt=_with_suffix(sample.prompt, suffix) if suffix else sample.prompt,
         answer=sample.answer,
         verifier=sample.verifier,
         metadata={**sample.metadata, **extra},
         key=_key(row, fields, where),
     )
+    return new, named
 
 
 def _verifier(row: dict[str, Any], fields: FieldMap, where: str) -> Any:

@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from copd_megatron.config.schema import MediaConfig
 from copd_megatron.data.convert.gold import GoldCheck
-from copd_megatron.data.convert.public_sets import INSTRUCTIONS, LAYOUTS, Layout, MediaSource, PublicTask
+from copd_megatron.data.convert.media import load_medium
+from copd_megatron.data.convert.public_sets import INSTRUCTIONS, LAYOUTS, Layout, PublicTask
 from copd_megatron.data.convert.rows import Row, read_rows
 from copd_megatron.data.convert.write import NewSample, WrittenDomain, existing_shards, write_shards
-from copd_megatron.data.decode.containers import video_container
-from copd_megatron.data.decode.image import storable_image
-from copd_megatron.data.failures import any_failure, name_and_text
-from copd_megatron.data.media import IMAGE, VIDEO, content_hash, kind_of
+from copd_megatron.data.failures import any_failure
+from copd_megatron.data.media import IMAGE, VIDEO, content_hash
 from copd_megatron.errors import BadSampleError, DataError
 
 logger = logging.getLogger(__name__)
 
 _LOGGED_PER_REASON = 3
 _GRADED_TOGETHER = 128
-_MAX_PIXELS = MediaConfig().max_pixels_hard_limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +220,7 @@ def _sample(task: PublicTask, conversion: Conversion, where: str) -> NewSample:
     media: dict[str, bytes] = {}
     for kind in (IMAGE, VIDEO):
         for index, source in enumerate(item for item in task.media if item.kind == kind):
-            extension, data = _load(source, conversion.media_root, where)
+            extension, data = load_medium(source, conversion.media_root, where)
             media[f"{index}.{extension}"] = data
     for kind in (IMAGE, VIDEO):
         placed = task.question.count(f"<{kind}>")
@@ -241,47 +237,6 @@ def _sample(task: PublicTask, conversion: Conversion, where: str) -> NewSample:
         metadata=task.metadata,
         media=media,
     )
-
-
-def _load(source: MediaSource, root: Path | None, where: str) -> tuple[str, bytes]:
-    """Extension and bytes of a medium; images in other formats than PNG, JPEG and WebP become PNG."""
-    data, extension = source.data, "mp4"
-    if data is None:
-        assert source.path is not None
-        path = _inside(source.path, root, where)
-        extension = path.suffix.lstrip(".").lower()
-        data = _read(path, source.kind, where)
-    if source.kind == IMAGE:
-        return storable_image(data, where, max_pixels=_MAX_PIXELS)
-    if kind_of(extension) != VIDEO or video_container(data) is None:
-        problem = f"video {source.path or ''} is not an MP4, QuickTime, Matroska, WebM or AVI file"
-        raise BadSampleError(where, "unknown_format", problem, "Store it as MP4.")
-    return extension, data
-
-
-def _inside(name: str, root: Path | None, where: str) -> Path:
-    """The file that a row names. Raises BadSampleError for one outside the media folder."""
-    inner = os.path.normpath(name)
-    if os.path.isabs(inner) or inner.split(os.sep)[0] == "..":
-        raise BadSampleError(
-            where,
-            "missing_media",
-            f"the path {name!r} leads out of the media folder",
-            "Give paths relative to --media-root.",
-        )
-    return (root or Path()) / inner
-
-
-def _read(path: Path, kind: str, where: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise BadSampleError(
-            where,
-            "missing_media",
-            f"{kind} {path} cannot be read ({name_and_text(error)})",
-            "Unpack the set's archives and name their folder with --media-root.",
-        ) from error
 
 
 def _graded(

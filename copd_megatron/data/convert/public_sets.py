@@ -22,14 +22,13 @@ graded by similarity in their original projects rather than verified; they are s
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from copd_megatron.data.convert.media import MediaSource, medium_source
 from copd_megatron.data.convert.rows import Row
 from copd_megatron.data.media import IMAGE, VIDEO
 from copd_megatron.errors import BadSampleError
@@ -53,15 +52,6 @@ _VERIFIERS = {
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _OPTION = re.compile(r"^\s*[(\[]?([A-Z])[)\].:]\s*(.*)$", re.DOTALL)
 _LETTER = re.compile(r"^[(\[]?([A-Z])[)\].]?$")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MediaSource:
-    """A medium of a row: a file below the media folder, or the bytes themselves."""
-
-    kind: str
-    path: str | None = None
-    data: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +90,7 @@ def mmfinereason(row: Row, where: str) -> PublicTask:
     kept = {name: row[name] for name in ("source", "id", "pass_rate") if row.get(name) is not None}
     images = row.get("image")
     entries = images if isinstance(images, list) else [images]
-    media = tuple(_medium(entry, IMAGE, where) for entry in entries if entry is not None)
+    media = tuple(medium_source(entry, IMAGE, where) for entry in entries if entry is not None)
     if not media:
         raise BadSampleError(where, "no_media", "no image in 'image'", "Text rows belong to a text set.")
     return PublicTask(
@@ -168,7 +158,7 @@ def _problem(row: Row, where: str, dataset: str, solution: str, media: Sequence[
         answer=answer,
         verifier=verifier,
         metadata={**metadata, **extra},
-        media=tuple(_medium(entry, kind, where) for entry in entries),
+        media=tuple(medium_source(entry, kind, where) for entry in entries),
     )
 
 
@@ -203,26 +193,6 @@ def _kind(row: Row, where: str) -> str:
     if kind not in (IMAGE, VIDEO):
         raise BadSampleError(where, "bad_type", f"data_type is {kind!r}", "Use 'image' or 'video'.")
     return kind
-
-
-def _medium(entry: Any, kind: str, where: str) -> MediaSource:
-    if isinstance(entry, str):
-        return MediaSource(kind=kind, path=entry)
-    if isinstance(entry, Mapping):
-        data = entry.get("bytes")
-        if isinstance(data, bytes | bytearray):
-            return MediaSource(kind=kind, data=bytes(data))
-        if isinstance(data, str):
-            try:
-                return MediaSource(kind=kind, data=base64.b64decode(data, validate=True))
-            except binascii.Error as error:
-                problem = f"the {kind}'s bytes are not base64 ({error})"
-                raise BadSampleError(where, "bad_type", problem, "Export them as base64.") from error
-        if isinstance(entry.get("path"), str):
-            return MediaSource(kind=kind, path=entry["path"])
-    raise BadSampleError(
-        where, "bad_type", f"a {kind} is given as {type(entry).__name__}", "Give a path or {bytes, path}."
-    )
 
 
 def _text(row: Row, name: str, where: str) -> str:
