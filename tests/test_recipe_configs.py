@@ -124,7 +124,8 @@ def _run(root: Path, name: str, *settings: str) -> list[dict[str, float]]:
         if branch in data:
             overrides.append(f"branches.{branch}.data.train=[{root / 'data' / data[branch]}-train-*.tar]")
             overrides.append(f"branches.{branch}.data.validation=[]")
-    run_dir = root / "runs" / name
+    own_name = [s.removeprefix("run.name=") for s in settings if s.startswith("run.name=")]
+    run_dir = root / "runs" / (own_name[0] if own_name else name)
     run_dir.parent.mkdir(exist_ok=True)
     status = train(FOLDER / f"{name}.yaml", run_dir, overrides)
     assert status == 0, log_of(run_dir).read_text()[-4000:]
@@ -192,3 +193,17 @@ def test_a_recipe_runs_for_some_steps(material: Path, name: str) -> None:
         "sdpo": lambda s: 0 <= s["copd/privileged_fraction/addition<-addition"] <= 1,
     }
     assert expected[name](steps[-1]), steps[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["topk", "full"])
+def test_a_teacher_equal_to_its_student_has_no_divergence(material: Path, objective: str) -> None:
+    """Through vLLM, Megatron and the router, from one base: rounding at most."""
+    settings = [
+        *("schedule.cycles=1", "schedule.rlvr_steps=0", "schedule.opd_steps=1", "native.weight=0"),
+        *(f"opd.objective={objective}", f"run.name=equal_{objective}", "opd.distribution.top_k=8"),
+    ]
+    (first,) = _run(material, "copd_topk", *settings)
+    for branch in ("addition", "running_sums"):
+        assert abs(first[f"{branch}/train/divergence"]) < 1e-5
+        assert first[f"{branch}/train/grad_norm"] < 1e-2

@@ -1,7 +1,7 @@
 """Recipes with a memory of their own go on as if they had not stopped, and at other layouts alike.
 
-Uni-OPD draws at random what it leaves out; OPCoD draws solutions, asks peers and averages its teacher's weights;
-``loss.balance=drift`` remembers the first step. Whole runs: minutes on two cores.
+Uni-OPD draws at random what it leaves out; OPCoD draws solutions, asks peers and averages its teacher's
+weights; ``loss.balance=drift`` remembers the first step. Whole runs: minutes on two cores.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 
 On one process, in turn, ``--repeats`` times: the teacher's scoring pass with what the objective asks, the
 student's own where it needs one, and the update of the same rows (forward, backward, optimizer). The teacher
-has the student's weights. Bytes are those of the messages that the router would send, both ways, without their
-tables and headers. Ratios are to sampled_token in the same run, with their smallest and largest over repeats.
+has the student's weights. Bytes are those of the messages that the router would send, both ways, without
+their tables and headers. Ratios are to sampled_token in the same run, with their smallest and largest over repeats.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _rollouts(options: argparse.Namespace) -> list[Any]:
                 rollout_logprobs=np.zeros(options.response, np.float32),
                 seed=0,
                 reward=0.0,
-            )  # fmt: skip
+            )
         )
     return rollouts
 
@@ -203,8 +203,8 @@ def _count(rollouts: list[Any], own: list[Any], theirs: list[Any], asks: Any, in
     ]  # fmt: skip
     scores = [
         TeacherScore(
-            row_id=i, weight_version=0, logprobs=said.logprobs, distributions=said.state_logprobs, top=said.top,
-            support_logprobs=said.support_logprobs, entropy=said.entropy if asks.entropy else None,
+            row_id=i, weight_version=0, logprobs=said.logprobs, distributions=said.state_logprobs,
+            top=said.top, support_logprobs=said.support_logprobs, entropy=said.entropy if asks.entropy else None,
         )
         for i, said in enumerate(theirs)
     ]  # fmt: skip
@@ -231,9 +231,8 @@ def _edge() -> Any:
 def table(measured: list[Measured], num_tokens: int) -> str:
     """The figures as text."""
     first = measured[0]
-    lines = [
-        f"{'objective':26} {'own':>7} {'teacher':>8} {'update':>7} {'step, of sampled_token':>26}  bytes/token"
-    ]
+    titles = f"{'objective':26} {'own':>7} {'teacher':>8} {'update':>7} {'step, of sampled_token':>26}"
+    lines = [f"{titles}  bytes/token"]
     for one in measured:
         ratios = sorted(a / b for a, b in zip(one.step(), first.step(), strict=True))
         middle = {phase: statistics.median(values) for phase, values in one.seconds.items()}
