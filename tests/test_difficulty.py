@@ -309,30 +309,51 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, override: str, 
         validate(load_config(write_run(tmp_path), [override]), None, None)
 
 
-@pytest.mark.timeout(300)
-def test_the_command_scores_a_domain_in_pieces_and_training_accepts_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Killed in the middle of a line and started again: the same index as in one go."""
-    make_domains(tmp_path / "data", num_train=6, num_validation=1)
-    make_model(tmp_path / "base", seed=4, num_hidden_layers=2)
-    config, whole, pieces = write_run(tmp_path), tmp_path / "whole.jsonl", tmp_path / "pieces.jsonl"
-    words = ["data", "difficulty", str(config), "--num-samples", "3", "--at-once", "2"]
-    done = copd(*words, "--domain", "alpha", "--out", str(whole))
+def score(root: Path, out: Path, *words: str) -> str:
+    """Runs the command over ``alpha``; what it prints."""
+    words = ("--domain", "alpha", "--out", str(out), "--num-samples", "3", "--at-once", "2", *words)
+    done = copd("data", "difficulty", str(write_run(root)), *words)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "6 prompts by correct responses" in done.stdout
-    index = read_pass_rates(whole)
-    assert len(index.num_correct) == 6 and index.settings["top_k"] == 50
+    return done.stdout
 
-    pieces.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:5]) + b'{"prompt": "alp')
-    again = copd(*words, "--domain", "alpha", "--out", str(pieces))
-    assert again.returncode == 0, again.stderr[-4000:]
-    assert pieces.read_bytes() == whole.read_bytes()
 
-    assert main([*words, "--domain", "gamma", "--out", str(pieces)]) == 2
-    assert "'gamma' has no training shards; domains with training" in capsys.readouterr().err
-    settings = load_config(config, [f"branches.alpha.data.pass_rates={pieces}"])
-    check_inputs(settings)
-    settings.branches["beta"].data.pass_rates = str(pieces)
-    with pytest.raises(DataError, match=r"branches\.beta\.data\.pass_rates: .* has no pass rate of beta-"):
+def material(root: Path) -> None:
+    make_domains(root / "data", num_train=6, num_validation=1)
+    make_model(root / "base", seed=4, num_hidden_layers=2)
+
+
+@pytest.mark.timeout(300)
+def test_the_command_scores_a_domain_and_training_reads_it(tmp_path: Path) -> None:
+    material(tmp_path)
+    rates = tmp_path / "rates.jsonl"
+    assert "4 prompts by correct responses" in score(tmp_path, rates, "--limit", "4")
+    index = read_pass_rates(rates)
+    assert index.settings["top_k"] == 50 and index.settings["temperature"] == 1.0
+    assert len(index.num_correct) == 4 and all(0 <= c <= 3 for c in index.num_correct.values() if c)
+    settings = load_config(write_run(tmp_path), [f"branches.alpha.data.pass_rates={rates}"])
+    with pytest.raises(DataError, match=r"has no pass rate of alpha-train-.*\(2 of 6 prompts are missing\)"):
         check_inputs(settings)
+    with rates.open("a") as file:
+        for key in ("000000004", "000000005"):
+            name = f"alpha-train-000000/{key}"
+            print(json.dumps({"prompt": name, "num_correct": 1, "num_samples": 3}), file=file)
+    check_inputs(settings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_scoring_that_was_killed_goes_on_to_the_same_index(tmp_path: Path) -> None:
+    material(tmp_path)
+    whole, pieces = tmp_path / "whole.jsonl", tmp_path / "pieces.jsonl"
+    score(tmp_path, whole)
+    pieces.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:5]) + b'{"prompt": "alp')
+    score(tmp_path, pieces)
+    assert pieces.read_bytes() == whole.read_bytes()
+    assert len(read_pass_rates(whole).num_correct) == 6
+
+
+def test_an_unknown_domain_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "difficulty", str(write_run(tmp_path)), "--out", str(tmp_path / "rates.jsonl")]
+    for more, message in ((["--domain", "gamma"], "'gamma' has no training shards"), ([], "is missing")):
+        assert main([*words, *more]) == 2
+        assert f"{message}; domains with training shards: alpha, beta" in capsys.readouterr().err

@@ -25,7 +25,7 @@ MODULES = {
 
 @click.group("data", cls=LazyGroup, modules=MODULES, examples=EXAMPLES)
 def command() -> None:
-    """Write training and validation shards, and measure how hard they are.
+    """Write shards of prompts, and measure how hard they are.
 
     They come from your files, public sets, or procedural tasks. A shard is a webdataset tar file:
     NAME-train-000000.tar and so on, NAME-validation-000000.tar. A sample

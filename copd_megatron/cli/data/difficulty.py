@@ -30,9 +30,23 @@ branches.text.data.difficulty.balance=u_shape.
 @click.option("--out", type=PATH, required=True, help="The index, JSON lines; goes on if it is begun.")
 @click.option("--model", help="Hugging Face folder; default: what the branch starts from.")
 @click.option("--num-samples", type=COUNT, default=8, show_default=True, help="Responses to each prompt.")
-@click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True)
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
-@click.option("--top-k", type=int, default=50, show_default=True, help="-1: all tokens.")
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=1.0, show_default=True, help="Of sampling; 0: greedy."
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Sample from the most probable tokens that together hold this probability.",
+)
+@click.option(
+    "--top-k",
+    type=int,
+    default=50,
+    show_default=True,
+    help="Sample from this many most probable tokens; -1: from all.",
+)
 @click.option(
     "--at-once",
     "num_at_once",
