@@ -1,4 +1,4 @@
-"""``copd data difficulty``: how often a model solves each training prompt of a domain, in one process."""
+"""``copd data difficulty``: how often a model solves each training prompt, on all ranks there are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import batched, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ from copd_megatron.config.domains import Domain
 from copd_megatron.data.pass_rates import PassRates, PassRateWriter, read_pass_rates
 from copd_megatron.data.sources import PromptSources
 from copd_megatron.data.stream import PromptReader
+from copd_megatron.evaluation.engine import ranks_of_job, start_engine
 from copd_megatron.hf.digest import model_digest
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.hf.model_config import read_model_shape
-from copd_megatron.policy.device import model_dtype
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards.grader import Grader
 from copd_megatron.rollout.engine import RolloutEngine, SamplingSettings
-from copd_megatron.topology.single import single_process
+from copd_megatron.topology.collectives import all_gather_messages
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,8 @@ def score_difficulty(
     """Samples responses to the training prompts that the index at ``out`` lacks, grades them and appends how
     many were correct. A response is correct if its reward is at least 1.
 
-    Each response has a seed of its own, so that interruptions do not change what is sampled.
+    Every rank of the job calls it. Each response has a seed of its own, so that neither interruptions nor the
+    number of ranks change what is sampled.
 
     Returns:
         The index.
@@ -57,29 +57,38 @@ def score_difficulty(
         ConfigError: ``folder`` holds no model that vLLM can load.
         DataError: a shard cannot be used, or the index is of another model, other settings or other shards.
     """
-    shape = read_model_shape(folder, "model")
-    sources = PromptSources(config, folder, shape)
+    sources = PromptSources(config, folder, read_model_shape(folder, "model"))
+    branch = config.branches[domain.branch]
     with contextlib.ExitStack() as stack:
         if sources.media is not None:
             stack.callback(sources.media.close)
-        reader = sources.reader(domain, "train")
-        settings = _settings(config, domain, folder, scoring)
-        writer = stack.enter_context(PassRateWriter(out, settings, reader.shards, domain.name))
-        missing = (i for i, ref in enumerate(reader.shards.refs) if ref.id not in writer.done)
-        todo = list(islice(missing, scoring.limit))
+        run_id, first = stack.enter_context(ranks_of_job(config, "difficulty"))
+        reader, writer = sources.reader(domain, "train"), None
+        if first:
+            settings = _settings(config, domain, folder, scoring)
+            writer = stack.enter_context(PassRateWriter(out, settings, reader.shards, domain.name))
+        done = set(all_gather_messages([] if writer is None else sorted(writer.done))[0])
+        todo = [i for i, ref in enumerate(reader.shards.refs) if ref.id not in done][: scoring.limit]
         if todo:
-            engine = stack.enter_context(_engine(config, domain, folder, sources))
-            grader = stack.enter_context(Grader(config.branches[domain.branch].reward))
-            for part in batched(todo, scoring.num_at_once):
-                writer.append(_score(engine, grader, reader, part, scoring))
-                logger.info("%s: %d prompts to go", domain.name, len(todo) - todo.index(part[-1]) - 1)
-    return read_pass_rates(out)
+            engine = start_engine(
+                config, branch.rollout, folder, name="difficulty", run_id=run_id, media=sources.media
+            )
+            engine.load_weights(HFFolder(folder).iterate(), version=0)
+            grader = stack.enter_context(Grader(branch.reward))
+            for begin in range(0, len(todo), scoring.num_at_once):
+                part = todo[begin : begin + scoring.num_at_once]
+                lines = list(_score(engine, grader, reader, part, scoring))
+                if writer is not None:
+                    writer.append(lines)
+                    logger.info("%s: %d of %d prompts scored", domain.name, begin + len(part), len(todo))
+        all_gather_messages(None)  # the index is complete before anybody reads it
+        return read_pass_rates(out)
 
 
 def _score(
     engine: RolloutEngine, grader: Grader, reader: PromptReader, part: Sequence[int], scoring: Scoring
 ) -> Iterator[dict[str, Any]]:
-    """The index's lines of some samples."""
+    """The index's lines of some samples, the same on all ranks."""
     reader.prefetch(part)
     prompts: list[Prompt] = []
     names: list[str] = []
@@ -101,7 +110,8 @@ def _score(
         top_p=scoring.top_p,
         top_k=scoring.top_k,
     )
-    rollouts = grader.grade(engine.sample(prompts, settings, step=0, branch="difficulty"))
+    mine = engine.sample_share(prompts, settings, step=0, branch="difficulty")
+    rollouts = engine.gather(grader.grade(mine) if engine.tp_rank == 0 else mine, prompts, settings)
     engine.llm.reset_prefix_cache()  # what came before must not matter
     for number, name in enumerate(names):
         correct = sum(map(_is_correct, rollouts[number * count : (number + 1) * count]))
@@ -110,25 +120,6 @@ def _score(
 
 def _is_correct(rollout: Rollout) -> bool:
     return rollout.reward is not None and rollout.reward >= 1.0
-
-
-@contextlib.contextmanager
-def _engine(
-    config: Config, domain: Domain, folder: str | Path, sources: PromptSources
-) -> Iterator[RolloutEngine]:
-    with single_process() as run_id:
-        engine = RolloutEngine(
-            model_path=folder,
-            config=config.branches[domain.branch].rollout,
-            branch="difficulty",
-            run_id=run_id,
-            dtype=model_dtype(config),
-            max_tokens=config.model.max_sequence_tokens,
-            seed=config.run.seed,
-            media=sources.media,
-        )
-        engine.load_weights(HFFolder(folder).iterate(), version=0)
-        yield engine
 
 
 def _settings(config: Config, domain: Domain, folder: str | Path, scoring: Scoring) -> dict[str, Any]:

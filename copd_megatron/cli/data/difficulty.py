@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from copd_megatron.hf.model_config import read_model_shape
 EXAMPLES = """
     copd data difficulty my.yaml --domain text --out data/text-pass-rates.jsonl
     copd data difficulty my.yaml --domain text --out part.jsonl --limit 500 --model runs/a/export/text
+    torchrun --nproc-per-node 8 -m copd_megatron.cli data difficulty my.yaml --domain text --out text.jsonl
 
 Then train with branches.text.data.pass_rates=data/text-pass-rates.jsonl and, for example,
 branches.text.data.difficulty.balance=u_shape.
@@ -73,7 +75,7 @@ def command(
 
     CONFIG is a YAML file, whose shards, verifiers and longest response are used. Training reads the index to
     repeat prompts of medium difficulty and to leave out others (data.pass_rates, data.difficulty).
-    Interrupted, the same command goes on where it stopped.
+    Interrupted, the same command goes on where it stopped. Under torchrun or srun all ranks sample.
     """
     log_plainly()
     settings = load_config(config, overrides)
@@ -91,7 +93,9 @@ def command(
         num_at_once=num_at_once,
         limit=limit,
     )
-    print(_summary(score_difficulty(settings, chosen, folder, out, scoring)))
+    index = score_difficulty(settings, chosen, folder, out, scoring)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(_summary(index))
     return 0
 
 
