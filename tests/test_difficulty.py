@@ -322,7 +322,7 @@ def material(root: Path) -> None:
     make_model(root / "base", seed=4, num_hidden_layers=2)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_command_scores_a_domain_and_training_reads_it(tmp_path: Path) -> None:
     material(tmp_path)
     rates = tmp_path / "rates.jsonl"

@@ -221,7 +221,7 @@ def check_steps(run_dir: Path, counts: list[tuple[int, int]]) -> list[dict[str, 
     return steps
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_run_draws_from_all_pools(tmp_path: Path) -> None:
     make_domains(tmp_path / "data", num_train=24, num_validation=4)
     make_model(tmp_path / "base", seed=4, num_hidden_layers=2)
