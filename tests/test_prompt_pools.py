@@ -19,8 +19,9 @@ from copd_megatron.checkpoint.compatible import check_compatible, differences
 from copd_megatron.checkpoint.manifest import step_folder
 from copd_megatron.config import Config, ConfigError, load_config, to_yaml, validate
 from copd_megatron.config.domains import describe_pools, domains_by_name
-from copd_megatron.data import DataError, PromptMix
+from copd_megatron.data import DataError, PromptMix, ShardSet
 from copd_megatron.data.mix import deal
+from copd_megatron.data.pass_rates import PassRateWriter
 from tests.support.checkpoint_runs import log_of, prepare, train, write_config
 from tests.support.domains import make_domains
 from tests.support.models import make_model
@@ -220,7 +221,7 @@ def check_steps(run_dir: Path, counts: list[tuple[int, int]]) -> list[dict[str, 
     return steps
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_run_draws_from_all_pools(tmp_path: Path) -> None:
     make_domains(tmp_path / "data", num_train=24, num_validation=4)
     make_model(tmp_path / "base", seed=4, num_hidden_layers=2)
@@ -238,14 +239,30 @@ def test_a_run_draws_from_all_pools(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_resumed_run_gives_the_same_numbers_bit_for_bit(tmp_path: Path) -> None:
-    """On two ranks; the second run starts from the first one's checkpoint after two of four steps."""
-    prepare(tmp_path)
+    """On two ranks, with prompts repeated by their pass rates; the second run starts from the first one's
+    checkpoint after two of four steps."""
+    prepare(tmp_path, num_train=12)
     config = mixed_run(tmp_path, num_ranks=2, schedule={"cycles": 1, "rlvr_steps": 4, "opd_steps": 0})
+    balance = ["branches.mixed.data.difficulty.balance=u_shape"]
+    for pool in ("alpha", "beta"):
+        shards, rates = (
+            ShardSet.open([str(tmp_path / f"data/{pool}-train-*.tar")]),
+            tmp_path / f"{pool}.jsonl",
+        )
+        with PassRateWriter(rates, {"num_samples": 3}, shards, pool) as writer:
+            writer.append(
+                {"prompt": ref.id, "num_correct": 2 if i else 1, "num_samples": 3}
+                for i, ref in enumerate(shards.refs)
+            )
+        balance.append(f"branches.mixed.data.pools.{pool}.pass_rates={rates}")
     first, second = tmp_path / "first", tmp_path / "second"
-    assert train(config, first) == 0, log_of(first).read_text()[-4000:]
+    assert train(config, first, balance) == 0, log_of(first).read_text()[-4000:]
     (second / "checkpoints").mkdir(parents=True)
     shutil.copytree(step_folder(first, 2), step_folder(second, 2))
     shutil.copyfile(first / "metrics.jsonl", second / "metrics.jsonl")
-    assert train(config, second) == 0, log_of(second).read_text()[-4000:]
+    assert train(config, second, balance) == 0, log_of(second).read_text()[-4000:]
     assert metric_differences(first, second, relative=0) == []
     check_steps(second, [(4, 1), (3, 2), (3, 2), (4, 1)])
+    state = json.loads((step_folder(second, 4) / "mixed/loop.json").read_text())
+    alpha = state["streams"]["native"]["pools"]["alpha"]
+    assert (alpha["epoch"], alpha["position"]) == (0, 14), "an epoch has 11 + 4 prompts, not 12"

@@ -27,7 +27,7 @@ from copd_megatron.data import (
     split_evenly,
 )
 from copd_megatron.data.convert.write import write_shards
-from copd_megatron.data.stream import epoch_order
+from copd_megatron.data.order import epoch_order
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.shards import new_sample, record, write, write_raw
 from tests.support.text_streams import chat_tokenizer, plain_tokenizer, reader_of, stream_of
@@ -245,7 +245,7 @@ def test_every_process_computes_the_same_order(tmp_path: Path) -> None:
     pattern = write(tmp_path, 50)
     code = (
         "import sys; from copd_megatron.data import ShardSet\n"
-        "from copd_megatron.data.stream import epoch_order;"
+        "from copd_megatron.data.order import epoch_order;"
         "s = ShardSet.open([sys.argv[1]]);"
         "print(s.fingerprint, *(s.refs[i].id for i in epoch_order(len(s), 7, 2)))"
     )

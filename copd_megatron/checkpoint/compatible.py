@@ -45,6 +45,8 @@ WITHOUT_EFFECT: Final = (
     "branches.*.data.validation",
     "branches.*.data.pools.*.train",
     "branches.*.data.pools.*.validation",
+    "branches.*.data.pass_rates",
+    "branches.*.data.pools.*.pass_rates",
 )
 """Settings that may change freely: at most, rounding differs afterwards."""
 

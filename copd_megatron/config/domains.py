@@ -30,6 +30,8 @@ class Domain:
     """Patterns of its training shards."""
     validation: Sequence[str]
     """Patterns of its validation shards."""
+    pass_rates: str | None
+    """Index of how often its training prompts are solved."""
     weight: float = 1.0
     """Share of the branch's prompts, relative to the branch's other domains."""
 
@@ -46,6 +48,7 @@ def domains_of(config: Config, branch: str) -> tuple[Domain, ...]:
                 key=key,
                 train=data.train,
                 validation=data.validation,
+                pass_rates=data.pass_rates,
             ),
         )
     return tuple(
@@ -56,6 +59,7 @@ def domains_of(config: Config, branch: str) -> tuple[Domain, ...]:
             key=f"{key}.pools.{name}",
             train=pool.train,
             validation=pool.validation,
+            pass_rates=pool.pass_rates,
             weight=pool.weight,
         )
         for name, pool in data.pools.items()

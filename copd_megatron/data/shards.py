@@ -99,6 +99,18 @@ class ShardIndex:
         """The sample's member with this extension, or None."""
         return next((member for member in self.samples[key] if member.extension == extension), None)
 
+    def describe(self) -> Iterator[bytes]:
+        """Its name, and the keys, extensions and sizes of all members, in order."""
+        yield f"{self.name}\0{len(self.samples)}\n".encode()
+        for key, members in self.samples.items():
+            spans = ",".join(f"{member.extension}:{member.size}" for member in members)
+            yield f"{key}\0{spans}\n".encode()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of ``describe``."""
+        return hashlib.sha256(b"".join(self.describe())).hexdigest()[:16]
+
 
 def index_shard(path: Path, name: str | None = None) -> ShardIndex:
     """Index a shard by scanning its tar headers.
@@ -201,10 +213,8 @@ class ShardSet:
         """Hash of the names, keys, extensions and sizes of all members, in order (not of their contents)."""
         digest = hashlib.sha256()
         for index in self.indexes:
-            digest.update(f"{index.name}\0{len(index.samples)}\n".encode())
-            for key, members in index.samples.items():
-                spans = ",".join(f"{member.extension}:{member.size}" for member in members)
-                digest.update(f"{key}\0{spans}\n".encode())
+            for part in index.describe():
+                digest.update(part)
         return digest.hexdigest()[:32]
 
     def where(self, ref: SampleRef) -> str:

@@ -18,6 +18,7 @@ from copd_megatron.data import (
     check_shards,
     load_validation,
 )
+from copd_megatron.data.difficulty import load_difficulty
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.media_prompts import MediaPrompts
 from copd_megatron.data.processing import MultimodalProcessor
@@ -85,10 +86,12 @@ class PromptSources:
                     self._shards(domain, "train")
 
     def _stream(self, domain: Domain, purpose: str) -> PromptStream:
+        data, reader = self.config.branches[domain.branch].data, self.reader(domain, "train")
         return PromptStream(
-            self.reader(domain, "train"),
+            reader,
             seed=stream_seed(self.config.run.seed, purpose),
-            shuffle=self.config.branches[domain.branch].data.shuffle,
+            shuffle=data.shuffle,
+            difficulty=load_difficulty(domain, data.difficulty, reader.shards),
         )
 
     def _shards(self, domain: Domain, part: Part) -> tuple[ShardSet, MediaPrompts | None]:

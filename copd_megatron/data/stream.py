@@ -2,9 +2,6 @@
 
 Every rank holds the same stream and computes the same global batch; ``split_evenly`` then gives each
 data-parallel replica its part. Nothing is exchanged, so no rank can drift.
-
-Order of an epoch: samples sorted by 64 random bits each, drawn from PCG64 seeded with (seed, epoch). The
-raw bit stream of that generator is fixed by numpy's compatibility policy, unlike ``permutation``.
 """
 
 from __future__ import annotations
@@ -18,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
+from copd_megatron.data.difficulty import Difficulty
 from copd_megatron.data.failures import any_failure
 from copd_megatron.data.media import media_members, refuse_unknown_members
 from copd_megatron.data.occurrences import number_occurrences
+from copd_megatron.data.order import epoch_order
 from copd_megatron.data.samples import Message, Sample, SampleRef, texts_and_media
 from copd_megatron.data.shards import ShardSet
 from copd_megatron.errors import BadSampleError, DataError
@@ -82,14 +81,6 @@ def split_evenly[T](items: Sequence[T], rank: int, world: int) -> list[T]:
     if not 0 <= rank < world:
         raise ValueError(f"split_evenly: rank {rank} is not in 0 .. {world - 1}. Pass a rank of this group.")
     return list(items[len(items) * rank // world : len(items) * (rank + 1) // world])
-
-
-def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -> npt.NDArray[np.int64]:
-    """[num_samples] sample indices in the order of this epoch."""
-    if not shuffle:
-        return np.arange(num_samples, dtype=np.int64)
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
-    return np.argsort(np.asarray(bits, dtype=np.uint64), kind="stable").astype(np.int64)
 
 
 def encode_prompt(
@@ -259,8 +250,17 @@ class PromptStream:
     batches, nor on whether it is saved and restored in between.
     """
 
-    def __init__(self, reader: PromptReader, *, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        reader: PromptReader,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        difficulty: Difficulty | None = None,
+    ) -> None:
+        """``difficulty``: repeats and leaves out samples of the reader's shards; None: each once an epoch."""
         self.reader = reader
+        self._difficulty = difficulty
         self._seed = seed
         self._shuffle = shuffle
         self._epoch = 0
@@ -324,6 +324,7 @@ class PromptStream:
             "seed": self._seed,
             "shuffle": self._shuffle,
             "fingerprint": self.reader.shards.fingerprint,
+            **({} if self._difficulty is None else {"difficulty": self._difficulty.fingerprint}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -342,12 +343,13 @@ class PromptStream:
             ("fingerprint", "Put back the shards that the run began with, or start a new run on these"),
             ("seed", "Restore run.seed, or start a new run"),
             ("shuffle", "Restore data.shuffle, or start a new run"),
+            ("difficulty", "Restore data.pass_rates and data.difficulty, or start a new run"),
         ):
-            if state[name] != mine[name]:
+            if state.get(name) != mine.get(name):
                 what = "the shards" if name == "fingerprint" else name
                 raise DataError(
                     f"{self.reader.domain}: the data position cannot be restored: {what} changed "
-                    f"({name} was {state[name]!r}, is {mine[name]!r}). {remedy}."
+                    f"({name} was {state.get(name)!r}, is {mine.get(name)!r}). {remedy}."
                 )
         self._epoch = int(state["epoch"])
         self._order = self._order_of(self._epoch)
@@ -355,6 +357,8 @@ class PromptStream:
         self.reader.skipped = Counter({str(reason): int(n) for reason, n in state["skipped"].items()})
 
     def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
+        if self._difficulty is not None:
+            return self._difficulty.order(self._seed, epoch, self._shuffle)
         return epoch_order(len(self.reader.shards), self._seed, epoch, self._shuffle)
 
 

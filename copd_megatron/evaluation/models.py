@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import batched
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from copd_megatron.config import Config
 from copd_megatron.config.domains import all_domains
 from copd_megatron.data.sources import PromptSources
 from copd_megatron.errors import ConfigError
+from copd_megatron.evaluation.engine import ranks_of_job, start_engine
 from copd_megatron.evaluation.run import sampling_settings
 from copd_megatron.evaluation.verdicts import PromptVerdicts, VerdictFile, verdicts_of
 from copd_megatron.formats.open import open_source
@@ -24,13 +24,10 @@ from copd_megatron.formats.tensors import TensorSource, read_whole
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.hf.model_config import read_model_shape
 from copd_megatron.model.shape import ModelShape
-from copd_megatron.policy.device import model_dtype, uses_cuda
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards.grader import Grader
 from copd_megatron.rollout.engine import RolloutEngine
 from copd_megatron.topology.collectives import all_gather_messages
-from copd_megatron.topology.single import single_process
-from copd_megatron.topology.world import init_world
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +94,7 @@ def evaluate_models(
     with contextlib.ExitStack() as stack:
         if sources.media is not None:
             stack.callback(sources.media.close)
-        run_id, first = stack.enter_context(_ranks(config))
+        run_id, first = stack.enter_context(ranks_of_job(config, "eval"))
         validation = sources.validation()
         graders = {
             domain.name: stack.enter_context(Grader(config.branches[domain.branch].reward))
@@ -110,7 +107,14 @@ def evaluate_models(
         done = _agreed({label: [(v.domain, v.prompt) for v in f.read()] for label, f in files.items()}, first)
         if all(len(set(done[label])) >= sum(map(len, validation.values())) for label in files):
             return {label: _ordered(file.read(), validation) for label, file in files.items()}
-        engine = _engine(config, models[0], run_id, sources)
+        engine = start_engine(
+            config,
+            next(iter(config.branches.values())).rollout,
+            models[0].companions,
+            name="eval",
+            run_id=run_id,
+            media=sources.media,
+        )
         for number, model in enumerate(models):
             missing = {
                 domain: [p for p in prompts if (domain, p.group_id) not in done[model.label]]
@@ -152,38 +156,6 @@ def _per_prompt(
     count = len(rollouts) // len(prompts)
     for number, prompt in enumerate(prompts):
         yield prompt, rollouts[number * count : (number + 1) * count]
-
-
-def _engine(config: Config, model: Candidate, run_id: str, sources: PromptSources) -> RolloutEngine:
-    return RolloutEngine(
-        model_path=model.companions,
-        config=next(iter(config.branches.values())).rollout,
-        branch="eval",
-        run_id=run_id,
-        dtype=model_dtype(config),
-        max_tokens=config.model.max_sequence_tokens,
-        seed=config.run.seed,
-        media=sources.media,
-    )
-
-
-@contextlib.contextmanager
-def _ranks(config: Config) -> Iterator[tuple[str, bool]]:
-    """The job's ranks as one world, or a world of this process. Yields a run identifier, and whether this is
-    the first rank."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        with single_process() as run_id:
-            yield run_id, True
-        return
-    device: Literal["cuda", "cpu"] = "cuda" if uses_cuda(config) else "cpu"
-    with init_world(
-        {"eval": range(count)},
-        device=device,
-        timeout_seconds=config.run.collective_timeout_seconds,
-        run_id=os.environ.get("COPD_RUN_ID", "eval"),
-    ) as world:
-        yield "eval", world.is_first
 
 
 def _agreed(done: dict[str, list[tuple[str, str]]], first: bool) -> dict[str, set[tuple[str, str]]]:

@@ -113,9 +113,17 @@ def write_index(folder: Path, where: Mapping[str, str], total_bytes: int) -> Non
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copies everything but the weights: configuration, tokenizer, processor, template."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in _SUFFIXES and path.name != INDEX:
-            shutil.copyfile(path, target / path.name)
+    for path in companion_files(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """Configuration, tokenizer, processor and template of a folder, by name."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in _SUFFIXES and path.name != INDEX
+    ]
 
 
 def set_dtype(folder: Path, dtype: str) -> None:

@@ -14,6 +14,7 @@ from copd_megatron.config import Config, ConfigError, ModelShape, read_model_sha
 from copd_megatron.config.domains import all_domains
 from copd_megatron.config.models import check_tokenizers
 from copd_megatron.data import check_shards
+from copd_megatron.data.difficulty import load_difficulty
 from copd_megatron.launch.lock import RunLock
 from copd_megatron.launch.provenance import forget_starts
 from copd_megatron.launch.run_dir import run_directory, starts_anew
@@ -63,9 +64,12 @@ def check_inputs(config: Config) -> None:
     for branch in config.branches.values():
         registry.resolve(branch.reward.verifiers)
     for domain in all_domains(config):
-        for patterns in (domain.train, domain.validation):
-            if patterns:
-                check_shards(patterns, config.branches[domain.branch].reward.verifiers)
+        branch = config.branches[domain.branch]
+        if domain.train:
+            shards = check_shards(domain.train, branch.reward.verifiers)
+            load_difficulty(domain, branch.data.difficulty, shards)
+        if domain.validation:
+            check_shards(domain.validation, branch.reward.verifiers)
 
 
 def check_run_dir(config: Config, folder: Path) -> None:

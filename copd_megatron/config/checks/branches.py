@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from copd_megatron.config.domains import MEAN_COLUMN, all_domains, domains_of
-from copd_megatron.config.schema import BranchConfig, Config, MismatchCorrection, Topology
+from copd_megatron.config.schema import BranchConfig, Config, DifficultyBalance, MismatchCorrection, Topology
 from copd_megatron.model.shape import ModelShape
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*")
@@ -38,18 +38,35 @@ def _name(name: str) -> Iterator[str]:
 
 
 def _data(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
-    for part in ("train", "validation"):
+    for part in ("train", "validation", "pass_rates"):
         if branch.data.pools and getattr(branch.data, part):
             yield (
                 f"branches.{name}.data.{part}: given beside data.pools ({', '.join(branch.data.pools)}), but "
-                f"every pool has its own {part} shards; move these into a pool, or remove the pools"
+                f"every pool has its own {part}; move this into a pool, or remove the pools"
             )
+    yield from _difficulty(config, name, branch)
     if _needs_prompts(config, name):
         for domain in domains_of(config, name):
             if not domain.train:
                 yield f"{domain.key}.train: empty; give webdataset shards (paths, globs or brace ranges)"
     if not branch.reward.verifiers and not branch.frozen:
         yield f"branches.{name}.reward.verifiers: empty; name those that its samples ask for"
+
+
+def _difficulty(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
+    """Repeating and leaving out prompts by pass rates needs pass rates."""
+    options, key = branch.data.difficulty, f"branches.{name}.data.difficulty"
+    low, high = options.min_pass_rate, options.max_pass_rate
+    if low > high:
+        yield f"{key}: min_pass_rate {low:g} is above max_pass_rate {high:g}, so no prompt is left; swap them"
+    if options.balance is DifficultyBalance.none and (low, high) == (0, 1):
+        return
+    for domain in domains_of(config, name):
+        if domain.train and domain.pass_rates is None:
+            yield (
+                f"{key}: chooses prompts by their pass rates, but {domain.key}.pass_rates is not set; make "
+                f"an index with copd data difficulty --domain {domain.name}, or remove these settings"
+            )
 
 
 def _domain_names(config: Config) -> Iterator[str]:

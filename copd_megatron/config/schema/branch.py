@@ -14,7 +14,7 @@ from copd_megatron.config.bounds import (
     PositiveInt,
     Share,
 )
-from copd_megatron.config.schema.choices import RolloutQuantization
+from copd_megatron.config.schema.choices import DifficultyBalance, RolloutQuantization
 
 
 @dataclass(kw_only=True)
@@ -27,6 +27,25 @@ class PoolConfig:
     """Shards for evaluation. Empty: this domain is not evaluated."""
     weight: PositiveFloat = 1.0
     """The pool's share of the branch's prompts is its weight divided by the sum of all pools' weights."""
+    pass_rates: PathText | None = None
+    """How often a model solves each prompt of this pool, as ``data.pass_rates``."""
+
+
+@dataclass(kw_only=True)
+class DifficultyConfig:
+    """Which prompts are drawn how often, by their pass rates (Uni-OPD's offline difficulty balancing). Pass
+    rates are given by ``data.pass_rates``, or by that of each pool."""
+
+    balance: DifficultyBalance = DifficultyBalance.none
+    """Repeats prompts in each epoch, so that prompts of every difficulty are drawn equally often, as far as
+    ``max_repeat`` allows. Prompts that are always or never solved are not repeated (``mirrored_j``: those
+    never solved)."""
+    max_repeat: PositiveInt = 4
+    """Most times that balancing draws one prompt in an epoch."""
+    min_pass_rate: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.0
+    """Prompts with a lower pass rate are left out. 0: none."""
+    max_pass_rate: Annotated[float, Bounds(at_least=0, at_most=1)] = 1.0
+    """Prompts with a higher pass rate are left out. 1: none."""
 
 
 @dataclass(kw_only=True)
@@ -41,6 +60,10 @@ class DataConfig:
     """Several sets of prompts by name, in place of ``train`` and ``validation``: training on mixed data. Each
     has its own order and epochs. After any number of prompts, each pool has given its share of them, rounded
     down or up."""
+    pass_rates: PathText | None = None
+    """Index of how often a model solves each training prompt, which ``copd data difficulty`` writes."""
+    difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
+    """What the pass rates are used for."""
     shuffle: bool = True
     """Shuffle shards and samples anew in each epoch, in an order that seed and epoch determine. False: the
     order of the shards."""

@@ -191,6 +191,15 @@ class RolloutQuantization(Enum):
     fp8 = "fp8"
 
 
+class DifficultyBalance(Enum):
+    """Which prompts are repeated, by their number of correct responses among N, until each of these numbers
+    is as frequent as the most frequent of them. ``u_shape``: 1 to N - 1; ``mirrored_j``: 1 to N."""
+
+    none = "none"
+    u_shape = "u_shape"
+    mirrored_j = "mirrored_j"
+
+
 class LRSchedule(Enum):
     """Decay of the learning rate after the warm-up."""
 

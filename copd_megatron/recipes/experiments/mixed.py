@@ -28,7 +28,7 @@ def mixed(config: Config, out: Path) -> list[Task]:
     branch's; prompts and responses may be as long as the longest of any branch.
 
     Raises:
-        ConfigError: the branches start from different models.
+        ConfigError: the branches start from different models, or choose prompts by difficulty differently.
     """
     models = {branch.model_path for branch in config.branches.values()}
     if len(models) > 1:
@@ -36,6 +36,12 @@ def mixed(config: Config, out: Path) -> list[Task]:
         raise ConfigError(
             f"recipe mixed: one model learns from all branches' data, but the branches start from {named}; "
             "give them the same branches.<name>.model_path, or none"
+        )
+    choices = [branch.data.difficulty for branch in config.branches.values()]
+    if any(choice != choices[0] for choice in choices):
+        raise ConfigError(
+            "recipe mixed: one branch draws from all pools, but branches.<name>.data.difficulty differs "
+            "between the branches; give them the same, for example under branch_defaults"
         )
     run = run_of(config, out, NAME)
     sizes = {name: branch.num_prompts_per_step for name, branch in run.branches.items()}
@@ -62,6 +68,7 @@ def _one_branch(run: Config) -> BranchConfig:
     branch.frozen = False
     branch.data = DataConfig(
         pools=_pools(run),
+        difficulty=branch.data.difficulty,
         shuffle=branch.data.shuffle,
         max_prompt_tokens=max(other.data.max_prompt_tokens for other in everyone),
     )
@@ -81,6 +88,7 @@ def _pools(run: Config) -> dict[str, PoolConfig]:
             pools[domain.name] = PoolConfig(
                 train=list(domain.train),
                 validation=list(domain.validation),
+                pass_rates=domain.pass_rates,
                 weight=branch.num_prompts_per_step * domain.weight / total,
             )
     return pools
