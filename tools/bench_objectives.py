@@ -7,7 +7,8 @@
 On one process, in turn, ``--repeats`` times: the teacher's scoring pass with what the objective asks, the
 student's own where it needs one, and the update of the same rows (forward, backward, optimizer). The teacher
 has the student's weights. Bytes are those of the messages that the router would send, both ways, without
-their tables and headers. Ratios are to sampled_token in the same run, with their smallest and largest over repeats.
+their tables and headers. Ratios are to sampled_token in the same run, with their smallest and largest over
+repeats.
 """
 
 from __future__ import annotations
@@ -204,7 +205,8 @@ def _count(rollouts: list[Any], own: list[Any], theirs: list[Any], asks: Any, in
     scores = [
         TeacherScore(
             row_id=i, weight_version=0, logprobs=said.logprobs, distributions=said.state_logprobs,
-            top=said.top, support_logprobs=said.support_logprobs, entropy=said.entropy if asks.entropy else None,
+            top=said.top, support_logprobs=said.support_logprobs,
+            entropy=said.entropy if asks.entropy else None,
         )
         for i, said in enumerate(theirs)
     ]  # fmt: skip
