@@ -42,6 +42,22 @@ def test_score_of_rewards(rewards: list[float], score: Score) -> None:
     assert score_of(rewards) == score
 
 
+def test_a_prompt_is_solved_by_half_of_its_responses() -> None:
+    from copd_megatron.evaluation.run import solved
+
+    def answers(name: str, *rewards: float | None) -> list[Rollout]:
+        prompt = dataclasses.replace(rollout("x").prompt, prompt_id=name)
+        return [dataclasses.replace(graded(reward), prompt=prompt) for reward in rewards]
+
+    rollouts = [
+        *answers("a", 1.0, 0.0),
+        *answers("b", 1.0, 0.5, 0.0),
+        *answers("c", None),
+        *answers("d", 2.0),
+    ]
+    assert solved(rollouts) == {"a", "d"}
+
+
 def test_responses_without_a_grade_are_left_out() -> None:
     from copd_megatron.evaluation.run import accuracy
 

@@ -188,6 +188,7 @@ class Checkpoints:
             "teacher_version": None if me.teacher is None else me.teacher.version,
             "begun": to_state(me.begun),
             "first_sizes": dict(me.first_sizes),
+            "solved": {domain: sorted(ids) for domain, ids in me.solved.items()},
         }
 
     def _restore(self, state: dict[str, Any], where: str) -> None:
@@ -202,6 +203,7 @@ class Checkpoints:
             logger.warning("%s: data positions of %s are no longer used", where, ", ".join(saved))
         me.begun = from_state(state.get("begun", ()))
         me.first_sizes = dict(state.get("first_sizes", {}))
+        me.solved = {domain: frozenset(ids) for domain, ids in state.get("solved", {}).items()}
         if me.world.is_branch_first:  # the counters are summed over the branch
             me.grader.restore_counters(state["graded"])
 

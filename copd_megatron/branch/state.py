@@ -74,6 +74,8 @@ class Branch:
     """Spent on evaluation since the last step was written."""
     begun: list[Group] = field(default_factory=list)
     """Native groups that the last step left unfinished (``rollout.partial_rollouts``)."""
+    solved: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Ids of the validation prompts that the branch solved at its last evaluation, by domain."""
     first_sizes: dict[str, float] = field(default_factory=dict)
     """Mean |advantage| of each component at its first step (``loss.balance=drift``)."""
     num_skipped_updates: int = 0

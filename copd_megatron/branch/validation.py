@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from copd_megatron.branch.sampling import sample_graded
 from copd_megatron.branch.state import Branch
 from copd_megatron.branch.update import sync_weights
-from copd_megatron.evaluation.run import Accuracies, accuracy, num_prompts
+from copd_megatron.evaluation.run import Accuracies, accuracy, num_prompts, solved
 from copd_megatron.evaluation.table import Score, render_table, save_table
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.metrics.reduction import Metrics
@@ -102,7 +102,26 @@ def _accuracy(me: Branch, model: str, domains: Iterable[str]) -> dict[str, Score
         me.samples.write_evaluation(model, answers)
     # a resumed run has not evaluated: the next step must not find these prompts in the cache
     me.engine.llm.reset_prefix_cache()
+    if model == me.name:
+        _note_changes(me, answers)
     return scores
+
+
+def _note_changes(me: Branch, answers: Mapping[str, Sequence[Rollout]]) -> None:
+    """Which prompts this branch no longer solves, and which it solves now, since the evaluation before.
+
+    Two models of one accuracy may solve other prompts. What OPCoD promises is that few correct answers are
+    broken.
+    """
+    for domain, rollouts in answers.items():
+        now = solved(rollouts)
+        before = me.solved.get(domain)
+        if before is not None:
+            asked = {rollout.prompt.prompt_id for rollout in rollouts}
+            held, missed = asked & before, asked - before
+            me.metrics.mean(f"validation/broken_fraction/{domain}", float(len(held - now)), len(held))
+            me.metrics.mean(f"validation/gained_fraction/{domain}", float(len(missed & now)), len(missed))
+        me.solved[domain] = now
 
 
 @contextlib.contextmanager

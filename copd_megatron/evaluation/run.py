@@ -65,6 +65,15 @@ def score_of(rewards: Sequence[float]) -> Score:
     return {"mean_reward": mean, "full_marks": sum(reward >= 1.0 for reward in rewards) / len(rewards)}
 
 
+def solved(rollouts: Sequence[Rollout]) -> frozenset[str]:
+    """Ids of the prompts of which at least half of the responses got full marks."""
+    marks: dict[str, list[bool]] = {}
+    for rollout in rollouts:
+        full = rollout.reward is not None and rollout.reward >= 1.0
+        marks.setdefault(rollout.prompt.prompt_id, []).append(full)
+    return frozenset(prompt for prompt, full in marks.items() if 2 * sum(full) >= len(full))
+
+
 def num_prompts(validation: Mapping[str, Sequence[Prompt]]) -> dict[str, int]:
     """Number of prompts of each domain, for the header of the table."""
     return {domain: len(prompts) for domain, prompts in validation.items()}
