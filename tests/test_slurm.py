@@ -90,6 +90,32 @@ def test_jobs_are_checked_and_dealt_to_nodes(cluster: Cluster, tiny_config: Path
     assert "/data:/d" in cluster.log(image) and f"{ROOT}:{ROOT}" in cluster.log(image)
 
 
+REFUSED_BY_RANKS = """
+from copd_megatron.errors import ConfigError
+from copd_megatron.recipes.base import Recipe
+
+class Refused(Recipe):
+    def check(self, config):
+        raise ConfigError("refused by every rank")
+
+RECIPE = Refused(stages=())
+"""
+
+
+@pytest.mark.slow
+def test_what_no_restart_can_mend_is_not_started_again(cluster: Cluster, tiny_config: Path) -> None:
+    """The ranks' exit status reaches the job through srun."""
+    recipe = tiny_config.with_name("refused.py")
+    recipe.write_text(REFUSED_BY_RANKS)
+    settings = ["branch_defaults.parallel.tensor_model_parallel_size=1"]
+    settings += [f"branches.{name}.parallel.tensor_model_parallel_size=1" for name in BRANCHES]
+    job = cluster.submit(str(LAUNCHER), str(tiny_config), f"recipe={recipe}", *settings)
+    assert cluster.end_of(job, 400) == ("FAILED", "78:0"), cluster.log(job)[-4000:]
+    assert "refused by every rank" in cluster.log(job)
+    assert "failed in a way that no restart can mend" in cluster.log(job)
+    assert "restart 1 of" not in cluster.log(job)
+
+
 # --- whole runs ---------------------------------------------------------------------------------------------
 
 
