@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,16 @@ import pytest
 
 from copd_megatron.checkpoint.compare import compare_runs
 from copd_megatron.checkpoint.manifest import complete_checkpoints
-from tests.support.checkpoint_runs import BRANCHES, log_of, prepare, train, training, write_config
+from tests.support.checkpoint_runs import (
+    BRANCHES,
+    log_of,
+    prepare,
+    rank_process,
+    train,
+    training,
+    until,
+    write_config,
+)
 from tests.support.disks import fill
 
 VLLM_FAULT = Path(__file__).with_name("vllm_fault")
@@ -90,33 +98,6 @@ def disk(make_disk: Callable[[int], Path]) -> Path:
     return make_disk(256 << 20)
 
 
-def _steps(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _rank(run_dir: Path, rank: int) -> int:
-    """Process id of a rank of a run."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes().split(b"\0")
-            environment = (process / "environ").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it has ended meanwhile, or is none of ours
-        if f"run.dir={run_dir}".encode() in command and f"RANK={rank}".encode() in environment:
-            return int(process.name)
-    raise AssertionError(f"{run_dir} has no rank {rank}")
-
-
-def _until(condition: Callable[[], bool], process: subprocess.Popen[str], run_dir: Path) -> None:
-    """Waits for something in a run that must not end before."""
-    deadline = time.monotonic() + 240
-    while not condition():
-        said = log_of(run_dir).read_text()[-4000:]
-        assert process.poll() is None and time.monotonic() < deadline, said
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_killed_rank_and_a_full_disk_lose_nothing(runs: Runs, tmp_path: Path, disk: Path) -> None:
@@ -125,9 +106,9 @@ def test_a_killed_rank_and_a_full_disk_lose_nothing(runs: Runs, tmp_path: Path, 
     run_dir.symlink_to(disk / "run")  # the log beside it is elsewhere
 
     with training(runs.config, run_dir, ["run.max_restarts=1"]) as process:
-        _until(lambda: len(complete_checkpoints(run_dir)) >= 2, process, run_dir)
-        os.kill(_rank(run_dir, 1), signal.SIGKILL)
-        _until(lambda: "resumed from" in log_of(run_dir).read_text(), process, run_dir)
+        until(lambda: len(complete_checkpoints(run_dir)) >= 2, process, run_dir)
+        os.kill(rank_process(run_dir, 1), signal.SIGKILL)
+        until(lambda: "resumed from" in log_of(run_dir).read_text(), process, run_dir)
         filler = fill(disk)
         assert process.wait(300) != 0
     said = log_of(run_dir).read_text()
@@ -160,9 +141,9 @@ def _disturbed(
     monkeypatch.setenv("VLLM_FAULT_DIR", str(tmp_path))
     run_dir, trigger = tmp_path / "run", tmp_path / f"rank_1.{fault}"
     with training(runs.config, run_dir, ["run.max_restarts=1", *overrides]) as process:
-        _until(lambda: len(complete_checkpoints(run_dir)) >= 1, process, run_dir)
+        until(lambda: len(complete_checkpoints(run_dir)) >= 1, process, run_dir)
         trigger.touch()
-        _until(lambda: not trigger.exists(), process, run_dir)
+        until(lambda: not trigger.exists(), process, run_dir)
         assert process.wait(300) == 0, log_of(run_dir).read_text()[-6000:]
     said = log_of(run_dir).read_text()
     before, _, after = said.partition("restart 1 of 1")

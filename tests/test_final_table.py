@@ -57,7 +57,7 @@ class _World:
 def _me(monkeypatch: pytest.MonkeyPatch, config: Config, name: str, others: Sequence[Any]) -> Any:
     from copd_megatron.branch import validation
 
-    monkeypatch.setattr(validation, "_accuracy", lambda me, domains: dict.fromkeys(domains, 0.5))
+    monkeypatch.setattr(validation, "_accuracy", lambda me, model, domains: dict.fromkeys(domains, 0.5))
     return SimpleNamespace(
         name=name,
         config=config,
@@ -152,9 +152,10 @@ def test_evaluation_counts_as_nothing_of_the_step(monkeypatch: pytest.MonkeyPatc
         metrics=metrics,
         num_sampled_tokens=3,
         evaluation_seconds=0.0,
+        samples=SimpleNamespace(write_evaluation=lambda *_: None),
         grader=grader,
     )
-    assert validation._accuracy(me, ["text"]) == {"text": 1.0}
+    assert validation._accuracy(me, "text", ["text"]) == {"text": 1.0}
     assert me.num_sampled_tokens == 3 and me.evaluation_seconds > 0
     assert me.grader.counters() == {"graded": 7, "failed": 0}
     assert me.metrics.reduce() == {"timing/generation_seconds": 1.0}

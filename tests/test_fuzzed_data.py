@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -14,6 +14,7 @@ from copd_megatron.data import BadSampleError, DataError
 from copd_megatron.data.decode import decode_image, decode_video
 from copd_megatron.data.shards import index_shard
 from copd_megatron.tiny.tasks.encode import png
+from tests.support.fuzzing import LONG, SHORT, damaged
 from tests.support.hostile_media import (
     MALFORMED_EXIF,
     clip,
@@ -28,19 +29,6 @@ from tests.support.hostile_media import (
 from tests.support.vision_streams import CONFIG
 
 LIMIT = 10**7
-
-
-def damaged(data: st.DataObject, whole: bytes, places: int = 6) -> bytes:
-    """Some bytes changed, and perhaps a piece cut out or doubled; most changes near the headers."""
-    out = bytearray(whole)
-    for _ in range(data.draw(st.integers(1, places))):
-        near = data.draw(st.booleans())
-        at = data.draw(st.integers(0, min(len(out), 700 if near else len(out)) - 1))
-        out[at] = data.draw(st.sampled_from([0, 1, 0x2D, 0x7F, 0x80, 0xFF, out[at] ^ 1, out[at] ^ 0x10]))
-    if data.draw(st.integers(0, 3)) == 0:
-        begin, end = sorted(data.draw(st.tuples(st.integers(0, len(out)), st.integers(0, len(out)))))
-        out[begin:end] = bytes(out[begin:end]) * data.draw(st.sampled_from([0, 2]))
-    return bytes(out)
 
 
 IMAGES = [
@@ -124,10 +112,6 @@ def fuzz_tar(data: st.DataObject, path: Path) -> None:
         return
     for members in index.samples.values():
         assert all(0 <= member.offset <= member.offset + member.size <= len(raw) for member in members)
-
-
-SHORT = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=30_000, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @SHORT

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from copd_megatron.config import ConfigError, load_config, read_model_shape, read_model_shapes
+from copd_megatron.launch import dry_run as dry_run_module
 from copd_megatron.launch.dry_run import dry_run
 from copd_megatron.planner.memory import estimate_memory
 from tests.support.commands import ROOT
@@ -113,7 +114,8 @@ def test_a_mixture_of_experts_is_read_from_config_json(tmp_path: Path) -> None:
 
 def test_the_dry_run_shows_config_layout_edges_and_memory(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
-    text = dry_run(load(tmp_path, f"model.path={base}", "run.device=cpu"), 6)
+    config = load(tmp_path, f"model.path={base}", "run.device=cpu", "schedule.cycles=3")
+    text = dry_run(config, 6, {"text": 500})
     assert "num_prompts_per_step: 16" in text
     assert "text: ranks 0..1 (2), tp 2" in text
     assert "image: ranks 2..5 (4), tp 2" in text
@@ -121,6 +123,27 @@ def test_the_dry_run_shows_config_layout_edges_and_memory(tmp_path: Path) -> Non
     assert "text<-image" in text
     assert "CPU, float32" in text
     assert f"{SHAPE.num_parameters:,} parameters" in text
+    assert "\nschedule.cycles: 3  (default 4)\n" in text and f"\nmodel.path: {base}\n" in text
+    assert "\nschedule.rlvr_steps:" not in text, "it has its default"
+    assert "75 steps: 3 cycles of 15 steps of Phase I and 10 of Phase II" in text
+    prompts = config.branches["text"].num_prompts_per_step
+    assert f"500 training samples, {75 * prompts / 500:.3g} epochs" in text
+    assert "a crash loses the run (checkpoint.save_period=0)" in text
+
+
+def test_the_dry_run_says_whether_a_branch_fits_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_model(tmp_path / "base")
+    config = load(tmp_path, f"model.path={base}", "run.device=cuda")
+    for size, verdict in (
+        (80 << 30, "  fits (this machine's GPUs have 80.00 GiB)"),
+        (1 << 20, "DOES NOT FIT"),
+    ):
+        monkeypatch.setattr(dry_run_module, "_gpu_bytes", lambda size=size: size)
+        assert verdict in dry_run(config, 6)
+    monkeypatch.setattr(dry_run_module, "_gpu_bytes", lambda: None)
+    assert "this machine's GPUs" not in dry_run(config, 6)
 
 
 def test_the_dry_run_refuses_what_a_start_would(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from copd_megatron.tiny.vl import make_visual_base, make_visual_data
 from copd_megatron.tiny.vl_recipe import VL_BASE
 from tests.support.checkpoint_runs import BRANCHES, prepare, write_config
 from tests.support.commands import ROOT
+from tests.support.domains import make_domains
 from tests.support.slurm_cluster import Cluster, needs_slurm
 
 LAUNCHER = ROOT / "launchers/two_branch.sh"
@@ -48,6 +49,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("config")
     make_model(root / "base", seed=1)
+    make_domains(root / "data", num_train=4, num_validation=2)
     return write_config(root, {name: {"tensor_model_parallel_size": 2} for name in BRANCHES})
 
 
@@ -67,6 +69,8 @@ def test_jobs_are_checked_and_dealt_to_nodes(cluster: Cluster, tiny_config: Path
     seeds = cluster.submit(
         *words, "--array=3", "--output=seeds.log", str(LAUNCHER), str(tiny_config), "run.name=a"
     )
+    shards = str(tiny_config.parent / "data/alpha-train-*.tar")
+    data = (f"data.train=[{shards}]", f"data.validation=[{shards}]", "reward.verifiers=[numeric]")
     image = cluster.submit(
         *words, str(LAUNCHER), str(tiny_config),
         COPD_CONTAINER="reg#img:1", COPD_CONTAINER_ENGINE="pyxis", COPD_CONTAINER_MOUNTS="/data:/d",
@@ -74,6 +78,7 @@ def test_jobs_are_checked_and_dealt_to_nodes(cluster: Cluster, tiny_config: Path
     three = cluster.submit(
         "--nodes=3", "--export=ALL,COPD_PRINT=1", str(THREE_BRANCH_LAUNCHER),
         "configs/three_branch_tiny.yaml", f"model.path={tiny_config.parent / 'base'}",
+        *(f"branches.{name}.{setting}" for name in ("text", "image", "video") for setting in data),
     )  # fmt: skip
     for job in (wrong, tight, sweep, seeds, image, three):
         cluster.end_of(job, 60)
@@ -88,6 +93,33 @@ def test_jobs_are_checked_and_dealt_to_nodes(cluster: Cluster, tiny_config: Path
     assert (cluster.folder / "seeds.log").read_text().rstrip().endswith("run.name=a_3 run.seed=3")
     assert "--container-image=reg#img:1" in cluster.log(image).replace("\\", "")
     assert "/data:/d" in cluster.log(image) and f"{ROOT}:{ROOT}" in cluster.log(image)
+
+
+REFUSED_BY_RANKS = """
+from copd_megatron.errors import ConfigError
+from copd_megatron.recipes.base import Recipe
+
+class Refused(Recipe):
+    def check(self, config):
+        raise ConfigError("refused by every rank")
+
+RECIPE = Refused(stages=())
+"""
+
+
+@pytest.mark.slow
+def test_what_no_restart_can_mend_is_not_started_again(cluster: Cluster, tiny_config: Path) -> None:
+    """The ranks' exit status reaches the job through srun."""
+    tiny_config.with_name("refused_recipe.py").write_text(REFUSED_BY_RANKS)
+    path = os.pathsep.join([str(tiny_config.parent), os.environ.get("PYTHONPATH", "")])
+    settings = ["branch_defaults.parallel.tensor_model_parallel_size=1"]
+    settings += [f"branches.{name}.parallel.tensor_model_parallel_size=1" for name in BRANCHES]
+    settings.append("recipe=refused_recipe:RECIPE")
+    job = cluster.submit(str(LAUNCHER), str(tiny_config), *settings, PYTHONPATH=path)
+    assert cluster.end_of(job, 400) == ("FAILED", "78:0"), cluster.log(job)[-4000:]
+    assert "refused by every rank" in cluster.log(job)
+    assert "failed in a way that no restart can mend" in cluster.log(job)
+    assert "restart 1 of" not in cluster.log(job)
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------

@@ -385,7 +385,7 @@ def test_what_no_restart_can_mend_ends_every_rank_with_that_status(fails: int, a
         assert outcome.exit_code == EXIT_HOPELESS, outcome.output
         assert (
             f"watch: the job ends: text rank {fails} (global rank {fails}): ConfigError: run.seed: no good; "
-            "starting it again cannot help" in outcome.output
+            "starting it again as it is cannot help" in outcome.output
         )
         assert "stacks" not in outcome.output
 

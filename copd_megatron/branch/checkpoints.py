@@ -28,6 +28,7 @@ from copd_megatron.config import to_yaml
 from copd_megatron.data import PromptSequence
 from copd_megatron.evaluation.run import Accuracies
 from copd_megatron.evaluation.table import mean_reward
+from copd_megatron.launch.dry_run import NO_CHECKPOINTS
 from copd_megatron.rollout.early_stop import from_state, to_state
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class Checkpoints:
             ConfigError, DataError: it is of another configuration, or of other data.
         """
         me = self.me
+        if me.world.is_first and not self.options.save_period:
+            logger.warning("%s: set checkpoint.save_period", NO_CHECKPOINTS)
         manifest = find_checkpoint(me.world, me.run_dir, verify_hashes=self.options.verify_hashes)
         if manifest is None:
             for writer in self.observer.writers:

@@ -43,8 +43,7 @@ def command(config: str, overrides: tuple[str, ...], dry_run: bool) -> int:
     if dry_run:
         from copd_megatron.launch.dry_run import dry_run as description
 
-        check_inputs(settings)
-        print(description(settings))
+        print(description(settings, num_samples=check_inputs(settings)))
         return 0
     if world_size is None:
         from copd_megatron.launch.torchrun import become_torchrun

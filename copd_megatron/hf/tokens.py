@@ -35,9 +35,12 @@ def merge_rules(folder: Path | None) -> dict[str, int]:
     rules = model.get("merges") if isinstance(model, Mapping) else None
     if not isinstance(rules, list):
         return {}
-    return {
-        rule if isinstance(rule, str) else " ".join(map(str, rule)): rank for rank, rule in enumerate(rules)
-    }
+    return {_rule(rule): rank for rank, rule in enumerate(rules)}
+
+
+def _rule(rule: Any) -> str:
+    """``a b``, however it is written down."""
+    return " ".join(map(str, rule)) if isinstance(rule, list) else str(rule)
 
 
 def _read(folder: Path | None, name: str, tokenizer: Mapping[str, Any]) -> dict[str, int]:

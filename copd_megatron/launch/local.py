@@ -22,6 +22,7 @@ from copd_megatron.checkpoint.manifest import complete_checkpoints
 from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
 from copd_megatron.errors import EXIT_HOPELESS
 from copd_megatron.launch.cause import why_it_ended
+from copd_megatron.metrics.rank_log import LOGS
 
 
 def main(arguments: list[str]) -> int:
@@ -58,7 +59,7 @@ def _launch(run_dir: Path, rest: list[str]) -> int:
             hopeless = EXIT_HOPELESS in exits.values()
             if hopeless or restarts == limit:
                 _say(_next_start(run_dir))
-                _say(f"more: copd logs {run_dir} --level ERROR, and the lines above")
+                _say(_where_to_read_on(run_dir))
                 return EXIT_HOPELESS if hopeless else 1
             codes = ", ".join(f"rank {rank} with {code}" for rank, code in exits.items())
             _say(f"ended: {codes}; restart {restarts + 1} of {limit}")
@@ -79,6 +80,12 @@ def _next_start(run_dir: Path) -> str:
     """What the same command would do."""
     saved = next(iter(complete_checkpoints(run_dir)), None)
     return "nothing is saved yet" if saved is None else f"the same command continues from step {saved}"
+
+
+def _where_to_read_on(run_dir: Path) -> str:
+    """A run whose directory was removed has no logs."""
+    logs = f"copd logs {run_dir} --level ERROR, and " if (run_dir / LOGS).is_dir() else ""
+    return f"more: {logs}the lines above"
 
 
 def _say(text: str) -> None:

@@ -53,8 +53,11 @@ def check_place(config: Config) -> None:
         check_disk(config, read_model_shapes(config), folder)
 
 
-def check_inputs(config: Config) -> None:
+def check_inputs(config: Config) -> dict[str, int]:
     """Packages, tokenizers, verifiers and shards that the configuration names.
+
+    Returns:
+        Training samples of each domain that has any.
 
     Raises:
         ConfigError, DataError, UnknownVerifierError: something is missing or cannot be used.
@@ -63,13 +66,16 @@ def check_inputs(config: Config) -> None:
     check_tokenizers(config)
     for branch in config.branches.values():
         registry.resolve(branch.reward.verifiers)
+    num_samples = {}
     for domain in all_domains(config):
         branch = config.branches[domain.branch]
         if domain.train:
             shards = check_shards(domain.train, branch.reward.verifiers)
             load_difficulty(domain, branch.data.difficulty, shards)
+            num_samples[domain.name] = len(shards.refs)
         if domain.validation:
             check_shards(domain.validation, branch.reward.verifiers)
+    return num_samples
 
 
 def check_run_dir(config: Config, folder: Path) -> None:

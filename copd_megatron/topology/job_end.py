@@ -121,7 +121,7 @@ class JobEnd:
 
     def obey(self, verdict: Verdict) -> None:
         """Ends this process because the job has been found hopeless. Never returns."""
-        _log_in_time(f"{JOB_ENDS}{verdict.reason}; starting it again cannot help")
+        _log_in_time(f"{JOB_ENDS}{verdict.reason}; starting it again as it is cannot help")
         os._exit(EXIT_HOPELESS)
 
     def stuck(self, suspect: Suspect) -> None:

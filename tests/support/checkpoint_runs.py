@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,42 @@ def train(config: Path, run_dir: Path, overrides: Sequence[str] = (), *, timeout
 def log_of(run_dir: Path) -> Path:
     """Where ``training`` puts the output."""
     return run_dir.with_name(run_dir.name + ".log")
+
+
+def steps_written(run_dir: Path) -> int:
+    """Steps whose metrics are written."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def rank_process(run_dir: Path, rank: int) -> int:
+    """Process id of a rank of a run."""
+    found = rank_processes(run_dir)
+    assert rank in found, f"{run_dir} has no rank {rank}"
+    return found[rank]
+
+
+def rank_processes(run_dir: Path) -> dict[int, int]:
+    """Global rank to process id, of the ranks of a run that there are."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            environment = (process / "environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it has ended meanwhile, or is none of ours
+        if f"run.dir={run_dir}".encode() in command:
+            ranks = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
+            found |= dict.fromkeys(ranks, int(process.name))
+    return found
+
+
+def until(
+    condition: Callable[[], bool], process: subprocess.Popen[str], run_dir: Path, seconds: float = 240
+) -> None:
+    """Waits for something in a run that must not end before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        said = log_of(run_dir).read_text()[-4000:]
+        assert process.poll() is None and time.monotonic() < deadline, said
+        time.sleep(0.05)
