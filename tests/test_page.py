@@ -21,6 +21,7 @@ from copd_megatron.evaluation.table import save_table
 from copd_megatron.launch.provenance import record_start
 from copd_megatron.report.drawing import draw_panel
 from copd_megatron.report.history import read_run
+from copd_megatron.report.merge_distance import DistanceReport, LayerDistance, read_distances
 from copd_megatron.report.page import PageOptions, shade_of, shown_sample, write_page
 from copd_megatron.report.panels import Curve, Panel, PhaseSpan, panels, phase_spans, smoothed
 from copd_megatron.report.scores import interval, score_table
@@ -138,6 +139,8 @@ def test_scores_of_several_runs_have_students_intervals_and_gains(tmp_path: Path
     cell = table.cell("base", "text")
     assert cell is not None and cell.value == pytest.approx(0.3)
     assert cell.high - cell.value == pytest.approx(4.303 * 0.05 / math.sqrt(3), abs=1e-4)
+    share = score_table([read_run(full_run(tmp_path / f"high{i}", shift=0.12 * i)) for i in range(2)])
+    assert share is not None and share.cells["merged"]["text"].high == 1.0, "a share does not pass 100 %"
     gain = table.differences["merged"]["text"]
     assert (gain.value, gain.low, gain.high) == (pytest.approx(0.625),) * 3, "the same in every run"
     assert interval([0.5]).low == 0.5
@@ -199,6 +202,21 @@ def test_the_page_holds_everything_and_refers_to_nothing(one: Path) -> None:
         assert words in text
     assert HOSTILE not in text and "&lt;script&gt;" in text and "&lt;b&gt;3&lt;/b&gt;" in text
     assert len(text) < 600_000
+
+
+def test_how_far_branches_moved_is_read_back_and_shown(tmp_path: Path) -> None:
+    layer = LayerDistance(
+        layer="all", num_elements=4, base_norm=2.0, moved=(0.5, math.nan), cosines=(math.nan,)
+    )
+    report = DistanceReport(base="base", branches=("text", "image"), layers=(layer,))
+    folder = full_run(tmp_path / "run")
+    (folder / "distances.json").write_text(report.to_json())
+    assert read_distances(folder / "distances.json").rows() == report.rows()
+    text = write_page([folder], folder / "report.html").read_text()
+    assert "How far the branches moved" in text and "5.000e-01" in text
+    (folder / "distances.json").write_text("{}")
+    with pytest.raises(ValueError, match="no distances of branches"):
+        write_page([folder], folder / "report.html")
 
 
 def test_the_page_of_several_runs(tmp_path: Path) -> None:

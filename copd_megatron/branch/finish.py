@@ -12,6 +12,7 @@ from copd_megatron.evaluation.run import Accuracies
 from copd_megatron.evaluation.table import table_title
 from copd_megatron.merge.mean import merge_mean
 from copd_megatron.report.curves import write_report
+from copd_megatron.report.page import write_page
 from copd_megatron.weight_sync.export import export_hf
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,19 @@ def finish(me: Branch, table: Accuracies) -> Accuracies:
         if behaviour:
             print(f"how alike the branches are\n\n{behaviour}\n", flush=True)
         print(f"curves: {picture}", flush=True)
+        _write_page(me.run_dir)
     return table
+
+
+def _write_page(run_dir: Path) -> None:
+    """The page to read and to send. What it cannot show, a damaged file of samples for example, does not make
+    a finished run fail."""
+    try:
+        page = write_page([run_dir], run_dir / "report.html")
+    except (OSError, ValueError) as error:
+        logger.warning("no page: %s; copd report %s writes it", error, run_dir)
+    else:
+        print(f"page: {page}", flush=True)
 
 
 def export_branch(me: Branch, folder: Path) -> None:

@@ -171,7 +171,7 @@ def _validation(runs: Sequence[RunHistory]) -> Panel:
     return Panel(
         title="validation accuracy during training",
         curves=curves,
-        help="Bands: 95 % intervals of the share of right answers, from the number of prompts.",
+        help="Bands: 95 % intervals, from the number of prompts." if len(runs) == 1 else "",
         limits=_unit_interval(curves),
     )
 
