@@ -28,6 +28,7 @@ def run(root: Path, name: str, *overrides: str) -> list[dict[str, Any]]:
                 "data": {
                     "train": [str(root / "data" / f"{branch}-train-*.tar")],
                     "validation": [str(root / "data" / f"{branch}-validation-*.tar")],
+                    "max_prompt_tokens": 150,
                 },
                 "rollout": {"max_new_tokens": 6},
             }

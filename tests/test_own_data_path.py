@@ -62,6 +62,6 @@ def test_the_pages_commands_lead_to_a_report(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
         said += done.stdout
-    assert "32 training samples" in said and "merged - base" in said and "response 0" in said
+    assert "32 training samples" in said and "merged - base" in said and "(numeric)" in said
     page = (tmp_path / "runs/mine/report.html").read_text()
     assert "What the models answered" in page and "data:image/jpeg" in page, "with the prompts' pictures"
