@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copd_megatron.branch.checkpoints import Checkpoints
 from copd_megatron.branch.finish import finish
+from copd_megatron.branch.merged import mean_as_it_is
 from copd_megatron.branch.observer import Observer
 from copd_megatron.branch.schedule import Step, steps
 from copd_megatron.branch.start import start
@@ -42,6 +43,8 @@ def train(config: Config) -> int:
             accuracies = each_branch(me) if evaluation_due(config, step) else None
             if accuracies:
                 observer.validation(accuracies)
+            if accuracies and config.evaluation.merged:
+                observer.merged(mean_as_it_is(me))
             observer.step(step)
             if checkpoints.after(step, accuracies):
                 return EXIT_PREEMPTED

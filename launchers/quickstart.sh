@@ -64,6 +64,6 @@ the run did what it should if the merged model is far above the base, at a mean 
 
 Next, in $COPD_ROOT:
   . ${VIRTUAL_ENV#"$COPD_ROOT/"}/bin/activate     puts the copd command on the PATH of this shell
-  copd report $run     these tables again, and the curves in $run/report.png
+  copd report $run     these tables again, and the page $run/report.html
   copd train $config --dry-run     every setting, the layout and the memory estimate
 END

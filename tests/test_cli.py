@@ -315,7 +315,10 @@ def shell_path(tmp_path: Path) -> str:
     ("typed", "expected"),
     [
         (["copd", "me"], ["merge"]),
-        (["copd", "data", ""], ["jsonl-to-shards", "convert", "make-text", "make-visual", "difficulty"]),
+        (
+            ["copd", "data", ""],
+            ["jsonl-to-shards", "convert", "benchmark", "make-text", "make-visual", "difficulty"],
+        ),
         (["copd", "checkpoint", "to-hf", "--mo"], ["--model"]),
         (["copd", "merge", "a", "--method", "dare"], ["dare_linear", "dare_ties"]),
     ],

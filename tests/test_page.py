@@ -3,7 +3,9 @@ shows it without asking anybody for anything."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import math
 import re
@@ -13,18 +15,25 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from copd_megatron.cli.main import main
-from copd_megatron.config import load_config
+from copd_megatron.config import BranchConfig, Config, DataConfig, load_config
+from copd_megatron.data.convert.write import NewSample, write_shards
+from copd_megatron.data.media import MediaPlace, content_hash
 from copd_megatron.evaluation.table import save_table
 from copd_megatron.launch.provenance import record_start
 from copd_megatron.report.drawing import draw_panel
 from copd_megatron.report.history import read_run
+from copd_megatron.report.merge_distance import DistanceReport, LayerDistance, read_distances
 from copd_megatron.report.page import PageOptions, shade_of, shown_sample, write_page
 from copd_megatron.report.panels import Curve, Panel, PhaseSpan, panels, phase_spans, smoothed
 from copd_megatron.report.scores import interval, score_table
+from copd_megatron.report.thumbnails import Thumbnails
 from copd_megatron.samples.files import write_samples
+from copd_megatron.tiny.tasks.encode import mp4, png
 from tests.test_report import write_run
 from tests.test_samples import make
 
@@ -138,6 +147,8 @@ def test_scores_of_several_runs_have_students_intervals_and_gains(tmp_path: Path
     cell = table.cell("base", "text")
     assert cell is not None and cell.value == pytest.approx(0.3)
     assert cell.high - cell.value == pytest.approx(4.303 * 0.05 / math.sqrt(3), abs=1e-4)
+    share = score_table([read_run(full_run(tmp_path / f"high{i}", shift=0.12 * i)) for i in range(2)])
+    assert share is not None and share.cells["merged"]["text"].high == 1.0, "a share does not pass 100 %"
     gain = table.differences["merged"]["text"]
     assert (gain.value, gain.low, gain.high) == (pytest.approx(0.625),) * 3, "the same in every run"
     assert interval([0.5]).low == 0.5
@@ -155,6 +166,27 @@ def test_tokens_are_shaded_by_the_teachers_log_ratio() -> None:
         ("cd", "n4", "log-ratio -2.00"),
     ]
     assert shown.gap == pytest.approx(-2 / 3)
+
+
+def test_thumbnails_come_from_the_runs_shards(tmp_path: Path) -> None:
+    frames = [np.full((48, 200, 3), 50 * i, np.uint8) for i in range(5)]
+    media = {"0.png": png(frames[4]), "mp4": mp4(frames, 4.0)}
+    write_shards([NewSample(prompt="p", answer="a", verifier="exact", key="k", media=media)], tmp_path, "i")
+    config = Config()
+    config.branches["image"] = BranchConfig(data=DataConfig(train=[str(tmp_path / "i-*.tar"), "absent.tar"]))
+    thumbnails = Thumbnails(config)
+
+    def size(extension: str, **changed: str) -> tuple[int, int] | None:
+        place = MediaPlace("image/train", "i-000000", "k", extension)
+        uri = thumbnails.uri({**dataclasses.asdict(place.ref(content_hash(media[extension]))), **changed})
+        if uri is None:
+            return None
+        return Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,")))).size
+
+    assert size("0.png") == (128, 31), "at most 128 pixels a side"
+    assert size("mp4") == (4 * 128, 31), "four frames in a row"
+    assert size("0.png", content_hash="of another picture") is None
+    assert size("0.png", content_hash="0", shard="elsewhere") is None
 
 
 # --- the page ----------------------------------------------------------------------------------------------
@@ -201,6 +233,21 @@ def test_the_page_holds_everything_and_refers_to_nothing(one: Path) -> None:
     assert len(text) < 600_000
 
 
+def test_how_far_branches_moved_is_read_back_and_shown(tmp_path: Path) -> None:
+    layer = LayerDistance(
+        layer="all", num_elements=4, base_norm=2.0, moved=(0.5, math.nan), cosines=(math.nan,)
+    )
+    report = DistanceReport(base="base", branches=("text", "image"), layers=(layer,))
+    folder = full_run(tmp_path / "run")
+    (folder / "distances.json").write_text(report.to_json())
+    assert read_distances(folder / "distances.json").rows() == report.rows()
+    text = write_page([folder], folder / "report.html").read_text()
+    assert "How far the branches moved" in text and "5.000e-01" in text
+    (folder / "distances.json").write_text("{}")
+    with pytest.raises(ValueError, match="no distances of branches"):
+        write_page([folder], folder / "report.html")
+
+
 def test_the_page_of_several_runs(tmp_path: Path) -> None:
     folders = [full_run(tmp_path / f"seed{i}", shift=0.05 * i) for i in range(3)]
     text = write_page(folders, tmp_path / "seeds.html", PageOptions(num_samples=0)).read_text()
@@ -212,6 +259,24 @@ def test_a_run_that_has_begun_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "phase": "rlvr", "x/train/reward": 0.5}))
     text = write_page([tmp_path], tmp_path / "page.html", PageOptions(refresh_seconds=5)).read_text()
     assert "No evaluation table yet" in text and '<meta http-equiv="refresh" content="5">' in text
+
+
+def test_a_page_is_kept_fresh_until_somebody_stops_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        page.unlink()
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("copd_megatron.cli.report.time.sleep", nap)
+    folder = write_run(tmp_path / "run")
+    page = folder / "report.html"
+    assert main(["report", str(folder), "--follow", "7"]) == 130
+    assert naps == [7, 7, 7] and not page.exists()
 
 
 def test_the_command_writes_page_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from copd_megatron.branch.merged import export_branch, merge_branches, trained_branches
 from copd_megatron.branch.schedule import num_steps
 from copd_megatron.branch.state import Branch
 from copd_megatron.branch.validation import each_branch, load_folder, shared_model, write_table
 from copd_megatron.evaluation.run import Accuracies
 from copd_megatron.evaluation.table import table_title
-from copd_megatron.merge.mean import merge_mean
 from copd_megatron.report.curves import write_report
-from copd_megatron.weight_sync.export import export_hf
+from copd_megatron.report.page import write_page
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +29,11 @@ def finish(me: Branch, table: Accuracies) -> Accuracies:
     config, folder = me.config, me.run_dir / "export"
     if me.validation:
         table = table | each_branch(me)
-    trained = [name for name, branch in config.branches.items() if not branch.frozen]
     if config.end.export or config.end.merge:
         export_branch(me, folder / me.name)
         me.world.barrier("export")
-    if config.end.merge and len(trained) > 1:
-        merge_mean(
-            [folder / name for name in trained],
-            folder / "merged",
-            rank=me.world.rank,
-            world_size=me.world.world_size,
-            barrier=lambda: me.world.barrier("merge"),
-        )
-        load_folder(me, folder / "merged")
+    if config.end.merge and len(trained_branches(me)) > 1:
+        load_folder(me, merge_branches(me, folder))
         if me.validation:
             table = table | shared_model(me, "merged")
     if table:
@@ -55,12 +47,16 @@ def finish(me: Branch, table: Accuracies) -> Accuracies:
         if behaviour:
             print(f"how alike the branches are\n\n{behaviour}\n", flush=True)
         print(f"curves: {picture}", flush=True)
+        _write_page(me.run_dir)
     return table
 
 
-def export_branch(me: Branch, folder: Path) -> None:
-    """This branch's weights as a Hugging Face folder."""
-    if not me.trains:
-        return
-    with me.world.watch.operation("export", ranks=me.world.branch_ranks[me.name]):
-        export_hf(me.actor, folder, source=me.settings.model_path or me.config.model.path)
+def _write_page(run_dir: Path) -> None:
+    """The page to read and to send. What it cannot show, a damaged file of samples for example, does not make
+    a finished run fail."""
+    try:
+        page = write_page([run_dir], run_dir / "report.html")
+    except (OSError, ValueError) as error:
+        logger.warning("no page: %s; copd report %s writes it", error, run_dir)
+    else:
+        print(f"page: {page}", flush=True)

@@ -12,6 +12,7 @@ from typing import Self
 import torch.distributed as dist
 import yaml
 
+from copd_megatron.branch.merged import MERGED
 from copd_megatron.branch.schedule import Step, num_steps
 from copd_megatron.branch.state import Branch
 from copd_megatron.config import to_yaml
@@ -133,6 +134,11 @@ class Observer:
         }
         if figures:
             self._each_writer(lambda writer: writer.finish(num_steps(self.me.config.schedule), figures))
+
+    def merged(self, accuracies: Accuracies) -> None:
+        """Adds what the mean of the branches scores to the step's metrics."""
+        for domain, score in accuracies.get(MERGED, {}).items():
+            self.me.metrics.value(f"copd/merged_accuracy/{domain}", mean_reward(score))
 
     def __enter__(self) -> Self:
         return self

@@ -97,7 +97,7 @@ def _accuracy(me: Branch, model: str, domains: Iterable[str]) -> dict[str, Score
         answers[purpose.removeprefix("validation/")] = rollouts
         return rollouts
 
-    with _beside_the_step(me):
+    with beside_the_step(me):
         scores = accuracy(sample, me.validation, me.config.evaluation, domains=domains)
         me.samples.write_evaluation(model, answers)
     # a resumed run has not evaluated: the next step must not find these prompts in the cache
@@ -125,7 +125,7 @@ def _note_changes(me: Branch, answers: Mapping[str, Sequence[Rollout]]) -> None:
 
 
 @contextlib.contextmanager
-def _beside_the_step(me: Branch) -> Iterator[None]:
+def beside_the_step(me: Branch) -> Iterator[None]:
     """What is sampled and graded in the block counts neither as a step's nor as the run's training."""
     metrics, tokens, graded = me.metrics, me.num_sampled_tokens, me.grader.counters()
     begin = time.monotonic()

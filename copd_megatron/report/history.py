@@ -12,6 +12,7 @@ from typing import Any
 OVERLAP = "copd/overlap@"
 SYMMETRIC_KL = "copd/sym_kl/"
 TEACHER_GAP = "copd/teacher_gap/"
+MERGED_ACCURACY = "copd/merged_accuracy/"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from copd_megatron.evaluation.statistics import wilson
-from copd_megatron.report.history import OVERLAP, SYMMETRIC_KL, TEACHER_GAP, RunHistory
+from copd_megatron.report.history import MERGED_ACCURACY, OVERLAP, SYMMETRIC_KL, TEACHER_GAP, RunHistory
 
 PHASES = {
     "sampling": "generation_seconds",
@@ -163,6 +163,7 @@ def _validation(runs: Sequence[RunHistory]) -> Panel:
             for branch, found, domain in [name.partition(marker)]
             if found
         }
+        | {f"merged on {domain}": values for domain, values in run.named(MERGED_ACCURACY).items()}
         for run in runs
     ]
     curves = combined(runs, named)
@@ -171,7 +172,7 @@ def _validation(runs: Sequence[RunHistory]) -> Panel:
     return Panel(
         title="validation accuracy during training",
         curves=curves,
-        help="Bands: 95 % intervals of the share of right answers, from the number of prompts.",
+        help="Bands: 95 % intervals, from the number of prompts." if len(runs) == 1 else "",
         limits=_unit_interval(curves),
     )
 

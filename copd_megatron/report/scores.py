@@ -57,7 +57,9 @@ def score_table(runs: Sequence[RunHistory]) -> ScoreTable | None:
             values = _values(measured, model, domain)
             if values:
                 single = len(runs) == 1
-                cells[model][domain] = _of_one(measured[0], domain, values[0]) if single else interval(values)
+                cells[model][domain] = (
+                    _of_one(measured[0], domain, values[0]) if single else _share(interval(values))
+                )
             paired = _against_base(measured, model, domain)
             if len(paired) > 1:
                 differences.setdefault(model, {})[domain] = interval(paired)
@@ -74,6 +76,11 @@ def interval(values: Sequence[float]) -> Estimate:
     quantile = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else 1.96
     half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return Estimate(value=mean, low=mean - half, high=mean + half)
+
+
+def _share(found: Estimate) -> Estimate:
+    """The interval of a share, which does not leave [0, 1]."""
+    return Estimate(value=found.value, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def _values(runs: Sequence[RunHistory], model: str, domain: str) -> list[float]:

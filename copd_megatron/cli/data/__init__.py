@@ -17,6 +17,7 @@ EXAMPLES = """
 MODULES = {
     "jsonl-to-shards": "copd_megatron.cli.data.jsonl_to_shards",
     "convert": "copd_megatron.cli.data.convert",
+    "benchmark": "copd_megatron.cli.data.benchmark",
     "make-text": "copd_megatron.cli.data.make_text",
     "make-visual": "copd_megatron.cli.data.make_visual",
     "difficulty": "copd_megatron.cli.data.difficulty",

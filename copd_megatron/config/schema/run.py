@@ -94,6 +94,9 @@ class EvaluationConfig:
     """Evaluate the base model before the first step. Needed for the table's base row."""
     every_steps: NonNegativeInt = 0
     """Steps between evaluations during training. 0: at the start and at the end only."""
+    merged: bool = False
+    """Evaluate the mean of the branches as they are, too, at every evaluation during training
+    (``every_steps``). Writes and merges an export of every branch each time, to the run directory."""
     max_prompts: PositiveInt | None = None
     """Validation prompts per domain, spread evenly over its shards. Null: all."""
     num_generations_per_prompt: PositiveInt = 1
