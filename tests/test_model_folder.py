@@ -262,3 +262,11 @@ def test_the_large_configs_hold_the_papers_values_and_fit_80_gb(
         # vLLM's share of an 80 GB GPU, where it is more than its weights
         sampling = estimate.sampling - estimate.rollout + branch.rollout.gpu_memory_utilization * 80e9
         assert max(estimate.training, sampling) < 72e9
+
+
+def test_a_checkpoint_as_a_model_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:
+    folder = tmp_path / "step_000100" / "text"
+    folder.mkdir(parents=True)
+    (folder / ".metadata").write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"copd checkpoint to-hf {folder} text_hf, and name that"):
+        read_model_shape(folder, "branches.text.model_path")

@@ -35,6 +35,11 @@ def read_model_shape(folder: str | Path, key: str = "model.path") -> ModelShape:
             f"{where}: no such folder (working directory {Path.cwd()}); it has to be a Hugging Face model "
             f"folder with config.json, safetensors and a tokenizer"
         )
+    if (path / ".metadata").is_file():
+        raise ConfigError(
+            f"{where}: a checkpoint in Megatron's format; a model, a frozen teacher included, starts from a "
+            f"Hugging Face folder: copd checkpoint to-hf {folder} {Path(folder).name}_hf, and name that"
+        )
     config, architecture = _read_config(path, where)
     check_function(config, architecture, where)
     shape = _shape(config, architecture, where)
