@@ -104,8 +104,8 @@ class MicroBatch:
     input_ids_bs: Tensor
     """[b, s] int64; of this context-parallel rank"""
     position_ids: Tensor
-    """[b, s] int64 of the whole pack; for a vision-language model [3, b, s] (time, height, width) of this
-    context-parallel rank"""
+    """[b, s] int64, for a vision-language model [3, b, s] (time, height, width); of this context-parallel
+    rank"""
     boundaries: Boundaries | None
     """None: padded."""
     vision: VisionBatch | None
@@ -185,7 +185,9 @@ def build_micro_batch(
     return MicroBatch(
         rows=tuple(rows),
         input_ids_bs=by_row(ids if frame.held is None else ids[frame.held]),
-        position_ids=by_row(positions) if vision is None else torch.stack([by_row(axis) for axis in axes]),
+        position_ids=by_row(positions if frame.held is None else positions[frame.held])
+        if vision is None
+        else torch.stack([by_row(axis) for axis in axes]),
         boundaries=None
         if frame.boundaries is None
         else Boundaries(

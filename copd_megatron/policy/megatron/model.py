@@ -35,6 +35,7 @@ from copd_megatron.policy.megatron.settings import (
     precision_fields,
     recompute_fields,
 )
+from copd_megatron.policy.megatron.text import TextModel
 from copd_megatron.policy.megatron.vision import VisionLanguageModel
 
 
@@ -179,7 +180,7 @@ def layer_spec(
     )
     # Megatron's own core attention refuses packed sequences, its norms sequence parallelism
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    attention.core_attention = turning(PackedAttention) if multimodal else PackedAttention
+    attention.core_attention = turning(PackedAttention)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.num_moe_experts is not None:  # there is no linear layer for the norm's weight to hide in
@@ -253,7 +254,8 @@ def _build_chunk(
         "rotary_base": int(dims.rope_theta),
     }
     if dims.vision is None:
-        model = GPTModel(position_embedding_type="rope", **settings)
+        kind = GPTModel if config.apply_rope_fusion else TextModel
+        model = kind(position_embedding_type="rope", **settings)
     else:
         vision_config = (read_json(Path(model_path), "config.json") or {})["vision_config"]
         model = VisionLanguageModel(vision_config=vision_config, freeze_vision=freeze_vision, **settings)
