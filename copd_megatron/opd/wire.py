@@ -210,8 +210,9 @@ def _media_of(
 ) -> tuple[list[tuple[MediaRef, ...]], dict[MediaRef, bytes]]:
     try:
         return unpack_media(section.tobytes(), header.num_rows)
-    except ValueError as error:
-        raise RouterError(f"{origin}: {error}") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RouterError(f"{origin}: the media section is damaged ({reason})") from error
 
 
 def pack_scores(
