@@ -72,6 +72,7 @@ def test_a_unigram_model_lists_its_tokens(tmp_path: Path) -> None:
         '{"model": {"vocab": [[]]}}',
         '{"added_tokens": [{"content": "a"}]}',
         '{"added_tokens": [7]}',
+        '{"model": {"vocab": {"a": Infinity}}}',
         "[" * 100_000,
     ],
 )

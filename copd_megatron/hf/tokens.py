@@ -46,7 +46,7 @@ def _rule(rule: Any) -> str:
 def _read(folder: Path | None, name: str, tokenizer: Mapping[str, Any]) -> dict[str, int]:
     try:
         return {str(token): int(number) for token, number in _pairs(tokenizer)}
-    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{folder}/{name} is not a tokenizer ({type(error).__name__}: {error}); copy it again"
         ) from None

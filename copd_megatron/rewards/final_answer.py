@@ -51,12 +51,11 @@ def final_answer(response: str, *, multiline: bool = False) -> FinalAnswer:
     4. the contents of a fenced block at the end, or else the last line that is not empty (``multiline``: the
        whole text, for answers of several lines).
 
-    Only what follows the last ``</think>`` counts; a response cut off while thinking has no final answer.
+    Only what follows the last ``</think>`` (or another model's sign for the end of thinking) counts; a
+    response cut off while thinking has no final answer.
     """
-    text = response
-    if "</think>" in text:
-        text = text[text.rindex("</think>") + len("</think>") :]
-    elif "<think>" in text:
+    text = after_thinking(response)
+    if text is None:
         return FinalAnswer("", Source.nothing)
     boxed = last_boxed(text)
     if boxed is not None:
@@ -72,6 +71,44 @@ def final_answer(response: str, *, multiline: bool = False) -> FinalAnswer:
         return FinalAnswer("", Source.nothing)
     last = stripped if multiline else stripped.rsplit("\n", 1)[-1].strip()
     return FinalAnswer(_last_fenced(stripped) or last, Source.last_line)
+
+
+_THINKING = (
+    *tuple(
+        (f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "scratchpad")
+    ),
+    ("[THINK]", "[/THINK]"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+
+
+def after_thinking(response: str) -> str | None:
+    """What follows the last end of thinking; None where thinking is still going on at the end."""
+    text = response
+    for opening, closing in _THINKING:
+        if closing in text:
+            text = text[text.rindex(closing) + len(closing) :]
+        if opening in text:
+            return None
+    return text
+
+
+_BETWEEN_BOXES = re.compile(r"[\s$,;.]*(?:\\text\{\s*)?(?:and|or|,|;)?(?:\s*\})?[\s$,;]*", re.IGNORECASE)
+
+
+def adjacent_boxes(response: str) -> list[str]:
+    r"""Contents of the boxes that stand side by side with the last one, as in ``\boxed{1}, \boxed{2}``."""
+    text = after_thinking(response) or ""
+    boxes: list[str] = []
+    while (content := last_boxed(text)) is not None and len(boxes) < 8:
+        start = text.rindex("{" + content + "}")
+        command = max(text.rfind("\\boxed", 0, start + 1), text.rfind("\\fbox", 0, start + 1))
+        between = text[start + len(content) + 2 :]
+        if boxes and not _BETWEEN_BOXES.fullmatch(between):
+            break
+        boxes.insert(0, content.strip())
+        text = text[:command]
+    return boxes
 
 
 def last_boxed(text: str) -> str | None:
