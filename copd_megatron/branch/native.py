@@ -59,7 +59,7 @@ def native_rows_of(me: Branch, rollouts: Sequence[Rollout]) -> list[TrainRow]:
             component=NATIVE,
             # else the update's own forward pass gives them
             old_logprobs=logprobs_of(me, rollouts) if needs_old else None,
-            reference_logprobs=reference_logprobs(me, rollouts),
+            reference_logprobs=reference_logprobs(me, rollouts) if me.config.loss.kl_coefficient else None,
         )
     )
     weight = me.config.native.weight

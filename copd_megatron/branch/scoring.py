@@ -47,7 +47,7 @@ def logprobs_of(me: Branch, rollouts: Sequence[Rollout]) -> list[FloatArray]:
 
 
 def reference_logprobs(me: Branch, rollouts: Sequence[Rollout]) -> list[FloatArray] | None:
-    """[R] of each rollout under the base model; None where the loss has no KL term."""
+    """[R] of each rollout under the base model; None where no copy of it is kept."""
     if me.reference is None:
         return None
     with me.actor.using(me.reference):

@@ -24,7 +24,8 @@ max_sequence_tokens.
               L (layer - ffn) + ffn                 with selective, and mlp or moe in recompute_modules; ffn
                                                     is the term 4 f of one layer
     logits  = 3 * 4 * logprob_chunk_tokens V / t    float32 logits, softmax and gradient of one chunk
-    extras  = b P for the reference model (kl_coefficient > 0) and for a teacher snapshot, each
+    extras  = b P for the base model (kl_coefficient > 0, or extrapolation) and for a teacher snapshot, each;
+              4 P for a moving average
     sync    = 2 bucket_bytes                        or twice one layer's experts, if a folder stacks them
     vLLM    = b weights / rollout_tp + KV cache on CPU; on a GPU, gpu_memory_utilization covers both
               (1 byte per weight with rollout.quantization fp8)
@@ -141,10 +142,6 @@ def estimate_memory(
     size = compute_bytes(config, on_gpu=on_gpu)
     trains = not branch.frozen
 
-    snapshots = config.opd.teacher_mode is not TeacherMode.live and config.schedule.opd_steps > 0
-    # a frozen branch never changes, so it needs neither a reference nor a snapshot, and it does not sample
-    extra_models = int(config.loss.kl_coefficient > 0) + int(snapshots) if trains else 0
-
     weights = (1 if config.precision.fp8_parameters else size) * parameters
     gradients = _gradient_bytes(config) * parameters if trains else 0
     spread = dense / copies + experts * experts_over / (tensor * copies)
@@ -161,7 +158,7 @@ def estimate_memory(
         optimizer=optimizer,
         activations=_activation_bytes(config, branch, shape, size, on_gpu=on_gpu),
         logits=3 * 4 * config.training.logprob_chunk_tokens * shape.vocab_size // tensor,
-        extra_models=size * parameters * extra_models,
+        extra_models=_extra_model_bytes(config, size) * parameters if trains else 0,
         weight_sync=2 * bucket if trains else 0,
         rollout=_rollout_bytes(branch, shape, size, on_gpu=on_gpu) if trains else 0,
         given_to_rollout=given,
@@ -199,6 +196,15 @@ def _activation_bytes(
         count = training.recompute_num_layers
         return -(-shape.num_layers // count) * inputs + min(count, shape.num_layers) * layer
     return shape.num_layers * layer
+
+
+def _extra_model_bytes(config: Config, size: int) -> int:
+    """Bytes per parameter of copies of the model that a training branch keeps. A frozen branch never changes,
+    so it needs neither the base model nor a snapshot."""
+    base = config.loss.kl_coefficient > 0 or config.opd.extrapolation != 1
+    mode = config.opd.teacher_mode if config.schedule.opd_steps > 0 else TeacherMode.live
+    snapshot = {TeacherMode.live: 0, TeacherMode.ema: 4}.get(mode, size)
+    return size * base + snapshot
 
 
 def _gradient_bytes(config: Config) -> int:
