@@ -11,13 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from copd_megatron.config.schema import DistributionConfig, LossConfig, Support
-from copd_megatron.objectives.base import LossOutput, Material, MicroBatchRows, PreparedLoss
+from copd_megatron.objectives.base import (
+    Context,
+    LossOutput,
+    Material,
+    MicroBatchRows,
+    PreparedLoss,
+    TokenLoss,
+)
 from copd_megatron.objectives.denominators import component_counts, row_weights
 from copd_megatron.objectives.divergence import Measure, Targets
 from copd_megatron.objectives.rows import row_of
@@ -58,9 +66,36 @@ class DistributionLoss:
         return loss_of
 
 
-def measure_of(config: DistributionConfig) -> Measure:
-    """The configured divergence."""
-    return Measure(kind=config.divergence, alpha=config.jsd_alpha, rest=config.rest)
+@dataclass(frozen=True, kw_only=True)
+class DistributionObjective:
+    """What ``topk`` and ``full`` share: their settings and their loss."""
+
+    beta: float
+    config: DistributionConfig
+    temperature: float
+    """Factor on the teacher's temperature."""
+    loss: LossConfig
+    max_new_tokens: int
+    needs_old_logprobs: ClassVar[bool] = True
+    """For the share of the gradient budget."""
+
+    @classmethod
+    def of(cls, context: Context) -> Self:
+        """From the edge, ``opd.distribution``, ``opd.teacher_temperature`` and ``loss``."""
+        assert context.edge is not None, "comparing distributions is the objective of an edge"
+        return cls(
+            beta=context.edge.beta,
+            config=context.config.opd.distribution,
+            temperature=context.config.opd.teacher_temperature,
+            loss=context.config.loss,
+            max_new_tokens=context.settings.rollout.max_new_tokens,
+        )
+
+    def token_loss(self) -> TokenLoss:
+        """The divergence."""
+        config = self.config
+        measure = Measure(kind=config.divergence, alpha=config.jsd_alpha, rest=config.rest)
+        return DistributionLoss(measure, self.beta, self.loss, self.max_new_tokens)
 
 
 def distribution_rows(

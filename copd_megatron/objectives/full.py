@@ -7,37 +7,18 @@ the update. For small vocabularies, and to see what ``topk`` loses.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from copd_megatron.config.schema import DistributionConfig, LossConfig
-from copd_megatron.objectives.base import Context, Material, ObjectiveFactory, TokenLoss
-from copd_megatron.objectives.distribution import DistributionLoss, distribution_rows, measure_of
+from copd_megatron.objectives.base import Material, ObjectiveFactory
+from copd_megatron.objectives.distribution import DistributionObjective, distribution_rows
 from copd_megatron.records import Ask, TrainRow
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullDistillation:
+class FullDistillation(DistributionObjective):
     """The objective of an edge: ``opd.distribution`` over the vocabulary."""
 
-    beta: float
-    config: DistributionConfig
-    temperature: float
-    loss: LossConfig
-    max_new_tokens: int
     asks_own: ClassVar[Ask] = Ask()
-    needs_old_logprobs: ClassVar[bool] = True
-
-    @classmethod
-    def of(cls, context: Context) -> Self:
-        """From the edge, ``opd.distribution``, ``opd.teacher_temperature`` and ``loss``."""
-        assert context.edge is not None, "full is the objective of an edge"
-        return cls(
-            beta=context.edge.beta,
-            config=context.config.opd.distribution,
-            temperature=context.config.opd.teacher_temperature,
-            loss=context.config.loss,
-            max_new_tokens=context.settings.rollout.max_new_tokens,
-        )
 
     @property
     def asks(self) -> Ask:
@@ -55,10 +36,6 @@ class FullDistillation:
             material.teacher_distributions,
             self.config.entropy_threshold,
         )
-
-    def token_loss(self) -> TokenLoss:
-        """The divergence."""
-        return DistributionLoss(measure_of(self.config), self.beta, self.loss, self.max_new_tokens)
 
 
 OBJECTIVE: ObjectiveFactory = FullDistillation
