@@ -118,3 +118,15 @@ def test_ungraded_responses_are_out_of_training(monkeypatch: pytest.MonkeyPatch)
     assert [r.reward for r in kept] == [1.0, 0.5] == [r.reward for r in graded_only(rollouts)]
     reward_metrics(cast(Any, me), "again/", rollouts)
     assert me.metrics.reduce()["train/reward"] == 0.75
+
+
+def test_verdicts_belong_to_shards_as_they_are(tmp_path: Path) -> None:
+    """A shard written anew under the same name is another."""
+    from copd_megatron.evaluation.models import _states
+
+    shard = tmp_path / "t-000000.tar"
+    shard.write_bytes(b"one")
+    before = _states([str(shard), "pipe:cat x.tar"])
+    assert before == _states([str(shard), "pipe:cat x.tar"])
+    shard.write_bytes(b"two")
+    assert before != _states([str(shard), "pipe:cat x.tar"])

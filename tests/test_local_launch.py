@@ -120,6 +120,12 @@ def test_overwriting_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> Non
     (run / "checkpoints/step_000001").mkdir(parents=True)
     (run / "metrics.jsonl").write_text("{}\n")
     (run / "notes.txt").write_text("mine")
+    for name in ("samples", "export/text", "tensorboard"):
+        (run / name).mkdir(parents=True)
+    for name in ("evaluation.json", "report.html"):
+        (run / name).write_text("{}")
+    with pytest.raises(ConfigError, match=r"starts from .*export/text, which is in the run directory"):
+        clear_run(run, [str(run / "export/text")])
     clear_run(run)
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
     clear_run(run)  # there is nothing to delete

@@ -168,6 +168,19 @@ def test_tokens_are_shaded_by_the_teachers_log_ratio() -> None:
     assert shown.gap == pytest.approx(-2 / 3)
 
 
+def test_a_page_fetches_nothing_that_a_run_names(tmp_path: Path) -> None:
+    """The configuration comes with the run, and may be a stranger's."""
+    touched = tmp_path / "touched"
+    config = Config()
+    sources = [f"pipe:touch {touched}; false", "http://127.0.0.1:9/x.tar"]
+    config.branches["image"] = BranchConfig(data=DataConfig(train=sources, validation=sources))
+    assert Thumbnails(config).uri(
+        {"content_hash": "0", "kind": "image", "source": "image/train", "shard": "x", "key": "k",
+         "extension": "png"}
+    ) is None  # fmt: skip
+    assert not touched.exists()
+
+
 def test_thumbnails_come_from_the_runs_shards(tmp_path: Path) -> None:
     frames = [np.full((48, 200, 3), 50 * i, np.uint8) for i in range(5)]
     media = {"0.png": png(frames[4]), "mp4": mp4(frames, 4.0)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from copd_megatron.config import ConfigError, load_config, read_model_shapes
+from copd_megatron.config import ConfigError, load_config, read_model_shapes, to_yaml
 from copd_megatron.launch import preflight
 from copd_megatron.planner.disk import run_bytes
 from tests.support.checkpoint_runs import BRANCHES, write_config
@@ -34,6 +34,23 @@ def test_the_bound_is_what_the_header_says(config_path: Path) -> None:
     assert run_bytes(config, shapes) == (3 + 1) * 2 * parameters * 16 + 3 * parameters * 4
     config = load_config(config_path, ["checkpoint.save_period=0", "end.merge=false", "end.export=false"])
     assert run_bytes(config, shapes) == 2 * parameters * 16
+
+
+@pytest.mark.parametrize(("earlier", "steps", "refused"), [(0, 1, True), (5, 10, False), (5, 11, True)])
+def test_metrics_of_a_run_without_checkpoints_are_kept(
+    config_path: Path, tmp_path: Path, earlier: int, steps: int, refused: bool
+) -> None:
+    """Whether it has lost nothing is for its own save period to say, not for that of the next command."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("{}\n" * steps)
+    (run / "config.yaml").write_text(to_yaml(load_config(config_path, [f"checkpoint.save_period={earlier}"])))
+    config = load_config(config_path, ["checkpoint.save_period=100"])
+    if not refused:
+        return preflight.check_run_dir(config, run)
+    with pytest.raises(ConfigError, match=f"already holds a run of {steps} steps"):
+        preflight.check_run_dir(config, run)
+    assert (run / "metrics.jsonl").read_text() == "{}\n" * steps
 
 
 def test_a_disk_that_is_too_small_is_refused(config_path: Path, disk: Path, tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ def test_what_makes_no_sense_is_refused(settings: list[str], message: str) -> No
     assert message in _problem(*settings)
 
 
+@pytest.mark.parametrize("name", ["base", "merged"])
+def test_a_branch_has_no_name_of_the_tables(name: str) -> None:
+    config = load_config(ROOT / "configs/two_branch_tiny.yaml", [])
+    config.branches[name] = config.branches.pop("addition")
+    with pytest.raises(ConfigError, match=f"branches.{name}: '{name}' is what tables and exports call"):
+        validate(config, None, SHAPE)
+
+
 def test_one_branch_may_teach_itself_with_a_context() -> None:
     """SDPO: no second branch."""
     settings = ["opd.topology=custom", f"opd.edges=[{OWN}]"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from copd_megatron.config import Config
 from copd_megatron.config.domains import all_domains
+from copd_megatron.data.remote import is_remote
+from copd_megatron.data.shards import expand_patterns
 from copd_megatron.data.sources import PromptSources
 from copd_megatron.errors import ConfigError
 from copd_megatron.evaluation.engine import ranks_of_job, start_engine
@@ -31,6 +34,8 @@ from copd_megatron.topology.collectives import all_gather_messages
 
 logger = logging.getLogger(__name__)
 
+_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+"""Files of a model's folder that decide which tokens a prompt becomes."""
 _ROUNDS_PER_PART = 4
 """Of full engines between two writes of verdicts."""
 
@@ -184,8 +189,26 @@ def _settings(config: Config, model: Candidate) -> dict[str, Any]:
         "rollout.max_new_tokens": rollout.max_new_tokens,
         "rollout.stop": list(rollout.stop),
         "media": asdict(config.media),
-        "data.validation": {domain.name: list(domain.validation) for domain in all_domains(config)},
+        "model.dtype": config.model.dtype,
+        "rollout.quantization": rollout.quantization.value,
+        "text": {name: _file_digest(model.companions / name) for name in _TEXT_FILES},
+        "data.validation": {domain.name: _states(domain.validation) for domain in all_domains(config)},
     }
+
+
+def _states(patterns: Sequence[str]) -> list[list[Any]]:
+    """Shards with their size and time of change: verdicts on files that were written anew are others."""
+    states: list[list[Any]] = [[pattern] for pattern in patterns if is_remote(pattern)]
+    local = [pattern for pattern in patterns if not is_remote(pattern)]
+    for path in expand_patterns(local) if local else ():
+        status = path.stat()
+        states.append([str(path), status.st_size, status.st_mtime_ns])
+    return states
+
+
+def _file_digest(path: Path) -> str | None:
+    """SHA-256 of a small file; None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _open(path: Path, label: str) -> Candidate:

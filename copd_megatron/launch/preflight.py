@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from copd_megatron.checkpoint.compatible import check_compatible
 from copd_megatron.checkpoint.manifest import checkpoints_dir, complete_checkpoints, step_folder
-from copd_megatron.config import Config, ConfigError, ModelShape, read_model_shapes
+from copd_megatron.config import Config, ConfigError, ModelShape, load_config, read_model_shapes
 from copd_megatron.config.domains import all_domains
 from copd_megatron.config.models import check_tokenizers
 from copd_megatron.data import check_shards
@@ -22,6 +22,10 @@ from copd_megatron.metrics.packages import check_packages
 from copd_megatron.planner.disk import _size, run_bytes
 from copd_megatron.rewards import registry
 
+_FILES_OF_A_RUN = (
+    *("metrics.jsonl", "evaluation.json", "evaluation.txt", "report.html", "report.png", "distances.json"),
+)
+_FOLDERS_OF_A_RUN = ("checkpoints", "samples", "export", "tensorboard")
 SHARED_MEMORY_BYTES_PER_RANK = 64 * 2**20
 """NCCL's and vLLM's segments in /dev/shm, roughly."""
 
@@ -89,7 +93,9 @@ def check_run_dir(config: Config, folder: Path) -> None:
         pass
     metrics = folder / "metrics.jsonl"
     if starts_anew(config):
-        clear_run(folder)
+        clear_run(
+            folder, [config.model.path, *(b.model_path for b in config.branches.values() if b.model_path)]
+        )
         return
     if found := complete_checkpoints(folder):
         step, manifest = next(iter(found.items()))
@@ -98,20 +104,38 @@ def check_run_dir(config: Config, folder: Path) -> None:
     # a run that was killed before its first save was complete (in the background: before the second was due)
     # has lost nothing that starting over does not bring back
     steps_done = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
-    if steps_done > 2 * config.checkpoint.save_period:
+    if steps_done > 2 * min(config.checkpoint.save_period, _earlier_save_period(folder)):
         raise ConfigError(
             f"run.dir: {folder} already holds a run of {steps_done} steps, without a checkpoint to continue "
             "from; choose another run.name or run.dir, or set run.overwrite=true"
         )
 
 
-def clear_run(folder: Path) -> None:
-    """Deletes the metrics, checkpoints and starts of an earlier run.
+def _earlier_save_period(folder: Path) -> int:
+    """The save period that the run in a folder had; 0 where nothing says it, so that nothing is lost."""
+    try:
+        earlier = load_config(folder / "config.yaml")
+    except (ConfigError, OSError):
+        return 0
+    return earlier.checkpoint.save_period
+
+
+def clear_run(folder: Path, models: Sequence[str] = ()) -> None:
+    """Deletes what an earlier run has left: metrics, checkpoints, starts, samples, exports, tables, pages.
+
+    Args:
+        models: folders that the new run starts from.
 
     Raises:
-        ConfigError: something cannot be deleted, or ``checkpoints`` is a link to somewhere else: the new run
-            would continue the old one.
+        ConfigError: something cannot be deleted, a model is in it, or ``checkpoints`` is a link to somewhere
+            else: the new run would continue the old one.
     """
+    for model in models:
+        if Path(model).expanduser().resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"run.overwrite: the run starts from {model}, which is in the run directory {folder} that it "
+                "would clear; choose another run.name or run.dir"
+            )
     checkpoints = checkpoints_dir(folder)
     if checkpoints.is_symlink():
         raise ConfigError(
@@ -119,10 +143,12 @@ def clear_run(folder: Path) -> None:
             "the link, or choose another run.name or run.dir"
         )
     try:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        for name in _FILES_OF_A_RUN:
+            (folder / name).unlink(missing_ok=True)
         forget_starts(folder)
-        if checkpoints.exists():
-            shutil.rmtree(checkpoints)
+        for name in _FOLDERS_OF_A_RUN:
+            if (folder / name).is_dir() and not (folder / name).is_symlink():
+                shutil.rmtree(folder / name)
     except OSError as error:
         raise ConfigError(
             f"run.overwrite: {error.filename} cannot be deleted ({error.strerror}); delete it yourself, or "

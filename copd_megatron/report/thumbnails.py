@@ -18,6 +18,7 @@ from copd_megatron.data.decode.image import decode_image
 from copd_megatron.data.decode.limits import PixelArray
 from copd_megatron.data.decode.video import decode_video
 from copd_megatron.data.media import VIDEO, content_hash
+from copd_megatron.data.remote import is_remote
 from copd_megatron.data.shards import expand_patterns
 from copd_megatron.errors import BadSampleError, DataError
 
@@ -58,9 +59,12 @@ class Thumbnails:
 
 
 def _local(patterns: Sequence[str]) -> list[Path]:
-    """The shards that are files of this machine."""
+    """The shards that are files of this machine. Nothing is fetched: the configuration came with the run, and
+    may be a stranger's."""
     found = []
     for pattern in patterns:
+        if is_remote(pattern):
+            continue
         try:
             found += expand_patterns([pattern])
         except DataError:

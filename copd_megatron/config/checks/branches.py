@@ -35,6 +35,15 @@ def _name(name: str) -> Iterator[str]:
             f"branches.{name}: {name!r} cannot name a branch: it becomes part of paths and metric names, "
             f"where '-' and '/' separate branches; use letters, digits and underscores"
         )
+    if name in _ROWS:
+        yield (
+            f"branches.{name}: {name!r} is what tables and exports call the "
+            f"{'base model' if name == 'base' else 'merged branches'}; rename the branch"
+        )
+
+
+_ROWS = ("base", "merged")
+"""Rows of the table of accuracies, and folders of a run, that are no branch's."""
 
 
 def _data(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
