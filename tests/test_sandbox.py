@@ -113,11 +113,12 @@ SEEING = {
     "resolve a name": "import socket; return socket.getaddrinfo('example.com', 80)",
     "use an abstract socket": "import socket; s = socket.socket(socket.AF_UNIX); "
     "s.connect('\\0' + {abstract!r}); return True",
+    "trace a process": "import ctypes; return ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0",
     "signal the judge": "os.kill({pid}, 9); return True",
     "see other processes": "return any(alive(pid) for pid in range(3, 3000))",
     "raise its limits": "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (999, 999)); return True",
     "become root": "os.setuid(0); return os.getuid() == 0 and open('/escaped', 'w')",
-    "make a user namespace": "return os.unshare(0x10000000) is None",
+    "make a user namespace": "import ctypes; return ctypes.CDLL(None).unshare(0x10000000) == 0",
     "mount something": "import ctypes; return ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, 0) == 0",
     "start a shell": "import subprocess; return subprocess.run(['sh', '-c', 'true']).returncode == 0",
     "find the expected output": "import gc; return any(isinstance(o, str) and '42\\\\n' == o "

@@ -9,7 +9,8 @@ process namespace of its own, and may create no further namespaces.
 
 **What decides its grade stays outside.** The caller gets what the program wrote, as bytes, and compares.
 
-``bubblewrap.py`` builds the command and checks whether it works here; ``run.py`` runs one program;
+``bubblewrap.py`` builds the command and checks whether it works here; ``system_calls.py`` filters what the
+program may ask of the kernel; ``run.py`` runs one program;
 ``inside.py`` is the file that runs in the sandbox ahead of the program. ``COPD_UNSANDBOXED_CODE=1`` in the
 environment runs programs without bubblewrap, with resource limits alone: only for a machine that you can
 throw away.

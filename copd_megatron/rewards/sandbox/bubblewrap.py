@@ -13,6 +13,7 @@ from typing import Any
 
 from copd_megatron.errors import ConfigError
 from copd_megatron.rewards.sandbox.limits import Limits
+from copd_megatron.rewards.sandbox.system_calls import refused_calls
 
 SWITCH = "COPD_UNSANDBOXED_CODE"
 """Environment variable: 1 runs programs without bubblewrap. They can then read and change whatever this user
@@ -20,6 +21,7 @@ can."""
 NOBODY = 65534
 """The user that programs have where the caller is root, whom the limit on processes does not bind."""
 INSIDE = Path(__file__).with_name("inside.py").read_bytes()
+CALLS = refused_calls()
 
 _REMEDY = (
     "The verifier 'code' runs programs that a model wrote, and refuses to without a sandbox. Install "
@@ -101,9 +103,10 @@ def _readable(path: Path) -> bool:
     )
 
 
-def command(mode: str, limits: Limits, *, inside: int, program: int, status: int) -> list[str]:
-    """The command that runs a program. ``inside``, ``program`` and ``status`` are file descriptors that it
-    inherits: the two files to read, and where bubblewrap reports how the program ended."""
+def command(mode: str, limits: Limits, *, inside: int, program: int, calls: int, status: int) -> list[str]:
+    """The command that runs a program. ``inside``, ``program``, ``calls`` and ``status`` are file descriptors
+    that it inherits: the two files to read, the filter of system calls, and where bubblewrap reports the
+    first process in the sandbox and how it ended."""
     python = interpreter()
     options = ["-s", "-S", "-B", "-X", "utf8"]
     if unsandboxed():
@@ -112,6 +115,7 @@ def command(mode: str, limits: Limits, *, inside: int, program: int, status: int
     return [
         shutil.which("bwrap") or "bwrap",
         *("--unshare-all", "--unshare-user", "--disable-userns", "--new-session", "--die-with-parent"),
+        *(("--seccomp", str(calls)) if CALLS is not None else ()),
         *("--json-status-fd", str(status), "--hostname", "sandbox", "--cap-drop", "ALL"),
         *("--ro-bind", "/usr/lib", "/usr/lib", "--ro-bind-try", "/usr/lib64", "/usr/lib64"),
         *("--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import select
 import selectors
 import signal
@@ -14,12 +15,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from copd_megatron.rewards.sandbox import bubblewrap
 from copd_megatron.rewards.sandbox.limits import Limits
 
 _CHUNK = 65536
 _STDERR_BYTES = 2000
+_FIRST_PROCESS = re.compile(rb'\s*\{\s*"child-pid"\s*:\s*(\d+)')
 _GONE_SECONDS = 5.0
 """How long killed processes may take to be gone."""
 _KILLED_BY_CPU = (128 + signal.SIGXCPU, 128 + signal.SIGKILL)
@@ -59,22 +62,24 @@ def run(program: bytes, *, stdin: bytes = b"", mode: str = "program", limits: Li
     """
     limits = limits or Limits()
     with contextlib.ExitStack() as stack:
-        inside, source, given = (
-            stack.enter_context(_sealed(data)) for data in (bubblewrap.INSIDE, program, stdin)
-        )
+        files = (bubblewrap.INSIDE, program, bubblewrap.CALLS or b"", stdin)
+        inside, source, calls, given = (stack.enter_context(_sealed(data)) for data in files)
         errors = stack.enter_context(tempfile.TemporaryFile())
         scratch = stack.enter_context(tempfile.TemporaryDirectory()) if bubblewrap.unsandboxed() else None
         status, status_end = os.pipe()
         stack.callback(os.close, status)
-        command = bubblewrap.command(mode, limits, inside=inside, program=source, status=status_end)
+        command = bubblewrap.command(
+            mode, limits, inside=inside, program=source, calls=calls, status=status_end
+        )
         started = time.monotonic()
-        process = _start(command, given, errors.fileno(), (inside, source, status_end), scratch)
+        process = _start(command, given, errors.fileno(), (inside, source, calls, status_end), scratch)
         assert process.stdout is not None
         stack.enter_context(process.stdout)
+        report = bytearray()
         try:
-            ended, output, report = _follow(process, status, limits, started + limits.wall_seconds)
+            ended, output = _follow(process, status, report, limits, started + limits.wall_seconds)
         finally:
-            _kill(process)
+            _kill(process, report)
         if ended is None and scratch is None and b'"exit-code"' not in report:
             errors.seek(0)
             text = errors.read(_STDERR_BYTES).decode("utf-8", "replace").strip()
@@ -106,7 +111,7 @@ def _sealed(data: bytes) -> Iterator[int]:
 
 
 def _start(
-    command: list[str], stdin: int, stderr: int, inherited: tuple[int, int, int], scratch: str | None
+    command: list[str], stdin: int, stderr: int, inherited: tuple[int, ...], scratch: str | None
 ) -> subprocess.Popen[bytes]:
     """Starts the command; closes the last inherited descriptor, the status pipe's writing end, here."""
     try:
@@ -128,15 +133,15 @@ def _start(
 
 
 def _follow(
-    process: subprocess.Popen[bytes], status: int, limits: Limits, deadline: float
-) -> tuple[Ended | None, bytes, bytes]:
+    process: subprocess.Popen[bytes], status: int, report: bytearray, limits: Limits, deadline: float
+) -> tuple[Ended | None, bytes]:
     """Reads until both ends are closed and the process has ended. It is not reaped here, so that its number
     still names it when it is killed with its group.
 
-    Returns the limit that ended it, if one did, its output, and bubblewrap's report.
+    Returns the limit that ended it, if one did, and its output. ``report`` gets what bubblewrap reports.
     """
     assert process.stdout is not None
-    output, report = bytearray(), bytearray()
+    output = bytearray()
     end = os.pidfd_open(process.pid)
     with os.fdopen(end, "rb", buffering=0), selectors.DefaultSelector() as ready:
         ready.register(process.stdout, selectors.EVENT_READ, output)
@@ -146,7 +151,7 @@ def _follow(
             remaining = deadline - time.monotonic()
             events = ready.select(remaining) if remaining > 0 else []
             if not events:
-                return Ended.time, bytes(output), bytes(report)
+                return Ended.time, bytes(output)
             for key, _ in events:
                 data = os.read(key.fd, _CHUNK) if key.fd != end else b""
                 if data:
@@ -154,13 +159,19 @@ def _follow(
                 else:
                     ready.unregister(key.fileobj)
             if len(output) > limits.output_bytes:
-                return Ended.output, bytes(output[: limits.output_bytes]), bytes(report)
-    return None, bytes(output), bytes(report)
+                return Ended.output, bytes(output[: limits.output_bytes])
+    return None, bytes(output)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process with its group. In the sandbox, the kernel ends the rest with the first process, which
-    takes a moment where there are many; the last of them closes the pipe."""
+def _kill(process: subprocess.Popen[bytes], report: bytearray) -> None:
+    """Ends the process with its group, and the first process in the sandbox, with which the kernel ends all
+    others there. That takes a moment where there are many; the last of them closes the pipe.
+
+    Bubblewrap reports the first process before it lets it start, so that no program can name another one."""
+    first = _FIRST_PROCESS.match(report)
+    with contextlib.suppress(ProcessLookupError):
+        if first is not None and _parent(int(first.group(1))) == process.pid:
+            os.kill(int(first.group(1)), signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -170,3 +181,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         ready, _, _ = select.select([process.stdout], [], [], remaining)
         if ready and not os.read(process.stdout.fileno(), _CHUNK):
             return
+
+
+def _parent(pid: int) -> int | None:
+    """The parent of a process, None where it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
