@@ -24,9 +24,12 @@ ARG GPU_BASE=nvcr.io/nvidia/pytorch:26.07-py3
 FROM ${CPU_BASE} AS cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
 # g++: some packages are compiled here, and torch.compile needs it (rollout.enforce_eager=false). libnuma1: vLLM's
-# CPU kernels are linked against it.
+# CPU kernels are linked against it. bubblewrap: the sandbox of the verifier "code", which needs user namespaces:
+#   docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined ...
+# Apptainer and Pyxis allow them where the host does; "copd doctor" in the container says whether it works.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++=4:12.2.0-3 libnuma1=2.0.16-1 \
+        bubblewrap=0.8.0-2+deb12u1 \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/copd-megatron
 COPY requirements-cpu.txt ./
@@ -50,6 +53,11 @@ ENV VLLM_USE_DEEP_GEMM=0
 # those that Ubuntu installed.
 ENV PATH=/opt/env/bin:${PATH}
 RUN python3 -m venv --system-site-packages --without-pip /opt/env
+# The sandbox of the verifier "code"; see the other image. Ubuntu keeps only the newest version of a package.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends bubblewrap \
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/copd-megatron
 COPY requirements-gpu.txt ./
 # Everything except what the base image provides and what is compiled for a different torch or CUDA.

@@ -34,6 +34,7 @@ NAMES = {
     "fused weight gradients",
     "vLLM",
     "video",
+    "sandbox",
     "C++ compiler",
     "CPU",
     "memory",

@@ -23,6 +23,7 @@ from typing import Any
 
 from copd_megatron.config.hardware import REQUIREMENTS, Machine, missing_for
 from copd_megatron.config.schema import FP8Recipe
+from copd_megatron.rewards import sandbox
 
 GIB = 1024**3
 
@@ -102,6 +103,7 @@ def report() -> Report:
         "fused weight gradients": lambda: _fused_gradients(torch),
         "vLLM": lambda: _vllm(torch),
         "video": _video,
+        "sandbox": _sandbox,
         "C++ compiler": _compiler,
         "CPU": _cpu,
         "memory": _memory,
@@ -373,6 +375,17 @@ def _video() -> Finding:
     if found:
         return _ok("video", ", ".join(found), "decoding videos")
     return _missing("video", "neither PyAV nor torchcodec with FFmpeg", "for video data: pip install av")
+
+
+def _sandbox() -> Finding:
+    """Where the verifier ``code`` runs programs that a model wrote."""
+    problem = sandbox.check()
+    if problem is None:
+        return _ok("sandbox", "bubblewrap", "the verifier 'code'")
+    means = (
+        "only for the verifier 'code': apt-get install bubblewrap (0.8 or newer), and allow user namespaces"
+    )
+    return _missing("sandbox", problem, means)
 
 
 def _compiler() -> Finding:

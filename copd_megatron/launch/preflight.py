@@ -69,7 +69,7 @@ def check_inputs(config: Config) -> dict[str, int]:
     check_packages(config.logging)
     check_tokenizers(config)
     for branch in config.branches.values():
-        registry.resolve(branch.reward.verifiers)
+        registry.check_requirements(branch.reward.verifiers)
     num_samples = {}
     for domain in all_domains(config):
         branch = config.branches[domain.branch]

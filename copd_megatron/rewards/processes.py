@@ -25,8 +25,9 @@ _CALL_SECONDS = 30.0
 _CLOSE_SECONDS = 5.0
 MAX_ANSWER_BYTES = 1 << 16
 
-_KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL", "TZ")
-"""What Python itself may need to start. Everything else, tokens and addresses above all, stays behind."""
+_KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL", "TZ", "COPD_UNSANDBOXED_CODE")
+"""What Python itself may need to start, and the switch of ``sandbox/``. Everything else, tokens and
+addresses above all, stays behind."""
 
 
 class ServerGoneError(RuntimeError):

@@ -37,6 +37,8 @@ class Verifier:
     prepare: Callable[[], None] | None = None
     """Called once, outside the time limit, before the processes that grade are forked: slow imports, and
     whatever else they should all find ready."""
+    requires: Callable[[], None] | None = None
+    """Called before a run starts. Raises ConfigError where this machine lacks what the verifier needs."""
 
     @property
     def target(self) -> str:
@@ -54,6 +56,7 @@ def register(
     reusable: bool = False,
     reads_final_answer: bool = False,
     prepare: Callable[[], None] | None = None,
+    requires: Callable[[], None] | None = None,
 ) -> Callable[[Verify], Verify]:
     """Decorator: make a module-level function available as verifier ``name``. The other arguments are those
     of ``Verifier``.
@@ -70,6 +73,7 @@ def register(
             reusable=reusable,
             reads_final_answer=reads_final_answer,
             prepare=prepare,
+            requires=requires,
         )
         if "." in verify.__qualname__ or verify.__qualname__ == "<lambda>":
             raise ValueError(
@@ -140,3 +144,10 @@ def resolve(names: Iterable[str]) -> dict[str, Verifier]:
         found[name] = verifier
         found[verifier.name] = verifier
     return found
+
+
+def check_requirements(names: Iterable[str]) -> None:
+    """Raises ConfigError where this machine lacks what a verifier needs, UnknownVerifierError."""
+    for verifier in resolve(names).values():
+        if verifier.requires is not None:
+            verifier.requires()

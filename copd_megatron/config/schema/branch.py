@@ -114,9 +114,10 @@ class RewardConfig:
     ``package.module:function``."""
     timeout_seconds: PositiveFloat = 10.0
     """Seconds that a verifier may take for one response. One that takes longer scores it 0, which is counted
-    and logged."""
+    and logged. ``code`` takes about 0.04 s for each test case, and what the program takes."""
     num_workers: PositiveInt = 1
-    """Worker processes per rank for verifiers that run isolated (``math``, ``reasoning_gym``, your own)."""
+    """Worker processes per rank for verifiers that run isolated (``math``, ``code``, ``reasoning_gym``, your
+    own)."""
 
 
 @dataclass(kw_only=True)

@@ -40,7 +40,8 @@ _MATHEMATICAL_WORDS = frozenset(
 )
 _DOUBT = re.compile(
     r"\b(?:or|either|maybe|perhaps|possibly|probably|might|not|never|neither|nor|except|unless|wrong|incorrect"
-    r"|other than|rather|instead|at least|at most|more than|less than|fewer than|greater than|between|unknown)\b|n't\b",  # noqa: E501
+    r"|other than|rather|instead|at least|at most|more than|less than|fewer than|greater than|between"
+    r"|unknown)\b|n't\b",
     re.IGNORECASE,
 )
 _DANGLING = re.compile(

@@ -35,7 +35,8 @@ _DEGREES = re.compile(r"(.*[^\s^])\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*([CFK]?)
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z]).*\\circ")
 _IN_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})")
 _PREFIX = re.compile(
-    r"^\s*(?:\\text\{\s*)?(?:the (?:final )?answer is|answer:?|approximately|about|exactly|roughly|option)\s*:?\s*\}?\s*",  # noqa: E501
+    r"^\s*(?:\\text\{\s*)?(?:the (?:final )?answer is|answer:?|approximately|about|exactly|roughly"
+    r"|option)\s*:?\s*\}?\s*",
     re.IGNORECASE,
 )
 MAX_ITEMS = 200

@@ -11,25 +11,34 @@ _BASE: dict[str, tuple[str, Fraction | int]] = {
     **{"km": ("length", 1000), "dm": ("length", Fraction(1, 10)), "in": ("length", Fraction(254, 10000))},
     **{"ft": ("length", Fraction(3048, 10000)), "yd": ("length", Fraction(9144, 10000))},
     **{"mi": ("length", Fraction(1609344, 1000)), "nm": ("length", Fraction(1, 10**9))},
-    **{"g": ("mass", Fraction(1, 1000)), "kg": ("mass", 1), "mg": ("mass", Fraction(1, 10**6)), "lb": ("lb", 1)},  # noqa: E501
+    **{"g": ("mass", Fraction(1, 1000)), "kg": ("mass", 1), "mg": ("mass", Fraction(1, 10**6))},
+    **{"lb": ("lb", 1)},
     **{"s": ("time", 1), "min": ("time", 60), "h": ("time", 3600), "ms": ("time", Fraction(1, 1000))},
     **{"day": ("time", 86400), "week": ("time", 604800), "month": ("month", 1), "year": ("month", 12)},
     **{"L": ("volume", 1), "mL": ("volume", Fraction(1, 1000)), "N": ("force", 1), "J": ("energy", 1)},
-    **{"kJ": ("energy", 1000), "W": ("power", 1), "kW": ("power", 1000), "V": ("voltage", 1), "A": ("ampere", 1)},  # noqa: E501
-    **{"Hz": ("frequency", 1), "Pa": ("pressure", 1), "K": ("kelvin", 1), "mol": ("mol", 1), "C": ("celsius", 1)},  # noqa: E501
-    **{"dollar": ("dollar", 1), "cent": ("dollar", Fraction(1, 100)), "euro": ("euro", 1), "pound": ("pound", 1)},  # noqa: E501
-    **{"degree": ("degree", 1), "radian": ("radian", 1), "mph": ("mph", 1), "unit": ("unit", 1), "T": ("tesla", 1)},  # noqa: E501
+    **{"kJ": ("energy", 1000), "W": ("power", 1), "kW": ("power", 1000), "V": ("voltage", 1)},
+    **{"A": ("ampere", 1)},
+    **{"Hz": ("frequency", 1), "Pa": ("pressure", 1), "K": ("kelvin", 1), "mol": ("mol", 1)},
+    **{"C": ("celsius", 1)},
+    **{"dollar": ("dollar", 1), "cent": ("dollar", Fraction(1, 100)), "euro": ("euro", 1)},
+    **{"pound": ("pound", 1)},
+    **{"degree": ("degree", 1), "radian": ("radian", 1), "mph": ("mph", 1), "unit": ("unit", 1)},
+    **{"T": ("tesla", 1)},
     **{"F": ("farad", 1), "gal": ("gal", 1), "oz": ("oz", 1), "acre": ("acre", 1), "eV": ("eV", 1)},
 }  # fmt: skip
 _NAMES = {
     **dict.fromkeys(("meter", "metre"), "m"), **dict.fromkeys(("centimeter", "centimetre"), "cm"),
     **dict.fromkeys(("millimeter", "millimetre"), "mm"), **dict.fromkeys(("kilometer", "kilometre"), "km"),
-    **dict.fromkeys(("inch", "inche"), "in"), **dict.fromkeys(("foot", "feet"), "ft"), "yard": "yd", "mile": "mi",  # noqa: E501
-    "gram": "g", "kilogram": "kg", "milligram": "mg", **dict.fromkeys(("second", "sec"), "s"), "minute": "min",  # noqa: E501
+    **dict.fromkeys(("inch", "inche"), "in"), **dict.fromkeys(("foot", "feet"), "ft"),
+    "yard": "yd", "mile": "mi",
+    "gram": "g", "kilogram": "kg", "milligram": "mg", **dict.fromkeys(("second", "sec"), "s"),
+    "minute": "min",
     **dict.fromkeys(("hour", "hr"), "h"), **dict.fromkeys(("liter", "litre", "l"), "L"), "ml": "mL",
-    **dict.fromkeys(("milliliter", "millilitre"), "mL"), "newton": "N", "joule": "J", "watt": "W", "volt": "V",  # noqa: E501
+    **dict.fromkeys(("milliliter", "millilitre"), "mL"), "newton": "N", "joule": "J",
+    "watt": "W", "volt": "V",
     "amp": "A", "ampere": "A", "hertz": "Hz", "pascal": "Pa", "kelvin": "K", "deg": "degree", "rad": "radian",
-    "gallon": "gal", "ounce": "oz", "$": "dollar", "usd": "dollar", "buck": "dollar", "yr": "year", "mole": "mol",  # noqa: E501
+    "gallon": "gal", "ounce": "oz", "$": "dollar", "usd": "dollar", "buck": "dollar",
+    "yr": "year", "mole": "mol",
 }  # fmt: skip
 SINGLE = frozenset("mgshLlNJWVAKF")
 """Units of one letter, which could be variables as well."""
