@@ -154,6 +154,7 @@ def test_evaluation_counts_as_nothing_of_the_step(monkeypatch: pytest.MonkeyPatc
         evaluation_seconds=0.0,
         samples=SimpleNamespace(write_evaluation=lambda *_: None),
         grader=grader,
+        name="another branch",
     )
     assert validation._accuracy(me, "text", ["text"]) == {"text": 1.0}
     assert me.num_sampled_tokens == 3 and me.evaluation_seconds > 0

@@ -191,7 +191,7 @@ def test_context_ranks_share_a_pack(cp: int) -> None:
         assert batch.boundaries is not None and batch.place_n is not None and batch.state_place is not None
         assert batch.boundaries.cu_seqlens.tolist() == np.cumsum([0, *padded]).tolist()
         assert batch.input_ids_bs.shape == (1, sum(padded) // cp)
-        assert batch.position_ids.shape == (1, sum(padded))
+        assert batch.position_ids.shape == (1, sum(padded) // cp)
         assert batch.targets_n.tolist() == whole.targets_n[batch.place_n].tolist()
         assert batch.row_index_n.tolist() == whole.row_index_n.tolist()
         # the state that predicts a target lies where the token before it does

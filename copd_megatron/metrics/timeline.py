@@ -40,6 +40,7 @@ _PHASE_OF = (
     ("opd.wait", "wait"),
     ("opd.", "route"),
     ("rollout.gather", "wait"),
+    ("rewards.gather", "wait"),
     ("barrier", "wait"),
     ("metrics", "wait"),
     ("evaluate.gather", "wait"),
