@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import queue
 import socket
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +19,9 @@ import psutil
 import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
+
+_ANSWER_SECONDS = 5.0
+"""For the first answer, beyond what connecting may take."""
 
 _BACKLOG = 2048
 """Ranks that may connect at the same moment."""
@@ -53,6 +58,35 @@ def serve_store(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
         listener.close()
         raise
     listener.detach()  # the store owns it now
+    return store
+
+
+def reach_store(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
+    """Connects to a store that another process serves.
+
+    torch waits for ever for the first answer of what listens there. A thread of its own does the waiting, and
+    is left behind where none comes.
+
+    Raises:
+        OSError: nothing answers as a store in time.
+        RuntimeError: torch could not connect.
+    """
+    found: queue.SimpleQueue[dist.TCPStore | Exception] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            found.put(dist.TCPStore(host, port, None, False, timeout, wait_for_workers=False))
+        except Exception as error:  # raised below, in the thread that asked
+            found.put(error)
+
+    threading.Thread(target=connect, name="reach the store", daemon=True).start()
+    limit = 2 * timeout.total_seconds() + _ANSWER_SECONDS
+    try:
+        store = found.get(timeout=limit)
+    except queue.Empty:
+        raise TimeoutError(f"what listens there has not answered as a store for {limit:.0f} s") from None
+    if isinstance(store, Exception):
+        raise store
     return store
 
 

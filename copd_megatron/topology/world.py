@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from copd_megatron.errors import is_hopeless
 from copd_megatron.topology.collectives import all_gather_messages
-from copd_megatron.topology.store import interface_to, serve_store
+from copd_megatron.topology.store import interface_to, reach_store, serve_store
 from copd_megatron.topology.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -320,10 +320,7 @@ def _connect(rank: int, timeout: timedelta) -> tuple[dist.Store, bool]:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts = rank == 0 and not _launcher_serves()
     try:
-        if hosts:
-            tcp = serve_store(host, port, timeout)
-        else:
-            tcp = dist.TCPStore(host, port, None, False, timeout, wait_for_workers=False)
+        tcp = serve_store(host, port, timeout) if hosts else reach_store(host, port, timeout)
     except (RuntimeError, OSError) as error:
         role = "serve" if hosts else "reach"
         raise WorldError(
