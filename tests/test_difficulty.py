@@ -178,6 +178,11 @@ def test_indexes_of_others_are_refused(scored: tuple[Path, ShardSet], tmp_path: 
         with pytest.raises(DataError, match="another process writes them"):
             PassRateWriter(path, SETTINGS, shards, "text")
     assert path.read_bytes() == before
+    for other in (b'{"answer": 42}', b"\x7fELF" * 40, b"[1, 2]"):  # nothing of these is a whole line
+        path.write_bytes(other)
+        with pytest.raises(DataError, match="is there already and is no index of pass rates"):
+            PassRateWriter(path, SETTINGS, shards, "text")
+        assert path.read_bytes() == other
     path.write_text('{"answer": 42}\n')
     with pytest.raises(DataError, match="line 1: not a line of an index"):
         PassRateWriter(path, SETTINGS, shards, "text")

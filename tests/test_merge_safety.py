@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from copd_megatron.checkpoint.manifest import MANIFEST
 from copd_megatron.cli.main import main
+from copd_megatron.cli.merge import command as merge_command
 from copd_megatron.config import ConfigError
 from copd_megatron.merge.check import MismatchError, NotFiniteError
 from copd_megatron.merge.convert import hf_to_megatron, megatron_to_hf
@@ -338,3 +340,26 @@ def test_a_mean_inside_a_run_goes_on_after_a_kill(folders: list[Path], tmp_path:
     merge_mean(folders, tmp_path / "merged")
     assert not (tmp_path / "merged.partial").exists()
     assert not (tmp_path / "merged" / MANIFEST).exists()
+
+
+def test_a_base_that_only_the_report_reads_is_not_overwritten(folders: list[Path], tmp_path: Path) -> None:
+    """The mean knows no base, so the merge itself would not miss it."""
+    before = contents(tmp_path / "models")
+    branches = [str(folders[1]), str(folders[2])]
+    done = CliRunner().invoke(
+        merge_command, [*branches, "--base", str(folders[0]), "--out", str(folders[0]), "--overwrite"]
+    )
+    assert isinstance(done.exception, ConfigError) and "would destroy that" in str(done.exception)
+    assert contents(tmp_path / "models") == before
+
+
+def test_a_report_replaces_reports_only(folders: list[Path], tmp_path: Path) -> None:
+    branches = [str(folders[1]), str(folders[2])]
+    config = folders[1] / "config.json"
+    before = config.read_bytes()
+    words = [*branches, "--base", str(folders[0]), "--report"]
+    done = CliRunner().invoke(merge_command, [*words, str(config.with_suffix(""))])
+    assert isinstance(done.exception, ConfigError) and "is no report" in str(done.exception)
+    assert config.read_bytes() == before
+    for _ in range(2):
+        assert CliRunner().invoke(merge_command, [*words, str(tmp_path / "moved")]).exit_code == 0

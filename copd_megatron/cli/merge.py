@@ -110,18 +110,25 @@ def command(out: str | None, report: str | None, **options: Any) -> int:
     of the options from --method to --out-dtype. Goes
     from file to file, with bounded memory. Interrupted, the same command goes on where it stopped.
     """
+    from copd_megatron.merge.target import refuse_other_report, refuse_to_overwrite
+
     log_plainly()
     flags, work = flags_of(options), _Work(**_fields_of(_Work, options))
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     recipe = recipe_from(flags)
     if out is None and report is None:
         raise ConfigError("merge: --out is missing; say where to write")
+    if out is not None and flags.base is not None:
+        refuse_to_overwrite(Path(out), Path(flags.base))
+    if report is not None:
+        report = report or str(Path(out or ".") / "merge_report")
+        refuse_other_report(Path(f"{report}.json"))
     if report is not None and (flags.base or recipe.base) is None:
         raise ConfigError("merge: --report measures from a base; give it with --base")
     if out is not None:
         _merge(recipe, out, work, rank, world_size)
     if report is not None and rank == 0:
-        _report(recipe, flags, work, report or str(Path(out or ".") / "merge_report"))
+        _report(recipe, flags, work, report)
     return 0
 
 

@@ -97,6 +97,12 @@ def read_pass_rates(path: str | Path) -> PassRates:
     return found
 
 
+def _may_be_torn(path: Path) -> bool:
+    """Whether a file without a whole line is the beginning of an index's first line."""
+    begin = b'{"settings": '
+    return path.read_bytes()[: len(begin)] == begin[: path.stat().st_size]
+
+
 class PassRateWriter:
     """Appends to an index, new or begun before.
 
@@ -120,6 +126,11 @@ class PassRateWriter:
         try:
             self._lock()
             begun = read_pass_rates(self.path)
+            if not begun.settings and not _may_be_torn(self.path):
+                raise DataError(
+                    f"{self.path}: is there already and is no index of pass rates; it is left alone. Move "
+                    "it, or give another --out."
+                )
             self._file.truncate(begun.num_bytes)
             wanted = json.loads(json.dumps(dict(settings)))
             if begun.settings:

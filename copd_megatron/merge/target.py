@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,11 +48,7 @@ def check_partial(partial: Path, journal: Journal, target: Path, read: Sequence[
     """
     for path in read:
         for folder in (target, partial):
-            if _holds(folder, path):
-                raise ConfigError(
-                    f"merge: --out {target}: {folder} holds {path}, which is read; overwriting it would "
-                    "destroy that: choose another folder"
-                )
+            refuse_to_overwrite(folder, path)
     if os.path.lexists(partial) and (partial.is_symlink() or not journal.exists):
         if partial.is_dir() and not partial.is_symlink() and not any(partial.iterdir()):
             return
@@ -59,6 +56,27 @@ def check_partial(partial: Path, journal: Journal, target: Path, read: Sequence[
             f"merge: {partial}, where the unfinished result would go, is there already and no merge made it; "
             "move it, or choose another --out"
         )
+
+
+def refuse_to_overwrite(folder: Path, path: Path) -> None:
+    """Raises ConfigError if writing a folder anew would destroy a path that the command names."""
+    if _holds(folder, path):
+        raise ConfigError(
+            f"merge: --out: {folder} holds {path}, which is read; overwriting it would destroy that: choose "
+            "another folder"
+        )
+
+
+def refuse_other_report(path: Path) -> None:
+    """Raises ConfigError if a report's place holds another JSON file, such as a model's config.json."""
+    if not path.exists():
+        return
+    try:
+        known = "branches" in json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError, TypeError, RecursionError):
+        known = False
+    if not known:
+        raise ConfigError(f"merge: --report: {path} is there already and is no report; give another name")
 
 
 def _holds(folder: Path, path: Path) -> bool:

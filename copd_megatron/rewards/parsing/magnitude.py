@@ -10,6 +10,8 @@ MAX_BITS = 200_000
 """Largest number that is evaluated: 60,000 digits. ``9^{9^9}`` has 1.2 thousand million bits."""
 MAX_EXPONENT = 10_000
 """Largest power of a sum that is expanded."""
+MAX_TERMS = 20_000
+"""Most terms that the power of a sum may expand to."""
 _MAX_NODES = 5_000
 
 _OPEN = r"\s{0,3}(?:\^|\*\*)[\s{(]{0,6}"
@@ -85,7 +87,16 @@ def _bits_of_power(node: Any, parts: list[float]) -> float:
     times = _value_of(exponent)
     if node.args[0].free_symbols and times > MAX_EXPONENT:
         raise _TooLargeError
+    if type(node.args[0]).__name__ == "Add" and times > 1 and _num_terms(node.args[0], times) > MAX_TERMS:
+        raise _TooLargeError
     return max(base, 1.0) * times
+
+
+def _num_terms(base: Any, times: float) -> float:
+    """Terms of the expanded power of a sum that holds symbols: (x + y + z)^9999 has fifty million."""
+    if not base.free_symbols or times > MAX_EXPONENT:
+        return 1.0
+    return math.comb(math.ceil(times) + len(base.args) - 1, len(base.args) - 1)
 
 
 def _value_of(bits: float) -> float:
