@@ -126,6 +126,25 @@ def test_existing_domain_is_kept_unless_told(tmp_path: Path) -> None:
     assert hashes(tmp_path) == before
     make(tmp_path, family, num_train=20, overwrite=True)
     assert sorted(hashes(tmp_path)) == ["toy-train-000000.tar", "toy-validation-000000.tar"]
+    make(tmp_path, family, num_train=20, num_validation=0, overwrite=True)
+    assert sorted(hashes(tmp_path)) == ["toy-train-000000.tar"], "held-out tasks may be training tasks now"
+
+
+def test_held_out_prompts_that_become_training_prompts_are_held_out_no_longer(tmp_path: Path) -> None:
+    source = jsonl(
+        tmp_path / "a.jsonl", *({"prompt": f"p{i}", "answer": "a", "verifier": "exact"} for i in range(9))
+    )
+    out = tmp_path / "out"
+    convert_jsonl([source], out, "m", FieldMap(), num_validation=3)
+    before = hashes(out)
+    (out / "m-train-000000.tar").unlink()
+    with pytest.raises(DataError, match=r"already holds m-validation-\*\.tar"):
+        convert_jsonl([source], out, "m", FieldMap())
+    assert sorted(hashes(out)) == ["m-validation-000000.tar"], "nothing was written"
+    convert_jsonl([source], out, "m", FieldMap(), num_validation=3, overwrite=True)
+    assert hashes(out) == before
+    convert_jsonl([source], out, "m", FieldMap(), overwrite=True)
+    assert sorted(hashes(out)) == ["m-train-000000.tar"]
 
 
 def test_tool_writes_the_same_bytes_in_any_process(tmp_path: Path) -> None:

@@ -21,7 +21,14 @@ from typing import Any
 from copd_megatron.data.convert.gold import GoldCheck
 from copd_megatron.data.convert.media import MediaSource, OwnMedia, check_placeholders, with_named_media
 from copd_megatron.data.convert.rows import Row, read_rows
-from copd_megatron.data.convert.write import NewSample, WrittenDomain, key_problem, write_shards
+from copd_megatron.data.convert.write import (
+    NewSample,
+    WrittenDomain,
+    key_problem,
+    refuse_existing,
+    remove_validation,
+    write_shards,
+)
 from copd_megatron.data.failures import any_failure
 from copd_megatron.data.media import content_hash
 from copd_megatron.data.samples import SampleRef, check_plain, load_json, sample_from_record
@@ -133,12 +140,16 @@ def convert_jsonl(
             counts[split] += 1
             yield line.sample
 
+    if not overwrite:
+        refuse_existing(out, name)
     train = write_shards(part("train"), out, f"{name}-train", shard_size=shard_size, overwrite=overwrite)
     validation = []
     if chosen:
         validation = write_shards(
             part("validation"), out, f"{name}-validation", shard_size=shard_size, overwrite=overwrite
         )
+    else:
+        remove_validation(out, name)
     return WrittenDomain(
         train=train, validation=validation, num_train=counts["train"], num_validation=counts["validation"]
     )

@@ -19,7 +19,13 @@ from copd_megatron.data.convert.gold import GoldCheck
 from copd_megatron.data.convert.media import load_medium
 from copd_megatron.data.convert.public_sets import INSTRUCTIONS, LAYOUTS, Layout, PublicTask
 from copd_megatron.data.convert.rows import Row, read_rows
-from copd_megatron.data.convert.write import NewSample, WrittenDomain, existing_shards, write_shards
+from copd_megatron.data.convert.write import (
+    NewSample,
+    WrittenDomain,
+    refuse_existing,
+    remove_validation,
+    write_shards,
+)
 from copd_megatron.data.failures import any_failure
 from copd_megatron.data.media import IMAGE, VIDEO, content_hash
 from copd_megatron.errors import BadSampleError, DataError
@@ -80,9 +86,8 @@ def convert_public(
     """
     if conversion.layout not in LAYOUTS:
         raise DataError(f"unknown layout {conversion.layout!r}. Known: {', '.join(LAYOUTS)}.")
-    for split in ("train", "validation") if num_validation else ("train",):
-        if existing_shards(out, f"{name}-{split}") and not overwrite:
-            raise DataError(f"{out} already holds {name}-{split}-*.tar. Choose another name or overwrite.")
+    if not overwrite:
+        refuse_existing(out, name)
     skipped: Counter[str] = Counter()
     groups = _Groups()
     usable: list[int] = []
@@ -118,6 +123,8 @@ def convert_public(
         for split, numbers in parts.items()
         if numbers
     }
+    if not parts["validation"]:
+        remove_validation(out, name)
     written = WrittenDomain(
         train=paths["train"],
         validation=paths.get("validation", []),

@@ -91,6 +91,22 @@ def existing_shards(out: Path, prefix: str) -> list[Path]:
     return sorted(path for path in out.glob("*.tar") if _is_shard_of(path.name, prefix))
 
 
+def refuse_existing(out: Path, name: str) -> None:
+    """Raises DataError if the folder holds shards of either split of a domain, before anything is written."""
+    for split in ("train", "validation"):
+        if existing_shards(out, f"{name}-{split}"):
+            raise DataError(
+                f"{out} already holds {name}-{split}-*.tar. Choose another name or folder, or overwrite them."
+            )
+
+
+def remove_validation(out: Path, name: str) -> None:
+    """Deletes a domain's validation shards where it was written anew without any: their prompts may be
+    training samples now."""
+    for path in existing_shards(out, f"{name}-validation"):
+        path.unlink()
+
+
 def _is_shard_of(name: str, prefix: str) -> bool:
     number = name.removeprefix(prefix + "-").removesuffix(".tar")
     return name == f"{prefix}-{number}.tar" and number.isdigit()

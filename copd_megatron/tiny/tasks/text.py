@@ -17,7 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from copd_megatron.data.convert.write import NewSample, WrittenDomain, existing_shards, write_shards
+from copd_megatron.data.convert.write import (
+    NewSample,
+    WrittenDomain,
+    refuse_existing,
+    remove_validation,
+    write_shards,
+)
 from copd_megatron.errors import DataError
 from copd_megatron.rewards import registry
 from copd_megatron.rewards.verifiers.numeric import is_number
@@ -108,9 +114,8 @@ def write_domain(
             f"template {template!r} does not contain {{question}}. Insert it where the task belongs."
         )
     prefixes = (f"{name}-train", f"{name}-validation")
-    for prefix in prefixes:
-        if existing_shards(out, prefix) and not overwrite:
-            raise DataError(f"{out} already holds {prefix}-*.tar. Choose another name, or overwrite them.")
+    if not overwrite:
+        refuse_existing(out, name)
     seen: set[str] = set()
     splits: dict[str, list[NewSample]] = {"train": [], "validation": []}
     weights = [family.weight for family in families]
@@ -134,6 +139,8 @@ def write_domain(
         validation = write_shards(
             splits["validation"], out, prefixes[1], shard_size=shard_size, overwrite=overwrite
         )
+    else:
+        remove_validation(out, name)
     return WrittenDomain(
         train=train, validation=validation, num_train=num_train, num_validation=num_validation
     )

@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from copd_megatron.data.convert.write import NewSample, WrittenDomain, existing_shards, write_shards
+from copd_megatron.data.convert.write import (
+    NewSample,
+    WrittenDomain,
+    refuse_existing,
+    remove_validation,
+    write_shards,
+)
 from copd_megatron.errors import DataError
 from copd_megatron.rewards import registry
 from copd_megatron.tiny.tasks.families import VisualTask, family
@@ -60,9 +66,8 @@ def write_visual_domain(
             "validation samples. At least one family and one training sample are needed."
         )
     prefixes = {split: f"{name}-{split}" for split in ("train", "validation")}
-    for prefix in prefixes.values():
-        if existing_shards(out, prefix) and not overwrite:
-            raise DataError(f"{out} already holds {prefix}-*.tar. Choose another name, or overwrite them.")
+    if not overwrite:
+        refuse_existing(out, name)
     weights = [share.weight for share in shares]
     sizes = zip(divide_by_weight(num_train, weights), divide_by_weight(num_validation, weights), strict=True)
     seen: set[str] = set()
@@ -82,6 +87,8 @@ def write_visual_domain(
                 shard_size=shard_size,
                 overwrite=overwrite,
             )
+    if not written["validation"]:
+        remove_validation(out, name)
     return WrittenDomain(
         train=written["train"],
         validation=written["validation"],
