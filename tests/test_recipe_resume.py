@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from copd_megatron.checkpoint.compare import compare_runs, metric_differences
+from copd_megatron.checkpoint.compare import NOT_COMPARED, compare_runs, metrics_of
 from copd_megatron.checkpoint.manifest import step_folder
 from tests.support.checkpoint_runs import log_of, prepare, train, write_config
 
@@ -63,8 +63,14 @@ def test_a_recipe_does_not_depend_on_the_layout(material: Path, name: str, layou
     """One step of distillation from equal weights; sampling is repeated token by token at both layouts."""
     settings = [*RECIPES[name], "schedule.rlvr_steps=0", "schedule.opd_steps=1", "loss.kl_coefficient=0"]
     settings += ["native.weight=0", "optimizer.lr_warmup_steps=0"]
+    # Adam's first step makes a whole step of gradients that are rounding: nothing after it can be compared
+    settings += ["training.num_mini_batches=1"]
     one = material / f"{name}_{layout}_one"
     two = material / f"{name}_{layout}_two"
     _run(write_config(material, {"alpha": {}, "beta": {}}), one, settings)
     _run(write_config(material, {"alpha": {layout: 2}, "beta": {}}), two, settings)
-    assert metric_differences(one, two, relative=1e-4) == []
+    (expected,), (found,) = metrics_of(one), metrics_of(two)
+    numbers = [name for name, value in expected.items() if isinstance(value, int | float)]
+    names = [n for n in numbers if not any(part in f"/{n}" for part in NOT_COMPARED) and "bytes" not in n]
+    assert len(names) > 20
+    assert {n: found[n] for n in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-4, abs=1e-5)
