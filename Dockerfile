@@ -24,7 +24,8 @@ ARG GPU_BASE=nvcr.io/nvidia/pytorch:26.07-py3
 FROM ${CPU_BASE} AS cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
 # g++: some packages are compiled here, and torch.compile needs it (rollout.enforce_eager=false). libnuma1: vLLM's
-# CPU kernels are linked against it. bubblewrap: the sandbox of the verifier "code", which needs user namespaces:
+# CPU kernels are linked against it. bubblewrap: the sandbox of the verifiers "code" and "proof", which needs user
+# namespaces. For the verifier "proof", add coq (0.5 GB) here, or mount Lean 4 and set COPD_LEAN:
 #   docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined ...
 # Apptainer and Pyxis allow them where the host does; "copd doctor" in the container says whether it works.
 RUN apt-get update \
@@ -53,7 +54,7 @@ ENV VLLM_USE_DEEP_GEMM=0
 # those that Ubuntu installed.
 ENV PATH=/opt/env/bin:${PATH}
 RUN python3 -m venv --system-site-packages --without-pip /opt/env
-# The sandbox of the verifier "code"; see the other image. Ubuntu keeps only the newest version of a package.
+# The sandbox of the verifiers "code" and "proof"; see the other image. Ubuntu keeps only the newest version of a package.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends bubblewrap \

@@ -144,7 +144,7 @@ _copd_setup_locked() {
     _copd_install "$venv" "$list" "$uv" || return 1
     _copd_state "$venv" "$list" >"$venv/.copd-setup"
     if [ "$list" != launch ] && ! command -v bwrap >/dev/null 2>&1; then
-        _copd_say "the verifier 'code' needs bubblewrap, which is not here; on Debian and Ubuntu:" \
+        _copd_say "the verifiers 'code' and 'proof' need bubblewrap, which is not here; on Debian and Ubuntu:" \
             "sudo apt-get install bubblewrap"
     fi
     _copd_say "done"

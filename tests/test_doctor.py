@@ -35,6 +35,7 @@ NAMES = {
     "vLLM",
     "video",
     "sandbox",
+    "proof assistants",
     "C++ compiler",
     "CPU",
     "memory",

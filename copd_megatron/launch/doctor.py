@@ -24,6 +24,7 @@ from typing import Any
 from copd_megatron.config.hardware import REQUIREMENTS, Machine, missing_for
 from copd_megatron.config.schema import FP8Recipe
 from copd_megatron.rewards import sandbox
+from copd_megatron.rewards.proofs import coq, lean
 
 GIB = 1024**3
 
@@ -104,6 +105,7 @@ def report() -> Report:
         "vLLM": lambda: _vllm(torch),
         "video": _video,
         "sandbox": _sandbox,
+        "proof assistants": _proof_assistants,
         "C++ compiler": _compiler,
         "CPU": _cpu,
         "memory": _memory,
@@ -378,14 +380,24 @@ def _video() -> Finding:
 
 
 def _sandbox() -> Finding:
-    """Where the verifier ``code`` runs programs that a model wrote."""
+    """Where the verifiers ``code`` and ``proof`` run what a model wrote."""
     problem = sandbox.check()
     if problem is None:
-        return _ok("sandbox", "bubblewrap", "the verifier 'code'")
+        return _ok("sandbox", "bubblewrap", "the verifiers 'code' and 'proof'")
     means = (
-        "only for the verifier 'code': apt-get install bubblewrap (0.8 or newer), and allow user namespaces"
+        "only for the verifiers 'code' and 'proof': apt-get install bubblewrap (0.8 or newer), and allow "
+        "user namespaces"
     )
     return _missing("sandbox", problem, means)
+
+
+def _proof_assistants() -> Finding:
+    """What the verifier ``proof`` checks proofs with."""
+    found = [name for name, room in (("Coq", coq), ("Lean 4", lean)) if room.toolchain() is not None]
+    if found:
+        return _ok("proof assistants", ", ".join(found), "the verifier 'proof'")
+    means = f"only for the verifier 'proof': apt-get install coq, or set {lean.VARIABLE} to Lean 4's program"
+    return _missing("proof assistants", "neither Coq nor Lean 4", means)
 
 
 def _compiler() -> Finding:

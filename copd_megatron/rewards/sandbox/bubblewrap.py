@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,28 +104,43 @@ def _readable(path: Path) -> bool:
     )
 
 
-def command(mode: str, limits: Limits, *, inside: int, program: int, calls: int, status: int) -> list[str]:
-    """The command that runs a program. ``inside``, ``program``, ``calls`` and ``status`` are file descriptors
-    that it inherits: the two files to read, the filter of system calls, and where bubblewrap reports the
-    first process in the sandbox and how it ended."""
+@dataclass(frozen=True, kw_only=True)
+class Descriptors:
+    """Open files that the command inherits."""
+
+    inside: int
+    """``inside.py``."""
+    program: int
+    """The program to run."""
+    calls: int
+    """The filter of system calls."""
+    status: int
+    """Where bubblewrap reports the first process in the sandbox and how it ended."""
+
+
+def command(mode: str, limits: Limits, files: Descriptors, mounts: Sequence[str] = ()) -> list[str]:
+    """The command that runs a program. ``mounts`` are further files and folders of the host that the program
+    may read, at the same place."""
     python = interpreter()
     options = ["-s", "-S", "-B", "-X", "utf8"]
     if unsandboxed():
-        paths = [f"/proc/self/fd/{inside}", mode, limits.to_json(), f"/proc/self/fd/{program}"]
+        paths = [f"/proc/self/fd/{files.inside}", mode, limits.to_json(), f"/proc/self/fd/{files.program}"]
         return [str(python.executable), *options, *paths]
     return [
         shutil.which("bwrap") or "bwrap",
         *("--unshare-all", "--unshare-user", "--disable-userns", "--new-session", "--die-with-parent"),
-        *(("--seccomp", str(calls)) if CALLS is not None else ()),
-        *("--json-status-fd", str(status), "--hostname", "sandbox", "--cap-drop", "ALL"),
+        *(("--seccomp", str(files.calls)) if CALLS is not None else ()),
+        *("--json-status-fd", str(files.status), "--hostname", "sandbox", "--cap-drop", "ALL"),
         *("--ro-bind", "/usr/lib", "/usr/lib", "--ro-bind-try", "/usr/lib64", "/usr/lib64"),
         *("--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"),
         *python.mounts,
         *("--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/zero", "/dev/zero"),
         *("--dev-bind", "/dev/urandom", "/dev/urandom"),
-        *("--perms", "0444", "--ro-bind-data", str(inside), "/inside.py"),
-        *("--perms", "0444", "--ro-bind-data", str(program), "/program.py"),
-        *("--size", str(limits.scratch_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"),
+        *("--perms", "0444", "--ro-bind-data", str(files.inside), "/inside.py"),
+        *("--perms", "0444", "--ro-bind-data", str(files.program), "/program.py"),
+        *("--size", str(limits.scratch_bytes), "--tmpfs", "/tmp"),
+        *(part for path in mounts for part in ("--ro-bind", path, path)),
+        *("--remount-ro", "/", "--chdir", "/tmp"),
         *("--clearenv", "--setenv", "PYTHONHASHSEED", "0", "--setenv", "LD_LIBRARY_PATH", "/python/lib"),
         *(python.inside, *options, "/inside.py", mode, limits.to_json(), "/program.py"),
     ]

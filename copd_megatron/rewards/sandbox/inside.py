@@ -1,6 +1,7 @@
 """Runs in the sandbox, ahead of the program and in its process. Needs the standard library alone.
 
 ``inside.py program LIMITS PATH``: runs the program as a script.
+``inside.py command LIMITS PATH``: writes files, runs commands and gives one result; see ``commands.py``.
 ``inside.py value LIMITS PATH``: reads a request from stdin, runs the program as a module, and writes the
 ``repr`` of one value to what was stdout; the program's own output goes nowhere. Requests are JSON objects:
 ``{"function": name, "arguments": [...]}`` (a function, or a method of a class ``Solution``), or
@@ -12,6 +13,7 @@ the only way to be graded right is to give the right value.
 
 from __future__ import annotations
 
+import binascii
 import json
 import os
 import resource
@@ -71,7 +73,27 @@ def run_value(source: bytes) -> None:
         value = find(names, request["function"])(*request["arguments"])
     if not is_plain(value):
         sys.exit(3)
-    data = repr(value).encode("utf-8")
+    write_all(channel, repr(value).encode("utf-8"))
+
+
+def run_command(source: bytes) -> None:
+    task = json.loads(source)
+    for name, data in task["files"].items():
+        with open(name, "wb") as file:
+            file.write(binascii.a2b_base64(data))
+    nowhere = os.open("/dev/null", os.O_RDWR)
+    actions = [(os.POSIX_SPAWN_DUP2, nowhere, number) for number in ((0, 1, 2) if task["give"] else (0, 2))]
+    for command in task["commands"]:
+        child = os.posix_spawn(command[0], command, task["environment"], file_actions=actions)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status != 0:
+            sys.exit(status if status > 0 else 128 - status)
+    if task["give"]:
+        with open(task["give"], "rb") as file:
+            write_all(1, file.read())
+
+
+def write_all(channel: int, data: bytes) -> None:
     while data:
         data = data[os.write(channel, data) :]
 
@@ -83,7 +105,7 @@ def main() -> None:
     sys.argv[:] = ["program.py"]
     sys.path[:] = [folder for folder in sys.path if folder not in ("", "/", os.path.dirname(path))]
     limit(json.loads(limits))
-    (run_program if mode == "program" else run_value)(source)
+    {"program": run_program, "value": run_value, "command": run_command}[mode](source)
 
 
 if __name__ == "__main__":

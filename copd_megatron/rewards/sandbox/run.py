@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -49,14 +49,22 @@ class Result:
     output: bytes
 
 
-def run(program: bytes, *, stdin: bytes = b"", mode: str = "program", limits: Limits | None = None) -> Result:
+def run(
+    program: bytes,
+    *,
+    stdin: bytes = b"",
+    mode: str = "program",
+    limits: Limits | None = None,
+    mounts: Sequence[str] = (),
+) -> Result:
     """Runs a program in a sandbox of its own; when this returns, nothing of it is left.
 
     Args:
         program: Python source.
         stdin: its input, or the request of mode ``value``.
-        mode: ``program`` (a script) or ``value`` (see ``inside.py``).
+        mode: ``program`` (a script), ``value`` or ``command`` (see ``inside.py``).
         limits: what it may use; by default, ``Limits()``.
+        mounts: files and folders of the host that it may read.
 
     Raises SandboxError: the sandbox could not be set up. ``require`` says the remedy.
     """
@@ -68,9 +76,8 @@ def run(program: bytes, *, stdin: bytes = b"", mode: str = "program", limits: Li
         scratch = stack.enter_context(tempfile.TemporaryDirectory()) if bubblewrap.unsandboxed() else None
         status, status_end = os.pipe()
         stack.callback(os.close, status)
-        command = bubblewrap.command(
-            mode, limits, inside=inside, program=source, calls=calls, status=status_end
-        )
+        inherited = bubblewrap.Descriptors(inside=inside, program=source, calls=calls, status=status_end)
+        command = bubblewrap.command(mode, limits, inherited, mounts)
         started = time.monotonic()
         process = _start(command, given, errors.fileno(), (inside, source, calls, status_end), scratch)
         assert process.stdout is not None

@@ -16,12 +16,11 @@ from copd_megatron.rewards.code_cases import (
     same_output,
     same_value,
 )
-from copd_megatron.rewards.final_answer import after_thinking
+from copd_megatron.rewards.fenced import last_block
 from copd_megatron.rewards.metadata import setting
 from copd_megatron.rewards.registry import register
 
 _PYTHON = frozenset({"", "python", "python3", "py"})
-_MAX_PROGRAM_CHARACTERS = 200_000
 
 
 @register("code", requires=sandbox.require)
@@ -63,23 +62,7 @@ def code(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
 
 def last_program(response: str) -> str | None:
     """The last closed fenced block of Python, or of no language, after the thinking; None without one."""
-    text = after_thinking(response)
-    if text is None or len(text) > _MAX_PROGRAM_CHARACTERS:
-        return None
-    found: str | None = None
-    language: str | None = None
-    lines: list[str] = []
-    for line in text.split("\n"):
-        bare = line.strip()
-        if language is None:
-            if bare.startswith("```"):
-                language, lines = bare[3:].strip().lower(), []
-        elif bare == "```":
-            found = "\n".join(lines) if language in _PYTHON else found
-            language = None
-        else:
-            lines.append(line)
-    return found
+    return last_block(response, _PYTHON)
 
 
 def _run(program: str, case: Case, limits: sandbox.Limits) -> sandbox.Result:
