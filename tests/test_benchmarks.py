@@ -13,7 +13,8 @@ import pytest
 
 from copd_megatron.cli.main import main
 from copd_megatron.data import DataError, Sample, check_shards
-from copd_megatron.data.convert.benchmarks import BENCHMARKS, convert_benchmark
+from copd_megatron.data.convert.benchmarks.table import BENCHMARKS
+from copd_megatron.data.convert.benchmarks.write import convert_benchmark
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "aime24": {"id": 60, "problem": "P", "solution": "S", "answer": "204", "url": "u", "year": "2024"},
@@ -24,6 +25,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         **{"subject": "Precalculus", "unique_id": "test/precalculus/807.json"},
     },
     "minerva": {"question": "P", "answer": "4.49e33"},
+}
+
+KEPT = {
+    **{"aime24": ["id"], "aime25": ["id"], "hmmt25": ["problem_idx", "problem_type"]},
+    "math500": ["subject", "level", "unique_id"],
 }
 
 
@@ -43,7 +49,7 @@ def samples(paths: list[Path]) -> list[Sample]:
     return [shards.read(ref) for ref in shards.refs]
 
 
-@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
 def test_a_whole_benchmark_becomes_a_validation_set(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,13 +60,19 @@ def test_a_whole_benchmark_becomes_a_validation_set(
     assert len(found) == BENCHMARKS[name].count
     assert found[0].prompt == "Problem 0?\nPut your final answer in \\boxed{}."
     assert (found[0].answer, found[0].verifier) == (LAYOUTS[name]["answer"], "math")
-    kept = {k: LAYOUTS[name][k] for k in BENCHMARKS[name].kept if k in LAYOUTS[name]}
+    kept = {k: LAYOUTS[name][k] for k in KEPT.get(name, ())}
     assert found[0].metadata == {"benchmark": name, **kept}
 
 
 def test_every_benchmark_has_its_published_number_of_problems() -> None:
     counts = {name: benchmark.count for name, benchmark in BENCHMARKS.items()}
-    assert counts == {"aime24": 30, "aime25": 30, "hmmt25": 30, "math500": 500, "minerva": 272}
+    assert counts == {
+        **{"aime24": 30, "aime25": 30, "hmmt25": 30, "math500": 500, "minerva": 272},
+        **{"mmmu": 900, "mmmu_pro": 1730, "mmmu_pro_vision": 1730, "mathvista": 1000},
+        **{"mathvision": 3040, "mathvision_mini": 304, "mathverse": 3940, "wemath": 1740},
+        **{"zerobench": 100, "zerobench_sub": 334},
+        **{"video_holmes": 1837, "mvbench": 4000, "mmvu": 1000, "videomathqa": 420},
+    }
 
 
 def test_two_files_and_parquet(tmp_path: Path) -> None:
@@ -76,10 +88,10 @@ def test_two_files_and_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found[:-1], "29 problems; aime24 has 30"),
-        (lambda found: [*found, found[0]], "31 problems; aime24 has 30"),
-        (lambda found: [{"text": "?"}, *found[1:]], r"line 1: aime24 needs text in 'problem' or 'Problem'"),
-        (lambda found: [*found[:-1], {**found[0], "answer": ""}], "line 30: aime24 needs text in 'answer'"),
+        (lambda found: found[:-1], "29 questions; aime24 has 30"),
+        (lambda found: [*found, found[0]], "31 questions; aime24 has 30"),
+        (lambda found: [{"text": "?"}, *found[1:]], r"line 1: needs text in 'problem' or 'Problem'"),
+        (lambda found: [*found[:-1], {**found[0], "answer": ""}], "line 30: needs text in 'answer'"),
     ],
 )
 def test_what_is_not_the_benchmark_is_refused(tmp_path: Path, change: Any, message: str) -> None:
@@ -92,6 +104,6 @@ def test_what_is_not_the_benchmark_is_refused(tmp_path: Path, change: Any, messa
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = written(tmp_path / "a.jsonl", rows("hmmt25"))
     assert main(["data", "benchmark", "hmmt25", str(source), "--out", str(tmp_path)]) == 0
-    assert "30 problems" in capsys.readouterr().out
+    assert "30 questions in 1 shard(s)" in capsys.readouterr().out
     assert main(["data", "benchmark", "hmmt25", str(source), "--out", str(tmp_path)]) == 2
     assert main(["data", "benchmark", "nothing", str(source), "--out", str(tmp_path)]) == 2

@@ -36,6 +36,7 @@ from copd_megatron.errors import BadSampleError
 INSTRUCTIONS = {
     "math": "\nPut your final answer in \\boxed{}.",
     "numeric": "\nPut your final answer, a number, in \\boxed{}.",
+    "exact": "\nPut your final answer in \\boxed{}.",
     "choice": "\nPut the letter of the right option in \\boxed{}.",
     "temporal_iou": "\nGive start and end in seconds, such as <answer>12.3-25.7</answer>.",
     "box_iou": "\nGive the box as <answer>[x1, y1, x2, y2]</answer>.",
@@ -145,7 +146,7 @@ def _problem(row: Row, where: str, dataset: str, solution: str, media: Sequence[
     options = row.get("options")
     if verifier == "choice" and isinstance(options, list) and options:
         question = f"{question}\nOptions:\n" + "\n".join(str(option) for option in options)
-        extra["choices"] = _choices(options)
+        extra["choices"] = option_texts(options)
     elif verifier == "numeric":
         extra["abs_tol"] = 0.005  # their graders round to two decimals
     elif verifier in ("temporal_iou", "box_iou"):
@@ -162,7 +163,7 @@ def _problem(row: Row, where: str, dataset: str, solution: str, media: Sequence[
     )
 
 
-def _choices(options: Sequence[Any]) -> list[str]:
+def option_texts(options: Sequence[Any]) -> list[str]:
     """The options' texts, without their letters if these are A, B, ... in order."""
     matches = [_OPTION.match(str(option)) for option in options]
     letters = [match.group(1) if match else "" for match in matches]

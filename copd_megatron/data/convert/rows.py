@@ -1,7 +1,8 @@
-"""Rows of a public data set's files: JSON arrays, JSON lines, Parquet."""
+"""Rows of a public data set's files: JSON arrays, JSON lines, Parquet, tables with tabs."""
 
 from __future__ import annotations
 
+import csv
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,17 +12,20 @@ from copd_megatron.data.samples import load_json
 from copd_megatron.errors import BadSampleError, DataError
 
 Row = Mapping[str, Any]
+_MAX_FIELD = 1 << 28
+"""Characters of one value in a table with tabs."""
 
 
 def read_rows(sources: Sequence[Path]) -> Iterator[tuple[str, Row | BadSampleError]]:
     """Rows of all files in order, each with the words that name its place; an error stands for a broken row.
 
-    ``.json``: one array of objects; ``.jsonl``: an object per line; ``.parquet``.
+    ``.json``: one array of objects; ``.jsonl``: an object per line; ``.parquet``; ``.tsv``: names of the
+    columns in the first line, all values texts.
 
     Raises DataError: unreadable file, unknown extension, not an array.
     """
     for source in sources:
-        readers = {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}
+        readers = {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet, ".tsv": _tsv}
         reader = readers.get(source.suffix.lower())
         if reader is None:
             raise DataError(f"{source}: unknown kind of file. Give {', '.join(readers)} files.")
@@ -52,6 +56,21 @@ def _jsonl(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:
                 yield where, error
                 continue
             yield _checked(row, where)
+
+
+def _tsv(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:
+    csv.field_size_limit(_MAX_FIELD)  # of the whole process; pictures in base64 exceed the usual one
+    with open(source, encoding="utf-8", newline="") as file:
+        try:
+            for number, row in enumerate(csv.DictReader(file, delimiter="\t", strict=True)):
+                where = f"{source}, row {number}"
+                if None in row or None in row.values():
+                    problem = "has another number of values than the first line has names"
+                    yield where, BadSampleError(where, "bad_type", problem, "Download the file again.")
+                else:
+                    yield where, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{source}: not a table with tabs ({error}). Download the file again.") from error
 
 
 def _parquet(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from copd_megatron.rewards.final_answer import final_answer, normalize
@@ -14,9 +14,10 @@ from copd_megatron.rewards.registry import register
 def exact(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     """1.0 if the normalised final answer equals the normalised gold answer.
 
-    metadata: ``case_sensitive`` (default false).
+    metadata: ``case_sensitive`` (default false); ``also``, a list of further gold answers.
     """
     case_sensitive = bool(setting(metadata, "case_sensitive", False))
     found = final_answer(response, multiline="\n" in answer.strip()).text
-    gold = normalize(answer, case_sensitive=case_sensitive)
-    return float(bool(gold) and normalize(found, case_sensitive=case_sensitive) == gold)
+    further: Sequence[object] = setting(metadata, "also", ())
+    golds = {normalize(gold, case_sensitive=case_sensitive) for gold in (answer, *map(str, further))} - {""}
+    return float(normalize(found, case_sensitive=case_sensitive) in golds)

@@ -1,0 +1,1 @@
+"""Published benchmarks, from the files that their authors publish, to validation shards."""
