@@ -247,6 +247,9 @@ def test_choice_bad_gold() -> None:
         ("math", "5", {"float_rounding": None}),
         ("box_iou", "[1,2,3,4]", {"iou_threshold": None}),
         ("temporal_iou", "1-2", {"iou_threshold": None}),
+        ("grid", "[[5]]", {"partial": None}),
+        ("list", "[5]", {"partial": None, "ordered": None}),
+        ("point", "[5, 5]", {"max_distance": 0.5, "scale": None, "image_size": None, "partial": None}),
         ("reasoning_gym", "5", {"dataset": "gcd", "entry": None, "question": None, "binary": None}),
     ],
 )

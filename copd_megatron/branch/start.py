@@ -87,7 +87,7 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
         verifiers = [v for branch in config.branches.values() for v in branch.reward.verifiers]
         # the other ranks wait for the grades: hanging verifiers must not take them to their limit
         max_seconds = config.run.collective_timeout_seconds * _GRADING_SHARE
-        grader = Grader(settings.reward, also=verifiers, max_seconds=max_seconds)
+        grader = Grader(settings.reward, also=verifiers, max_seconds=max_seconds, terms=settings.reward.terms)
         samples_own = not settings.frozen and config.native.weight > 0
         prompts = sources.stream(name, "native") if samples_own else None
         edge_prompts = {edge: sources.stream(edge.prompts, edge.name) for edge in edges}

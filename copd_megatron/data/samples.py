@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from copd_megatron.data.failures import name_and_text
 from copd_megatron.errors import BadSampleError
+from copd_megatron.rewards.terms import WEIGHTED, read_terms
 
 Message = Mapping[str, Any]
 
@@ -126,6 +127,11 @@ def sample_from_record(
     verifier = record["verifier"]
     if verifiers is not None and verifier not in verifiers:
         raise _unknown_verifier(where, verifier, verifiers)
+    if verifier == WEIGHTED:
+        try:
+            read_terms(metadata, verifiers)
+        except ValueError as error:
+            raise BadSampleError(where, "bad_terms", str(error), "Correct the sample's terms.") from error
     return Sample(
         ref=ref, prompt=prompt, answer=record["answer"], verifier=verifier, metadata=metadata, media=media
     )

@@ -21,6 +21,7 @@ from copd_megatron.launch.run_dir import run_directory, starts_anew
 from copd_megatron.metrics.packages import check_packages
 from copd_megatron.planner.disk import _size, run_bytes
 from copd_megatron.rewards import registry
+from copd_megatron.rewards.terms import OWN
 
 _FILES_OF_A_RUN = (
     *("metrics.jsonl", "evaluation.json", "evaluation.txt", "report.html", "report.png", "distances.json"),
@@ -69,7 +70,8 @@ def check_inputs(config: Config) -> dict[str, int]:
     check_packages(config.logging)
     check_tokenizers(config)
     for branch in config.branches.values():
-        registry.check_requirements(branch.reward.verifiers)
+        terms = [name for name in branch.reward.terms if name != OWN]
+        registry.check_requirements([*branch.reward.verifiers, *terms])
     num_samples = {}
     for domain in all_domains(config):
         branch = config.branches[domain.branch]

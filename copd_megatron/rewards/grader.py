@@ -7,14 +7,16 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 from copd_megatron.config.schema import RewardConfig
-from copd_megatron.records import Rollout
+from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards import registry
 from copd_megatron.rewards.final_answer import Source, final_answer
 from copd_megatron.rewards.isolation import Call, Outcome, WorkerPool
 from copd_megatron.rewards.registry import Verifier
+from copd_megatron.rewards.terms import OWN, terms_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +41,23 @@ class Grader:
             whose prompts this one answers.
         max_seconds: the most that one call of ``grade`` takes; None: as long as the verifiers need. With
             other ranks waiting for this one, it must stay well below the time after which they give up.
+        terms: weights by verifier, as ``RewardConfig.terms``, which every rollout is graded by; empty: each
+            by the verifier that it names.
 
     Raises UnknownVerifierError at construction for names that cannot be resolved.
     """
 
     def __init__(
-        self, config: RewardConfig, *, also: Iterable[str] = (), max_seconds: float | None = None
+        self,
+        config: RewardConfig,
+        *,
+        also: Iterable[str] = (),
+        max_seconds: float | None = None,
+        terms: Mapping[str, float] | None = None,
     ) -> None:
-        self._verifiers = registry.resolve([*config.verifiers, *also])
+        self._terms = dict(terms or {})
+        names = [*config.verifiers, *also, *(name for name in self._terms if name != OWN)]
+        self._verifiers = registry.resolve(names)
         self._pool = WorkerPool(config.num_workers, config.timeout_seconds)
         self._max_seconds = max_seconds
         self._counts: Counter[str] = Counter()
@@ -64,14 +75,46 @@ class Grader:
         a verifier.
         """
         tasks: dict[_Key, Rollout] = {}
+        shares: dict[int, list[_Share]] = {}
         for rollout in rollouts:
-            tasks.setdefault(_key(rollout), rollout)
+            for share in shares.setdefault(id(rollout.prompt), self._shares(rollout.prompt)):
+                tasks.setdefault(_key(rollout, share), dataclasses.replace(rollout, prompt=share.prompt))
         outcomes = dict(zip(tasks, self._run(list(tasks.values())), strict=True))
         self._warn_of_ungraded(outcomes.values())
         return [
-            dataclasses.replace(rollout, reward=self._settle(rollout, outcomes[_key(rollout)]))
+            dataclasses.replace(rollout, reward=self._reward(rollout, shares[id(rollout.prompt)], outcomes))
             for rollout in rollouts
         ]
+
+    def _shares(self, prompt: Prompt) -> list[_Share]:
+        """What the reward of a response to this prompt consists of."""
+        terms = terms_of(prompt.verifier, prompt.metadata, self._terms)
+        return [
+            _Share(
+                number=number,
+                weight=term.weight,
+                prompt=dataclasses.replace(
+                    prompt,
+                    verifier=term.verifier,
+                    answer=prompt.answer if term.answer is None else term.answer,
+                    metadata=term.settings(prompt.metadata),
+                ),
+            )
+            for number, term in enumerate(terms)
+        ]
+
+    def _reward(
+        self, rollout: Rollout, shares: Sequence[_Share], outcomes: Mapping[_Key, Outcome]
+    ) -> float | None:
+        found = [outcomes[_key(rollout, share)] for share in shares]
+        if any(outcome.reason == "given_up" for outcome in found):
+            self._counts["ungraded"] += 1
+            return None
+        self._counts["graded"] += 1
+        return sum(
+            share.weight * self._settle(share.prompt, rollout.sample_index, outcome)
+            for share, outcome in zip(shares, found, strict=True)
+        )
 
     def counters(self) -> dict[str, int]:
         """Totals since the start: ``graded``, ``failed`` (of these), ``failed_<verifier>_<reason>``, and
@@ -135,17 +178,13 @@ class Grader:
                 self._max_seconds,
             )
 
-    def _settle(self, rollout: Rollout, outcome: Outcome) -> float | None:
-        if outcome.reason == "given_up":
-            self._counts["ungraded"] += 1
-            return None
-        self._counts["graded"] += 1
+    def _settle(self, prompt: Prompt, sample_index: int, outcome: Outcome) -> float:
+        """The value that counts; a failure is counted and logged."""
         value, reason, message = outcome.value, outcome.reason, outcome.message
         if value is not None and not math.isfinite(value):
             reason, message = "bad_value", f"returned {value}"
         if value is not None and reason is None:
             return value
-        prompt = rollout.prompt
         kind = f"failed_{prompt.verifier}_{reason}"
         self._counts["failed"] += 1
         self._counts[kind] += 1
@@ -156,7 +195,7 @@ class Grader:
                 prompt.domain,
                 prompt.verifier,
                 prompt.prompt_id,
-                rollout.sample_index,
+                sample_index,
                 reason,
                 message,
                 "; further ones of this kind are only counted" if last else "",
@@ -164,12 +203,22 @@ class Grader:
         return 0.0
 
 
-_Key = tuple[int, str, bool]
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """One verifier's share of a reward."""
+
+    number: int
+    weight: float
+    prompt: Prompt
+    """The prompt as this verifier sees it."""
 
 
-def _key(rollout: Rollout) -> _Key:
+_Key = tuple[int, str, bool, int]
+
+
+def _key(rollout: Rollout, share: _Share) -> _Key:
     """Rollouts with the same key get the same grade."""
-    return id(rollout.prompt), rollout.text, rollout.truncated
+    return id(rollout.prompt), rollout.text, rollout.truncated, share.number
 
 
 def _response(verifier: Verifier, rollout: Rollout) -> str:

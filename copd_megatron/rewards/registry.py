@@ -37,6 +37,8 @@ class Verifier:
     prepare: Callable[[], None] | None = None
     """Called once, outside the time limit, before the processes that grade are forked: slow imports, and
     whatever else they should all find ready."""
+    gold_is_a_response: bool = True
+    """A response that gives the gold answer scores 1. Not so where the gold answer is a test or a region."""
     requires: Callable[[], None] | None = None
     """Called before a run starts. Raises ConfigError where this machine lacks what the verifier needs."""
 
@@ -56,6 +58,7 @@ def register(
     reusable: bool = False,
     reads_final_answer: bool = False,
     prepare: Callable[[], None] | None = None,
+    gold_is_a_response: bool = True,
     requires: Callable[[], None] | None = None,
 ) -> Callable[[Verify], Verify]:
     """Decorator: make a module-level function available as verifier ``name``. The other arguments are those
@@ -73,6 +76,7 @@ def register(
             reusable=reusable,
             reads_final_answer=reads_final_answer,
             prepare=prepare,
+            gold_is_a_response=gold_is_a_response,
             requires=requires,
         )
         if "." in verify.__qualname__ or verify.__qualname__ == "<lambda>":

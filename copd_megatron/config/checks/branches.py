@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 
@@ -60,6 +61,11 @@ def _data(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
                 yield f"{domain.key}.train: empty; give webdataset shards (paths, globs or brace ranges)"
     if not branch.reward.verifiers and not branch.frozen:
         yield f"branches.{name}.reward.verifiers: empty; name those that its samples ask for"
+    for term, weight in branch.reward.terms.items():
+        if not math.isfinite(weight):
+            yield f"branches.{name}.reward.terms.{term}: {weight} is no weight; give a finite number"
+    if branch.reward.terms and not any(branch.reward.terms.values()):
+        yield f"branches.{name}.reward.terms: all weights are 0; remove them, or weigh one"
 
 
 def _difficulty(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:

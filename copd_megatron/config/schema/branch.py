@@ -112,12 +112,16 @@ class RewardConfig:
     verifiers: list[str] = field(default_factory=lambda: ["math", "exact", "numeric", "reasoning_gym"])
     """Verifiers that this branch's samples may name: built-in names, or your own as
     ``package.module:function``."""
+    terms: dict[str, float] = field(default_factory=dict)
+    """Weights of what a training reward consists of, by verifier: ``sample`` is the verifier that the sample
+    names, and ``{sample: 0.9, format: 0.1}`` adds a small reward for the form. Empty: the sample's alone.
+    Evaluations always grade by the sample's."""
     timeout_seconds: PositiveFloat = 10.0
     """Seconds that a verifier may take for one response. One that takes longer scores it 0, which is counted
     and logged. ``code`` takes about 0.04 s for each test case, and what the program takes."""
     num_workers: PositiveInt = 1
-    """Worker processes per rank for verifiers that run isolated (``math``, ``code``, ``reasoning_gym``, your
-    own)."""
+    """Worker processes per rank for verifiers that run isolated (``math``, ``code``, ``proof``,
+    ``reasoning_gym``, your own)."""
 
 
 @dataclass(kw_only=True)

@@ -33,8 +33,8 @@ class GoldCheck:
         """Why each sample's gold answer cannot be graded; None if it can.
 
         Its verifier must not fail, neither on the gold answer nor on a wrong one. A built-in verifier must
-        grade the gold answer 1 in one of the usual ways of giving it; verifiers of other packages may grade
-        as they like.
+        grade the gold answer 1 in one of the usual ways of giving it, unless its gold answers are tests or
+        regions; verifiers of other packages may grade as they like.
 
         Raises DataError: a verifier cannot be loaded in a worker process.
         """
@@ -96,7 +96,8 @@ def _failure(outcome: Outcome) -> str | None:
 
 
 def _too_low(verifier: str, outcome: Outcome) -> str | None:
-    built_in = registry.get(verifier).verify.__module__.startswith(f"{verifiers.__name__}.")
-    if built_in and outcome.value is not None and outcome.value < 1.0:
+    known = registry.get(verifier)
+    built_in = known.verify.__module__.startswith(f"{verifiers.__name__}.")
+    if built_in and known.gold_is_a_response and outcome.value is not None and outcome.value < 1.0:
         return f"the verifier grades the gold answer {outcome.value:g}"
     return None

@@ -23,7 +23,7 @@ from copd_megatron.rewards.registry import register
 _PYTHON = frozenset({"", "python", "python3", "py"})
 
 
-@register("code", requires=sandbox.require)
+@register("code", gold_is_a_response=False, requires=sandbox.require)
 def code(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     """1.0 if the last Python block of the response passes all cases of the sample.
 

@@ -29,7 +29,7 @@ def _require() -> None:
         )
 
 
-@register("proof", requires=_require)
+@register("proof", gold_is_a_response=False, requires=_require)
 def proof(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     """1.0 if the response proves the sample's statement.
 
