@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,13 +11,15 @@ import click
 
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.parameters import PATH, log_plainly
-from copd_megatron.config import Config, load_config
+from copd_megatron.config import load_config
 from copd_megatron.errors import ConfigError
 from copd_megatron.hf.model_config import read_model_shape
 
 if TYPE_CHECKING:
     from copd_megatron.evaluation.verdicts import PromptVerdicts
 
+BENCHMARK = "benchmark"
+"""Metadata that shards of ``copd data benchmark`` have."""
 EXAMPLES = """
     copd eval configs/two_branch_tiny.yaml runs/two_branch_tiny/export/merged
     copd eval configs/two_branch_tiny.yaml .cache/tiny_text evaluation.max_prompts=50
@@ -41,9 +44,10 @@ def command(
     Hugging Face folder, such as an exported branch or a merged model, or a branch's folder in a checkpoint.
     Several models answer the same prompts, and every other one is compared with the first.
 
-    Prints tables with 95 % intervals and writes them to --out as evaluation.json and evaluation.md. Verdicts
-    are written as they come: the same command goes on where it was stopped. Under torchrun or srun all ranks
-    take part.
+    Prints tables with 95 % intervals and writes them to --out as evaluation.json and evaluation.md; for
+    prompts of the paper's benchmarks (copd data benchmark) also the paper's table, with the figures that it
+    reports. Verdicts are written as they come: the same command goes on where it was stopped. Under torchrun
+    or srun all ranks take part.
     """
     models = [word for word in words if "=" not in word]
     settings = load_config(config, [word for word in words if "=" in word])
@@ -61,20 +65,24 @@ def command(
 
     verdicts = evaluate_models(settings, open_models(models), folder, anew=overwrite)
     if first:
-        _report(settings, verdicts, folder, by)
+        write_tables(verdicts, folder, by)
     return 0
 
 
-def _report(
-    config: Config, verdicts: dict[str, list[PromptVerdicts]], folder: Path, by: tuple[str, ...]
-) -> None:
-    """Prints and writes the tables."""
+def write_tables(verdicts: Mapping[str, Sequence[PromptVerdicts]], folder: Path, by: Sequence[str]) -> None:
+    """Prints the tables and writes them to the folder.
+
+    Raises ConfigError: no prompt has a metadata key of ``by``.
+    """
+    from copd_megatron.evaluation.paper import paper_tables, published
     from copd_megatron.evaluation.run import score_of
     from copd_megatron.evaluation.show import to_json, to_markdown, to_text
     from copd_megatron.evaluation.summary import summarise
     from copd_megatron.evaluation.table import render_table
 
-    summary = summarise(verdicts, by=by)
+    has_benchmarks = any(BENCHMARK in v.metadata for found in verdicts.values() for v in found)
+    groups = dict.fromkeys([*by, *([BENCHMARK] if has_benchmarks else [])])
+    summary = summarise(verdicts, by=tuple(groups))
     missing = [key for key in by if not any(summary.by[key].values())]
     if missing:
         raise ConfigError(f"--by {missing[0]}: no validation prompt has this metadata")
@@ -86,8 +94,15 @@ def _report(
         for model, found in verdicts.items()
     }
     counts = {d: max(f[d].num_prompts for f in summary.models.values()) for d in summary.domains}
-    print(f"{render_table(rows, summary.domains, num_prompts=counts)}\n\n{to_text(summary)}\n")
+    shares = {
+        model: {name: figures.accuracy.value for name, figures in found.items()}
+        for model, found in summary.by.get(BENCHMARK, {}).items()
+    }
+    papers = paper_tables(published(), shares)
+    texts = [render_table(rows, summary.domains, num_prompts=counts), to_text(summary)]
+    print("\n\n".join([*texts, *(table.to_text() for table in papers)]) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(to_json(summary) + "\n", encoding="utf-8")
-    (folder / "evaluation.md").write_text(to_markdown(summary) + "\n", encoding="utf-8")
+    markdown = [to_markdown(summary), *(table.to_markdown() for table in papers)]
+    (folder / "evaluation.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
     print(f"written: {folder / 'evaluation.md'}, {folder / 'evaluation.json'}")
