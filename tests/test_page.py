@@ -111,6 +111,25 @@ def test_several_runs_are_a_mean_and_a_band(tmp_path: Path) -> None:
     assert (reward.low[0], reward.high[0]) == (pytest.approx(0.05), pytest.approx(0.15))
 
 
+def test_a_branch_with_several_pools_has_a_curve_for_each(tmp_path: Path) -> None:
+    without = read_run(full_run(tmp_path / "a"))
+    assert "reward by pool" not in {panel.title for panel in panels([without])}
+    pools = {f"text/train/reward/{pool}": [share] * 20 for pool, share in (("sums", 0.25), ("words", 0.75))}
+    write_run(tmp_path / "b", extra={"text/train/reward": [0.5] * 20, **pools})
+    found = {panel.title: panel for panel in panels([read_run(tmp_path / "b")])}
+    curves = {curve.label: curve.values[0] for curve in found["reward by pool"].curves}
+    assert curves == {"text: sums": 0.25, "text: words": 0.75}
+    own = found["reward on the branch's own prompts"].curves
+    assert next(curve.values[0] for curve in own if curve.label == "text") == 0.5
+
+
+def test_an_axis_from_zero_shows_no_negative_share() -> None:
+    curve = Curve(label="a", steps=(1, 2, 3), values=(0.0, 0.0, 0.0))
+    shown = draw_panel(Panel(title="t", curves=[curve], from_zero=True), [], {})
+    assert "\u2212" not in shown and ">0.05<" in shown.replace("\n", "")
+    assert "\u2212" in draw_panel(Panel(title="t", curves=[curve]), [], {}), "left to itself, it would"
+
+
 def test_long_curves_are_smoothed_and_short_ones_are_not() -> None:
     assert smoothed([1.0, 5.0]) == (1.0, 5.0)
     noisy = [float(i % 2) for i in range(400)]

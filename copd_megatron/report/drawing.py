@@ -26,8 +26,12 @@ PALETTE: Final = (
 )
 _INK, _GRID, _SHADE = "#010203", "#040506", "#070809"
 _FIXED: Final = {"base": "#8a939b", "merged": _INK}
-_LEGEND_CHARACTERS = 62
-"""Characters that fit into one line of a legend, marks and gaps aside."""
+_PANEL_SIZE, _SCORES_SIZE = (4.6, 3.0), (6.4, 3.5)
+"""Inches, near the size at which the page shows them: a larger drawing's letters would be too small there."""
+_LEGEND_CHARACTERS = 9.5
+"""Characters of a legend's line for each inch, marks and gaps aside."""
+_LEAST_TOP = 0.05
+"""Upper end of an axis from 0 along which all values are 0."""
 _GAP = 3
 """A line breaks where values are missing for more than so many times their usual distance."""
 """Stand for the page's colours while matplotlib draws."""
@@ -69,9 +73,11 @@ def draw_panel(panel: Panel, spans: Sequence[PhaseSpan], colors: dict[str, str])
             axes.set_yscale("log", nonpositive="mask")
         if panel.limits is not None:
             axes.set_ylim(*panel.limits)
+        elif panel.from_zero:
+            axes.set_ylim(0, max(1.08 * _highest(panel.curves), _LEAST_TOP))
         _steps(axes, panel.curves)
 
-    return _svg(paint, (6.4, 3.5), panel.title)
+    return _svg(paint, _PANEL_SIZE, panel.title)
 
 
 def draw_scores(table: ScoreTable, colors: dict[str, str]) -> str:
@@ -101,10 +107,12 @@ def draw_scores(table: ScoreTable, colors: dict[str, str]) -> str:
             )
         axes.set_xticks(range(len(groups)), groups)
         axes.set_xlim(-0.6, len(groups) - 0.4)
-        axes.set_ylim(0, 100)
+        axes.set_yticks(range(0, 101, 20))
+        axes.set_ylim(-3, 103)  # a point at 0 or 100 is seen whole
+        axes.set_ylabel("accuracy (%)")
         axes.grid(False, axis="x")
 
-    return _svg(paint, (6.4, 3.5), "accuracy")
+    return _svg(paint, _SCORES_SIZE, "accuracy")
 
 
 def color_of(label: str, colors: dict[str, str]) -> str:
@@ -167,6 +175,12 @@ def _positive(curves: Sequence[Curve]) -> bool:
     return any(value > 0 for curve in curves for value in curve.values)
 
 
+def _highest(curves: Sequence[Curve]) -> float:
+    """The highest value of a line or its band; 0 without any."""
+    values = [v for curve in curves for v in (*curve.values, *(curve.high or ()))]
+    return max((v for v in values if not math.isnan(v)), default=0.0)
+
+
 def _svg(paint: Any, size: tuple[float, float], name: str) -> str:
     """What ``paint`` draws on axes, as an SVG without a fixed size. ``name`` keeps the identifiers inside
     apart from those of the page's other figures."""
@@ -183,7 +197,7 @@ def _svg(paint: Any, size: tuple[float, float], name: str) -> str:
         axes.set_axisbelow(True)
         paint(axes)
         if labels := axes.get_legend_handles_labels()[1]:
-            columns = max(1, min(4, _LEGEND_CHARACTERS // (max(map(len, labels)) + 4)))
+            columns = max(1, min(4, int(_LEGEND_CHARACTERS * size[0]) // (max(map(len, labels)) + 4)))
             figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -51,6 +51,8 @@ class Panel:
     help: str = ""
     """How to read it, in a sentence."""
     limits: tuple[float, float] | None = None
+    from_zero: bool = False
+    """The axis starts at 0, for quantities that cannot be less; ``limits`` come first."""
     log: bool = False
     reference: float | None = None
     """A horizontal line to compare with."""
@@ -70,14 +72,25 @@ def panels(runs: Sequence[RunHistory]) -> list[Panel]:
     """All panels that have a curve."""
     found = [
         _rewards(runs),
+        _pool_rewards(runs),
         _validation(runs),
         _overlap(runs),
         _symmetric_kl(runs),
         _teacher_gap(runs),
-        _plain(runs, "entropy", "entropy of the policy (nats)", "Near 0 early: exploration is over."),
-        _plain(runs, "response_length", "length of own responses (tokens)", ""),
         _plain(
-            runs, "truncated_fraction", "share of responses cut at their limit", "High: raise max_new_tokens."
+            runs,
+            "entropy",
+            "entropy of the policy (nats)",
+            "Near 0 early: exploration is over.",
+            from_zero=True,
+        ),
+        _plain(runs, "response_length", "length of own responses (tokens)", "", from_zero=True),
+        _plain(
+            runs,
+            "truncated_fraction",
+            "share of responses cut at their limit",
+            "High: raise max_new_tokens.",
+            from_zero=True,
         ),
         _plain(runs, "grad_norm", "gradient norm before clipping", "", log=True),
         *_times(runs),
@@ -149,6 +162,27 @@ def _rewards(runs: Sequence[RunHistory]) -> Panel:
         title="reward on the branch's own prompts",
         curves=curves,
         help="Mean grade of a step's responses; Phase II is shaded.",
+        limits=_unit_interval(curves),
+    )
+
+
+def _pool_rewards(runs: Sequence[RunHistory]) -> Panel:
+    """Of branches that draw from several pools, the reward on each."""
+    marker = "/train/reward/"
+    named = [
+        {
+            f"{branch}: {pool}": values
+            for name, values in run.series.items()
+            for branch, found, pool in [name.partition(marker)]
+            if found
+        }
+        for run in runs
+    ]
+    curves = combined(runs, named)
+    return Panel(
+        title="reward by pool",
+        curves=curves,
+        help="Of branches that draw their prompts from several pools.",
         limits=_unit_interval(curves),
     )
 
@@ -229,9 +263,17 @@ def _teacher_gap(runs: Sequence[RunHistory]) -> Panel:
     )
 
 
-def _plain(runs: Sequence[RunHistory], metric: str, title: str, note: str, *, log: bool = False) -> Panel:
+def _plain(
+    runs: Sequence[RunHistory],
+    metric: str,
+    title: str,
+    note: str,
+    *,
+    log: bool = False,
+    from_zero: bool = False,
+) -> Panel:
     named = [run.named("", f"/train/{metric}") for run in runs]
-    return Panel(title=title, curves=combined(runs, named), help=note, log=log)
+    return Panel(title=title, curves=combined(runs, named), help=note, log=log, from_zero=from_zero)
 
 
 def _times(runs: Sequence[RunHistory]) -> list[Panel]:
