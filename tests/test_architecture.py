@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": {"config", "errors", "model", "records"},
     # what a branch is made of
     "data": {"config", "errors", "model", "records", "rewards"},
-    "samples": {"config", "data", "errors", "records"},
+    "samples": {"config", "data", "errors", "records", "rewards"},
     "opd": {"config", "errors", "records", "topology"},
     "policy": {"config", "errors", "hf", "model", "objectives", "records", "topology"},
     "rollout": {"config", "data", "errors", "records", "topology"},

@@ -1,0 +1,144 @@
+"""Cases for ``rewards.audit``: the samples of a run, or a JSONL file; and the result as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from copd_megatron.errors import DataError
+from copd_megatron.rewards.audit import Audit, Case, Grade, Verdict
+from copd_megatron.samples.files import Selection, read_samples
+from copd_megatron.samples.record import MAX_TEXT_CHARACTERS, Sample
+from copd_megatron.samples.show import visible
+
+_ENDS = re.compile(r"(?:<\|(?!end_of_thought)[\w ]{1,30}\|>|</s>|<eos>|<end_of_turn>|\s)+\Z")
+"""Special tokens behind a response, which a run's verifiers do not see."""
+_SHOWN_CHARACTERS = 600
+
+
+def read_cases(
+    source: Path, *, verifier: str | None = None, selection: Selection | None = None
+) -> list[Case]:
+    """The cases of a run directory, or of a JSONL file with an object a line: ``response``, ``answer`` (or
+    ``expected``), ``verifier``, and where they are known ``prompt``, ``metadata``, ``truncated``, and
+    ``label`` (a person's verdict: true, false or a number) or ``reward`` (a recorded one).
+
+    Args:
+        verifier: grades all of them, whatever they name.
+        selection: which samples of a run are wanted.
+
+    Raises DataError: a line that is none of this, or no case at all. FileNotFoundError.
+    """
+    if source.is_dir():
+        cases = [case for sample in read_samples(source, selection) if (case := _of_sample(sample, verifier))]
+    else:
+        lines = source.read_text(encoding="utf-8").split("\n")
+        cases = [
+            _of_line(line, f"{source}, line {number}", verifier)
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        ]
+    if not cases:
+        raise DataError(f"{source} holds no response that can be graded again.")
+    return cases
+
+
+def _of_sample(sample: Sample, verifier: str | None) -> Case | None:
+    """The case; None where the run kept only a part of the response, of the gold answer or its settings."""
+    is_cut = len(sample.gold) >= MAX_TEXT_CHARACTERS or set(sample.metadata) == {"left_out"}
+    if sample.num_left_out or is_cut or sample.reward is None:
+        return None
+    return Case(
+        name=f"{sample.prompt_id}, step {sample.step}, response {sample.sample_index}",
+        prompt=sample.prompt,
+        response=_ENDS.sub("", sample.response),
+        answer=sample.gold,
+        verifier=verifier or sample.verifier,
+        metadata=sample.metadata,
+        label=sample.reward,
+        truncated=sample.truncated,
+        opens_thinking=sample.prompt.rstrip().endswith("<think>"),
+    )
+
+
+def _of_line(line: str, where: str, verifier: str | None) -> Case:
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is no JSON ({error}).") from error
+    answer = given.get("answer", given.get("expected")) if isinstance(given, Mapping) else None
+    named = verifier or (given.get("verifier") if isinstance(given, Mapping) else None)
+    if (
+        not isinstance(answer, str)
+        or not isinstance(given.get("response"), str)
+        or not isinstance(named, str)
+    ):
+        raise DataError(f"{where} needs text for response, answer and verifier (or give --verifier).")
+    label = given.get("label", given.get("reward"))
+    if label is not None and not isinstance(label, bool | int | float):
+        raise DataError(f"{where}: label and reward are true, false or a number, not {label!r:.40}.")
+    metadata = given.get("metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise DataError(f"{where}: metadata is no object.")
+    return Case(
+        name=where.rpartition(", ")[2],
+        prompt=str(given.get("prompt", "")),
+        response=given["response"],
+        answer=answer,
+        verifier=named,
+        metadata=metadata,
+        label=None if label is None else float(label),
+        truncated=bool(given.get("truncated", False)),
+    )
+
+
+def as_json(audit: Audit) -> dict[str, Any]:
+    """The audit as JSON: counts by label and verdict, times, and every disagreement with its texts."""
+    return {
+        "cases": len(audit.verdicts),
+        "table": [
+            {"label": label.value, "verdict": verdict.value, "cases": count}
+            for (label, verdict), count in sorted(audit.table.items(), key=str)
+        ],
+        "milliseconds": {f"p{percent}": round(audit.milliseconds(percent), 3) for percent in (50, 90, 99)},
+        "disagreements": [_disagreement(one) for one in audit.disagreements],
+    }
+
+
+def _disagreement(one: Verdict) -> dict[str, Any]:
+    return {
+        "case": one.case.name,
+        "verifier": one.case.verifier,
+        "label": one.case.label,
+        "reward": one.reward,
+        "failed": one.failed,
+        "prompt": one.case.prompt,
+        "answer": one.case.answer,
+        "response": one.case.response,
+    }
+
+
+def as_lines(audit: Audit) -> Iterator[str]:
+    """The audit for a terminal."""
+    verdicts = [grade for grade in Grade if any(one.grade is grade for one in audit.verdicts)]
+    yield "label    " + "".join(f"{grade.value:>10}" for grade in verdicts)
+    for label in Grade:
+        counts = [audit.table[(label, grade)] for grade in verdicts]
+        if any(counts):
+            yield f"{label.value:9}" + "".join(f"{count:10}" for count in counts)
+    times = "  ".join(f"p{percent} {audit.milliseconds(percent):.2f}" for percent in (50, 90, 99))
+    yield f"{len(audit.verdicts)} cases, {len(audit.disagreements)} disagree; ms per verdict: {times}"
+    for one in audit.disagreements:
+        verdict = "fails" if one.failed else f"says {one.reward:g}"
+        yield ""
+        yield f"{visible(one.case.name)}: label {one.case.label:g}, {one.case.verifier} {verdict}"
+        for name, text in (("gold", one.case.answer), ("response", one.case.response)):
+            yield f"  {name}: {visible(_shortened(text))}"
+
+
+def _shortened(text: str) -> str:
+    """Its end, where the answer stands."""
+    return text if len(text) <= _SHOWN_CHARACTERS else f"[...] {text[-_SHOWN_CHARACTERS:]}"

@@ -1,0 +1,157 @@
+"""Grading recorded responses again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from copd_megatron.errors import DataError
+from copd_megatron.rewards.audit import Audit, Case, Grade, Verdict, audit
+from copd_megatron.samples.audit import as_json, as_lines, read_cases
+from copd_megatron.samples.files import FOLDER, write_samples
+from copd_megatron.samples.record import Kind, Sample
+from tests.support.commands import ROOT
+from tests.support.rollouts import COMMAND
+
+LINES: list[dict[str, Any]] = [
+    {"response": "Answer: 4", "answer": "4", "verifier": "numeric", "label": True},
+    {"response": "Answer: 5", "answer": "4", "verifier": "numeric", "reward": 0.0},
+    {"response": "Answer: five", "expected": "5", "verifier": "numeric", "label": 1, "prompt": "2 + 3?"},
+    {"response": "Answer: 6", "answer": "6", "verifier": "exact"},
+    {
+        "response": "Answer: 1, 2",
+        "answer": "[1, 3]",
+        "verifier": "list",
+        "label": 0.5,
+        "metadata": {"partial": True},
+    },
+    {"response": "Answer: 6", "answer": "six", "verifier": "numeric", "label": False},
+]
+
+
+def jsonl(folder: Path, lines: list[dict[str, Any]]) -> Path:
+    path = folder / "labelled.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def sample(**fields: Any) -> Sample:
+    common: dict[str, Any] = {
+        "step": 3,
+        "kind": Kind.native,
+        "model": "text",
+        "edge": None,
+        "domain": "text",
+        "prompt_id": "s-000000/7",
+        "occurrence": 0,
+        "sample_index": 1,
+        "prompt": "2 + 2?<think>",
+        "gold": "4",
+        "verifier": "numeric",
+        "metadata": {},
+        "media": [],
+        "response": "hm</think>Answer: 4<|im_end|>",
+        "reward": 1.0,
+        "truncated": False,
+        "num_prompt_tokens": 3,
+        "num_response_tokens": 5,
+        "weight_version": 0,
+        "seed": 0,
+        "lengths": [29],
+        "student": [0.0],
+    }
+    return Sample(**{**common, **fields})
+
+
+def test_labels_against_verdicts(tmp_path: Path) -> None:
+    result = audit(read_cases(jsonl(tmp_path, LINES)))
+    assert dict(result.table) == {
+        (Grade.right, Grade.right): 1,
+        (Grade.wrong, Grade.wrong): 1,
+        (Grade.right, Grade.wrong): 1,
+        (Grade.unknown, Grade.right): 1,
+        (Grade.partial, Grade.partial): 1,
+        (Grade.wrong, Grade.failed): 1,
+    }
+    assert [one.case.name for one in result.disagreements] == ["line 3", "line 6"]
+    told = as_json(result)
+    assert told["cases"] == 6 and told["disagreements"][0]["prompt"] == "2 + 3?"
+    assert 0 < told["milliseconds"]["p50"] <= told["milliseconds"]["p99"]
+    text = "\n".join(as_lines(result))
+    assert "line 3: label 1, numeric says 0" in text and "line 6: label 0, numeric fails" in text
+
+
+def test_another_verifier_for_all(tmp_path: Path) -> None:
+    cases = read_cases(jsonl(tmp_path, LINES[:3]), verifier="exact")
+    assert {case.verifier for case in cases} == {"exact"}
+    assert [one.reward for one in audit(cases).verdicts] == [1.0, 0.0, 0.0]
+
+
+def test_a_case_is_graded_as_in_a_run() -> None:
+    """In a process that dies or hangs alone, and with terms."""
+    terms = {"terms": [{"verifier": "numeric", "weight": 0.5}, {"verifier": "exact", "weight": 0.25}]}
+    common: dict[str, Any] = {"prompt": "", "answer": "4", "label": 0.75}
+    cases = [
+        Case(name="crash", response="die", verifier=COMMAND, **common),
+        Case(name="terms", response="Answer: 4", verifier="weighted", metadata=terms, **common),
+        Case(name="cut", response="so 4", verifier="numeric", truncated=True, **common),
+    ]
+    crash, weighted, cut = audit(cases).verdicts
+    assert crash.failed and crash.disagrees
+    assert weighted.reward == 0.75 and not weighted.disagrees
+    assert cut.reward == 0.0 and not cut.failed
+
+
+def test_the_samples_of_a_run(tmp_path: Path) -> None:
+    kept = [
+        sample(),
+        sample(reward=0.0, sample_index=2),
+        sample(reward=None),
+        sample(num_left_out=3, cut_at=1),
+        sample(metadata={"left_out": "9999 characters"}),
+    ]
+    write_samples(tmp_path / FOLDER / "text", "train", 3, kept)
+    cases = read_cases(tmp_path)
+    assert [case.response for case in cases] == ["hm</think>Answer: 4"] * 2
+    assert cases[0].opens_thinking
+    assert [one.case.label for one in audit(cases).disagreements] == [0.0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no json",
+        "[]",
+        '{"response": "4", "verifier": "exact"}',
+        '{"response": 4, "answer": "4", "verifier": "exact"}',
+        '{"response": "4", "answer": "4"}',
+        '{"response": "4", "answer": "4", "verifier": "exact", "label": "yes"}',
+        '{"response": "4", "answer": "4", "verifier": "exact", "metadata": [1]}',
+        "",
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "labelled.jsonl"
+    path.write_text(line)
+    with pytest.raises(DataError, match=r"labelled\.jsonl"):
+        read_cases(path)
+
+
+def test_times_of_few_cases() -> None:
+    case = Case(name="", prompt="", response="", answer="", verifier="exact")
+    assert Audit([]).milliseconds(99) == 0.0
+    assert Audit([Verdict(case=case, reward=0.0, failed=False, seconds=0.25)]).milliseconds(50) == 250.0
+
+
+def test_the_tool(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "audit_rewards.py")]
+    found = subprocess.run([*command, str(jsonl(tmp_path, LINES)), "--json"], capture_output=True, text=True)
+    assert found.returncode == 1, found.stderr
+    assert len(json.loads(found.stdout)["disagreements"]) == 2
+    refused = subprocess.run([*command, str(tmp_path / "none.jsonl")], capture_output=True, text=True)
+    assert refused.returncode == 2 and "none.jsonl" in refused.stderr
