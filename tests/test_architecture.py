@@ -23,34 +23,35 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugins": {"errors"},
     "records": set(),
     "model": set(),
+    "untrusted": set(),
     # settings, files of models, pure functions
     "hf": {"errors", "model"},
     "config": {"errors", "hf", "model", "plugins"},
     "objectives": {"config", "errors", "records"},
     "rewards": {"config", "errors", "records"},
-    "metrics": {"config", "errors"},
+    "metrics": {"config", "errors", "untrusted"},
     "topology": {"config", "errors"},
     "planner": {"config", "errors", "model", "records"},
     # what a branch is made of
-    "data": {"config", "errors", "model", "records", "rewards"},
-    "samples": {"config", "data", "errors", "records", "rewards"},
+    "data": {"config", "errors", "model", "records", "rewards", "untrusted"},
+    "samples": {"config", "data", "errors", "records", "rewards", "untrusted"},
     "opd": {"config", "errors", "records", "topology"},
     "policy": {"config", "errors", "hf", "model", "objectives", "records", "topology"},
     "rollout": {"config", "data", "errors", "records", "topology"},
     "weight_sync": {"config", "errors", "hf", "model", "policy", "rollout"},
-    "checkpoint": {"config", "errors", "policy", "topology"},
+    "checkpoint": {"config", "errors", "policy", "topology", "untrusted"},
     # weights outside a job, and what is told of a run
     "formats": {"checkpoint", "hf", "model"},
     "evaluation": {
         *("config", "data", "errors", "formats", "hf", "metrics", "model", "policy", "records", "rewards"),
-        *("rollout", "topology"),
+        *("rollout", "topology", "untrusted"),
     },
-    "merge": {"checkpoint", "config", "errors", "formats", "hf", "model"},
+    "merge": {"checkpoint", "config", "errors", "formats", "hf", "model", "untrusted"},
     "report": {
         *("config", "data", "errors", "evaluation", "formats", "hf", "launch", "merge", "metrics"),
-        "samples",
+        *("samples", "untrusted"),
     },
-    "tiny": {"config", "data", "errors", "policy", "rewards"},
+    "tiny": {"config", "data", "errors", "policy", "rewards", "untrusted"},
     # before the ranks start
     "launch": {
         *("checkpoint", "config", "data", "errors", "metrics", "model", "planner", "rewards", "topology"),

@@ -26,6 +26,7 @@ from copd_megatron.checkpoint.manifest import step_folder
 from copd_megatron.checkpoint.stop import StopSignals, deadline, must_save_now
 from copd_megatron.config import to_yaml
 from copd_megatron.data import PromptSequence
+from copd_megatron.errors import CheckpointError, DataError
 from copd_megatron.evaluation.run import Accuracies
 from copd_megatron.evaluation.table import mean_reward
 from copd_megatron.launch.dry_run import NO_CHECKPOINTS
@@ -96,7 +97,14 @@ class Checkpoints:
         if changed and me.world.is_first:
             logger.warning("changed since %s, so the numbers will differ: %s", folder, "; ".join(changed))
         state, me.teacher = load_checkpoint(me.world, me.actor, me.run_dir, manifest)
-        self._restore(state, str(folder))
+        try:
+            self._restore(state, str(folder))
+        except DataError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder / me.name}: what the loop remembers is damaged ({error!r}); use an older checkpoint"
+            ) from error
         for writer in self.observer.writers:
             writer.truncate_after(manifest.step)
         me.samples.resume_after(manifest.step)

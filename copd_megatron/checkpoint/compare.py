@@ -3,23 +3,33 @@ Megatron."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from copd_megatron.checkpoint.manifest import hash_file
+from copd_megatron.errors import DataError
+from copd_megatron.untrusted.json_text import kind_of, lines_of, load_object
+from copd_megatron.untrusted.regular_file import open_regular
 
 NOT_COMPARED = ("/timing/", "/perf/", "/media/")
 """Parts of metric names that tell how fast a run was, or what its caches held."""
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` without what is not compared."""
-    return [
-        {k: v for k, v in json.loads(line).items() if not any(part in f"/{k}" for part in NOT_COMPARED)}
-        for line in (run_dir / "metrics.jsonl").read_text().splitlines()
-    ]
+    """The lines of ``metrics.jsonl`` without what is not compared. Raises DataError: a line is no step."""
+    path = run_dir / "metrics.jsonl"
+    found = []
+    with open_regular(path) as file:
+        for number, text, _ in lines_of(file, path):
+            try:
+                line = load_object(text)
+                if type(line.get("step")) is not int:
+                    raise ValueError(f"its step is {kind_of(line.get('step'))}")
+            except ValueError as error:
+                raise DataError(f"{path}, line {number} is no step of a run: {error}; remove it") from error
+            found.append({k: v for k, v in line.items() if not any(part in f"/{k}" for part in NOT_COMPARED)})
+    return found
 
 
 def metric_differences(

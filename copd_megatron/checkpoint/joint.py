@@ -50,6 +50,7 @@ from copd_megatron.policy import cpu
 from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
 from copd_megatron.topology.collectives import gather_messages
 from copd_megatron.topology.world import World
+from copd_megatron.untrusted.json_text import load_object, made
 
 logger = logging.getLogger(__name__)
 
@@ -385,8 +386,9 @@ def load_checkpoint(
             "resume with the branches that it was saved with, or choose another run.dir"
         )
     try:
-        state: dict[str, Any] = json.loads((folder / LOOP_STATE).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        state = load_object((folder / LOOP_STATE).read_bytes())
+        version = made(_TeacherVersion, {"teacher_version": state.get("teacher_version")}).teacher_version
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder / LOOP_STATE} cannot be read: {error!r}; use an older checkpoint"
         ) from error
@@ -396,10 +398,17 @@ def load_checkpoint(
         teacher = load_state(
             actor,
             str(folder),
-            with_teacher=state["teacher_version"] is not None,
+            with_teacher=version is not None,
             same_layout=entry.layout == actor_layout(actor),
         )
     actor.version = entry.weight_version
-    if teacher is not None:
-        teacher = WeightSnapshot(version=state["teacher_version"], tensors=teacher.tensors)
+    if teacher is not None and version is not None:
+        teacher = WeightSnapshot(version=version, tensors=teacher.tensors)
     return state, teacher
+
+
+@dataclass(frozen=True)
+class _TeacherVersion:
+    """What of the loop state is needed here."""
+
+    teacher_version: int | None

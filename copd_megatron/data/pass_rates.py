@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from copd_megatron.data.shards import ShardSet
 from copd_megatron.errors import DataError
+from copd_megatron.untrusted.json_text import load_object, made
 
 
 @dataclass(kw_only=True)
@@ -54,18 +55,50 @@ class PassRates:
                 )
 
     def _take(self, line: bytes) -> None:
-        record = json.loads(line)
+        """Raises ValueError: the line is none of an index."""
+        record = load_object(line)
         if "settings" in record:
-            self.settings = dict(record["settings"])
+            self.settings = made(_Settings, record).settings
+            made(_NumSamples, {"num_samples": self.settings.get("num_samples")})
         elif "shards" in record:
-            self.shards |= record["shards"]
+            self.shards |= made(_Shards, record).shards
         elif "skipped" in record:
-            self.num_correct[record["prompt"]] = None
+            self.num_correct[made(_Skipped, record).prompt] = None
         else:
-            correct, samples = int(record["num_correct"]), int(record["num_samples"])
-            if samples != self.num_samples or not 0 <= correct <= samples:
-                raise ValueError(f"{correct} correct of {samples} responses, where {self.num_samples} belong")
-            self.num_correct[str(record["prompt"])] = correct
+            rate, wanted = made(_Rate, record), self.settings.get("num_samples")
+            if rate.num_samples != wanted or not 0 <= rate.num_correct <= rate.num_samples:
+                raise ValueError(
+                    f"{rate.num_correct} correct of {rate.num_samples} responses, where {wanted} belong"
+                )
+            self.num_correct[rate.prompt] = rate.num_correct
+
+
+@dataclass(frozen=True)
+class _Settings:
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _NumSamples:
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class _Shards:
+    shards: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Skipped:
+    prompt: str
+    skipped: str
+
+
+@dataclass(frozen=True)
+class _Rate:
+    prompt: str
+    num_correct: int
+    num_samples: int
 
 
 def read_pass_rates(path: str | Path) -> PassRates:
@@ -87,9 +120,9 @@ def read_pass_rates(path: str | Path) -> PassRates:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             found._take(line)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise DataError(
-                f"pass rates {found.path}, line {number}: not a line of an index ({error!r}). Restore the "
+                f"pass rates {found.path}, line {number}: not a line of an index ({error}). Restore the "
                 "file, or score the prompts again with another --out."
             ) from error
     if whole and "num_samples" not in found.settings:

@@ -21,15 +21,13 @@ from typing import Any, NamedTuple
 from copd_megatron.data.failures import name_and_text
 from copd_megatron.errors import BadSampleError
 from copd_megatron.rewards.terms import WEIGHTED, read_terms
+from copd_megatron.untrusted.json_text import MAX_BYTES, MAX_NESTING
 
 Message = Mapping[str, Any]
 
 REQUIRED_FIELDS = ("prompt", "answer", "verifier")
 PART_TYPES = ("text", "image", "video")
 
-_MAX_JSON_BYTES = 64 << 20
-_MAX_NESTING = 64
-"""Of objects and lists in a sample. Far below Python's own limit, which depends on who calls."""
 _WRITE_AGAIN = "Write the shard again."
 
 
@@ -73,9 +71,9 @@ def parse_sample(
 
     Raises BadSampleError: not JSON, or as ``sample_from_record``.
     """
-    if len(raw) > _MAX_JSON_BYTES:
+    if len(raw) > MAX_BYTES:
         raise BadSampleError(
-            where, "not_json", f"the .json member has {len(raw)} bytes", f"Keep it below {_MAX_JSON_BYTES}."
+            where, "not_json", f"the .json member has {len(raw)} bytes", f"Keep it below {MAX_BYTES}."
         )
     record = load_json(raw, where, "the .json member is not valid JSON", _WRITE_AGAIN)
     return sample_from_record(record, ref, where, media=media, verifiers=verifiers)
@@ -144,7 +142,7 @@ def check_plain(value: Any, where: str) -> None:
     """
     level, depth = [value], 0
     while level:
-        if depth > _MAX_NESTING:
+        if depth > MAX_NESTING:
             raise _too_nested(where)
         below: list[Any] = []
         for item in level:
@@ -246,7 +244,7 @@ def _too_nested(where: str) -> BadSampleError:
     return BadSampleError(
         where,
         "too_nested",
-        f"its JSON nests objects and lists more than {_MAX_NESTING} levels deep",
+        f"its JSON nests objects and lists more than {MAX_NESTING} levels deep",
         "Store such a value as a string.",
     )
 

@@ -17,6 +17,8 @@ from copd_megatron.errors import DataError
 from copd_megatron.metrics.writers import append_whole, drop_torn_line
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards.final_answer import final_answer
+from copd_megatron.untrusted.json_text import lines_of, load_object, loadable, made
+from copd_megatron.untrusted.regular_file import open_regular
 
 _MAX_ANSWER_CHARACTERS = 200
 
@@ -49,7 +51,7 @@ def verdicts_of(prompt: Prompt, rollouts: Sequence[Rollout]) -> PromptVerdicts:
         domain=prompt.domain,
         prompt=prompt.group_id,
         verifier=prompt.verifier,
-        metadata=dict(prompt.metadata),
+        metadata=loadable(prompt.metadata),
         rewards=[r.reward for r in rollouts],
         answers=[final_answer(r.text).text[:_MAX_ANSWER_CHARACTERS] for r in rollouts],
         truncated=[r.truncated for r in rollouts],
@@ -100,12 +102,21 @@ class VerdictFile:
         """What is there; an incomplete last line is none.
 
         Raises:
-            DataError: a line holds something else.
+            DataError: a line holds something else; names it.
         """
-        if not self._path.is_file():
-            return []
-        lines = self._path.read_bytes().decode("utf-8", "surrogatepass").split("\n")[:-1]
         try:
-            return [PromptVerdicts(**json.loads(line)) for line in lines]
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{self._path}: not verdicts ({error}). Remove it, or --overwrite.") from error
+            with open_regular(self._path) as file:
+                lines = list(lines_of(file, self._path))
+        except FileNotFoundError:
+            return []
+        return [_from_line(text, f"{self._path}, line {number}") for number, text, whole in lines if whole]
+
+
+def _from_line(line: bytes, where: str) -> PromptVerdicts:
+    try:
+        found = made(PromptVerdicts, load_object(line))
+        if len({len(found.rewards), len(found.answers), len(found.truncated), len(found.num_tokens)}) != 1:
+            raise ValueError("its lists differ in length")
+    except ValueError as error:
+        raise DataError(f"{where}: not verdicts ({error}). Remove the file, or --overwrite.") from error
+    return found

@@ -87,5 +87,6 @@ class HFSink:
 def _says(index: bytes, where: dict[str, str], total: int) -> bool:
     """Whether an index says of these files what is in them."""
     content = json.loads(index)
-    told = content.get("metadata", {}).get("total_size", total)
+    metadata = content.get("metadata")
+    told = metadata.get("total_size", total) if isinstance(metadata, dict) else total
     return bool(content.get("weight_map") == where and told == total)

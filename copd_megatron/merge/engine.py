@@ -261,7 +261,7 @@ def _complete(merger: Merger, journal: Journal, final: Path) -> None:
         set_dtype(merger.sink.companions, dtype_name(types.pop()))
     same = set.intersection(*(set(record.equals) for record in records if record is not None))
     if same and not merger.job.recipe.copies:
-        labels = ", ".join(merger.sources[index].label for index in sorted(same))
+        labels = ", ".join(source.label for index, source in enumerate(merger.sources) if index in same)
         logger.warning("merge: the result equals %s, element for element", labels)
     appear(folder, final)
     Journal(final).remove()

@@ -4,13 +4,17 @@ without a journal is no merge's own."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from copd_megatron.merge.merger import ShardOutcome
+from copd_megatron.untrusted.json_text import load_file, made
+
+logger = logging.getLogger(__name__)
 
 _FOLDER = ".merge"
 
@@ -36,16 +40,13 @@ class Journal:
         return self._folder.is_dir()
 
     def fingerprint(self) -> str | None:
-        """The job whose journal this is; None: none, or one that was not even begun."""
-        record = _read(self._folder / "job.json")
-        return None if record is None else record["fingerprint"]
+        """The job whose journal this is; None: none, one that was not even begun, or one that is damaged."""
+        record = _read(self._folder / "job.json", _Job)
+        return None if record is None else record.fingerprint
 
     def finished(self, shard: int) -> ShardOutcome | None:
-        """A finished shard; None: it is not finished."""
-        record = _read(self._folder / f"shard-{shard:05d}.json")
-        return (
-            None if record is None else ShardOutcome(digest=record["digest"], equals=tuple(record["equals"]))
-        )
+        """A finished shard; None: it is not finished, or its record is damaged."""
+        return _read(self._folder / f"shard-{shard:05d}.json", ShardOutcome)
 
     def finish(self, shard: int, outcome: ShardOutcome) -> None:
         """Records that a shard is complete."""
@@ -62,8 +63,16 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+@dataclass(frozen=True)
+class _Job:
+    fingerprint: str
+
+
+def _read[T](path: Path, kind: type[T]) -> T | None:
+    try:
+        return made(kind, load_file(path))
+    except FileNotFoundError:
         return None
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    except ValueError as error:
+        logger.warning("%s is damaged (%s); what it records is done again", path, error)
+        return None

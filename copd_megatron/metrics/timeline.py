@@ -17,13 +17,16 @@ import socket
 import statistics
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from copd_megatron.errors import DataError
 from copd_megatron.metrics.rank_log import RankPlace
 from copd_megatron.metrics.writers import append_whole, drop_torn_line
+from copd_megatron.untrusted.json_text import lines_of, load_object, made
+from copd_megatron.untrusted.regular_file import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +221,7 @@ def read_timelines(run_dir: Path) -> list[RankTimeline]:
 
     Raises:
         FileNotFoundError: the run directory has none.
-        ValueError: a file is not what ``TimelineWriter`` writes; names the line.
+        DataError: a file is not what ``TimelineWriter`` writes; names the line.
     """
     paths = sorted((run_dir / FOLDER).glob("rank_*.jsonl"))
     if not paths:
@@ -233,36 +236,81 @@ def read_timelines(run_dir: Path) -> list[RankTimeline]:
 def _read(path: Path) -> Iterator[RankTimeline]:
     current: RankTimeline | None = None
     offset = 0.0
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a torn line
-        try:
-            entry = json.loads(line)
-            if "rank" in entry:
+    with open_regular(path) as file:
+        for number, text, whole in lines_of(file, path):
+            if not whole:
+                break
+            try:
+                entry = load_object(text)
+                header = made(_Header, entry) if "rank" in entry else None
+                if header is None:
+                    _add(current, entry, offset)
+            except ValueError as error:
+                raise DataError(
+                    f"{path}, line {number} is not a line of a timeline ({error}): remove it, or the file"
+                ) from error
+            if header is not None:
                 if current is not None:
                     yield current
-                offset = entry["unix_minus_monotonic"]
-                current = RankTimeline(
-                    rank=entry["rank"],
-                    branch=entry["branch"],
-                    branch_rank=entry["branch_rank"],
-                    host=entry["host"],
-                    aligned_at=entry["aligned_at"] + offset,
-                )
-                continue
-            assert current is not None, "the header comes first"
-            begin, end = entry["begin"] + offset, entry["end"] + offset
-            if "step" in entry:
-                name = f"step {entry['step']} ({entry['phase']})"
-                current.steps.append(Span(name=name, begin=begin, end=end, number=entry["step"]))
-            else:
-                *outer, name = entry["path"].split(" > ")
-                current.operations.append(Span(name=name, begin=begin, end=end, depth=len(outer)))
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise ValueError(
-                f"{path}, line {number} is not a line of a timeline ({error!r}): remove it, or the file"
-            ) from error
+                offset, current = _session(header)
     if current is not None:
         yield current
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """First line of a session."""
+
+    rank: int
+    branch: str
+    branch_rank: int
+    host: str
+    unix_minus_monotonic: float
+    aligned_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StepLine:
+    step: int
+    phase: str
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OperationLine:
+    path: str
+    begin: float
+    end: float
+
+
+def _session(header: _Header) -> tuple[float, RankTimeline]:
+    """Unix time minus monotonic time, and a session without steps."""
+    offset = header.unix_minus_monotonic
+    timeline = RankTimeline(
+        rank=header.rank,
+        branch=header.branch,
+        branch_rank=header.branch_rank,
+        host=header.host,
+        aligned_at=header.aligned_at + offset,
+    )
+    return offset, timeline
+
+
+def _add(timeline: RankTimeline | None, entry: Mapping[str, Any], offset: float) -> None:
+    """Adds a step or an operation. Raises ValueError: the entry is neither, or no header came before it."""
+    if timeline is None:
+        raise ValueError("the header comes first")
+    if "step" in entry:
+        step = made(_StepLine, entry)
+        name = f"step {step.step} ({step.phase})"
+        begin, end = step.begin + offset, step.end + offset
+        timeline.steps.append(Span(name=name, begin=begin, end=end, number=step.step))
+    else:
+        operation = made(_OperationLine, entry)
+        *outer, name = operation.path.split(" > ")
+        begin, end = operation.begin + offset, operation.end + offset
+        timeline.operations.append(Span(name=name, begin=begin, end=end, depth=len(outer)))
 
 
 def _aligned(ranks: Sequence[Sequence[RankTimeline]]) -> list[list[RankTimeline]]:

@@ -12,7 +12,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from copd_megatron.errors import RunStorageError
+from copd_megatron.errors import DataError, RunStorageError
+from copd_megatron.untrusted.json_text import kind_of, lines_of, load_object
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +82,10 @@ class JsonlWriter:
         new one.
 
         Raises:
-            ValueError: a line is not a JSON object with an integer step; names the line.
+            DataError: a line is not a JSON object with an integer step; names the line.
         """
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as kept:
+        with temporary.open("wb") as kept:
             for line, line_step in self._lines():
                 if line_step <= step:
                     kept.write(line)
@@ -122,19 +123,19 @@ class JsonlWriter:
             )
         return None
 
-    def _lines(self) -> Iterator[tuple[str, int]]:
-        with self.path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+    def _lines(self) -> Iterator[tuple[bytes, int]]:
+        with self.path.open("rb") as file:
+            for number, text, _ in lines_of(file, self.path):
                 try:
-                    step = json.loads(line)["step"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
+                    step = load_object(text).get("step")
+                    if type(step) is not int:
+                        raise ValueError(f"step is {kind_of(step)}, expected an integer")
+                except ValueError as error:
+                    raise DataError(
                         f"{self.path}, line {number} is not a metrics line: {error}; "
                         "remove the line, or move the file away"
                     ) from error
-                if not isinstance(step, int):
-                    raise ValueError(f"{self.path}, line {number}: step is {step!r}, not an integer")
-                yield line, step
+                yield text, step
 
 
 def append_whole(file: FileIO, data: bytes) -> None:

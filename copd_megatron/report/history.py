@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from copd_megatron.errors import DataError
+from copd_megatron.untrusted.json_text import lines_of, load_file, load_object, made
+from copd_megatron.untrusted.regular_file import open_regular
 
 OVERLAP = "copd/overlap@"
 SYMMETRIC_KL = "copd/sym_kl/"
@@ -59,7 +62,7 @@ def read_run(run_dir: str | Path) -> RunHistory:
 
     Raises:
         FileNotFoundError: there is no ``metrics.jsonl``.
-        ValueError: a line of it is not the metrics of a step.
+        DataError: a line of it is not the metrics of a step, or ``evaluation.json`` is no table.
     """
     folder = Path(run_dir)
     rows = _rows(folder / "metrics.jsonl")
@@ -67,29 +70,56 @@ def read_run(run_dir: str | Path) -> RunHistory:
     names = dict.fromkeys(
         name for step in steps for name, value in rows[step].items() if _is_number(value) and name != "step"
     )
-    table = folder / "evaluation.json"
-    evaluation = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
+    evaluation = _evaluation(folder / "evaluation.json")
     return RunHistory(
         name=folder.resolve().name,
         steps=tuple(steps),
         phases=tuple(str(rows[step].get("phase", "")) for step in steps),
         series={name: tuple(_number(rows[step].get(name)) for step in steps) for name in names},
         accuracy=_accuracy(evaluation),
-        domains=tuple(evaluation.get("domains", ())),
-        num_prompts=evaluation.get("num_prompts", {}),
+        domains=evaluation.domains,
+        num_prompts=evaluation.num_prompts,
     )
 
 
-def _accuracy(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    graded = evaluation.get("mean_reward", {})
+@dataclass(frozen=True, kw_only=True)
+class _Evaluation:
+    """What of ``evaluation.json`` is used."""
+
+    domains: tuple[str, ...] = ()
+    num_prompts: Mapping[str, int] = field(default_factory=dict)
+    accuracy: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    mean_reward: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+
+
+def _evaluation(path: Path) -> _Evaluation:
+    try:
+        record = load_file(path)
+        found = made(_Evaluation, {name: record[name] for name in _USED if name in record})
+        shares = [share for row in found.accuracy.values() for share in row.values() if share is not None]
+        if any(not 0.0 <= share <= 1.0 for share in shares):
+            raise ValueError("an accuracy is no share, from 0 to 1")
+        if any(count < 0 for count in found.num_prompts.values()):
+            raise ValueError("a number of prompts is negative")
+        return found
+    except FileNotFoundError:
+        return _Evaluation()
+    except ValueError as error:
+        raise DataError(f"{path} is no table of an evaluation ({error}): remove it") from error
+
+
+_USED = tuple(item.name for item in fields(_Evaluation))
+
+
+def _accuracy(evaluation: _Evaluation) -> dict[str, dict[str, float | None]]:
     return {
-        model: row
+        model: dict(row)
         | {
             name: value
-            for name, value in graded.get(model, {}).items()
+            for name, value in evaluation.mean_reward.get(model, {}).items()
             if value is not None and 0.0 <= value <= 1.0
         }
-        for model, row in evaluation.get("accuracy", {}).items()
+        for model, row in evaluation.accuracy.items()
     }
 
 
@@ -98,16 +128,23 @@ def _rows(path: Path) -> dict[int, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a run directory with at least one step")
     rows: dict[int, dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError) as error:
-            if not line.endswith("\n"):
-                break
-            raise ValueError(f"{path}, line {number}: not the metrics of a step ({error!r})") from error
+    with open_regular(path) as file:
+        for number, text, whole in lines_of(file, path):
+            try:
+                row = load_object(text)
+                rows[made(_Step, {"step": row.get("step")}).step] = row
+            except ValueError as error:
+                if not whole:
+                    break
+                raise DataError(
+                    f"{path}, line {number}: not the metrics of a step ({error}); remove the line"
+                ) from error
     return rows
+
+
+@dataclass(frozen=True)
+class _Step:
+    step: int
 
 
 def _is_number(value: object) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
@@ -21,12 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from copd_megatron.errors import DataError
 from copd_megatron.formats.open import open_source
 from copd_megatron.formats.tensors import TensorSource
 from copd_megatron.hf.tensors import TensorSpec, block_range
 from copd_megatron.merge.check import check_mergeable
 from copd_megatron.merge.recipe import layer_label
 from copd_megatron.merge.scratch import scratch
+from copd_megatron.untrusted.json_text import load_file, made
 
 TOTAL = "all"
 
@@ -149,23 +151,50 @@ def read_distances(path: Path) -> DistanceReport:
     """What ``to_json`` wrote.
 
     Raises:
-        ValueError: the file holds something else.
+        DataError: the file holds something else.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        layers = [
-            LayerDistance(
-                layer=layer["layer"],
-                num_elements=layer["num_elements"],
-                base_norm=layer["base_norm"],
-                moved=tuple(map(_or_nan, layer["moved"].values())),
-                cosines=tuple(map(_or_nan, layer["cosine"].values())),
-            )
-            for layer in record["layers"]
-        ]
-        return DistanceReport(base=record["base"], branches=tuple(record["branches"]), layers=tuple(layers))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no distances of branches ({error!r}); remove it") from error
+        stored = made(_Stored, load_file(path))
+        report = DistanceReport(
+            base=stored.base,
+            branches=stored.branches,
+            layers=tuple(
+                LayerDistance(
+                    layer=layer.layer,
+                    num_elements=layer.num_elements,
+                    base_norm=layer.base_norm,
+                    moved=tuple(map(_or_nan, layer.moved.values())),
+                    cosines=tuple(map(_or_nan, layer.cosine.values())),
+                )
+                for layer in stored.layers
+            ),
+        )
+        sizes = (len(report.branches), len(report.pairs))
+        if any((len(layer.moved), len(layer.cosines)) != sizes for layer in report.layers):
+            raise ValueError("a layer has not one number per branch and per pair")
+    except ValueError as error:
+        raise DataError(f"{path} holds no distances of branches ({error}); remove it") from error
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StoredLayer:
+    layer: str
+    num_elements: int
+    base_norm: float
+    moved: Mapping[str, float | None]
+    """By branch."""
+    cosine: Mapping[str, float | None]
+    """By pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """As ``DistanceReport.to_json`` writes it."""
+
+    base: str
+    branches: tuple[str, ...]
+    layers: tuple[_StoredLayer, ...]
 
 
 def branch_distances(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -151,14 +151,9 @@ def _tokens(sample: Sample) -> list[Token]:
 def _samples(run_dir: Path, count: int) -> list[ShownSample]:
     """Samples of the newest step that has any, of every branch and kind in turn; with pictures."""
     try:
-        everything = list(read_samples(run_dir))
+        groups = _newest(read_samples(run_dir))
     except FileNotFoundError:
         return []
-    groups: dict[tuple[str, str, Kind], list[Sample]] = {}
-    for sample in reversed(everything):
-        members = groups.setdefault((sample.model, sample.edge or "", sample.kind), [])
-        if not members or members[0].step == sample.step:
-            members.append(sample)
     for members in groups.values():
         random.Random(0).shuffle(members)
     chosen: list[Sample] = []
@@ -170,6 +165,17 @@ def _samples(run_dir: Path, count: int) -> list[ShownSample]:
     chosen = sorted(chosen[:count], key=lambda s: order[s.model, s.edge or "", s.kind])
     thumbnails = _thumbnails(run_dir)
     return [shown_sample(sample, _pictures(sample, thumbnails)) for sample in chosen]
+
+
+def _newest(samples: Iterable[Sample]) -> dict[tuple[str, str, Kind], list[Sample]]:
+    """By model, edge and kind, the samples of the newest step that has any; of samples in order of steps, the
+    last ones first. Only these are held."""
+    groups: dict[tuple[str, str, Kind], list[Sample]] = {}
+    for sample in samples:
+        key = (sample.model, sample.edge or "", sample.kind)
+        members = groups.pop(key, [])
+        groups[key] = [*members, sample] if members and members[0].step == sample.step else [sample]
+    return {key: groups[key][::-1] for key in reversed(groups)}
 
 
 def _pictures(sample: Sample, thumbnails: Thumbnails | None) -> list[str]:

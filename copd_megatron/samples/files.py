@@ -10,15 +10,20 @@ from __future__ import annotations
 import gzip
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from copd_megatron.errors import DataError
 from copd_megatron.samples.record import Kind, Sample, Verdict, from_line, to_line
+from copd_megatron.untrusted.json_text import lines_of
+from copd_megatron.untrusted.regular_file import open_regular
 
 FOLDER = "samples"
 TRAIN = "train"
+_MAX_FILE_BYTES = 1 << 30
+"""Most that a file may expand to. What is written has a few megabytes."""
 _NAME = re.compile(r"(?P<what>.+)-(?P<step>\d{6,})\.jsonl\.gz")
 
 
@@ -97,12 +102,17 @@ def read_samples(run_dir: str | Path, selection: Selection | None = None) -> Ite
 
 
 def _read(path: Path) -> Iterator[Sample]:
+    """A file's samples, decompressed line by line: what a small file expands to is never held as a whole."""
     try:
-        text = gzip.decompress(path.read_bytes()).decode("utf-8", "surrogatepass")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        with open_regular(path) as packed, gzip.open(packed) as file:
+            for number, text, _ in lines_of(file, path):
+                if file.tell() > _MAX_FILE_BYTES:
+                    raise ValueError(f"it expands to more than {_MAX_FILE_BYTES} bytes")
+                yield from_line(text, f"{path}, line {number}")
+    except DataError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}). Remove it; others stay readable.") from error
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
-        yield from_line(line, f"{path}, line {number}")
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, str, int]]:

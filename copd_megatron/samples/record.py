@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from copd_megatron.errors import DataError
+from copd_megatron.untrusted.json_text import load_object, made
 
 MAX_TEXT_CHARACTERS = 4096
 """Longest gold answer, and longest metadata as JSON, that is kept."""
@@ -125,22 +126,33 @@ def to_line(sample: Sample) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def from_line(line: str, where: str) -> Sample:
+def from_line(line: str | bytes, where: str) -> Sample:
     """The sample that ``to_line`` wrote.
 
     Raises:
         DataError: the line is none; names ``where``.
     """
     try:
-        record = json.loads(line)
+        record = load_object(line)
         record.pop("verdict", None)
         known = {item.name for item in fields(Sample)} - {"extra"}
         extra = {name: record.pop(name) for name in list(record) if name not in known}
-        return Sample(**{**record, "kind": Kind(record["kind"])}, extra=extra)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{where}: not a sample ({error!r}). Remove the file; others stay readable."
-        ) from error
+        sample = made(Sample, {**record, "extra": extra})
+        _check_tokens(sample)
+    except ValueError as error:
+        raise DataError(f"{where}: not a sample ({error}). Remove the file; others stay readable.") from error
+    return sample
+
+
+def _check_tokens(sample: Sample) -> None:
+    """Raises ValueError if the per-token lists do not belong to the response."""
+    counts = {len(sample.lengths), len(sample.student)}
+    if sample.teacher is not None:
+        counts.add(len(sample.teacher))
+    if len(counts) != 1:
+        raise ValueError(f"its per-token lists differ in length: {sorted(counts)}")
+    if min(sample.lengths, default=0) < 0 or sum(sample.lengths) != len(sample.response):
+        raise ValueError("the lengths of its tokens do not add up to the response")
 
 
 def rounded(logprobs: Sequence[float]) -> list[float | None]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copd_megatron.tiny.recipe import TextBase, base_digest, data_digest
+from copd_megatron.untrusted.json_text import load_file
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and a cached model needs neither
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -208,8 +209,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
 def _digest_of(folder: Path) -> str | None:
     """The digest in the marker of a finished folder; None without a marker."""
     try:
-        return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["digest"])
+        return str(load_file(folder / MARKER)["digest"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise TinyBaseError(f"{folder / MARKER} is unreadable ({error}). Remove {folder}.") from error

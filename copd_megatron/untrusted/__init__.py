@@ -1,0 +1,1 @@
+"""What other programs, people and models wrote: read with bounds and types checked, and shown harmlessly."""

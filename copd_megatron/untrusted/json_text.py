@@ -1,0 +1,255 @@
+"""JSON that is read back from a file: bounded in size and nesting, and with fields of the right types.
+
+``json.loads`` takes more than JSON has: NaN and infinities, ``1e999`` as infinity, whole numbers that no
+float can hold, and nesting up to Python's own limit, where it raises RecursionError. Code that computes with
+such values fails far from the file. ``load`` refuses them with a ValueError, and ``made`` checks an object's
+fields against the hints of a dataclass, so that a reader needs one ``except ValueError`` to name file and
+line.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
+
+from copd_megatron.untrusted.regular_file import read_regular
+
+MAX_BYTES: Final = 64 << 20
+"""Longest text of one value: a line of a file, or a small file as a whole. Far above what the product writes,
+and little enough to be held in memory several times."""
+MAX_NESTING: Final = 64
+"""Of objects and lists. Far below Python's own limit, which depends on who calls."""
+
+
+class Readable(Protocol):
+    """A binary file, compressed or not."""
+
+    def readline(self, size: int, /) -> bytes: ...
+
+
+class Line(NamedTuple):
+    """One line of a file."""
+
+    number: int
+    """The first one is 1."""
+    text: bytes
+    whole: bool
+    """It ends with a newline. A program that was killed may leave a last line that does not."""
+
+
+def load(text: str | bytes) -> Any:
+    """The value that a JSON text stands for. Bytes are UTF-8, in which lone surrogates may be encoded.
+
+    Raises:
+        ValueError: it is no JSON, longer than ``MAX_BYTES``, nested deeper than ``MAX_NESTING``, or holds a
+            number that a float cannot hold.
+    """
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"it is longer than {MAX_BYTES} bytes")
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "surrogatepass")
+    try:
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole)
+    except RecursionError:
+        raise _too_nested() from None
+    if text.count("[") + text.count("{") > MAX_NESTING and nests_deeper(value, MAX_NESTING):
+        raise _too_nested()
+    return value
+
+
+def load_object(text: str | bytes) -> dict[str, Any]:
+    """As ``load``, and it is an object."""
+    value = load(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"it is {kind_of(value)}, expected an object")
+    return value
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The object that a small file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: as ``load_object``. The message does not name the file.
+    """
+    return load_object(read_regular(path, MAX_BYTES))
+
+
+def lines_of(file: Readable, path: Path) -> Iterator[Line]:
+    """The lines of an open file, one at a time, so that memory is bounded by the longest line.
+
+    Raises:
+        ValueError: a line is longer than ``MAX_BYTES``; names ``path`` and the line.
+    """
+    number = 0
+    while text := file.readline(MAX_BYTES + 1):
+        number += 1
+        if len(text) > MAX_BYTES:
+            raise ValueError(
+                f"{path}, line {number} is longer than {MAX_BYTES} bytes: remove the line, or the file"
+            )
+        yield Line(number, text, text.endswith(b"\n"))
+
+
+def made[T](cls: type[T], record: Mapping[str, Any]) -> T:
+    """A dataclass from a JSON object, every field of the type that the class says.
+
+    Hints may be made of the JSON types, ``Sequence``, ``list``, ``tuple[X, ...]``, ``Mapping``, ``dict``,
+    enumerations by value, other dataclasses, unions and Any. A whole number is as good as a float. Numbers in
+    ``record`` are finite if ``load`` read them.
+
+    Raises:
+        ValueError: a field is missing, unknown or of another type; names the field.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"it is {kind_of(record)}, expected an object")
+    hints = _hints(typing.cast(Hashable, cls))
+    if unknown := [name for name in record if name not in hints]:
+        raise ValueError(f"unknown field {unknown[0]!r:.60}")
+    if missing := [name for name in _required(typing.cast(Hashable, cls)) if name not in record]:
+        raise ValueError(f"field {missing[0]!r} is missing")
+    return cls(**{name: _checked(value, hints[name], name) for name, value in record.items()})
+
+
+def nests_deeper(value: Any, limit: int) -> bool:
+    """Whether objects and lists stand in each other more than ``limit`` levels deep."""
+    level, depth = [value], 0
+    while level:
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+        level, depth = [item for item in below if isinstance(item, dict | list)], depth + 1
+        if level and depth >= limit:
+            return True
+    return False
+
+
+def loadable(value: Any) -> Any:
+    """The same value with null in place of numbers that ``load`` would refuse."""
+    if isinstance(value, int | float) and not _fits(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: loadable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [loadable(item) for item in value]
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words, with its beginning."""
+    if value is None:
+        return "null"
+    name = next(
+        name
+        for types_, name in (
+            (bool, "a truth value"),
+            (int | float, "a number"),
+            (str, "a string"),
+            (list, "a list"),
+            (Mapping, "an object"),
+            (object, type(value).__name__),
+        )
+        if isinstance(value, types_)
+    )
+    return name if isinstance(value, list | Mapping) else f"{name} ({value!r:.40})"
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """The value as its hint says it: a list becomes a tuple where the hint is a tuple, and so on."""
+    if hint is Any:
+        return value
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(value, typing.get_args(hint), where)
+    if origin is not None:
+        return _container(value, hint, origin, where)
+    if is_dataclass(hint) and isinstance(hint, type):
+        try:
+            return made(hint, value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return _member(value, hint, where)
+    if hint is float and type(value) in (int, float):
+        return value
+    if type(value) is not (type(None) if hint is None else hint):
+        raise ValueError(f"{where} is {kind_of(value)}, expected {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def _one_of(value: Any, hints: Sequence[Any], where: str) -> Any:
+    problems = []
+    for hint in hints:
+        try:
+            return _checked(value, hint, where)
+        except ValueError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def _container(value: Any, hint: Any, origin: Any, where: str) -> Any:
+    arguments = typing.get_args(hint)
+    if issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {kind_of(value)}, expected an object")
+        return {key: _checked(item, arguments[1], f"{where}[{key!r:.40}]") for key, item in value.items()}
+    if not isinstance(value, list):
+        raise ValueError(f"{where} is {kind_of(value)}, expected a list")
+    items = [_checked(item, arguments[0], f"{where}[{place}]") for place, item in enumerate(value)]
+    return tuple(items) if origin is tuple else items
+
+
+def _member[E: Enum](value: Any, kind: type[E], where: str) -> E:
+    try:
+        return kind(value)
+    except (ValueError, TypeError):
+        known = ", ".join(str(member.value) for member in kind)
+        raise ValueError(f"{where} is {kind_of(value)}, expected one of {known}") from None
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+@functools.cache
+def _required(cls: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _fits(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+def _whole(text: str) -> int:
+    _finite(text)  # also bounds the digits that int() has to read
+    return int(text)
+
+
+def _too_nested() -> ValueError:
+    return ValueError(f"it nests objects and lists more than {MAX_NESTING} levels deep")
