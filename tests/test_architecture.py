@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what a branch is made of
     "data": {"config", "errors", "model", "records", "rewards", "untrusted"},
     "samples": {"config", "data", "errors", "records", "rewards", "untrusted"},
-    "opd": {"config", "errors", "records", "topology"},
+    "opd": {"config", "errors", "records", "topology", "untrusted"},
     "policy": {"config", "errors", "hf", "model", "objectives", "records", "topology"},
     "rollout": {"config", "data", "errors", "records", "topology"},
     "weight_sync": {"config", "errors", "hf", "model", "policy", "rollout"},

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,8 @@ def fuzz_lane(data: st.DataObject, folder: Path) -> None:
         number = data.draw(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 300))
         header = dataclasses.replace(header, **{name: number})
     payload = np.frombuffer(damaged(data, message.payload.tobytes()), dtype=np.uint8)
+    if data.draw(st.booleans()):  # a sender that means what it sends
+        header = dataclasses.replace(header, payload_bytes=payload.nbytes, payload_crc=zlib.crc32(payload))
     received: Any = None
     try:
         known = Header.unpack(header.pack(), "here")

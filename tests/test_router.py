@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from copd_megatron.opd.wire import (
     Header,
     Message,
     RouterError,
+    check_ids,
     check_scores,
     ids_crc,
     pack_requests,
@@ -34,7 +36,7 @@ from copd_megatron.opd.wire import (
     unpack_scores,
 )
 from copd_megatron.planner.traffic import router_bytes
-from copd_megatron.records import Ask
+from copd_megatron.records import Ask, MediaRef, TopK
 from copd_megatron.topology.watch import EXIT_STUCK, CollectiveError
 from copd_megatron.topology.world import World, init_world
 from tests.support.distributed import launch_distributed, run_distributed
@@ -165,13 +167,88 @@ def test_a_damaged_message_is_an_error_that_names_its_origin() -> None:
     message = _message()
     payload = message.payload.copy()
     payload[3 * 12 * 8 + 5] ^= 1
-    with pytest.raises(RouterError, match=r"edge a<-b.*token ids arrived with CRC"):
+    with pytest.raises(RouterError, match=r"edge a<-b.*bytes arrived with CRC"):
         unpack_requests(Message(header=message.header, payload=payload), "edge a<-b lane 0")
+    shorter, longer = message.payload[:-4], np.concatenate([message.payload, np.zeros(4, np.uint8)])
+    for payload in (shorter, longer):
+        with pytest.raises(RouterError, match=r"has \d+ bytes, its header promises"):
+            unpack_requests(Message(header=message.header, payload=payload), "x")
     with pytest.raises(RouterError, match=r"the payload of \d+ bytes ends before byte \d+"):
-        unpack_requests(Message(header=message.header, payload=message.payload[:-4]), "x")
-    longer = np.concatenate([message.payload, np.zeros(4, np.uint8)])
+        unpack_requests(_sealed(message.header, shorter), "x")
     with pytest.raises(RouterError, match=r"has \d+ bytes, its row table promises"):
-        unpack_requests(Message(header=message.header, payload=longer), "x")
+        unpack_requests(_sealed(message.header, longer), "x")
+
+
+def _sealed(header: Header, payload: np.ndarray) -> Message:
+    """A message whose header fits a payload, whatever the payload holds."""
+    header = replace(header, payload_bytes=payload.nbytes, payload_crc=zlib.crc32(payload))
+    return Message(header=header, payload=payload)
+
+
+def test_one_bit_anywhere_is_noticed() -> None:
+    rows = _rows(EDGE, 2)
+    asked = pack_requests(rows, (0, 1), exchange=1, edge=0, lane=0)
+    told = pack_scores(_score("b", rows), (0, 1), exchange=1, edge=0, lane=0, crc=asked.header.ids_crc)
+    for message, unpack in ((asked, unpack_requests), (told, unpack_scores)):
+        for place in range(0, message.payload.nbytes, 3):
+            payload = message.payload.copy()
+            payload[place] ^= 1
+            with pytest.raises(RouterError, match=r"edge a<-b.*arrived with CRC"):
+                unpack(Message(header=message.header, payload=payload), "edge a<-b")
+
+
+@pytest.mark.parametrize("wrap", [2**62, 2**33, -1])
+def test_a_row_table_that_makes_no_sense_names_its_sender(wrap: int) -> None:
+    rows = _rows(EDGE, 3)
+    told = pack_scores(_score("b", rows), (0, 1, 2), exchange=1, edge=0, lane=0, crc=0)
+    for column in (3, 4, 5, 7, 8, 9, 10):
+        payload = told.payload.copy()
+        payload.view("<i8")[: 3 * 11].reshape(3, 11)[1, column] = wrap
+        with pytest.raises(RouterError, match="edge a<-b"):
+            found = unpack_scores(_sealed(told.header, payload), "edge a<-b")
+            check_scores(rows, [found[i] for i in range(3)], "edge a<-b")
+
+
+@pytest.mark.parametrize("name", ["num_rows", "edge_rows", "payload_bytes", "media_bytes"])
+@pytest.mark.parametrize("value", [-1, 2**62])
+def test_counts_that_are_none_ask_for_no_memory(name: str, value: int) -> None:
+    header = replace(_message().header, **{name: value})
+    with pytest.raises(RouterError, match=f"edge a<-b: header field {name} is {value}"):
+        Header.unpack(header.pack(), "edge a<-b")
+
+
+@pytest.mark.parametrize("head", [{"rows": [[-1]]}, {"rows": [[1]]}, {"sizes": [-5]}, {"refs": [[1] * 6]}])
+def test_a_media_section_of_another_form_names_its_sender(head: dict[str, Any]) -> None:
+    ref = MediaRef(source="s", shard="t", key="k", extension="png", kind="image", content_hash="h")
+    row = replace(_rows(EDGE, 1)[0], media=(ref,))
+    message = pack_requests([row], (0,), exchange=1, edge=0, lane=0)
+    assert unpack_requests(message, "x")[0].media == (ref,)
+    plain = message.payload[: -message.header.media_bytes]
+    text = json.dumps({"refs": [astuple(ref)], "rows": [[0]], "sizes": [0], **head}).encode()
+    section = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    spoilt = _sealed(replace(message.header, media_bytes=section.nbytes), np.concatenate([plain, section]))
+    with pytest.raises(RouterError, match="edge a<-b"):
+        unpack_requests(spoilt, "edge a<-b")
+
+
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    (row,) = _rows(EDGE, 1)
+    (score,) = _score("b", [row])
+    check_ids([row], VOCAB, "x")
+    spoilt: list[ScoreRequest | TeacherScore] = []
+    for wrong in (-2, VOCAB, 2**31 - 1):
+        ids = row.token_ids.copy()
+        ids[-1] = wrong
+        spoilt += [
+            replace(row, token_ids=ids),
+            replace(row, support_ids=np.full((row.response_length, 1), wrong, np.int32)),
+            replace(score, samples=(ids,)),
+            replace(score, top=TopK(ids=ids[None], logprobs=np.zeros((1, len(ids)), np.float32))),
+        ]
+    for one in spoilt:
+        with pytest.raises(RouterError, match=rf"x: .* of row 1000 lie in .*0 .. {VOCAB - 1}"):
+            check_ids([one], VOCAB, "x")
+    check_ids([replace(row, support_ids=np.full((row.response_length, 1), -1, np.int32))], VOCAB, "x")
 
 
 @pytest.mark.parametrize(
@@ -211,6 +288,24 @@ def test_rows_that_no_teacher_could_score_are_refused_before_they_leave(
         pack_requests([row], (0,), exchange=1, edge=0, lane=0)
 
 
+def _with(score: TeacherScore, value: float) -> TeacherScore:
+    """The score with another number in its first distribution."""
+    distributions = score.distributions.copy()
+    distributions[0, 3] = value
+    return replace(score, distributions=distributions)
+
+
+def test_a_sample_is_no_longer_than_was_asked() -> None:
+    row = replace(_rows(EDGE, 1)[0], ask=Ask(samples=1, max_new_tokens=3))
+    for length in (3, 4):
+        score = TeacherScore(row_id=row.row_id, weight_version=1, samples=(np.zeros(length, np.int32),))
+        if length == 3:
+            check_scores([row], [score], "x")
+        else:
+            with pytest.raises(RouterError, match="x: a sample of row 1000 has 4 tokens, 3 were asked"):
+                check_scores([row], [score], "x")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -218,7 +313,14 @@ def test_rows_that_no_teacher_could_score_are_refused_before_they_leave(
         (lambda s: s[::-1], "a teacher must answer its rows in their order"),
         (lambda s: [replace(s[0], logprobs=s[0].logprobs[1:]), *s[1:]], "in full"),
         (lambda s: [replace(s[0], distributions=s[0].distributions[:1]), *s[1:]], "in full"),
-        (lambda s: [replace(s[0], logprobs=s[0].logprobs * np.nan), *s[1:]], "token 0 in row 1000 is NaN"),
+        (lambda s: [replace(s[0], logprobs=s[0].logprobs * np.nan), *s[1:]], "token 0 in row 1000 is nan"),
+        (
+            lambda s: [_with(s[0], -np.inf), *s[1:-1], _with(s[-1], np.inf)],
+            "is inf",
+        ),
+        (lambda s: [_with(s[0], 1.0), *s[1:]], "in row 1000 is 1;"),
+        (lambda s: [_with(s[0], np.nan), *s[1:]], "in row 1000 is nan"),
+        (lambda s: [replace(s[0], samples=(np.zeros(2, np.int32),)), *s[1:]], "in full"),
         (lambda s: [replace(s[0], weight_version=4), *s[1:]], r"weight versions \[4, 5\]"),
     ],
 )

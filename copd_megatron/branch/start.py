@@ -107,6 +107,7 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
         graph.links,
         encoded=media.encoded if media is not None and config.opd.ship_media else None,
         take_file=media.put_encoded if media is not None else None,
+        vocab_size=actor.dims.vocab_size,
     )
     return Branch(
         name=name,

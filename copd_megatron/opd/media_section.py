@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple, dataclass, fields
 
 from copd_megatron.opd.records import ScoreRequest
 from copd_megatron.records import MediaRef
+from copd_megatron.untrusted.json_text import load_object, made
 
 
 def pack_media(requests: Sequence[ScoreRequest], encoded: Callable[[MediaRef], bytes] | None) -> bytes:
@@ -38,17 +39,26 @@ def unpack_media(section: bytes, num_rows: int) -> tuple[list[tuple[MediaRef, ..
     if not section:
         return [()] * num_rows, {}
     end = 8 + int.from_bytes(section[:8], "little")
-    head = json.loads(section[8:end])
+    head = made(_Head, load_object(section[8:end]))
     names = [field.name for field in fields(MediaRef)]
-    refs = [MediaRef(**dict(zip(names, values, strict=True))) for values in head["refs"]]
-    if len(head["rows"]) != num_rows or end + sum(head["sizes"]) != len(section):
+    refs = [MediaRef(**dict(zip(names, values, strict=True))) for values in head.refs]
+    if len(head.rows) != num_rows or end + sum(head.sizes) != len(section):
         raise ValueError(
-            f"media section of {len(section)} bytes for {len(head['rows'])} rows; expected {num_rows} rows "
-            f"in {end + sum(head['sizes'])} bytes"
+            f"media section of {len(section)} bytes for {len(head.rows)} rows; expected {num_rows} rows "
+            f"in {end + sum(head.sizes)} bytes"
         )
+    if min(head.sizes, default=0) < 0 or any(not 0 <= i < len(refs) for row in head.rows for i in row):
+        raise ValueError("a size is negative, or a row has a medium that is not listed")
     files: dict[MediaRef, bytes] = {}
-    for ref, size in zip(refs, head["sizes"], strict=True):
+    for ref, size in zip(refs, head.sizes, strict=True):
         if size:
             files[ref] = section[end : end + size]
             end += size
-    return [tuple(refs[i] for i in row) for row in head["rows"]], files
+    return [tuple(refs[i] for i in row) for row in head.rows], files
+
+
+@dataclass(frozen=True)
+class _Head:
+    refs: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]

@@ -34,6 +34,7 @@ from copd_megatron.opd.wire import (
     Header,
     Message,
     RouterError,
+    check_ids,
     check_scores,
     ids_crc,
     media_files,
@@ -79,6 +80,7 @@ class Router:
         encoded: gives the media files to send with rows, for branches that do not share storage; None: only
             references travel.
         take_file: is given each media file that arrives, before its rows are scored.
+        vocab_size: token ids that arrive must lie below it; None: they are not looked at.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Router:
         *,
         encoded: Callable[[MediaRef], bytes] | None = None,
         take_file: Callable[[MediaRef, bytes], None] | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.world = world
         self.graph = graph
@@ -98,6 +101,7 @@ class Router:
         self._watch = watch or world.watch
         self._encoded = encoded
         self._take_file = take_file
+        self._vocab_size = vocab_size
         self._index = {edge: i for i, edge in enumerate(graph.edges)}
         self._max_lanes = max((len(lanes) for lanes in self.plan.lanes.values()), default=1)
         self._exchange = 0
@@ -182,6 +186,7 @@ class Router:
         origin = f"edge {edge.name}, scores from branch {edge.teacher}"
         scores = _in_order(by_position, len(requests), origin)
         check_scores(requests, scores, origin)
+        self._check_ids(scores, origin)
         return scores
 
     # Teacher.
@@ -200,7 +205,9 @@ class Router:
             rows_of.append(tuple(rows))
             by_position |= rows
         num_rows = messages[0].header.edge_rows
-        requests = _in_order(by_position, num_rows, f"edge {edge.name}, rows from branch {edge.student}")
+        origin = f"edge {edge.name}, rows from branch {edge.student}"
+        requests = _in_order(by_position, num_rows, origin)
+        self._check_ids(requests, origin)
         traffic.num_rows = num_rows
         scores: list[TeacherScore] = []
         if requests:
@@ -216,6 +223,10 @@ class Router:
                     crc=message.header.ids_crc,
                 )  # fmt: skip
                 self._send(lane, answer, lane.source)
+
+    def _check_ids(self, rows: Sequence[ScoreRequest | TeacherScore], origin: str) -> None:
+        if self._vocab_size is not None:
+            check_ids(rows, self._vocab_size, origin)
 
     # Transport.
 
@@ -314,8 +325,9 @@ class Router:
 
 def _in_order[T](by_position: Mapping[int, T], num_rows: int, origin: str) -> list[T]:
     """Rows by their position in the edge, each exactly once."""
-    if sorted(by_position) != list(range(num_rows)):
-        absent = sorted(set(range(num_rows)) - set(by_position))[:8]
+    if len(by_position) != num_rows or any(place not in by_position for place in range(num_rows)):
+        places = range(min(num_rows, len(by_position) + 8))  # no more than 8 are told
+        absent = [place for place in places if place not in by_position][:8]
         raise RouterError(
             f"{origin}: {len(by_position)} distinct rows arrived of {num_rows} announced (missing: "
             f"{absent}); all ranks of the sending branch must pass the same rows"

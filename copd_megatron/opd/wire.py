@@ -10,25 +10,29 @@ scores    table int64 [n, 11] (position, row id, weight version, log-probabiliti
           log-probabilities float32, distributions float32, top ids int32, their log-probabilities float32,
           log-probabilities on the support float32, entropies float32
 
-``position`` is the row's index in the edge's list, so that the receiver restores the order. ``ids_crc`` is
-the CRC-32 of the lane's token ids; scores carry that of the ids they were computed from. Little-endian.
+``position`` is the row's index in the edge's list, so that the receiver restores the order. ``payload_crc``
+is the CRC-32 of the whole payload. ``ids_crc`` is that of the lane's token ids; scores carry that of the ids
+they were computed from. Little-endian.
+
+What arrives is checked whatever its CRC says: the sender may run other code, or have damaged memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from copd_megatron.opd.media_section import pack_media, unpack_media
 from copd_megatron.opd.records import ScoreRequest, TeacherScore
-from copd_megatron.records import Ask, MediaRef, TopK
+from copd_megatron.records import Ask, FloatArray, MediaRef, TopK
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 REQUESTS: Final = 0
 SCORES: Final = 1
 
@@ -38,6 +42,10 @@ _SCORE_COLUMNS: Final = 11
 _TOKENS: Final = 1
 _ENTROPY: Final = 2
 _TEMPERATURES: Final = 10**9
+_MAX_PAYLOAD_BYTES: Final = 1 << 40
+"""Above every exchange, so that a wrong length is told before memory is asked for."""
+_LOGPROB_ROUNDING: Final = 0.01
+"""How far above 0 a log-probability may come out of a sum in low precision, in nats."""
 
 
 class RouterError(RuntimeError):
@@ -62,6 +70,7 @@ class Header:
     edge_rows: int
     """In all lanes of the edge."""
     payload_bytes: int
+    payload_crc: int
     ids_crc: int
     media_bytes: int = 0
     """Length of the media section at the payload's end (requests only)."""
@@ -80,7 +89,7 @@ class Header:
             expected: fields that the receiver knows already.
 
         Raises:
-            RouterError: naming origin, field, expected and received value.
+            RouterError: naming origin, field, expected and received value; or a count that is none.
         """
         header = cls(**{f.name: int(v) for f, v in zip(fields(cls), values, strict=True)})
         for name, value in {"magic": _MAGIC, "format_version": FORMAT_VERSION, **expected}.items():
@@ -90,9 +99,16 @@ class Header:
                     f"{origin}: header field {name} is {received}, expected {value}; every rank must run the "
                     "same code and configuration, and the branches the same step"
                 )
+        for name in ("num_rows", "edge_rows", "payload_bytes", "media_bytes"):
+            received = getattr(header, name)
+            if not 0 <= received <= _MAX_PAYLOAD_BYTES:
+                raise RouterError(f"{origin}: header field {name} is {received}; {_LOOK_AT_THE_NETWORK}")
         return header
 
 
+_LOOK_AT_THE_NETWORK: Final = (
+    "the message was damaged on its way, or its sender runs other code; look at the network of both nodes"
+)
 HEADER_FIELDS: Final = len(fields(Header))
 HEADER_BYTES: Final = 8 * HEADER_FIELDS
 
@@ -157,7 +173,8 @@ def pack_requests(
     )
     header = Header(
         kind=REQUESTS, exchange=exchange, edge=edge, lane=lane, num_rows=len(rows), edge_rows=len(requests),
-        payload_bytes=payload.nbytes, ids_crc=ids_crc(rows), media_bytes=media.nbytes,
+        payload_bytes=payload.nbytes, payload_crc=zlib.crc32(payload), ids_crc=ids_crc(rows),
+        media_bytes=media.nbytes,
     )  # fmt: skip
     return Message(header=header, payload=payload)
 
@@ -166,8 +183,24 @@ def unpack_requests(message: Message, origin: str) -> dict[int, ScoreRequest]:
     """Requests by position. Arrays are views of the payload.
 
     Raises:
-        RouterError: the payload does not fit its header, or the ids' CRC differs.
+        RouterError: the payload is not the one that was sent, does not fit its header, or holds a row that
+            no teacher could score.
     """
+    check_payload(message, origin)
+    with _damage(origin):
+        rows = _requests_of(message, origin)
+        for row in rows.values():
+            check_request(row, f"{origin}, ")
+    crc = ids_crc(list(rows.values()))
+    if crc != message.header.ids_crc:
+        raise RouterError(
+            f"{origin}: token ids arrived with CRC {crc:#010x}, sent with {message.header.ids_crc:#010x}; "
+            f"{_LOOK_AT_THE_NETWORK}"
+        )
+    return rows
+
+
+def _requests_of(message: Message, origin: str) -> dict[int, ScoreRequest]:
     header, payload = message.header, message.payload
     reader = _Reader(payload, origin)
     table = reader.take("<i8", header.num_rows * _REQUEST_COLUMNS).reshape(-1, _REQUEST_COLUMNS)
@@ -176,8 +209,8 @@ def unpack_requests(message: Message, origin: str) -> dict[int, ScoreRequest]:
     support = reader.rows("<i4", (table[:, 2] - table[:, 3]) * table[:, 8])
     section = reader.take("<u1", header.media_bytes)
     reader.finish()
-    media, _ = _media_of(section, header, origin)
-    rows = {
+    media, _ = unpack_media(section.tobytes(), header.num_rows)
+    return {
         int(position): ScoreRequest(
             row_id=int(row_id), token_ids=ids[i], prompt_length=int(prompt), weight_version=int(version),
             ask=Ask(
@@ -190,29 +223,41 @@ def unpack_requests(message: Message, origin: str) -> dict[int, ScoreRequest]:
         for i, (position, row_id, _, prompt, version, flags, _, top_k, k, heat, samples, longest)
         in enumerate(table)
     }  # fmt: skip
-    crc = ids_crc(list(rows.values()))
-    if crc != header.ids_crc:
-        raise RouterError(
-            f"{origin}: token ids arrived with CRC {crc:#010x}, sent with {header.ids_crc:#010x}: the "
-            "message was damaged on its way; look at the network of both nodes"
-        )
-    return rows
 
 
 def media_files(message: Message, origin: str) -> dict[MediaRef, bytes]:
     """Media files that came with a lane's requests. Raises ``RouterError`` as ``unpack_requests``."""
     begin = message.payload.nbytes - message.header.media_bytes
-    return _media_of(message.payload[begin:], message.header, origin)[1]
+    with _damage(origin):
+        return unpack_media(message.payload[begin:].tobytes(), message.header.num_rows)[1]
 
 
-def _media_of(
-    section: npt.NDArray[np.uint8], header: Header, origin: str
-) -> tuple[list[tuple[MediaRef, ...]], dict[MediaRef, bytes]]:
+def check_payload(message: Message, origin: str) -> None:
+    """Raises ``RouterError`` if a payload is not, byte for byte, the one that its header was made for."""
+    header, payload = message.header, message.payload
+    if payload.nbytes != header.payload_bytes:
+        raise RouterError(
+            f"{origin}: the payload has {payload.nbytes} bytes, its header promises {header.payload_bytes}; "
+            f"{_LOOK_AT_THE_NETWORK}"
+        )
+    crc = zlib.crc32(payload)
+    if crc != header.payload_crc:
+        raise RouterError(
+            f"{origin}: {payload.nbytes} bytes arrived with CRC {crc:#010x}, sent with "
+            f"{header.payload_crc:#010x}; {_LOOK_AT_THE_NETWORK}"
+        )
+
+
+@contextlib.contextmanager
+def _damage(origin: str) -> Iterator[None]:
+    """What a payload that makes no sense raises becomes an error that names its sender."""
     try:
-        return unpack_media(section.tobytes(), header.num_rows)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        yield
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise RouterError(f"{origin}: the media section is damaged ({reason})") from error
+        raise RouterError(
+            f"{origin}: the payload makes no sense ({reason}); {_LOOK_AT_THE_NETWORK}"
+        ) from error
 
 
 def pack_scores(
@@ -251,13 +296,20 @@ def pack_scores(
     )
     header = Header(
         kind=SCORES, exchange=exchange, edge=edge, lane=lane, num_rows=len(rows), edge_rows=len(scores),
-        payload_bytes=payload.nbytes, ids_crc=crc,
+        payload_bytes=payload.nbytes, payload_crc=zlib.crc32(payload), ids_crc=crc,
     )  # fmt: skip
     return Message(header=header, payload=payload)
 
 
 def unpack_scores(message: Message, origin: str) -> dict[int, TeacherScore]:
-    """Scores by position. Arrays are views of the payload. Raises ``RouterError`` as ``unpack_requests``."""
+    """Scores by position. Arrays are views of the payload. Raises ``RouterError`` as ``unpack_requests``;
+    whether they answer their requests is for ``check_scores`` to say."""
+    check_payload(message, origin)
+    with _damage(origin):
+        return _scores_of(message, origin)
+
+
+def _scores_of(message: Message, origin: str) -> dict[int, TeacherScore]:
     header, payload = message.header, message.payload
     reader = _Reader(payload, origin)
     table = reader.take("<i8", header.num_rows * _SCORE_COLUMNS).reshape(-1, _SCORE_COLUMNS)
@@ -298,17 +350,17 @@ def _shape_of_answers(score: TeacherScore) -> tuple[int, int, int, int]:
     )
 
 
-def check_request(request: ScoreRequest) -> None:
-    """Raises ``RouterError`` for a row that no teacher could score."""
+def check_request(request: ScoreRequest, origin: str = "") -> None:
+    """Raises ``RouterError`` for a row that no teacher could score. ``origin`` stands before the message."""
     length, positions = len(request.token_ids), request.ask.positions
     if not 0 < request.prompt_length <= length:
         raise RouterError(
-            f"row {request.row_id}: prompt_length is {request.prompt_length} in a row of {length} tokens; it "
-            "must be 1 .. number of tokens"
+            f"{origin}row {request.row_id}: prompt_length is {request.prompt_length} in a row of {length} "
+            "tokens; it must be 1 .. number of tokens"
         )
     if positions and (min(positions) < 0 or max(positions) >= request.response_length):
         raise RouterError(
-            f"row {request.row_id}: asked positions {list(positions)} must lie in 0 .. "
+            f"{origin}row {request.row_id}: asked positions {list(positions)} must lie in 0 .. "
             f"{request.response_length - 1}, as they count response tokens"
         )
     ids = request.support_ids
@@ -316,8 +368,9 @@ def check_request(request: ScoreRequest) -> None:
         ids is not None and (ids.ndim != 2 or len(ids) != request.response_length or not ids.shape[1])
     ):
         raise RouterError(
-            f"row {request.row_id}: support ids of shape {None if ids is None else list(ids.shape)}, asked: "
-            f"{request.ask.support}; give [{request.response_length}, k] ids where they are asked about"
+            f"{origin}row {request.row_id}: support ids of shape "
+            f"{None if ids is None else list(ids.shape)}, asked: {request.ask.support}; "
+            f"give [{request.response_length}, k] ids where they are asked about"
         )
 
 
@@ -325,7 +378,8 @@ def check_scores(requests: Sequence[ScoreRequest], scores: Sequence[TeacherScore
     """Whether scores answer their requests, row by row.
 
     Raises:
-        RouterError: other rows, other lengths, missing answers, NaN, or more than one weight version.
+        RouterError: other rows, other lengths, missing answers, samples longer than asked, what is no
+            log-probability or entropy, or more than one weight version.
     """
     if len(scores) != len(requests):
         raise RouterError(f"{origin}: {len(scores)} scores for {len(requests)} rows")
@@ -343,10 +397,17 @@ def check_scores(requests: Sequence[ScoreRequest], scores: Sequence[TeacherScore
                 f"support, entropies) are {got} in the score, {expected} in the request; a teacher must "
                 "answer its rows in their order, in full"
             )
-        if (where := _first_nan(score)) is not None:
+        if (found := _first_impossible(score)) is not None:
+            where, value = found
             raise RouterError(
-                f"{origin}: log-probability of response token {where} in row {request.row_id} is NaN; check "
-                "the teacher's weights"
+                f"{origin}: log-probability of response token {where} in row {request.row_id} is {value:g}; "
+                "check the teacher's weights"
+            )
+        longest = max(map(len, score.samples), default=0)
+        if longest > asked.max_new_tokens:
+            raise RouterError(
+                f"{origin}: a sample of row {request.row_id} has {longest} tokens, {asked.max_new_tokens} "
+                "were asked for at most; all branches must run the same code"
             )
     versions = sorted({score.weight_version for score in scores})
     if len(versions) > 1:
@@ -360,16 +421,51 @@ def _answers_to(request: ScoreRequest) -> tuple[int, int, int, int]:
     return (length if ask.top_k or k else 0, ask.top_k, k, length if ask.entropy else 0)
 
 
-def _first_nan(score: TeacherScore) -> int | None:
-    """The first response token of which a score says NaN."""
-    said = [score.logprobs, score.entropy, score.support_logprobs]
-    said.append(None if score.top is None else score.top.logprobs)
-    places = [
-        int(np.flatnonzero(np.isnan(array.reshape(len(array), -1)).any(axis=1))[0])
-        for array in said
-        if array is not None and np.isnan(array).any()
-    ]
-    return min(places, default=None)
+def check_ids(rows: Sequence[ScoreRequest | TeacherScore], vocab_size: int, origin: str) -> None:
+    """Raises ``RouterError`` for a token id that a vocabulary does not have."""
+    for row in rows:
+        for what, ids, least in _ids_of(row):
+            if ids.size and not (ids.min() >= least and ids.max() < vocab_size):
+                raise RouterError(
+                    f"{origin}: {what} of row {row.row_id} lie in {ids.min()} .. {ids.max()}, the vocabulary "
+                    f"has 0 .. {vocab_size - 1}; all branches need the same tokenizer"
+                )
+
+
+def _ids_of(row: ScoreRequest | TeacherScore) -> Iterator[tuple[str, npt.NDArray[Any], int]]:
+    """(what, ids, least id) of all ids in a row."""
+    if isinstance(row, TeacherScore):
+        yield from (("sampled ids", ids, 0) for ids in row.samples)
+        if row.top is not None:
+            yield "likeliest ids", row.top.ids, 0
+        return
+    yield "token ids", np.asarray(row.token_ids), 0
+    if row.support_ids is not None:
+        yield "support ids", row.support_ids, -1  # an empty place
+
+
+def _first_impossible(score: TeacherScore) -> tuple[int, float] | None:
+    """The first response token of which a score says what is no log-probability or entropy, and that value.
+    A log-probability may be minus infinity: of an id that is never sampled."""
+    told = [score.logprobs, score.support_logprobs, score.distributions]
+    told.append(None if score.top is None else score.top.logprobs)
+    found = [_first(array, ~(array <= _LOGPROB_ROUNDING)) for array in told if _may_be_wrong(array)]
+    if score.entropy is not None:
+        found.append(_first(score.entropy, ~np.isfinite(score.entropy)))
+    return min((place for place in found if place is not None), default=None)
+
+
+def _may_be_wrong(array: FloatArray | None) -> TypeGuard[FloatArray]:
+    """Whether an array's largest value, NaN counted, is no log-probability; one pass, without a copy."""
+    return array is not None and array.size > 0 and not array.max() <= _LOGPROB_ROUNDING
+
+
+def _first(array: npt.NDArray[Any], wrong: npt.NDArray[np.bool_]) -> tuple[int, float] | None:
+    """Row and value of the first wrong element of [rows, ...]."""
+    if not wrong.any():
+        return None
+    place = int(np.flatnonzero(wrong.reshape(-1))[0])
+    return place // (array.size // len(array)), float(array.reshape(-1)[place])
 
 
 class _Reader:
@@ -393,8 +489,11 @@ class _Reader:
     def rows(self, dtype: str, counts: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
         if len(counts) == 0:
             return []
-        if (counts < 0).any():
-            raise RouterError(f"{self._origin}: the row table promises {int(counts.min())} values of a row")
+        if ((counts < 0) | (counts > self._payload.nbytes)).any():  # sums of more could wrap around
+            raise RouterError(
+                f"{self._origin}: the row table promises {int(counts.min())} to {int(counts.max())} values "
+                f"of a row in {self._payload.nbytes} bytes"
+            )
         return np.split(self.take(dtype, int(counts.sum())), np.cumsum(counts)[:-1])
 
     def finish(self) -> None:
