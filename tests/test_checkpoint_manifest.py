@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copd_megatron.checkpoint.compare import compare_runs, metric_differences
@@ -78,6 +78,7 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert list(complete_checkpoints(tmp_path)) == [4]
 
 
+@settings(deadline=None)
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_any_flipped_bit_of_a_manifest_is_seen(
     tmp_path_factory: pytest.TempPathFactory, position: int, bit: int
