@@ -84,3 +84,27 @@ def test_what_cannot_be_measured_is_said_before_engines_start(root: Path) -> Non
     assert "no such folder" in said(root / "nowhere")
     assert "name at least one MODEL" in said("run.seed=1")
     assert "a model is named twice" in said(root / "one", root / "one")
+
+
+@pytest.mark.slow
+def test_models_of_two_shapes_a_checkpoint_and_tensor_parallel(root: Path) -> None:
+    make_model(root / "wide", seed=2, num_hidden_layers=3, hidden_size=128)
+    made = copd("checkpoint", "to-megatron", root / "wide", root / "sharded")
+    assert made.returncode == 0, made.stderr[-4000:]
+    command = ("eval", root / "config.yaml", root / "one", root / "wide", root / "two", root / "sharded")
+    done = copd(*command, "--out", root / "shapes")
+    assert done.returncode == 0, done.stderr[-4000:]
+    table = json.loads((root / "shapes/evaluation.json").read_text())
+    assert list(table["models"]) == ["one", "wide", "two", "sharded"], "in the order of the command"
+    found = {name: verdicts(root / "shapes", name) for name in ("one", "wide", "two", "sharded")}
+    assert found["wide"] == found["sharded"] != found["one"]
+
+    alone = copd("eval", root / "config.yaml", root / "wide", "--out", root / "alone")
+    assert alone.returncode == 0, alone.stderr[-4000:]
+    assert verdicts(root / "alone", "wide") == found["wide"], "an engine before it changes nothing"
+
+    module = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "copd_megatron.cli")
+    halves = [f"branches.{name}.rollout.tensor_parallel_size=2" for name in ("alpha", "beta")]
+    split = python(*module, *command, *halves, "--out", root / "split")
+    assert split.returncode == 0, split.stderr[-4000:]
+    assert {name: verdicts(root / "split", name) for name in found} == found

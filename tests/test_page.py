@@ -130,6 +130,18 @@ def test_an_axis_from_zero_shows_no_negative_share() -> None:
     assert "\u2212" in draw_panel(Panel(title="t", curves=[curve]), [], {}), "left to itself, it would"
 
 
+def test_a_long_legend_takes_no_height_from_the_axes() -> None:
+    def height(count: int) -> float:
+        curves = [Curve(label=f"running_sums on {i}", steps=(1, 2), values=(0.1, 0.2)) for i in range(count)]
+        found = re.search(
+            r'viewBox="0 0 [\d.]+ ([\d.]+)"', draw_panel(Panel(title="t", curves=curves), [], {})
+        )
+        assert found is not None
+        return float(found.group(1))
+
+    assert height(8) > height(2) + 20
+
+
 def test_long_curves_are_smoothed_and_short_ones_are_not() -> None:
     assert smoothed([1.0, 5.0]) == (1.0, 5.0)
     noisy = [float(i % 2) for i in range(400)]

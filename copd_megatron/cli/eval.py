@@ -42,7 +42,8 @@ def command(
 
     CONFIG is a YAML file, whose validation sets, verifiers and sampling settings are used; a MODEL is a
     Hugging Face folder, such as an exported branch or a merged model, or a branch's folder in a checkpoint.
-    Several models answer the same prompts, and every other one is compared with the first.
+    Several models answer the same prompts, and every other one is compared with the first. They may differ
+    in shape and tokenizer; each kind has an engine of its own, one after the other.
 
     Prints tables with 95 % intervals and writes them to --out as evaluation.json and evaluation.md; for
     prompts of the paper's benchmarks (copd data benchmark) also the paper's table, with the figures that it

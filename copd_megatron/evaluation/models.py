@@ -25,7 +25,7 @@ from copd_megatron.evaluation.verdicts import PromptVerdicts, VerdictFile, verdi
 from copd_megatron.formats.open import open_source
 from copd_megatron.formats.tensors import TensorSource, read_whole
 from copd_megatron.hf.folder import HFFolder
-from copd_megatron.hf.model_config import read_model_shape
+from copd_megatron.hf.model_config import read_model_shape, read_sizes
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards.grader import Grader
@@ -64,17 +64,10 @@ def open_models(paths: Sequence[str | Path]) -> list[Candidate]:
     """The models behind folders and checkpoints.
 
     Raises:
-        ConfigError: a path holds no model, or one of another shape than the first: one engine measures all.
+        ConfigError: a path holds no model.
         FileNotFoundError, CheckpointError, ValueError: as ``open_source``.
     """
-    models = [_open(Path(path), label) for path, label in zip(paths, _labels(paths), strict=True)]
-    for model in models[1:]:
-        if model.shape != models[0].shape:
-            raise ConfigError(
-                f"{model.path} is a model of another shape than {models[0].path}; evaluate it by a command "
-                "of its own"
-            )
-    return models
+    return [_open(Path(path), label) for path, label in zip(paths, _labels(paths), strict=True)]
 
 
 def evaluate_models(
@@ -94,12 +87,47 @@ def evaluate_models(
         DataError: no branch has validation data, or a shard cannot be used.
         OSError: verdicts cannot be written.
     """
-    files = {model.label: VerdictFile(out, model.label, _settings(config, model)) for model in models}
+    with ranks_of_job(config, "eval") as (run_id, first):
+        job = _Job(config=config, out=out, anew=anew, run_id=run_id, first=first)
+        found: dict[str, list[PromptVerdicts]] = {}
+        for alike in _alike(models):
+            found |= _evaluate_alike(job, alike)
+    return {model.label: found[model.label] for model in models}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What all models of a command share."""
+
+    config: Config
+    out: Path
+    anew: bool
+    run_id: str
+    first: bool
+    """Whether this is the first rank."""
+
+
+def _alike(models: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Models of one shape that make the same tokens of a text, together: one engine measures them."""
+    groups: list[list[Candidate]] = []
+    for model in models:
+        text = _text_digests(model)
+        group = next((g for g in groups if g[0].shape == model.shape and _text_digests(g[0]) == text), None)
+        if group is None:
+            groups.append([model])
+        else:
+            group.append(model)
+    return groups
+
+
+def _evaluate_alike(job: _Job, models: Sequence[Candidate]) -> dict[str, list[PromptVerdicts]]:
+    """As ``evaluate_models``, with one engine."""
+    config, first = job.config, job.first
+    files = {model.label: VerdictFile(job.out, model.label, _settings(config, model)) for model in models}
     sources = PromptSources(config, models[0].companions, models[0].shape)
     with contextlib.ExitStack() as stack:
         if sources.media is not None:
             stack.callback(sources.media.close)
-        run_id, first = stack.enter_context(ranks_of_job(config, "eval"))
         validation = sources.validation()
         graders = {
             domain.name: stack.enter_context(Grader(config.branches[domain.branch].reward))
@@ -108,7 +136,7 @@ def evaluate_models(
         }
         if first:
             for file in files.values():
-                file.begin(anew=anew)
+                file.begin(anew=job.anew)
         done = _agreed({label: [(v.domain, v.prompt) for v in f.read()] for label, f in files.items()}, first)
         if all(len(set(done[label])) >= sum(map(len, validation.values())) for label in files):
             return {label: _ordered(file.read(), validation) for label, file in files.items()}
@@ -117,9 +145,10 @@ def evaluate_models(
             next(iter(config.branches.values())).rollout,
             models[0].companions,
             name="eval",
-            run_id=run_id,
+            run_id=job.run_id,
             media=sources.media,
         )
+        stack.callback(engine.close)
         for number, model in enumerate(models):
             missing = {
                 domain: [p for p in prompts if (domain, p.group_id) not in done[model.label]]
@@ -191,9 +220,14 @@ def _settings(config: Config, model: Candidate) -> dict[str, Any]:
         "media": asdict(config.media),
         "model.dtype": config.model.dtype,
         "rollout.quantization": rollout.quantization.value,
-        "text": {name: _file_digest(model.companions / name) for name in _TEXT_FILES},
+        "text": _text_digests(model),
         "data.validation": {domain.name: _states(domain.validation) for domain in all_domains(config)},
     }
+
+
+def _text_digests(model: Candidate) -> dict[str, str | None]:
+    """Digests of the files that decide which tokens a prompt becomes."""
+    return {name: _file_digest(model.companions / name) for name in _TEXT_FILES}
 
 
 def _states(patterns: Sequence[str]) -> list[list[Any]]:
@@ -225,7 +259,7 @@ def _open(path: Path, label: str) -> Candidate:
             "Hugging Face folder of it with copd checkpoint to-hf --model-path"
         )
     return Candidate(
-        label=label, path=path, companions=companions, shape=read_model_shape(companions), source=source
+        label=label, path=path, companions=companions, shape=read_sizes(companions), source=source
     )
 
 

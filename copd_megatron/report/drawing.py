@@ -30,6 +30,8 @@ _PANEL_SIZE, _SCORES_SIZE = (4.6, 3.0), (6.4, 3.5)
 """Inches, near the size at which the page shows them: a larger drawing's letters would be too small there."""
 _LEGEND_CHARACTERS = 9.5
 """Characters of a legend's line for each inch, marks and gaps aside."""
+_LEGEND_LINE = 0.18
+"""Inches."""
 _LEAST_TOP = 0.05
 """Upper end of an axis from 0 along which all values are 0."""
 _GAP = 3
@@ -198,6 +200,10 @@ def _svg(paint: Any, size: tuple[float, float], name: str) -> str:
         paint(axes)
         if labels := axes.get_legend_handles_labels()[1]:
             columns = max(1, min(4, int(_LEGEND_CHARACTERS * size[0]) // (max(map(len, labels)) + 4)))
+            lines = math.ceil(len(labels) / columns)
+            figure.set_size_inches(
+                size[0], size[1] + (lines - 1) * _LEGEND_LINE
+            )  # the axes keep their height
             figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -242,8 +242,7 @@ def _percent(estimate: Estimate) -> str:
 
 
 def _points(estimate: Estimate, *, signed: bool = False) -> str:
-    """The interval around a share, in points."""
-    if estimate.low == estimate.high:
-        return ""
+    """The interval around a share, in points; nothing where it has no width that could be seen."""
     form = "+.1f" if signed else ".1f"
-    return f"[{100 * estimate.low:{form}}, {100 * estimate.high:{form}}]"
+    low, high = (format(100 * edge, form) for edge in (estimate.low, estimate.high))
+    return "" if low == high else f"[{low}, {high}]"

@@ -8,6 +8,7 @@ of an engine run the same scheduler on the same requests and therefore return th
 from __future__ import annotations
 
 import contextlib
+import gc
 import glob
 import logging
 import os
@@ -216,6 +217,19 @@ class RolloutEngine:
             self.version = None
             self.llm.sleep(level=2)  # keeps nothing, since new weights will be loaded
             self.asleep = True
+
+    def close(self) -> None:
+        """Ends the engine and releases its memory, so that the process can start another."""
+        from vllm.distributed.parallel_state import destroy_model_parallel
+
+        self.version = None
+        # the whole engine's own shutdown would end torch.distributed too, which is the job's
+        self.llm.collective_rpc("shutdown")
+        del self.llm
+        destroy_model_parallel()  # the next engine may have another number of ranks per replica
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     # ---- weights ---------------------------------------------------------------------------------------
 
