@@ -1,4 +1,4 @@
-"""The hard pairs of ``tests/data/math_pairs.txt``: one a line, ``verdict | gold | response``."""
+"""The hard pairs in ``tests/data``: one a line, ``verdict | gold | response``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LINE = re.compile(r"([01]) \| (.*?) \|(.*)")
-FILE = Path(__file__).parents[1] / "data" / "math_pairs.txt"
+FOLDER = Path(__file__).parents[1] / "data"
+FILES = ("math_pairs.txt", "independent_math_pairs.txt")
+"""The second was written without a look at the first or at the verifier's code, and graded for the first time
+when it was complete: 3 of its right answers were refused, and no wrong one was taken."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,10 @@ class Pair:
     kind: str
 
 
-def math_pairs() -> list[Pair]:
-    """All pairs, with the heading under which each stands. The sign ⏎ is a line break in a response."""
+def math_pairs(file: str = FILES[0]) -> list[Pair]:
+    """A file's pairs, with the heading under which each stands. The sign ⏎ is a line break in a response."""
     pairs, kind = [], ""
-    for line in FILE.read_text(encoding="utf-8").splitlines():
+    for line in (FOLDER / file).read_text(encoding="utf-8").splitlines():
         if line.startswith("# "):
             kind = line[2:]
         elif line.strip():

@@ -53,6 +53,8 @@ _ITEM_NUMBER = re.compile(r"^\s*(?:\d{1,2}[.)]\s+|[-*\u2022]\s+|#+\s*)(?=\S)")
 _ITEM_OF_WORDS = re.compile(r"^\s*\d{1,2}[.)]\s+(?=[A-Za-z])")
 _LIST_BETWEEN = re.compile(r"\s*(?:,|;|,?\s*and|,?\s*or)\s*", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[^\d\s.])[.!?](?=\s+[A-Z])|(?<=\d)\.(?=\s+[A-Z])")
+_CLOSING_MARKS = re.compile(r"(?<=[^\s*_`])[*_`]{1,3}(?=\.?\Z)")
+"""The end of bold type before the end of the sentence. An exclamation mark would be read as a factorial."""
 _MAX_WORDS_AFTER = 6
 
 
@@ -67,6 +69,7 @@ def answer_text(found: FinalAnswer) -> str | None:
         return text
     text = _SENTENCE_END.split(text, maxsplit=1)[0] if found.source is Source.marker else _last_sentence(text)
     text = (_ITEM_OF_WORDS if found.source is Source.last_line else _ITEM_NUMBER).sub("", text).strip(" *_`")
+    text = _CLOSING_MARKS.sub("", text)
     if not _words(text):
         return text
     if found.source is Source.last_line and _breaks_off(text):

@@ -22,6 +22,8 @@ _IN = re.compile(r"\\in(?![A-Za-z])")
 _NOT_EQUAL = re.compile(r"\\ne(?![A-Za-z])")
 _NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\s?\(\s?[a-z](?:\s?,\s?[a-z])*\s?\))?")
 _VARIABLE = re.compile(r"\\(?:theta|alpha|beta|lambda|phi)|[A-Za-z](?:_\{?\w+\}?)?")
+_DISTANCE = re.compile(r"\|\s*[A-Za-z]\s*\|")
+_NAMES = re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)")
 _MATRIX = re.compile(r"\s*\\begin\{([pbBvV]?)matrix\*?\}(.*)\\end\{\1matrix\*?\}\s*", re.DOTALL)
 _ARRAY = re.compile(r"\(?\[?\s*\\begin\{array\}\s*(?:\{[^{}]*\})?(.*)\\end\{array\}\s*\)?\]?", re.DOTALL)
 _UNIT_TEXT = re.compile(r"(.*[^\s\\])\s*\\(?:text\{([^{}]*)\}|dollar)\s*(?:\^\s*\{?(-?\d)\}?)?", re.DOTALL)
@@ -213,6 +215,8 @@ def _inequality(text: str) -> Shape | None:
     below = Scalar(r"-\infty")
     if len(parts) == 2:
         left, right = (part.strip() for part in parts)
+        if _DISTANCE.fullmatch(left):
+            return _distance(_pure(right), signs[0])
         if _VARIABLE.fullmatch(left):
             up = signs[0] in (">", r"\ge")
             end, is_open = _pure(right), signs[0] in "<>"
@@ -233,6 +237,17 @@ def _inequality(text: str) -> Shape | None:
 _MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
+def _distance(end: Scalar, sign: str) -> Shape:
+    """``|x| < 3`` as an interval, ``|x| > 3`` as two."""
+    if end.text.startswith("-") or _has_letters(end.text):
+        raise UnreadableError("an absolute value that is compared with no positive number")
+    is_open, mirrored = sign in "<>", Scalar(f"-({end.text})")
+    if sign in ("<", r"\le"):
+        return Span(mirrored, end, is_open, is_open)
+    low = Span(Scalar(r"-\infty"), mirrored, True, is_open)
+    return Region((low, Span(end, Scalar(r"\infty"), is_open, True)))
+
+
 def _not_equal(text: str) -> Shape | None:
     parts = split_outside(text, _NOT_EQUAL)
     if len(parts) != 2 or not _VARIABLE.fullmatch(parts[0].strip()):
@@ -248,9 +263,19 @@ def _equation(text: str) -> Shape | None:
         raise UnreadableError("an equation with an empty side")
     if _NAME.fullmatch(parts[0]):
         return Named(re.sub(r"\s|\(.*\)", "", parts[0]), read("=".join(parts[1:])))
+    if len(parts) == 2 and _NAMES.fullmatch(parts[0]):
+        return _named_tuple(parts[0], read(parts[1]))
     if len(parts) > 2 or not _has_letters(text):
         return _chain(parts)
     return Equation(_pure(parts[0]), _pure(parts[1]))
+
+
+def _named_tuple(names: str, value: Shape) -> Shape:
+    """``(x, y) = (1, 2)`` as ``x = 1, y = 2``."""
+    listed = [name.strip() for name in names[1:-1].split(",")]
+    if not isinstance(value, Items) or value.kind != "tuple" or len(value.items) != len(listed):
+        raise UnreadableError("names without as many values")
+    return Items(tuple(Named(name, one) for name, one in zip(listed, value.items, strict=True)), "list")
 
 
 @dataclass(frozen=True)
