@@ -161,7 +161,7 @@ def test_responses_that_were_cut_off_need_a_marked_answer() -> None:
         return grader.grade([rollout(text, answer, verifier, **how)])[0].reward  # type: ignore[arg-type]
 
     with Grader(RewardConfig(verifiers=["numeric", "exact", "math", COMMAND])) as grader:
-        cut, whole = "The value is 6 * 7 = 42", "6 * 7 = 42.\nAnswer: 42"
+        cut, whole = "The value is 6 * 7 = 42", "6 * 7 = 42.\nAnswer: 42."
         for verifier in ("numeric", "math"):
             assert grade(cut, verifier, "42") == 1.0
             assert grade(cut, verifier, "42", truncated=True) == 0.0
@@ -178,3 +178,25 @@ def test_thinking_that_the_prompt_has_opened() -> None:
         rollouts = [rollout(text, "42", "numeric", opens_thinking=True) for text in texts[:2]]
         graded = grader.grade([*rollouts, rollout(thinking, "42", "numeric")])
         assert [g.reward for g in graded] == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("Answer: 12", 0.0),
+        ("The answer is 12", 0.0),
+        ("Answer: 12.", 1.0),
+        ("**Answer: 12**", 1.0),
+        ("Answer: 12\nI add", 1.0),
+        ("Answer: 12\n", 1.0),
+        ("\\boxed{12}", 1.0),
+        ("<answer>12</answer>", 1.0),
+        ("so 12", 0.0),
+    ],
+)
+def test_an_answer_in_which_a_response_breaks_off_is_none(text: str, reward: float) -> None:
+    """At its token limit "Answer: 12" may have been on its way to 123."""
+    with Grader(RewardConfig(verifiers=["numeric"])) as grader:
+        cut = rollout(text, "12", "numeric", truncated=True, key="cut")
+        whole = rollout(text, "12", "numeric", key="whole")
+        assert [graded.reward for graded in grader.grade([cut, whole])] == [reward, 1.0]

@@ -223,10 +223,19 @@ def _key(rollout: Rollout, share: _Share) -> _Key:
 
 def _response(verifier: Verifier, rollout: Rollout) -> str:
     """The response as its verifier is to see it: with the opening of thinking that stands in the prompt, and
-    empty where it was cut off before it gave an answer."""
+    empty where it was cut off before it gave an answer, or in the middle of it."""
     text = f"<think>{rollout.text}" if rollout.prompt.opens_thinking else rollout.text
     cut = rollout.truncated and verifier.reads_final_answer
-    return "" if cut and final_answer(text).source is Source.last_line else text
+    return "" if cut and _is_open(text) else text
+
+
+def _is_open(text: str) -> bool:
+    """Whether a text that breaks off may break off within its answer: "Answer: 12" may have become 123. A
+    box or tag is closed, and so is what a full stop or a line break follows."""
+    found = final_answer(text)
+    if found.source is Source.marker:
+        return text.endswith(found.text) and found.text[-1].isalnum()
+    return found.source is Source.last_line
 
 
 def _call_here(verifier: Verifier, rollout: Rollout) -> Outcome:

@@ -118,7 +118,8 @@ class RewardConfig:
     Evaluations always grade by the sample's."""
     timeout_seconds: PositiveFloat = 10.0
     """Seconds that a verifier may take for one response. One that takes longer scores it 0, which is counted
-    and logged. ``code`` takes about 0.04 s for each test case, and what the program takes."""
+    and logged. ``code`` takes about 0.04 s for the first test case and 0.01 s for each further one, and what
+    the program takes."""
     num_workers: PositiveInt = 1
     """Worker processes per rank for verifiers that run isolated (``math``, ``code``, ``proof``,
     ``reasoning_gym``, your own)."""

@@ -6,6 +6,9 @@
 ``repr`` of one value to what was stdout; the program's own output goes nowhere. Requests are JSON objects:
 ``{"function": name, "arguments": [...]}`` (a function, or a method of a class ``Solution``), or
 ``{"expression": source}``.
+``inside.py batch LIMITS PATH``: reads ``{"mode": ..., "seconds": ..., "output_bytes": ..., "inputs": [...]}``
+from stdin and runs the program once for each input, each time in a process of its own and an empty folder.
+Writes a line ``STATUS LENGTH`` and the output for each; ends behind the first that runs out of time.
 
 Nothing here is secret, and the program may replace all of it: the process knows no expected value, so that
 the only way to be graded right is to give the right value.
@@ -14,10 +17,13 @@ the only way to be graded right is to give the right value.
 from __future__ import annotations
 
 import binascii
+import contextlib
 import json
 import os
 import resource
+import select
 import sys
+import time
 import types
 
 TYPE_CHECKING = False
@@ -93,6 +99,89 @@ def run_command(source: bytes) -> None:
             write_all(1, file.read())
 
 
+def run_batch(source: bytes, limits: dict[str, int]) -> None:
+    """Returns in the processes that have run the program, and in the first one at the end."""
+    if os.getpid() != 2 or sys.argv[0] != "/inside.py":
+        sys.exit("not in a sandbox, where all other processes must not be ended")
+    task = json.loads(read_all(0))
+    for given in task["inputs"]:
+        stdin = os.memfd_create("stdin")
+        write_all(stdin, given.encode("utf-8"))
+        os.lseek(stdin, 0, os.SEEK_SET)
+        end, start = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.dup2(stdin, 0)
+            os.dup2(start, 1)
+            os.closerange(3, 64)
+            os.setsid()
+            limit(limits)
+            sys.argv[:] = ["program.py"]
+            (run_program if task["mode"] == "program" else run_value)(source)
+            return
+        os.close(stdin)
+        os.close(start)
+        deadline = time.monotonic() + task["seconds"]
+        output = follow(end, deadline, task["output_bytes"])
+        os.close(end)
+        status = settle(child, 0.0 if output is None else deadline)
+        output = output or b""
+        write_all(1, b"%d %d\n" % (status, len(output)) + output)
+        if status == OUT_OF_TIME:
+            return
+        empty(".")
+
+
+OUT_OF_TIME = 152
+"""128 + SIGXCPU, as a shell reports it."""
+
+
+def follow(channel: int, deadline: float, most: int) -> bytes | None:
+    """What a process writes until it closes its end, one byte more than ``most`` at the longest; None where
+    the time is up first."""
+    output = bytearray()
+    while len(output) <= most:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 or not select.select([channel], [], [], remaining)[0]:
+            return None
+        data = os.read(channel, 65536)
+        if not data:
+            break
+        output += data
+    return bytes(output[: most + 1])
+
+
+def settle(child: int, deadline: float) -> int:
+    """Waits for a process until the deadline, and ends it with all others that it has left."""
+    end = os.pidfd_open(child)
+    in_time = bool(select.select([end], [], [], max(0.0, deadline - time.monotonic()))[0])
+    os.close(end)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(-1, 9)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if not in_time or status in (-9, -24):
+        return OUT_OF_TIME
+    return status if status >= 0 else 128 - status
+
+
+def empty(folder: str) -> None:
+    """Removes what a program has left, so that the next one finds nothing."""
+    os.chmod(folder, 0o700)
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            empty(entry.path)
+            os.rmdir(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def read_all(channel: int) -> bytes:
+    data = bytearray()
+    while piece := os.read(channel, 1 << 20):
+        data += piece
+    return bytes(data)
+
+
 def write_all(channel: int, data: bytes) -> None:
     while data:
         data = data[os.write(channel, data) :]
@@ -102,9 +191,11 @@ def main() -> None:
     mode, limits, path = sys.argv[1:4]
     with open(path, "rb") as file:
         source = file.read()
-    sys.argv[:] = ["program.py"]
     sys.path[:] = [folder for folder in sys.path if folder not in ("", "/", os.path.dirname(path))]
+    if mode == "batch":
+        return run_batch(source, json.loads(limits))
     limit(json.loads(limits))
+    sys.argv[:] = ["program.py"]
     {"program": run_program, "value": run_value, "command": run_command}[mode](source)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from copd_megatron.rewards import sandbox
@@ -20,6 +20,8 @@ from copd_megatron.rewards.fenced import last_block
 from copd_megatron.rewards.metadata import setting
 from copd_megatron.rewards.registry import register
 
+_BATCH = 25
+"""Cases that share a sandbox."""
 _PYTHON = frozenset({"", "python", "python3", "py"})
 
 
@@ -27,9 +29,10 @@ _PYTHON = frozenset({"", "python", "python3", "py"})
 def code(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     """1.0 if the last Python block of the response passes all cases of the sample.
 
-    Every case runs in a process and a sandbox of its own (``rewards/sandbox``), which gets the input and
-    never the expected result: that is compared here. A program passes a case if it ends with status 0
-    within its limits and gives the expected output or value.
+    Every case runs in a process of its own in a sandbox (``rewards/sandbox``), which gets the input and never
+    the expected result: that is compared here. The first case has a sandbox of its own, since most wrong
+    programs fail there; later ones share theirs with up to 24 others (``sandbox.run_batch``). A program
+    passes a case if it ends with status 0 within its limits and gives the expected output or value.
 
     ``answer``, or metadata ``tests``: the cases as JSON, see ``code_cases.read_cases``. metadata: ``partial``
     (default false; true: the share of cases passed), ``tolerance`` (1e-6, relative and absolute, for
@@ -51,11 +54,16 @@ def code(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     tolerance = float(setting(metadata, "tolerance", 1e-6))
     partial = bool(setting(metadata, "partial", False))
     passed = 0
-    for case in cases:
-        result = _run(program, case, limits)
-        good = result.ended is sandbox.Ended.ok and _is_right(result.output, case, tolerance)
-        passed += good
-        if not good and (not partial or result.ended is sandbox.Ended.time):
+    for start in (0, *range(1, len(cases), _BATCH)):
+        batch = cases[start : start + _BATCH] if start else cases[:1]
+        results = _run(program, batch, limits)
+        good = [
+            result.ended is sandbox.Ended.ok and _is_right(result.output, case, tolerance)
+            for result, case in zip(results, batch, strict=False)
+        ]
+        passed += sum(good)
+        is_out_of_time = any(result.ended is sandbox.Ended.time for result in results)
+        if (not partial and not all(good)) or is_out_of_time or len(good) < len(batch):
             break
     return passed / len(cases) if partial else float(passed == len(cases))
 
@@ -65,12 +73,16 @@ def last_program(response: str) -> str | None:
     return last_block(response, _PYTHON)
 
 
-def _run(program: str, case: Case, limits: sandbox.Limits) -> sandbox.Result:
+def _run(program: str, cases: Sequence[Case], limits: sandbox.Limits) -> list[sandbox.Result]:
+    """Results of the cases, in order; fewer where one runs out of time. All are of one mode, unless
+    a sample mixes them, which its layouts do not."""
     source = program.encode("utf-8", "replace")
-    if isinstance(case, Output):
-        return sandbox.run(source, stdin=case.stdin.encode("utf-8", "replace"), limits=limits)
-    request = json.dumps(case.request).encode("ascii")
-    return sandbox.run(source, stdin=request, mode="value", limits=limits)
+    mode = "program" if isinstance(cases[0], Output) else "value"
+    inputs = [case.stdin if isinstance(case, Output) else json.dumps(case.request) for case in cases]
+    if len(inputs) == 1:
+        stdin = inputs[0].encode("utf-8", "replace")
+        return [sandbox.run(source, stdin=stdin, mode=mode, limits=limits)]
+    return sandbox.run_batch(source, inputs, mode=mode, limits=limits)
 
 
 def _is_right(output: bytes, case: Case, tolerance: float) -> bool:
