@@ -14,6 +14,7 @@ from tests.support.commands import copd
 from tests.support.domains import make_domains
 from tests.support.models import make_model
 
+UNEVEN = ("branches.alpha.parallel.tensor_model_parallel_size=2",)
 MERGED = "copd/merged_accuracy/"
 
 
@@ -64,5 +65,8 @@ def test_the_mean_is_measured_and_nothing_else_changes(tmp_path: Path) -> None:
     for domain in ("alpha", "beta"):
         assert measured[-1][MERGED + domain] == table[domain], "the last step's mean is the merged model"
     assert not (tmp_path / "measured/mean_as_it_is").exists()
+    uneven = run(tmp_path, "uneven", "evaluation.merged=true", *UNEVEN)
+    assert all({MERGED + "alpha", MERGED + "beta"} <= step.keys() for step in uneven)
+    assert not (tmp_path / "uneven/mean_as_it_is").exists()
     samples = tmp_path / "measured/samples/alpha"
     assert (samples / "merged-000001.jsonl.gz").is_file() and (samples / "merged-000002.jsonl.gz").is_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from copd_megatron.branch.live_mean import load_live_mean
 from copd_megatron.branch.state import Branch
 from copd_megatron.branch.update import sync_weights
 from copd_megatron.branch.validation import beside_the_step, load_folder, shared_model
@@ -46,20 +47,24 @@ def mean_as_it_is(me: Branch) -> Accuracies:
     """Accuracy of the mean of the branches with their present weights: what a user would get of the run now.
     Collective over all branches, whose engines have their own weights again afterwards.
 
-    The mean takes a detour over the run directory, where nothing is left of it. Empty with a single trained
-    branch, which has no other to be merged with.
+    The mean goes from actors to engines directly; where the branches' layouts do not allow that, it takes a
+    detour over the run directory, where nothing is left of it. Empty with a single trained branch, which has
+    no other to be merged with.
     """
-    if len(trained_branches(me)) < 2:
+    branches = trained_branches(me)
+    if len(branches) < 2:
         return {}
     folder = me.run_dir / "mean_as_it_is"
     with beside_the_step(me):
-        export_branch(me, folder / me.name)
-        me.world.barrier("export")
-        load_folder(me, merge_branches(me, folder))
+        live = load_live_mean(me, branches)
+        if not live:
+            export_branch(me, folder / me.name)
+            me.world.barrier("export")
+            load_folder(me, merge_branches(me, folder))
     rows = shared_model(me, MERGED)
     with beside_the_step(me):
         sync_weights(me)
         me.world.barrier("mean evaluated")
-        if me.world.is_first:
+        if me.world.is_first and not live:
             shutil.rmtree(folder)
     return rows

@@ -96,7 +96,8 @@ class EvaluationConfig:
     """Steps between evaluations during training. 0: at the start and at the end only."""
     merged: bool = False
     """Evaluate the mean of the branches as they are, too, at every evaluation during training
-    (``every_steps``). Writes and merges an export of every branch each time, to the run directory."""
+    (``every_steps``). The mean goes from the branches to their engines directly; only where their pipelines
+    differ are an export of every branch and their merge written to the run directory each time."""
     max_prompts: PositiveInt | None = None
     """Validation prompts per domain, spread evenly over its shards. Null: all."""
     num_generations_per_prompt: PositiveInt = 1
