@@ -26,9 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "untrusted": set(),
     # settings, files of models, pure functions
     "hf": {"errors", "model"},
-    "config": {"errors", "hf", "model", "plugins"},
+    "config": {"errors", "hf", "model", "plugins", "untrusted"},
     "objectives": {"config", "errors", "records"},
-    "rewards": {"config", "errors", "records"},
+    "rewards": {"config", "errors", "records", "untrusted"},
     "metrics": {"config", "errors", "untrusted"},
     "topology": {"config", "errors"},
     "planner": {"config", "errors", "model", "records"},
@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "plugins",
         *("checkpoint", "config", "data", "errors", "evaluation", "hf", "launch", "merge", "metrics"),
         *("model", "objectives", "opd", "policy", "records", "report", "rewards", "rollout", "topology"),
-        *("samples", "weight_sync"),
+        *("samples", "untrusted", "weight_sync"),
     },
 }
 """Room to the other rooms it builds on. A room not named here (the loop, the command line) may use all, and

@@ -19,8 +19,9 @@ from copd_megatron.records import MediaRef, Prompt, Rollout
 from copd_megatron.samples.files import Selection, read_samples, write_samples
 from copd_megatron.samples.log import SampleLog
 from copd_megatron.samples.record import Kind, Sample, Verdict, from_line, to_line
-from copd_megatron.samples.show import shown, token_style, visible
+from copd_megatron.samples.show import shown, token_style
 from copd_megatron.samples.text import prompt_text, token_texts
+from copd_megatron.untrusted.visible import visible
 from tests.support.byte_tokenizer import byte_tokenizer
 
 IMAGE_PAD, END = "<|image_pad|>", "<|im_end|>"

@@ -13,6 +13,7 @@ from copd_megatron.evaluation.run import Accuracies
 from copd_megatron.evaluation.table import table_title
 from copd_megatron.report.curves import write_report
 from copd_megatron.report.page import write_page
+from copd_megatron.untrusted.visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +42,12 @@ def finish(me: Branch, table: Accuracies) -> Accuracies:
         if me.world.is_first:
             logger.info("validation accuracy of %s: see %s", ", ".join(table), me.run_dir / "evaluation.txt")
             # for the person who waits: lines of a log would be too wide to read
-            print(f"\n{table_title(table)}\n\n{text}\n", flush=True)
+            print(visible(f"\n{table_title(table)}\n\n{text}\n"), flush=True)
     if me.world.is_first and num_steps(config.schedule):
         behaviour, picture = write_report(me.run_dir)
         if behaviour:
-            print(f"how alike the branches are\n\n{behaviour}\n", flush=True)
-        print(f"curves: {picture}", flush=True)
+            print(visible(f"how alike the branches are\n\n{behaviour}\n"), flush=True)
+        print(visible(f"curves: {picture}"), flush=True)
         _write_page(me.run_dir)
     return table
 
@@ -59,4 +60,4 @@ def _write_page(run_dir: Path) -> None:
     except (OSError, ValueError) as error:
         logger.warning("no page: %s; copd report %s writes it", error, run_dir)
     else:
-        print(f"page: {page}", flush=True)
+        print(visible(f"page: {page}"), flush=True)

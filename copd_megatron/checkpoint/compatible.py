@@ -11,6 +11,7 @@ import yaml
 
 from copd_megatron.config import Config, ConfigError, to_yaml
 from copd_megatron.config.schema import BranchConfig
+from copd_megatron.untrusted.yaml_text import load_yaml
 
 WITHOUT_EFFECT: Final = (
     "run.name",
@@ -56,8 +57,8 @@ FIXED: Final = ("run.seed", "branches.*.frozen", "branches.*.data.shuffle")
 
 def differences(saved: str, config: Config) -> dict[str, tuple[Any, Any]]:
     """Settings that differ, dotted key to (value when saved, value now)."""
-    then = _defaults(config) | _flat(yaml.safe_load(saved))
-    now = _flat(yaml.safe_load(to_yaml(config)))
+    then = _defaults(config) | _flat(load_yaml(saved))
+    now = _flat(load_yaml(to_yaml(config)))
     return {
         key: (then.get(key), now.get(key))
         for key in sorted(then.keys() | now.keys())
@@ -79,8 +80,8 @@ def check_compatible(saved: str, config: Config, *, where: str) -> list[str]:
         ConfigError: the branches, the seed or another setting differ that the saved state is bound to.
     """
     try:
-        branches = list(yaml.safe_load(saved)["branches"])
-    except (yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
+        branches = list(load_yaml(saved)["branches"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{where}: the settings in its manifest cannot be read ({error!r}); use another checkpoint"
         ) from error
@@ -107,7 +108,7 @@ def check_compatible(saved: str, config: Config, *, where: str) -> list[str]:
 def _defaults(config: Config) -> dict[str, Any]:
     """Settings that an earlier release did not have yet were at their defaults, whatever they are now."""
     branches = {name: BranchConfig() for name in config.branches}
-    return _flat(yaml.safe_load(to_yaml(Config(branches=branches))))
+    return _flat(load_yaml(to_yaml(Config(branches=branches))))
 
 
 def _matches(key: str, patterns: tuple[str, ...]) -> bool:

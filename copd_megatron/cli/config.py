@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import click
 
 from copd_megatron.cli.group import Command
-from copd_megatron.cli.output import reader_may_leave
+from copd_megatron.cli.output import reader_may_leave, say
 from copd_megatron.config import Config, load_config
 from copd_megatron.config.reference import find_settings, markdown, shown_value, values_of
 from copd_megatron.config.texts import Setting
@@ -43,7 +43,7 @@ def command(
         raise click.ClickException(f"no setting mentions {word!r}")
     with reader_may_leave():
         if as_page:
-            print(markdown(), end="")
+            say(markdown(), end="")
         else:
             for setting in found:
                 _print(setting, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 
 EXAMPLES = """
     copd doctor
@@ -22,5 +23,5 @@ def command(as_json: bool) -> int:
     from copd_megatron.launch.doctor import report
 
     found = report()
-    print(found.to_json() if as_json else found.to_text())
+    say(found.to_json() if as_json else found.to_text())
     return 0

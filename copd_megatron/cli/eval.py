@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import PATH, log_plainly
 from copd_megatron.config import load_config
 from copd_megatron.errors import ConfigError
@@ -101,9 +102,9 @@ def write_tables(verdicts: Mapping[str, Sequence[PromptVerdicts]], folder: Path,
     }
     papers = paper_tables(published(), shares)
     texts = [render_table(rows, summary.domains, num_prompts=counts), to_text(summary)]
-    print("\n\n".join([*texts, *(table.to_text() for table in papers)]) + "\n")
+    say("\n\n".join([*texts, *(table.to_text() for table in papers)]) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(to_json(summary) + "\n", encoding="utf-8")
     markdown = [to_markdown(summary), *(table.to_markdown() for table in papers)]
     (folder / "evaluation.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
-    print(f"written: {folder / 'evaluation.md'}, {folder / 'evaluation.json'}")
+    say(f"written: {folder / 'evaluation.md'}, {folder / 'evaluation.json'}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from copd_megatron.cli.group import Command
-from copd_megatron.cli.output import reader_may_leave
+from copd_megatron.cli.output import reader_may_leave, say
 from copd_megatron.cli.parameters import PATH
 from copd_megatron.metrics.rank_log import Selection, check_selection, follow, merged
 
@@ -39,5 +39,5 @@ def command(run_dir: Path, branch: str | None, rank: int | None, level: str | No
     check_selection(run_dir, selection)
     with reader_may_leave():
         for line in (follow if follows else merged)(run_dir, selection):
-            print(line, flush=follows)
+            say(line, flush=follows)
     return 0

@@ -11,6 +11,7 @@ import click
 
 from copd_megatron import __version__
 from copd_megatron.cli.group import LazyGroup
+from copd_megatron.cli.output import say
 from copd_megatron.errors import EXIT_HOPELESS, CheckpointError, is_hopeless
 
 COMPLETE: Final = "_COPD_COMPLETE"
@@ -117,7 +118,7 @@ def _run(arguments: list[str]) -> int:
     except click.ClickException as error:
         where: click.Context | None = getattr(error, "ctx", None)
         hint = f" Try: {where.command_path} --help" if where is not None else ""
-        print(f"copd: {error.format_message()}{hint}", file=sys.stderr)
+        say(f"copd: {error.format_message()}{hint}", file=sys.stderr)
         return EXIT_MISTAKE
     return status if isinstance(status, int) else 0
 
@@ -129,7 +130,7 @@ def _told(error: Exception, status: int) -> int:
     message = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         message = f"{error.filename}: {error.strerror}"
-    print(f"copd: {message}", file=sys.stderr)
+    say(f"copd: {message}", file=sys.stderr)
     return status
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import click
 
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import COUNT, Size, log_plainly
 from copd_megatron.cli.progress import byte_bar
 from copd_megatron.errors import ConfigError
@@ -165,7 +166,7 @@ def _merge(recipe: MergeRecipe, out: str, work: _Work, rank: int, world_size: in
         )
     if rank == 0:
         kept = f", {outcome.kept_shards} shards kept" if outcome.kept_shards else ""
-        print(
+        say(
             f"wrote {out}: {outcome.num_tensors} tensors, {outcome.num_bytes / 1e9:.2f} GB "
             f"in {outcome.seconds:.1f} s{kept}"
         )
@@ -177,7 +178,7 @@ def _report(recipe: MergeRecipe, flags: MergeFlags, work: _Work, stem: str) -> N
     base = flags.base or recipe.base
     assert base is not None  # asked for before the merge
     if flags.base is None and recipe.method == "slerp":
-        print(f"no --base: movements are measured from {base}, the model that slerp starts from")
+        say(f"no --base: movements are measured from {base}, the model that slerp starts from")
     with byte_bar("measuring") as progress:
         found = branch_distances(
             base,
@@ -186,8 +187,8 @@ def _report(recipe: MergeRecipe, flags: MergeFlags, work: _Work, stem: str) -> N
             allow=work.allow,
             progress=progress,
         )
-    print(found.to_text())
-    print("wrote " + ", ".join(str(path) for path in found.write(stem)))
+    say(found.to_text())
+    say("wrote " + ", ".join(str(path) for path in found.write(stem)))
 
 
 @contextmanager

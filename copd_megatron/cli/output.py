@@ -1,4 +1,4 @@
-"""Long output to a terminal or a pipe."""
+"""Output to a terminal or a pipe: harmless, and as long as somebody reads it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
+
+from copd_megatron.untrusted.visible import visible
+
+
+def say(text: object = "", *, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
+    """Prints text, whoever wrote parts of it: control characters are shown, not sent to the terminal."""
+    print(visible(str(text)), file=file, end=end, flush=flush)
 
 
 @contextmanager

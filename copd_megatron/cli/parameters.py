@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from copd_megatron.untrusted.visible import visible
+
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 PATH: click.Path = click.Path(path_type=Path)
@@ -43,7 +45,16 @@ class Size(click.ParamType):
 def log_plainly() -> None:
     """Sends what the package logs to standard error, message by message, for commands without a run's
     logs."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Plain("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+class _Plain(logging.Formatter):
+    """The message alone, harmless for a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def step_range(option: str, text: str) -> tuple[int, int]:

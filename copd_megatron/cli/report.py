@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import COUNT, PATH
 
 EXAMPLES = """
@@ -55,7 +56,7 @@ def command(
     target = out or run_dirs[0] / "report.html"
     options = PageOptions(num_samples=num_samples, refresh_seconds=follow)
     write_page(run_dirs, target, options)
-    print("\n".join([*parts, f"page: {target}"]), flush=True)
+    say("\n".join([*parts, f"page: {target}"]), flush=True)
     while follow is not None:
         time.sleep(follow)
         write_page(run_dirs, target, options)

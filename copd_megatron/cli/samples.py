@@ -52,6 +52,7 @@ def command(
 
     from copd_megatron.samples.files import Selection, read_samples
     from copd_megatron.samples.record import Kind, Verdict, to_line
+    from copd_megatron.untrusted.visible import visible_json
 
     selection = Selection(
         steps=None if steps is None else step_range("--step", steps),
@@ -65,7 +66,7 @@ def command(
     with reader_may_leave():
         if as_json:
             for sample in newest:
-                print(to_line(sample))
+                print(visible_json(to_line(sample)))
         else:
             _show(newest)
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import PATH, step_range
 from copd_megatron.metrics.timeline import write_trace
 
@@ -30,5 +31,5 @@ def command(run_dir: Path, steps: str | None, out: Path | None) -> int:
     path, summary = write_trace(
         run_dir, out, steps=step_range("--steps", steps) if steps is not None else None
     )
-    print(f"{summary}\nwrote {path}; open it at https://ui.perfetto.dev or chrome://tracing")
+    say(f"{summary}\nwrote {path}; open it at https://ui.perfetto.dev or chrome://tracing")
     return 0

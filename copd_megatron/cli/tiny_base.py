@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import COUNT, PATH
 from copd_megatron.cli.progress import StepLines
 
@@ -48,7 +49,7 @@ def command(kind: str, out: Path, data: Path | None, seed: int, steps: int | Non
     except TinyBaseError as error:
         raise click.ClickException(str(error)) from error
     ending = f"made in {time.monotonic() - started:.0f} s" if made else "is there already"
-    print(f"{out}: tiny base model {ending}")
+    say(f"{out}: tiny base model {ending}")
     return 0
 
 
@@ -71,7 +72,7 @@ def _make_data(folder: Path, recipe: TextBase | VisualBase) -> None:
         names, made = ", ".join(recipe.names), make_visual_data(folder, recipe)
     else:
         names, made = ", ".join(domain.name for domain in recipe.domains), make_data(folder, recipe)
-    print(f"{folder}: shards of {names} {'written' if made else 'are there already'}", flush=True)
+    say(f"{folder}: shards of {names} {'written' if made else 'are there already'}", flush=True)
 
 
 def _make_base(folder: Path, recipe: TextBase | VisualBase, seed: int) -> bool:

@@ -7,6 +7,7 @@ import os
 import click
 
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import OVERRIDES
 from copd_megatron.config import load_config, read_model_shapes, validate
 from copd_megatron.launch.rank_process import take_one_interrupt
@@ -43,7 +44,7 @@ def command(config: str, overrides: tuple[str, ...], dry_run: bool) -> int:
     if dry_run:
         from copd_megatron.launch.dry_run import dry_run as description
 
-        print(description(settings, num_samples=check_inputs(settings)))
+        say(description(settings, num_samples=check_inputs(settings)))
         return 0
     if world_size is None:
         from copd_megatron.launch.torchrun import become_torchrun

@@ -34,6 +34,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from copd_megatron.config.bounds import FilePath, annotated_hints, limits_of
+from copd_megatron.config.interpolation import check_interpolations
 from copd_megatron.config.scalars import Scalar, parse_yaml
 from copd_megatron.config.schema import BranchConfig, Config
 from copd_megatron.config.typecheck import Field, check_value, root_field, unknown_key
@@ -196,6 +197,7 @@ def _build(raw: dict[str, Any], origin: str) -> Config:
     defaults = settings.pop(BRANCH_DEFAULTS, None) or {}
     branches = settings.get("branches") or {}
     settings["branches"] = {name: _overlay(defaults, branch or {}) for name, branch in branches.items()}
+    check_interpolations(settings, origin)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(settings))
         config = OmegaConf.to_object(merged)  # resolves interpolations; resolve() would do so twice

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from copd_megatron.untrusted.yaml_text import load_yaml
+
 _NULL = ("", "~", "null", "Null", "NULL")
 _BOOLEANS = {
     **dict.fromkeys(("true", "yes", "on", "y", "1"), True),
@@ -69,10 +71,10 @@ def parse_yaml(text: str) -> Any:
     """One document as dictionaries, lists and ``Scalar``; None if it is empty.
 
     Raises:
-        yaml.YAMLError: not valid YAML, or a duplicate key.
+        yaml.YAMLError: not valid YAML, a duplicate key, or aliases that stand for too much.
         RecursionError: nested hundreds of levels deep.
     """
-    return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader: makes nothing but plain values
+    return load_yaml(text, _Loader)
 
 
 def as_bool(text: str) -> bool:

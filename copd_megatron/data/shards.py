@@ -266,20 +266,23 @@ class ShardSet:
         return index
 
     def _read(self, index: ShardIndex, member: Member) -> bytes:
-        # Opened for each read: no descriptors to share or leak, thread-safe, and cheap compared with a step.
-        try:
-            with open(index.path, "rb", buffering=0) as file:
-                file.seek(member.offset)
-                data = bytearray()
-                while len(data) < member.size and (chunk := file.read(member.size - len(data))):
-                    data += chunk
-        except OSError as error:
-            raise DataError(f"shard {index.path}: cannot be read any more ({error}). Put it back.") from error
-        if len(data) < member.size:
-            raise DataError(
-                f"shard {index.path}: became shorter while in use. Do not change it during a run."
-            )
-        return bytes(data)
+        return read_bytes(index.path, member)
+
+
+def read_bytes(path: Path, member: Member) -> bytes:
+    """Bytes of a member of a shard. Raises DataError: the shard cannot be read any more, or has changed."""
+    # Opened for each read: no descriptors to share or leak, thread-safe, and cheap compared with a step.
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(member.offset)
+            data = bytearray()
+            while len(data) < member.size and (chunk := file.read(member.size - len(data))):
+                data += chunk
+    except OSError as error:
+        raise DataError(f"shard {path}: cannot be read any more ({error}). Put it back.") from error
+    if len(data) < member.size:
+        raise DataError(f"shard {path}: became shorter while in use. Do not change it during a run.")
+    return bytes(data)
 
 
 def check_shards(patterns: Sequence[str], verifiers: Collection[str] | None = None) -> ShardSet:

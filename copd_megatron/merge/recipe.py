@@ -37,6 +37,7 @@ import yaml
 from copd_megatron.config.typecheck import join, unknown_key
 from copd_megatron.errors import ConfigError
 from copd_megatron.merge.parameters import Scalar, check_setting, evaluate, is_scalar
+from copd_megatron.untrusted.yaml_text import load_yaml
 
 METHODS: dict[str, dict[str, set[str]]] = {
     "linear": {"model": {"weight"}, "shared": {"normalize"}},
@@ -262,7 +263,7 @@ def read_recipe(path: str | Path, *, seed: int = 0) -> MergeRecipe:
     """
     origin = str(path)
     try:
-        raw = yaml.safe_load(Path(path).read_bytes())
+        raw = load_yaml(Path(path).read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):

@@ -25,6 +25,8 @@ from typing import IO
 import yaml
 
 from copd_megatron.errors import ConfigError, is_hopeless
+from copd_megatron.untrusted.visible import visible
+from copd_megatron.untrusted.yaml_text import load_yaml
 
 LOGS = "logs"
 CONFIG = "config.yaml"
@@ -72,7 +74,7 @@ class RankFormatter(logging.Formatter):
         subject = _subject(record)
         place = self._place if subject is None else f"{subject}, rank {self._place.rank}"
         prefix = f"{when} {record.levelname:<7} [{place}] "
-        return "\n".join(prefix + line for line in super().format(record).splitlines())
+        return "\n".join(prefix + line for line in visible(super().format(record)).splitlines())
 
 
 class ConsoleFormatter(logging.Formatter):
@@ -90,7 +92,7 @@ class ConsoleFormatter(logging.Formatter):
             prefix = f"{when} {record.levelname} [{self._place}] "
         if record.name.partition(".")[0] != _OURS:
             prefix += f"{record.name}: "
-        return "\n".join(prefix + line for line in super().format(record).splitlines())
+        return "\n".join(prefix + line for line in visible(super().format(record)).splitlines())
 
 
 class _RankFile(logging.FileHandler):
@@ -275,9 +277,9 @@ def _branch_of(path: Path) -> str | None:
 def _configured_branches(folder: Path) -> list[str]:
     """The branches of the run's resolved configuration; none before it is written."""
     try:
-        settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = load_yaml((folder / CONFIG).read_text(encoding="utf-8"))
         return list(settings["branches"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
         return []
 
 

@@ -25,7 +25,7 @@ from copd_megatron.report.scores import ScoreTable, score_table
 from copd_megatron.report.thumbnails import Thumbnails
 from copd_megatron.samples.files import read_samples
 from copd_megatron.samples.record import Kind, Sample
-from copd_megatron.samples.show import visible
+from copd_megatron.untrusted.visible import visible
 
 _SHADES = 5
 """Strengths of a token's colour."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,10 +18,12 @@ from copd_megatron.data.decode.limits import PixelArray
 from copd_megatron.data.decode.video import decode_video
 from copd_megatron.data.media import VIDEO, content_hash
 from copd_megatron.data.remote import is_remote
-from copd_megatron.data.shards import expand_patterns
+from copd_megatron.data.shards import ShardIndex, expand_patterns, index_shard, read_bytes
 from copd_megatron.errors import BadSampleError, DataError
 
 _SIDE = 128
+_MAX_BYTES = 256 << 20
+"""Of a file that is worth a picture of 128 pixels."""
 _VIDEO = MediaConfig(min_frames=4, max_frames=4)
 
 
@@ -36,6 +37,7 @@ class Thumbnails:
             for part, patterns in (("train", domain.train), ("validation", domain.validation)):
                 self._paths |= {(f"{domain.name}/{part}", p.stem): p for p in _local(patterns)}
         self._known: dict[str, str | None] = {}
+        self._indexes: dict[Path, ShardIndex] = {}
 
     def uri(self, medium: Mapping[str, str]) -> str | None:
         """A ``data:`` address of a JPEG of at most 128 pixels a side; of a video, four frames in a row."""
@@ -50,12 +52,22 @@ class Thumbnails:
         if path is None:
             return None
         try:
-            with tarfile.open(path) as shard:
-                member = shard.extractfile(f"{medium['key']}.{medium['extension']}")
-                data = None if member is None else member.read()
-        except (OSError, KeyError, tarfile.TarError):
+            index = self._index(path)
+            member = (
+                index.find(medium["key"], medium["extension"]) if medium["key"] in index.samples else None
+            )
+            if member is None or member.size > _MAX_BYTES:
+                return None
+            data = read_bytes(path, member)
+        except (OSError, DataError):
             return None
-        return data if data is not None and content_hash(data) == medium["content_hash"] else None
+        return data if content_hash(data) == medium["content_hash"] else None
+
+    def _index(self, path: Path) -> ShardIndex:
+        """By the headers of the tar alone: a compressed one, which could expand to anything, is refused."""
+        if path not in self._indexes:
+            self._indexes[path] = index_shard(path)
+        return self._indexes[path]
 
 
 def _local(patterns: Sequence[str]) -> list[Path]:

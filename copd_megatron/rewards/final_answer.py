@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from dataclasses import dataclass
 from enum import Enum
+
+from copd_megatron.untrusted.unicode_text import nfkc
 
 _MARKER = re.compile(
     r"\banswer(?:\*\*)?(?:[ \t]+is(?:[ \t]*[:\uff1a])?|[ \t]*[:\uff1a])(?:\*\*)?", re.IGNORECASE
@@ -174,7 +175,7 @@ def normalize(answer: str, *, case_sensitive: bool = False) -> str:
     Unicode compatibility forms, runs of white space, one layer each of ``$...$``, ``\text{...}``,
     ``**...**``, backticks and quotation marks, a full stop at the end, and (by default) letter case.
     """
-    text = _SPACES.sub(" ", unicodedata.normalize("NFKC", answer)).strip()
+    text = _SPACES.sub(" ", nfkc(answer)).strip()
     for opening, closing in (("$", "$"), ("\\(", "\\)"), ("\\text{", "}"), ("**", "**"), ("`", "`")):
         text = _unwrap(text, opening, closing)
     if text.endswith(".") and not text.endswith(".."):

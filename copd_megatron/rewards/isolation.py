@@ -28,7 +28,9 @@ no more to replace a worker than to use it:
   writing waits without a limit.
 - Workers die with the trainer: the kernel tells the fork server, which kills what it has forked.
 - A worker has an environment of six harmless variables, an empty scratch folder that is removed when it ends,
-  no descriptor of the trainer's, nothing to print to, and limits on memory, files and core dumps.
+  no descriptor of the trainer's, nothing to print to, and limits on memory, files and core dumps. Verifiers
+  of one rank take at most (``num_workers`` + 4) x 2 GiB together: ``_MAX_SLOW`` calls may run beside the
+  workers, and ``worker.MAX_DATA_BYTES`` bounds each.
 
 **What does not hold**, and needs a sandbox: code that a verifier does execute runs as the trainer's user. It
 can read and write that user's files, use the network, signal its processes, and grade *its own* response. The
@@ -59,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 _SLOW_SHARE = 0.1
 """Of its time limit: a call that has taken this long no longer keeps the next one from starting."""
-_MAX_SLOW = 8
+_MAX_SLOW = 4
 """How many slow calls may run beside the ``num_workers`` others."""
 _MAX_RESTARTS = 3
 _PATIENCE = 3.0

@@ -22,7 +22,7 @@ from typing import Any
 from copd_megatron.rewards import registry
 from copd_megatron.rewards.guard import Guard
 
-MAX_DATA_BYTES = 4 * 2**30
+MAX_DATA_BYTES = 2 * 2**30
 """A verifier that asks for more memory gets a MemoryError and its sample scores 0."""
 MAX_FILE_BYTES = 64 * 2**20
 """Largest file that a verifier can write into its scratch folder."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from rich.text import Text
 
 from copd_megatron.samples.record import Sample, Verdict
+from copd_megatron.untrusted.visible import visible
 
 _STYLES = {
     Verdict.right: "bold green",
@@ -15,7 +15,6 @@ _STYLES = {
     Verdict.wrong: "bold red",
     Verdict.ungraded: "bold magenta",
 }
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _STRONG, _CLEAR = 2.0, 0.5
 """|log-ratio| in nats from which a token is coloured strongly, or at all."""
 
@@ -30,13 +29,10 @@ def shown(sample: Sample) -> Iterator[Text]:
     """
     yield _header(sample)
     yield Text.assemble(("prompt    ", "dim"), visible(sample.prompt))
-    yield Text.assemble(("gold      ", "dim"), visible(sample.gold), (f"  ({sample.verifier})", "dim"))
+    yield Text.assemble(
+        ("gold      ", "dim"), visible(sample.gold), (f"  ({visible(sample.verifier)})", "dim")
+    )
     yield Text.assemble(("response  ", "dim"), *_response(sample))
-
-
-def visible(text: str) -> str:
-    """Text whose control characters, line breaks and tabs apart, are written as ``\\x1b``."""
-    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def token_style(ratio: float | None) -> str:
@@ -51,8 +47,8 @@ def _header(sample: Sample) -> Text:
     reward = "" if sample.reward is None else f" {sample.reward:g}"
     about = [
         f"step {sample.step}",
-        sample.model,
-        sample.edge or sample.kind.value,
+        visible(sample.model),
+        visible(sample.edge or sample.kind.value),
         visible(sample.prompt_id),
         f"response {sample.sample_index}",
         f"{sample.num_response_tokens} tokens" + (", truncated" if sample.truncated else ""),

@@ -12,7 +12,7 @@ import click
 
 from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, step_folders
 from copd_megatron.cli.group import Command
-from copd_megatron.cli.output import reader_may_leave
+from copd_megatron.cli.output import reader_may_leave, say
 from copd_megatron.cli.parameters import COUNT, PATH
 
 EXAMPLES = """
@@ -55,7 +55,7 @@ def command(path: Path, verify: bool, files: bool, tensors: bool, threads: int, 
             try:
                 record = inspection.describe_checkpoint(folder, verify=verify, threads=threads)
             except CheckpointError as error:  # told, and the run's other checkpoints are shown all the same
-                print(f"copd: {error}", file=sys.stderr)
+                say(f"copd: {error}", file=sys.stderr)
                 status = 1
                 continue
             _print(record, inspection.checkpoint_lines(record, files=files), as_json)
@@ -79,7 +79,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
 def _print(record: Any, lines: Iterable[str], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(record, indent=1))
+        say(json.dumps(record, indent=1))
         return
     for line in lines:
-        print(line)
+        say(line)

@@ -8,6 +8,7 @@ import click
 
 from copd_megatron.cli.checkpoint.options import DTYPE
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import PATH, Size
 from copd_megatron.cli.progress import ProgressLine
 
@@ -52,5 +53,5 @@ def command(
             shard_bytes=shard_bytes or SHARD_BYTES,
             progress=progress,
         )
-    print(f"wrote {target}: {progress.summary()}")
+    say(f"wrote {target}: {progress.summary()}")
     return 0

@@ -8,6 +8,7 @@ import click
 
 from copd_megatron.cli.checkpoint.options import DTYPE
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import PATH
 from copd_megatron.cli.progress import ProgressLine
 
@@ -34,5 +35,5 @@ def command(source: Path, target: Path, dtype: str | None) -> int:
 
     with ProgressLine() as progress:
         hf_to_megatron(source, target, dtype=getattr(torch, dtype) if dtype else None, progress=progress)
-    print(f"wrote {target}: {progress.summary()}")
+    say(f"wrote {target}: {progress.summary()}")
     return 0

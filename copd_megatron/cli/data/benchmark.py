@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import PATH, log_plainly
 from copd_megatron.data.convert.benchmarks.table import BENCHMARKS
 from copd_megatron.data.convert.benchmarks.write import convert_benchmark
@@ -37,9 +38,9 @@ def command(name: str, sources: tuple[Path, ...], out: Path, media_root: Path | 
     log_plainly()
     paths = convert_benchmark(name, sources, out, media_root=media_root, overwrite=overwrite)
     benchmark = BENCHMARKS[name]
-    print(f"{benchmark.count} questions in {len(paths)} shard(s): {out / name}-validation-*.tar")
+    say(f"{benchmark.count} questions in {len(paths)} shard(s): {out / name}-validation-*.tar")
     if benchmark.num_generations > 1:
-        print(
+        say(
             f"measure it with evaluation.num_generations_per_prompt={benchmark.num_generations} "
             "evaluation.temperature=1"
         )

@@ -9,6 +9,7 @@ import click
 
 from copd_megatron.cli.data.options import shard_options
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import COUNT, PATH, log_plainly
 from copd_megatron.data.convert.public import Conversion, convert_public
 from copd_megatron.data.convert.public_sets import LAYOUTS
@@ -60,7 +61,7 @@ def command(
         num_workers=workers,
     )
     domain = convert_public(sources, out, name, conversion, **options)
-    print(domain.written.describe(out))
+    say(domain.written.describe(out))
     for reason, count in sorted(domain.skipped.items()):
-        print(f"  skipped {count}: {reason}")
+        say(f"  skipped {count}: {reason}")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import COUNT, OVERRIDES, PATH, log_plainly
 from copd_megatron.config import Config, ConfigError, load_config
 from copd_megatron.config.domains import Domain, domains_by_name
@@ -95,7 +96,7 @@ def command(
     )
     index = score_difficulty(settings, chosen, folder, out, scoring)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(_summary(index))
+        say(_summary(index))
     return 0
 
 

@@ -9,6 +9,7 @@ import click
 
 from copd_megatron.cli.data.options import shard_options
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import PATH, log_plainly
 from copd_megatron.data.convert.jsonl import FieldMap, convert_jsonl
 
@@ -86,5 +87,5 @@ def command(
         videos=video_field,
     )
     written = convert_jsonl(sources, out, name, fields, **options)
-    print(written.describe(out))
+    say(written.describe(out))
     return 0

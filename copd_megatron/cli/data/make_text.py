@@ -9,6 +9,7 @@ import click
 
 from copd_megatron.cli.data.options import shard_options
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.tiny.tasks.text import AUTO_VERIFIER, Family, family_options, write_domain
 
 EXAMPLES = """
@@ -50,5 +51,5 @@ def command(
         Family(name=family, weight=weight, settings=own, verifier=verifier)
         for family, weight, own in family_options(families, settings)
     ]
-    print(write_domain(out, name, chosen, **options).describe(out))
+    say(write_domain(out, name, chosen, **options).describe(out))
     return 0

@@ -11,6 +11,7 @@ import click
 
 from copd_megatron.cli.data.options import shard_options
 from copd_megatron.cli.group import Command
+from copd_megatron.cli.output import say
 from copd_megatron.tiny.tasks.families import families as known_families
 from copd_megatron.tiny.tasks.text import family_options
 from copd_megatron.tiny.tasks.visual import VisualShare, write_visual_domain
@@ -61,7 +62,7 @@ def command(
         VisualShare(name=family, weight=weight, settings=own)
         for family, weight, own in family_options(families, settings)
     ]
-    print(write_visual_domain(out, name, shares, **options).describe(out))
+    say(write_visual_domain(out, name, shares, **options).describe(out))
     return 0
 
 

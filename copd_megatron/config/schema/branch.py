@@ -122,7 +122,7 @@ class RewardConfig:
     the program takes."""
     num_workers: PositiveInt = 1
     """Worker processes per rank for verifiers that run isolated (``math``, ``code``, ``proof``,
-    ``reasoning_gym``, your own)."""
+    ``reasoning_gym``, your own). Up to 4 more start beside slow calls; each may take 2 GiB."""
 
 
 @dataclass(kw_only=True)

@@ -18,8 +18,12 @@ from copd_megatron.data.failures import name_and_text
 from copd_megatron.data.media import IMAGE, VIDEO, content_hash, kind_of
 from copd_megatron.data.samples import texts_and_media
 from copd_megatron.errors import BadSampleError
+from copd_megatron.untrusted.regular_file import read_regular
 
 _LIMITS = MediaConfig()
+MAX_BYTES = {IMAGE: 256 << 20, VIDEO: 2 << 30}
+"""Largest file that is read. A file is held in memory as a whole, here and by each rank that decodes it: an
+image of the default pixel limit has less than a tenth of this, uncompressed, and a long video a fraction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,12 +192,21 @@ def _inside(name: str, root: Path | None, where: str) -> Path:
             f"the path {name!r} leads out of the media folder",
             "Give paths relative to --media-root.",
         )
-    return (root or Path()) / inner
+    folder = root or Path()
+    path = folder / inner
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BadSampleError(
+            where,
+            "missing_media",
+            f"the path {name!r} is a link that leads out of the media folder",
+            "Copy the file there, or name the folder that the link leads to with --media-root.",
+        )
+    return path
 
 
 def _read(path: Path, kind: str, where: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path, MAX_BYTES[kind])
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise BadSampleError(
             where,

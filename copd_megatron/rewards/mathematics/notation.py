@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from copd_megatron.untrusted.unicode_text import nfkc
+
 _FUNCTIONS = (
     *("sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh"),
     *("exp", "log", "ln", "pi", "theta", "alpha", "beta", "infty", "lambda", "phi", "pm"),
@@ -110,12 +112,12 @@ def _plain_letters(text: str) -> str:
         return text
     text = "".join(_SYMBOLS.get(letter, letter) for letter in text)
     text = "".join(str(unicodedata.decimal(letter, letter)) for letter in text)
-    return unicodedata.normalize("NFKC", text)
+    return nfkc(text)
 
 
 def _vulgar(found: re.Match[str]) -> str:
     whole, fraction = found.groups()
-    written = unicodedata.normalize("NFKC", fraction).replace("⁄", "/")  # noqa: RUF001
+    written = nfkc(fraction).replace("⁄", "/")  # noqa: RUF001
     return f"{whole} {written}" if whole else written
 
 

@@ -45,9 +45,32 @@ def is_evaluable(expression: Any) -> bool:
     """
     budget = [_MAX_NODES]
     try:
-        return _bits(expression, budget) <= MAX_BITS
+        return _bits(expression, budget) <= MAX_BITS and num_terms(expression) <= MAX_TERMS
     except (OverflowError, RecursionError, _TooLargeError):
         return False
+
+
+def num_terms(node: Any) -> float:
+    """An upper bound of the terms that a sympy expression expands to; infinite where it, or a part of it, has
+    more than MAX_TERMS."""
+    parts = [num_terms(part) for part in _parts(node)]
+    kind = type(node).__name__
+    if kind == "Add":
+        count = math.fsum(parts)
+    elif kind == "Mul":
+        count = math.prod(parts)
+    elif kind == "Pow" and node.args[1].is_Integer and parts[0] > 1:
+        count = _terms_of_power(parts[0], abs(int(node.args[1])))
+    else:
+        count = math.inf if math.inf in parts else 1.0
+    return count if count <= MAX_TERMS else math.inf
+
+
+def _terms_of_power(terms: float, times: int) -> float:
+    """The ways to choose ``times`` of so many terms, with repetition."""
+    if terms > MAX_TERMS or times > MAX_TERMS:
+        return math.inf
+    return float(min(math.comb(times + int(terms) - 1, min(times, int(terms) - 1)), 10**300))
 
 
 class _TooLargeError(Exception):

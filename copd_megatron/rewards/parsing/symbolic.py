@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from copd_megatron.rewards.parsing.magnitude import MAX_TERMS, num_terms
 from copd_megatron.rewards.parsing.syntax import NotUnderstoodError, reading, syntax_tree
 
 MAX_BITS = 10_000
@@ -40,11 +41,14 @@ def formula(text: str) -> Any:
 
     Any name that is neither a function nor E, I or pi is a symbol.
 
-    Raises NotUnderstoodError: anything but numbers, names, ``+ - * / **`` and the functions listed here, or a
-    number beyond MAX_BITS or MAX_EXPONENT.
+    Raises NotUnderstoodError: anything but numbers, names, ``+ - * / **`` and the functions listed here, a
+    number beyond MAX_BITS or MAX_EXPONENT, or what expands to more than MAX_TERMS terms.
     """
     with reading():
-        return _Builder(text.strip()).build(syntax_tree(text))
+        found = _Builder(text.strip()).build(syntax_tree(text))
+        if num_terms(found) > MAX_TERMS:
+            raise NotUnderstoodError(f"a formula that expands to more than {MAX_TERMS} terms")
+        return found
 
 
 def _power(base: Any, exponent: Any) -> Any:
