@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TextIO
 
+from copd_megatron.cli.output import say
+
 _SECONDS_BETWEEN_UPDATES = 0.2
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -76,7 +78,7 @@ class StepLines:
         if step:
             remaining = (now - self._first_done) / step * (num_steps - step - 1)
             line += f", {remaining:.0f} s to go"
-        print(line, flush=True)
+        say(line, flush=True)
 
 
 @contextmanager
