@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from copd_megatron.cli.main import main
 from copd_megatron.metrics.rank_log import merged as merged_logs
+from copd_megatron.metrics.step_clock import PARTS
 from copd_megatron.metrics.timeline import read_timelines, seconds_by_phase, write_trace
 from tests.support.checkpoint_runs import BRANCHES, prepare
 from tests.support.commands import copd
@@ -243,17 +244,26 @@ def test_the_timeline_shows_every_rank_in_every_step(first: dict[str, Any]) -> N
         operations = {operation.name for operation in timeline.operations}
         assert {"rollout.generate", "rewards.grade", "policy.forward_backward", "weight_sync"} <= operations
         assert f"opd.score {EDGES['alpha' if timeline.branch == 'beta' else 'beta']}" in operations
-    for name in BRANCHES:
-        for i, metrics in enumerate(first["metrics"]):
-            longest = max(t.steps[i].seconds for t in timelines if t.branch == name)
-            # a step's row also holds the gathering of its metrics
-            assert longest >= metrics[f"{name}/timing/step_seconds"] - 1e-3
     for branch, row in seconds_by_phase(timelines).items():
         total = sum(row.values())
         steps = [s.seconds for t in timelines if t.branch == branch for s in t.steps]
         assert total == pytest.approx(sum(steps) / 2, rel=1e-3)
         assert all(row[phase] > 0 for phase in ("sample", "grade", "route", "score", "wait", "train", "sync"))
         assert row["other"] < total / 3
+
+
+def test_the_parts_of_a_step_add_up(first: dict[str, Any]) -> None:
+    for metrics in first["metrics"]:
+        for name in BRANCHES:
+            timing = {k.removeprefix(f"{name}/timing/"): v for k, v in metrics.items() if "/timing/" in k}
+            whole = timing["step_seconds"]
+            parts = {part: timing[f"{part}_seconds"] for part in PARTS}
+            assert sum(parts.values()) == pytest.approx(whole, rel=1e-6)
+            assert parts["other"] < 0.1 * whole, "what has no name is little"
+            assert all(timing[f"slowest/{part}_seconds"] >= parts[part] - 1e-9 for part in PARTS)
+            sampled = sum(v for k, v in timing.items() if k.startswith("generation_seconds/"))
+            assert sampled == pytest.approx(parts["generation"], rel=0.05, abs=0.05)
+            assert (f"generation_seconds/{EDGES[name]}" in timing) == (metrics["phase"] == "opd")
 
 
 def test_ranks_logs_name_branch_and_rank(first: dict[str, Any]) -> None:

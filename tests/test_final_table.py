@@ -132,6 +132,7 @@ def test_rows_are_comparable_only_under_the_same_conditions(
 def test_evaluation_counts_as_nothing_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     from copd_megatron.branch import validation
     from copd_megatron.metrics.reduction import Metrics
+    from copd_megatron.metrics.step_clock import StepClock
     from copd_megatron.rewards.grader import Grader
 
     def sample(me: Any, *_: Any, **__: Any) -> list[Any]:
@@ -151,13 +152,13 @@ def test_evaluation_counts_as_nothing_of_the_step(monkeypatch: pytest.MonkeyPatc
         engine=SimpleNamespace(llm=SimpleNamespace(reset_prefix_cache=lambda: True)),
         metrics=metrics,
         num_sampled_tokens=3,
-        evaluation_seconds=0.0,
+        clock=StepClock(),
         samples=SimpleNamespace(write_evaluation=lambda *_: None),
         grader=grader,
         name="another branch",
     )
     assert validation._accuracy(me, "text", ["text"]) == {"text": 1.0}
-    assert me.num_sampled_tokens == 3 and me.evaluation_seconds > 0
+    assert me.num_sampled_tokens == 3 and me.clock.lap()[1]["evaluation"] > 0
     assert me.grader.counters() == {"graded": 7, "failed": 0}
     assert me.metrics.reduce() == {"timing/generation_seconds": 1.0}
 

@@ -47,7 +47,9 @@ def full_run(folder: Path, *, shift: float = 0.0) -> Path:
         "text/timing/step_seconds": [2.0] * 20,
         "text/timing/generation_seconds": [0.5] * 20,
         "text/timing/update_seconds": [1.0 + 0.01 * s for s in steps],
-        "text/timing/checkpoint_seconds": [math.nan if s != 10 else 0.25 for s in steps],
+        "text/timing/checkpoint_seconds": [0.0 if s != 10 else 0.25 for s in steps],
+        "text/timing/grading_seconds": [0.0] * 20,
+        "text/timing/other_seconds": [0.5 - 0.01 * s for s in steps],
         "text/validation/accuracy/text": [0.5 if s % 5 == 0 else math.nan for s in steps],
         "text/train/reward": [min(1.0, s / 20 + shift) for s in steps],
         "text/train/entropy": [1 / s for s in steps],
@@ -94,12 +96,8 @@ def test_which_panels_a_run_has(tmp_path: Path) -> None:
 def test_the_seconds_of_a_step_add_up(tmp_path: Path) -> None:
     run = read_run(full_run(tmp_path / "a"))
     panel = next(p for p in panels([run]) if p.title == "seconds of a step: text")
-    assert panel.stacked and [c.label for c in panel.curves] == [
-        "sampling",
-        "update",
-        "checkpoint",
-        "everything else",
-    ]
+    shown = ["generation", "update", "checkpoint", "other"]
+    assert panel.stacked and [c.label for c in panel.curves] == shown, "grading took nothing"
     total = [math.fsum(values) for values in zip(*(c.values for c in panel.curves), strict=True)]
     assert total == pytest.approx([2.25 if step == 10 else 2.0 for step in range(1, 21)])
 

@@ -154,9 +154,8 @@ class Checkpoints:
         stop = ends_early and not finished
         due = options.save_period and (done % options.save_period == 0 or finished)
         if due or ends_early:
-            begin = time.perf_counter()
-            self.saver.save(self._saved(done, accuracies))
-            self.me.metrics.maximum("timing/checkpoint_seconds", time.perf_counter() - begin)
+            with self.me.clock.part("checkpoint"):
+                self.saver.save(self._saved(done, accuracies))
         if stop:
             self.saver.complete()
             if self.me.world.is_first:

@@ -12,7 +12,6 @@ teacher's scores (``objectives/calibration``).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -130,10 +129,8 @@ def _ask_teachers(
         for edge, questions in asked.items()
         if not edge.is_self
     }
-    begin = time.perf_counter()
     scores = me.router.exchange(requests, lambda edge, wanted: teach(me, wanted, step))
-    scores |= {edge: teach(me, asked[edge], step) for edge in asked if edge.is_self}
-    me.metrics.maximum("timing/exchange_seconds", time.perf_counter() - begin)
+    scores |= {edge: _teach_itself(me, edge, asked[edge], step) for edge in asked if edge.is_self}
     if me.media is not None:
         me.media.drop_encoded()
     for edge in requests:
@@ -143,6 +140,11 @@ def _ask_teachers(
         edge: _Answers(rollouts=scores[edge][: len(asked[edge])], probes=scores[edge][len(asked[edge]) :])
         for edge in asked
     }
+
+
+def _teach_itself(me: Branch, edge: Edge, asked: Sequence[ScoreRequest], step: Step) -> list[TeacherScore]:
+    with me.world.watch.operation(f"opd.score {edge.name}", ranks=me.world.branch_ranks[me.name]):
+        return teach(me, asked, step)
 
 
 def _questions(me: Branch, edge: Edge, lesson: _Lesson | None) -> list[ScoreRequest]:

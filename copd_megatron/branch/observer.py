@@ -40,6 +40,7 @@ class Observer:
         self.me = me
         self.writers: list[Writer] = []
         self._begin = time.monotonic()
+        self._any_step = False
         place = RankPlace(
             rank=me.world.rank,
             branch=me.name,
@@ -54,14 +55,21 @@ class Observer:
             self._timeline = TimelineWriter(
                 me.run_dir, place, aligned_at=time.monotonic(), append=not starts_anew(me.config)
             )
-            me.world.watch.recorder = self._timeline.operation
+        me.world.watch.recorder = self._operation
         if me.world.is_first:
             record_start(me.config, me.run_dir)
             self.writers.extend(_writers(me))
 
+    def _operation(self, path: str, begin: float, end: float) -> None:
+        self.me.clock.operation(path, begin, end)
+        if self._timeline is not None:
+            self._timeline.operation(path, begin, end)
+
     def begin(self, step: Step) -> None:
-        """A step begins. Evaluation before it, of the base model, is no part of it."""
-        self.me.evaluation_seconds = 0.0
+        """A step begins. What came before the first (evaluation of the base model) is no part of it."""
+        if not self._any_step:
+            self.me.clock.restart()
+            self._any_step = True
         self.me.samples.step = step.index + 1
         self._profiler.begin(step.index + 1)
         self._begin = time.monotonic()
@@ -69,13 +77,8 @@ class Observer:
     def step(self, step: Step) -> None:
         """Writes everything collected since the last call; collective over all branches."""
         self._write_samples()
-        me, seconds = self.me, time.monotonic() - self._begin
-        me.metrics.maximum("timing/step_seconds", seconds)
-        if me.evaluation_seconds:
-            me.metrics.maximum("timing/evaluation_seconds", me.evaluation_seconds)
-        trained = max(seconds - me.evaluation_seconds, 1e-9)
-        me.metrics.minimum("perf/tokens_per_second", me.num_sampled_tokens / trained)
-        me.num_sampled_tokens, me.evaluation_seconds = 0, 0.0
+        me = self.me
+        self._note_times()
         for name, count in me.grader.counters().items():
             if me.engine is not None and me.engine.tp_rank == 0:
                 me.metrics.total(f"rewards/{name}", count)
@@ -108,9 +111,22 @@ class Observer:
                 self.writers.remove(writer)
 
     def _write_samples(self) -> None:
-        begin = time.monotonic()
-        self.me.samples.write_step()
-        self.me.metrics.maximum("timing/samples_seconds", time.monotonic() - begin)
+        with self.me.clock.part("samples"):
+            self.me.samples.write_step()
+
+    def _note_times(self) -> None:
+        """The step's seconds by part, as means over the branch's ranks, which add up to ``step_seconds``, and
+        as the largest of any rank (``slowest``)."""
+        me = self.me
+        details = me.clock.details
+        seconds, parts = me.clock.lap()
+        for name, value in ({f"{part}_seconds": s for part, s in parts.items()} | details).items():
+            me.metrics.mean(f"timing/{name}", value)
+            me.metrics.maximum(f"timing/slowest/{name}", value)
+        me.metrics.mean("timing/step_seconds", seconds)
+        trained = seconds - parts["evaluation"] - parts["checkpoint"]
+        me.metrics.minimum("perf/tokens_per_second", me.num_sampled_tokens / max(trained, 1e-9))
+        me.num_sampled_tokens = 0
 
     def validation(self, accuracies: Accuracies) -> None:
         """Adds this branch's validation accuracies to the step's metrics: the mean reward where a verifier
@@ -147,8 +163,8 @@ class Observer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._profiler.close()
+        self.me.world.watch.recorder = None
         if self._timeline is not None:
-            self.me.world.watch.recorder = None
             self._timeline.close()
         for writer in self.writers:
             writer.close(failed=error is not None)

@@ -61,19 +61,16 @@ def sample_graded(
         some are unfinished, and these have no grade.
     """
     assert me.engine is not None
-    me.actor.give_memory(weights=True)
-    begin = time.perf_counter()
     watch, ranks = me.world.watch, me.engine_ranks
-    with watch.operation("rollout.generate", ranks=ranks), phase_memory(me.metrics, "sampling"):
-        mine = me.engine.sample_share(prompts, settings, step=step, branch=purpose, stop=stop)
-    generated = time.perf_counter()
+    with watch.operation("rollout.generate", ranks=ranks) as sampled:
+        me.actor.give_memory(weights=True)
+        with phase_memory(me.metrics, "sampling"):
+            mine = me.engine.sample_share(prompts, settings, step=step, branch=purpose, stop=stop)
+    me.clock.detail(f"generation_seconds/{purpose.partition('/')[2]}", time.monotonic() - sampled.started)
     with watch.operation("rewards.grade", ranks=(me.world.rank,)):
         mine = _graded(me, mine) if grade else mine
-    graded_at = time.perf_counter()
     with watch.operation("rollout.gather", ranks=me.world.branch_ranks[me.name]):
         rollouts = me.engine.gather(mine, prompts, settings)
-    me.metrics.maximum("timing/generation_seconds", generated - begin)
-    me.metrics.maximum("timing/grading_seconds", graded_at - generated)
     before = 0 if stop is None else sum(r.response_length for r in stop.begun.values())
     me.num_sampled_tokens += sum(r.response_length for r in rollouts) - before
     return rollouts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -57,10 +56,8 @@ def reference_logprobs(me: Branch, rollouts: Sequence[Rollout]) -> list[FloatArr
 def teach(me: Branch, requests: Sequence[ScoreRequest], step: Step) -> list[TeacherScore]:
     """Answers another branch's requests, in their order, with the weights that this branch teaches with in
     Phase II (in Phase I, where only behaviour is measured, with the live ones)."""
-    begin = time.perf_counter()
     with me.actor.using(me.teacher if step.phase is Phase.opd else None) as version:
         scores = _scored_by_kind(me, requests)
-    me.metrics.maximum("timing/teaching_seconds", time.perf_counter() - begin)
     return [_answer(request, s, version) for request, s in zip(requests, scores, strict=True)]
 
 

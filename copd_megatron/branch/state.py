@@ -12,6 +12,7 @@ from copd_megatron.config.schema import BranchConfig
 from copd_megatron.data import PromptSequence
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.metrics.reduction import Metrics
+from copd_megatron.metrics.step_clock import StepClock
 from copd_megatron.objectives.base import Objective
 from copd_megatron.opd.privilege import Splicer
 from copd_megatron.opd.router import Router
@@ -70,8 +71,8 @@ class Branch:
     """This step's metrics, named without the branch."""
     num_sampled_tokens: int = 0
     """Response tokens sampled for training since the last step was written."""
-    evaluation_seconds: float = 0.0
-    """Spent on evaluation since the last step was written."""
+    clock: StepClock = field(default_factory=StepClock)
+    """What this rank's time goes into."""
     begun: list[Group] = field(default_factory=list)
     """Native groups that the last step left unfinished (``rollout.partial_rollouts``)."""
     solved: dict[str, frozenset[str]] = field(default_factory=dict)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -37,15 +36,14 @@ def sync(me: Branch, step: Step, batch: Batch) -> Batch:
 
 def train_on(me: Branch, rows: Sequence[TrainRow], step: Step) -> None:
     """One update of the actor; collective over the branch."""
-    if me.engine is not None:
-        me.engine.sleep()
-    rows = _balanced(me, rows)
-    begin = time.perf_counter()
     ranks = me.world.branch_ranks[me.name]
-    with phase_memory(me.metrics, "update"):
-        _train(me, rows, step, ranks)
-    me.actor.give_memory(weights=False)
-    me.metrics.maximum("timing/update_seconds", time.perf_counter() - begin)
+    with me.world.watch.operation("update", ranks=ranks):
+        if me.engine is not None:
+            me.engine.sleep()
+        rows = _balanced(me, rows)
+        with phase_memory(me.metrics, "update"):
+            _train(me, rows, step, ranks)
+        me.actor.give_memory(weights=False)
     me.metrics.value("train/num_rows", float(len(rows)))
     shares = advantage_shares(rows, me.config.loss, me.settings.rollout.max_new_tokens)
     for component, share in shares.items():
@@ -136,5 +134,4 @@ def sync_weights(me: Branch) -> None:
         phase_memory(me.metrics, "weight_sync"),
     ):
         report = me.sync()
-    me.metrics.maximum("timing/weight_sync_seconds", report.seconds)
     me.metrics.mean("perf/weight_sync_gb_per_second", report.loaded_bytes / 1e9 / max(report.seconds, 1e-9))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -128,14 +127,13 @@ def _note_changes(me: Branch, answers: Mapping[str, Sequence[Rollout]]) -> None:
 def beside_the_step(me: Branch) -> Iterator[None]:
     """What is sampled and graded in the block counts neither as a step's nor as the run's training."""
     metrics, tokens, graded = me.metrics, me.num_sampled_tokens, me.grader.counters()
-    begin = time.monotonic()
     me.metrics = Metrics()
     try:
-        yield
+        with me.clock.part("evaluation"):
+            yield
     finally:
         me.metrics, me.num_sampled_tokens = metrics, tokens
         me.grader.restore_counters(graded)
-        me.evaluation_seconds += time.monotonic() - begin
 
 
 def load_folder(me: Branch, folder: str | Path) -> None:

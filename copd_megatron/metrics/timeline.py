@@ -49,6 +49,7 @@ _PHASE_OF = (
     ("evaluate.gather", "wait"),
     ("all_gather_objects", "wait"),
     ("branch_gather", "wait"),
+    ("update", "train"),
     ("policy.forward_backward", "train"),
     ("policy.optimizer_step", "train"),
     ("weight_sync", "sync"),

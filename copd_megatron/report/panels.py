@@ -12,20 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from copd_megatron.evaluation.statistics import wilson
+from copd_megatron.metrics.step_clock import PARTS
 from copd_megatron.report.history import MERGED_ACCURACY, OVERLAP, SYMMETRIC_KL, TEACHER_GAP, RunHistory
 
-PHASES = {
-    "sampling": "generation_seconds",
-    "grading": "grading_seconds",
-    "exchange": "exchange_seconds",
-    "update": "update_seconds",
-    "weight sync": "weight_sync_seconds",
-    "evaluation": "evaluation_seconds",
-    "checkpoint": "checkpoint_seconds",
-    "samples": "samples_seconds",
-}
+PHASES = {part.replace("_", " "): f"{part}_seconds" for part in PARTS}
 """Parts of a step, in the order in which they are stacked, and their metrics."""
-REST = "everything else"
 _FEW_STEPS = 40
 """Runs of at most so many steps are drawn as they are; longer ones smoothed, with the raw curve behind."""
 
@@ -286,7 +277,7 @@ def _times(runs: Sequence[RunHistory]) -> list[Panel]:
                 Curve(label=label, steps=run.steps, values=values)
                 for label, values in _parts(run, branch).items()
             ],
-            help="Slowest rank. What no phase counts is on top, so the stack adds up to the step.",
+            help="Means over the branch's ranks. The stack adds up to the step.",
             stacked=True,
         )
         for branch in run.named("", "/timing/step_seconds")
@@ -294,17 +285,13 @@ def _times(runs: Sequence[RunHistory]) -> list[Panel]:
 
 
 def _parts(run: RunHistory, branch: str) -> dict[str, tuple[float, ...]]:
-    """Seconds of each phase, 0 where it did not happen, and the rest of the step."""
-    whole = run.series[f"{branch}/timing/step_seconds"]
+    """Seconds of each part, of those that took any."""
     parts = {
         label: tuple(0.0 if math.isnan(v) else v for v in run.series[f"{branch}/timing/{metric}"])
         for label, metric in PHASES.items()
         if f"{branch}/timing/{metric}" in run.series
     }
-    if "checkpoint" in parts:  # a save follows the step that it is written with
-        whole = tuple(w + c for w, c in zip(whole, parts["checkpoint"], strict=True))
-    known = [math.fsum(values) for values in zip(*parts.values(), strict=True)] or [0.0] * len(whole)
-    return parts | {REST: tuple(max(0.0, w - k) for w, k in zip(whole, known, strict=True))}
+    return {label: values for label, values in parts.items() if any(values)}
 
 
 def _unit_interval(curves: Sequence[Curve]) -> tuple[float, float] | None:

@@ -1,0 +1,142 @@
+"""Where a rank's seconds went: every instant belongs to one part of the step, so the parts add up to it.
+
+The watch reports each operation as it ends, inner ones before those around them. What an operation did
+outside its inner operations counts as its own; what happened outside every operation is ``other``. A step
+reaches from the figures of the step before to its own, so that the steps of a run add up to its time: what a
+branch waits for at the end of a step, and the checkpoint after it, are the next step's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Final
+
+PARTS: Final = (
+    "generation",
+    "grading",
+    "scoring",
+    "teaching",
+    "exchange",
+    "waiting",
+    "update",
+    "weight_sync",
+    "evaluation",
+    "checkpoint",
+    "samples",
+    "other",
+)
+"""What a step consists of, in the order of a stack. ``scoring``: the branch's own rows; ``teaching``: other
+branches' rows, and its own under a privileged prompt; ``exchange``: packing and sending between branches;
+``waiting``: for other ranks and branches."""
+
+_PART_OF: Final = (
+    ("rollout.generate", "generation"),
+    ("rewards.grade", "grading"),
+    ("policy.log_probs", "scoring"),
+    ("opd.score", "teaching"),
+    ("opd.receive", "waiting"),
+    ("opd.wait", "waiting"),
+    ("opd.", "exchange"),
+    ("policy.forward_backward", "update"),
+    ("policy.optimizer_step", "update"),
+    ("update", "update"),
+    ("weight_sync", "weight_sync"),
+    ("checkpoint.agree", "waiting"),
+    ("checkpoint.gather", "waiting"),
+    ("checkpoint", "checkpoint"),
+    ("rollout.gather", "waiting"),
+    ("rewards.gather", "waiting"),
+    ("evaluate.gather", "waiting"),
+    ("metrics", "waiting"),
+    ("barrier", "waiting"),
+    ("all_gather_objects", "waiting"),
+    ("branch_gather", "waiting"),
+)
+"""Parts by the beginning of an operation's name; the first match counts. Exchanges of small messages are
+waiting, because what takes time in them is the slowest rank."""
+
+
+def part_of(path: str) -> str:
+    """The part, one of ``PARTS``, that the innermost operation of ``outer > inner`` belongs to."""
+    *outer, name = path.split(" > ")
+    part = next((part for start, part in _PART_OF if name.startswith(start)), "other")
+    if part == "scoring" and any(operation.startswith("opd.score") for operation in outer):
+        return "teaching"
+    return part
+
+
+class StepClock:
+    """One rank's clock. Made and used by the training loop's thread.
+
+    >>> clock = StepClock()
+    >>> with clock.part("evaluation"):
+    ...     pass
+    >>> seconds, parts = clock.lap()
+    >>> abs(sum(parts.values()) - seconds) < 1e-9
+    True
+    """
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._details: defaultdict[str, float] = defaultdict(float)
+        self._inner: dict[int, float] = {}
+        """Seconds of the ended operations directly inside the open one of each depth."""
+        self._inside_part = False
+
+    def operation(self, path: str, begin: float, end: float) -> None:
+        """An operation has ended; ``path`` as the watch names it, times of ``time.monotonic``, in seconds."""
+        if self._inside_part:
+            return
+        depth = path.count(" > ")
+        inside = self._inner.pop(depth + 1, 0.0)
+        self._seconds[part_of(path)] += end - begin - inside
+        self._inner[depth] = self._inner.get(depth, 0.0) + end - begin
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """All that happens in the block belongs to one part, whatever its operations are called.
+
+        Not inside an operation. A block within a block belongs to the outer one.
+        """
+        if self._inside_part:
+            yield
+            return
+        self._inside_part, begin = True, time.monotonic()
+        try:
+            yield
+        finally:
+            self._inside_part = False
+            self._seconds[name] += time.monotonic() - begin
+
+    def detail(self, name: str, seconds: float) -> None:
+        """Adds to a figure below a part, such as ``generation_seconds/native``."""
+        if not self._inside_part:
+            self._details[name] += seconds
+
+    @property
+    def details(self) -> dict[str, float]:
+        """Seconds by name since the last lap."""
+        return dict(self._details)
+
+    def restart(self) -> None:
+        """The first step begins now."""
+        self.lap()
+
+    def lap(self) -> tuple[float, dict[str, float]]:
+        """Ends a step and begins the next; outside every operation.
+
+        Returns:
+            The step's seconds, and those of each of ``PARTS``.
+        """
+        now = time.monotonic()
+        seconds, self._begin = now - self._begin, now
+        parts = dict(self._seconds)
+        parts["other"] = parts.get("other", 0.0) + seconds - sum(parts.values())
+        self._seconds.clear()
+        self._details.clear()
+        self._inner.clear()
+        return seconds, {name: parts.get(name, 0.0) for name in PARTS}
