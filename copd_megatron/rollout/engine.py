@@ -78,17 +78,24 @@ class _Completion:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    text: str = ""
+    text: str | None = None
+    """Where vLLM decodes it, to look for stop strings."""
     finish_reason: str | None = None
     """None while unfinished."""
+    ended_by_token: bool = False
+    """The last token ended the response and is no part of its text."""
 
-    def add(self, output: Any) -> None:
+    def add(self, output: Any, *, decoded: bool) -> None:
         """Appends a piece, or the whole output."""
-        tokens = list(output.token_ids)
-        self.token_ids += tokens
-        self.logprobs += [e[token].logprob for token, e in zip(tokens, output.logprobs or (), strict=True)]
-        self.text += output.text
+        self.token_ids += output.token_ids
+        if output.logprobs is not None:  # flat: of each position, the sampled token's comes first
+            self.logprobs += [output.logprobs.logprobs[i] for i in output.logprobs.start_indices]
+        if decoded:
+            self.text = (self.text or "") + output.text
         self.finish_reason = output.finish_reason
+        self.ended_by_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
+        if len(self.logprobs) != len(self.token_ids):
+            raise RuntimeError(f"{len(self.logprobs)} log-probabilities of {len(self.token_ids)} tokens")
 
 
 def _enough(asked: Sequence[str], quota: int, mine: Sequence[tuple[Prompt, int]]) -> Callable[[int], bool]:
@@ -107,6 +114,14 @@ def _enough(asked: Sequence[str], quota: int, mine: Sequence[tuple[Prompt, int]]
         return done[0] >= quota
 
     return ended
+
+
+def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """A response's text, without special tokens and without a character that is cut off at its end."""
+    text: str = tokenizer.decode(
+        list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 class RolloutEngine:
@@ -159,6 +174,7 @@ class RolloutEngine:
             self.llm = self._start(str(model_path), dtype, max_tokens, identity)
         dist.barrier()
         _unlink_shared_memory(identity)
+        self._tokenizer = self.llm.get_tokenizer()
         self.loads_in_place = all(self.llm.collective_rpc(in_place.prepare))
         """Whether ``load_weights`` has finished with a tensor when it requests the next one."""
 
@@ -353,6 +369,9 @@ class RolloutEngine:
                     stop=self.config.stop or None,
                     seed=seeds[i],
                     logprobs=0,
+                    flat_logprobs=True,
+                    # decoded here, once for a response: in the engine it takes as long as the model's own work
+                    detokenize=bool(self.config.stop),
                     output_kind=RequestOutputKind.FINAL_ONLY if stop is None else RequestOutputKind.DELTA,
                 )
             )
@@ -401,7 +420,7 @@ class RolloutEngine:
                     raise RuntimeError(
                         f"{prompts[number].prompt_id}: vLLM and the trainer have different prompt tokens"
                     )
-                completions[number].add(output.outputs[0])
+                completions[number].add(output.outputs[0], decoded=bool(self.config.stop))
                 if output.finished and enough is not None:
                     stopped = enough(number) or stopped
         if stopped:
@@ -421,15 +440,21 @@ class RolloutEngine:
         """A completion as a rollout. If it continues an earlier step's response, it is appended to that."""
         begin = prompt.token_ids if earlier is None else earlier.token_ids
         logprobs = np.asarray(completion.logprobs, dtype=np.float32)
+        token_ids = np.concatenate([begin, np.asarray(completion.token_ids, np.int32)]).astype(np.int32)
+        if completion.text is None:
+            response = token_ids[len(prompt.token_ids) :].tolist()
+            text = decode(self._tokenizer, response[:-1] if completion.ended_by_token else response)
+        else:
+            text = ("" if earlier is None else earlier.text) + completion.text
         assert self.version is not None
         return Rollout(
             prompt=prompt,
             sample_index=sample,
-            token_ids=np.concatenate([begin, np.asarray(completion.token_ids, np.int32)]).astype(np.int32),
+            token_ids=token_ids,
             rollout_logprobs=(
                 logprobs if earlier is None else np.concatenate([earlier.rollout_logprobs, logprobs])
             ),
-            text=("" if earlier is None else earlier.text) + completion.text,
+            text=text,
             truncated=completion.finish_reason == "length",
             weight_version=self.version if earlier is None else earlier.weight_version,
             seed=seed if earlier is None else earlier.seed,
