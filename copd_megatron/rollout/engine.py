@@ -370,7 +370,7 @@ class RolloutEngine:
                     seed=seeds[i],
                     logprobs=0,
                     flat_logprobs=True,
-                    # decoded here, once for a response: in the engine it takes as long as the model's own work
+                    # decoded once at the end instead of token by token
                     detokenize=bool(self.config.stop),
                     output_kind=RequestOutputKind.FINAL_ONLY if stop is None else RequestOutputKind.DELTA,
                 )
