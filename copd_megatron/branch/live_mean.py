@@ -31,13 +31,13 @@ def load_live_mean(me: Branch, branches: Sequence[str]) -> bool:
     because their pipelines differ for example.
     """
     stream = _stream(me) if me.name in branches else None
-    plans = me.world.all_gather_objects(_digest(stream), "mean of branches: plan")
+    plans = me.world.all_gather_objects(_digest(stream), "weight_sync.plan")
     if len(set(plans) - {""}) != 1:
         return False
     if stream is not None:
         assert me.engine is not None
         leads = [me.world.branch_ranks[name][0] for name in branches]
-        with me.world.watch.operation("mean of branches"):
+        with me.world.watch.operation("weight_sync.mean"):
             me.engine.load_weights(_tensors(me, stream, leads), version=-1)
     return True
 

@@ -71,7 +71,8 @@ class Observer:
             self.me.clock.restart()
             self._any_step = True
         self.me.samples.step = step.index + 1
-        self._profiler.begin(step.index + 1)
+        with self.me.clock.part("profile"):
+            self._profiler.begin(step.index + 1)
         self._begin = time.monotonic()
 
     def step(self, step: Step) -> None:
@@ -100,7 +101,8 @@ class Observer:
         self._each_writer(lambda writer: writer.write(step.index + 1, step.phase.value, everything))
         if self._timeline is not None:
             self._timeline.step(step.index + 1, step.phase.value, self._begin, time.monotonic())
-        self._profiler.end(step.index + 1)
+        with me.clock.part("profile"):
+            self._profiler.end(step.index + 1)
 
     def _each_writer(self, write: Callable[[Writer], None]) -> None:
         for writer in list(self.writers):

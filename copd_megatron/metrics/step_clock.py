@@ -26,11 +26,12 @@ PARTS: Final = (
     "evaluation",
     "checkpoint",
     "samples",
+    "profile",
     "other",
 )
 """What a step consists of, in the order of a stack. ``scoring``: the branch's own rows; ``teaching``: other
 branches' rows, and its own under a privileged prompt; ``exchange``: packing and sending between branches;
-``waiting``: for other ranks and branches."""
+``waiting``: for other ranks and branches; ``samples``, ``profile``: writing them."""
 
 _PART_OF: Final = (
     ("rollout.generate", "generation"),
