@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from copd_megatron.config.schema import AdvantageConfig, Config, EvaluationConfig
+from copd_megatron.config.schema import AdvantageConfig, BranchConfig, Config, RolloutConfig
 from copd_megatron.evaluation.table import Score, render_table, save_table, table_title
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.report.history import read_run
@@ -64,9 +64,27 @@ def test_responses_without_a_grade_are_left_out() -> None:
     def sample(prompts: Sequence[Prompt], settings: Any, purpose: str) -> list[Rollout]:
         return [graded(reward) for reward in ([1.0, None, 0.0] if "text" in purpose else [None])]
 
-    scores = accuracy(sample, {"text": [], "image": []}, EvaluationConfig())
+    config = Config(branches={"text": BranchConfig(), "image": BranchConfig()})
+    scores = accuracy(sample, {"text": [], "image": []}, config)
     assert scores["text"] == 0.5
     assert isinstance(scores["image"], float) and math.isnan(scores["image"])
+
+
+def test_a_domain_is_answered_at_its_own_length_whichever_branch_comes_first() -> None:
+    from copd_megatron.evaluation.run import accuracy
+
+    longest: dict[str, int | None] = {}
+
+    def sample(prompts: Sequence[Prompt], settings: Any, purpose: str) -> list[Rollout]:
+        longest[purpose] = settings.max_new_tokens
+        return [graded(1.0)]
+
+    branches = {
+        name: BranchConfig(rollout=RolloutConfig(max_new_tokens=tokens))
+        for name, tokens in (("text", 64), ("image", 512))
+    }
+    accuracy(sample, {"text": [], "image": []}, Config(branches=branches))
+    assert longest == {"validation/text": 64, "validation/image": 512}
 
 
 def test_graded_domains_have_a_reward_and_full_marks() -> None:

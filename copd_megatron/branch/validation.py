@@ -10,7 +10,7 @@ from pathlib import Path
 from copd_megatron.branch.sampling import sample_graded
 from copd_megatron.branch.state import Branch
 from copd_megatron.branch.update import sync_weights
-from copd_megatron.evaluation.run import Accuracies, accuracy, num_prompts, solved
+from copd_megatron.evaluation.run import Accuracies, accuracy, num_prompts, sampling_settings, solved
 from copd_megatron.evaluation.table import Score, render_table, save_table
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.metrics.reduction import Metrics
@@ -65,10 +65,9 @@ def _starting_models(me: Branch) -> dict[str, tuple[str, ...]]:
 def conditions(me: Branch) -> str:
     """A digest of what a figure of the table depends on besides the model: the prompts of every domain, and
     how they are sampled. Rows that were measured under other conditions cannot be compared."""
-    digest = hashlib.sha256(repr((me.config.evaluation.temperature,
-                                  me.config.evaluation.num_generations_per_prompt,
-                                  me.settings.rollout.max_new_tokens)).encode())  # fmt: skip
+    digest = hashlib.sha256()
     for domain, prompts in me.validation.items():
+        digest.update(repr(sampling_settings(me.config, domain)).encode())
         for prompt in prompts:
             digest.update(repr((domain, prompt.prompt_id, prompt.answer, prompt.verifier)).encode())
             digest.update(prompt.token_ids.tobytes())
@@ -97,7 +96,7 @@ def _accuracy(me: Branch, model: str, domains: Iterable[str]) -> dict[str, Score
         return rollouts
 
     with beside_the_step(me):
-        scores = accuracy(sample, me.validation, me.config.evaluation, domains=domains)
+        scores = accuracy(sample, me.validation, me.config, domains=domains)
         me.samples.write_evaluation(model, answers)
     # a resumed run has not evaluated: the next step must not find these prompts in the cache
     me.engine.llm.reset_prefix_cache()

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -171,12 +171,11 @@ def _measure(
     label: str,
 ) -> Iterator[list[PromptVerdicts]]:
     """Verdicts, part by part; the same on all ranks."""
-    limits, common = _limits(config), sampling_settings(config.evaluation)
     at_once = engine.config.max_num_seqs * engine.num_replicas * _ROUNDS_PER_PART
     for domain, prompts in missing.items():
-        settings = replace(common, max_new_tokens=limits[domain])
+        settings = sampling_settings(config, domain)
         logger.info("%s: evaluating %d prompts of %s", label, len(prompts), domain)
-        for part in batched(prompts, max(1, at_once // common.num_generations)):
+        for part in batched(prompts, max(1, at_once // settings.num_generations)):
             mine = engine.sample_share(part, settings, step=0, branch=f"validation/{domain}")
             if engine.tp_rank == 0:
                 mine = graders[domain].grade(mine)
@@ -216,7 +215,7 @@ def _settings(config: Config, model: Candidate) -> dict[str, Any]:
         "model.max_sequence_tokens": config.model.max_sequence_tokens,
         "evaluation.num_generations_per_prompt": evaluation.num_generations_per_prompt,
         "evaluation.temperature": evaluation.temperature,
-        "rollout.max_new_tokens": _limits(config),
+        "rollout.max_new_tokens": {n: b.rollout.max_new_tokens for n, b in config.branches.items()},
         "rollout.stop": list(rollout.stop),
         "media": asdict(config.media),
         "model.dtype": config.model.dtype,
@@ -229,14 +228,6 @@ def _settings(config: Config, model: Candidate) -> dict[str, Any]:
 def _text_digests(model: Candidate) -> dict[str, str | None]:
     """Digests of the files that decide which tokens a prompt becomes."""
     return {name: _file_digest(model.companions / name) for name in _TEXT_FILES}
-
-
-def _limits(config: Config) -> dict[str, int]:
-    """Longest response to a prompt of each domain: that of the branch that the domain belongs to, so that all
-    models have the same room."""
-    return {
-        domain.name: config.branches[domain.branch].rollout.max_new_tokens for domain in all_domains(config)
-    }
 
 
 def _states(patterns: Sequence[str]) -> list[list[Any]]:

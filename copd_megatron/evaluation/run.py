@@ -10,7 +10,8 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from copd_megatron.config.schema import EvaluationConfig
+from copd_megatron.config import Config
+from copd_megatron.config.domains import domains_by_name
 from copd_megatron.evaluation.table import Score
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout.engine import SamplingSettings
@@ -25,17 +26,21 @@ Accuracies = dict[str, dict[str, Score]]
 """Model name to domain to what the model scored there."""
 
 
-def sampling_settings(options: EvaluationConfig) -> SamplingSettings:
-    """How validation prompts are sampled: greedy, unless ``evaluation.temperature`` says otherwise."""
+def sampling_settings(config: Config, domain: str) -> SamplingSettings:
+    """How validation prompts of a domain are sampled: greedy, unless ``evaluation.temperature`` says
+    otherwise. A response may be as long as in training on that domain, whichever model answers."""
+    options, branch = config.evaluation, domains_by_name(config)[domain].branch
     return SamplingSettings(
-        num_generations=options.num_generations_per_prompt, temperature=options.temperature
+        num_generations=options.num_generations_per_prompt,
+        temperature=options.temperature,
+        max_new_tokens=config.branches[branch].rollout.max_new_tokens,
     )
 
 
 def accuracy(
     sample: Sampler,
     validation: Mapping[str, Sequence[Prompt]],
-    options: EvaluationConfig,
+    config: Config,
     *,
     domains: Iterable[str] | None = None,
 ) -> dict[str, Score]:
@@ -46,11 +51,10 @@ def accuracy(
         validation: validation prompts by domain.
         domains: domains to score; None means all.
     """
-    settings = sampling_settings(options)
     scores = {}
     for domain in validation if domains is None else domains:
         logger.info("evaluating %d prompts of %s", len(validation[domain]), domain)
-        rollouts = sample(validation[domain], settings, f"validation/{domain}")
+        rollouts = sample(validation[domain], sampling_settings(config, domain), f"validation/{domain}")
         scores[domain] = score_of([r.reward for r in rollouts if r.reward is not None])
     return scores
 

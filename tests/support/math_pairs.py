@@ -9,8 +9,9 @@ from pathlib import Path
 _LINE = re.compile(r"([01]) \| (.*?) \|(.*)")
 FOLDER = Path(__file__).parents[1] / "data"
 FILES = ("math_pairs.txt", "independent_math_pairs.txt")
-"""The second was written without a look at the first or at the verifier's code, and graded for the first time
-when it was complete: 3 of its right answers were refused, and no wrong one was taken."""
+"""The second was written without a look at the first or at ``rewards/mathematics``, and graded for the first
+time when it was complete: 3 of its right answers were refused, and no wrong one was taken. The verifier has
+been mended since, so it is no longer a measure of what is unseen."""
 
 
 @dataclass(frozen=True)
