@@ -123,6 +123,19 @@ def test_number_of_prompts_asked() -> None:
 # ---- with vLLM -------------------------------------------------------------------------------------------
 
 
+class _Ear:
+    """What the engine tells while it samples; None for every step that it makes."""
+
+    def __init__(self) -> None:
+        self.heard: list[Rollout | None] = []
+
+    def add(self, rollout: Rollout) -> None:
+        self.heard.append(rollout)
+
+    def poll(self) -> None:
+        self.heard.append(None)
+
+
 def _two_steps(folder: Path) -> dict[str, Any]:
     """Six prompts, of which two are wanted; the rest is continued under other weights."""
     from copd_megatron.hf.folder import HFFolder
@@ -140,7 +153,8 @@ def _two_steps(folder: Path) -> dict[str, Any]:
             for i, t in enumerate(random_texts(12, 256, seed=4, longest=40)[1::2])
         ]
         settings = SamplingSettings(num_generations=2, temperature=1.0)
-        whole = engine.sample(prompts, settings, step=0)
+        ear = _Ear()
+        whole = engine.sample_share(prompts, settings, step=0, listener=ear)
         first = engine.sample_share(prompts, settings, step=0, stop=EarlyStop(num_prompts=2))
         taken, left = split_groups(first, 2, 2)
         engine.load_weights(((n, t * 0.5) for n, t in HFFolder(folder).iterate()), version=4)
@@ -150,7 +164,15 @@ def _two_steps(folder: Path) -> dict[str, Any]:
             again, settings, step=1, stop=EarlyStop(num_prompts=len(again), begun=begun)
         )
         fresh = engine.sample(prompts[:1], settings, step=2)
-    return {"whole": whole, "first": first, "taken": taken, "begun": begun, "second": second, "fresh": fresh}
+    return {
+        "ear": ear,
+        "whole": whole,
+        "first": first,
+        "taken": taken,
+        "begun": begun,
+        "second": second,
+        "fresh": fresh,
+    }
 
 
 @pytest.mark.slow
@@ -160,6 +182,9 @@ def test_responses_are_stopped_and_continued(tmp_path: Path) -> None:
     whole = {(r.prompt.prompt_id, r.sample_index): r for r in seen["whole"]}
     assert len({r.prompt.prompt_id for r in seen["taken"]}) == 2
     assert not any(r.unfinished for r in seen["taken"])
+    heard = [r for r in seen["ear"].heard if r is not None]
+    assert sorted(map(repr, heard)) == sorted(map(repr, seen["whole"])), "each as it is returned"
+    assert seen["ear"].heard.index(None) < len(heard), "some are told of before the last has ended"
     lengths = [(r.response_length, r.unfinished) for r in seen["first"]]
     assert any(unfinished and 0 < length < 20 for length, unfinished in lengths), lengths
     for rollout in seen["first"]:  # the stop changes no token, it only comes between

@@ -233,6 +233,50 @@ def test_metadata_that_cannot_be_sent(pool: WorkerPool) -> None:
     assert values(pool.run([bad, call("fine")])) == ["bad_request", 1.0]
 
 
+# ---------------------------------------------------------------- beside the sampling
+
+
+def test_responses_are_graded_while_others_are_still_sampled() -> None:
+    config = RewardConfig(verifiers=["exact", COMMAND], num_workers=2)
+    early = [rollout("wait 0.4", key=str(i)) for i in range(2)]
+    late = [rollout("blue", "blue", "exact", key="late"), rollout("wrong", key="w"), early[0]]
+    with Grader(config) as grader:
+        grader.grade([rollout("fine")])  # the verifier is loaded
+        with grader.begin() as grading:
+            for response in early:
+                grading.add(response)
+            end = time.monotonic() + 1.5
+            while time.monotonic() < end:  # the engine makes its steps
+                grading.poll()
+                time.sleep(0.02)
+            assert None not in grading._run.done, "both have been graded meanwhile"
+            graded = grading.finish([*early, *late])
+        assert graded == grader.grade([*early, *late])
+        assert [g.reward for g in graded] == [1.0, 1.0, 1.0, 0.0, 1.0]
+
+
+def test_a_verifier_that_is_met_later_reaches_every_worker() -> None:
+    config = RewardConfig(verifiers=[REUSABLE, COMMAND], num_workers=1)
+    with Grader(config) as grader, grader.begin() as grading:
+        grading.add(rollout("fine", verifier=REUSABLE, key="a"))
+        grading.poll()
+        last = [rollout("fine", verifier=COMMAND, key="b"), rollout("fine", verifier=REUSABLE, key="c")]
+        assert [g.reward for g in grading.finish(last)] == [1.0, 1.0]
+
+
+def test_an_error_of_grading_is_raised_at_its_end_and_leaves_no_process() -> None:
+    with Grader(RewardConfig(verifiers=["exact", COMMAND])) as grader:
+        with pytest.raises(ValueError, match="names verifier 'math'"), grader.begin() as grading:
+            grading.add(rollout("hang"))
+            grading.poll()
+            (worker,) = grading._run.in_flight
+            grading.add(rollout("1", verifier="math"))
+            grading.poll()
+            grading.finish([])
+        assert is_gone(worker.pid)
+        assert grader.grade([rollout("fine")])[0].reward == 1.0
+
+
 # ---------------------------------------------------------------- with the trainer
 
 TRAINER = """

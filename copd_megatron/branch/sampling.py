@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from copd_megatron.config.domains import all_domains
 from copd_megatron.data.stream import split_evenly
 from copd_megatron.metrics.phase_memory import phase_memory
 from copd_megatron.records import Prompt, Rollout
+from copd_megatron.rewards.grader import Grading
 from copd_megatron.rollout.early_stop import EarlyStop
 from copd_megatron.rollout.engine import SamplingSettings
 
@@ -62,13 +64,18 @@ def sample_graded(
     """
     assert me.engine is not None
     watch, ranks = me.world.watch, me.engine_ranks
-    with watch.operation("rollout.generate", ranks=ranks) as sampled:
-        me.actor.give_memory(weights=True)
-        with phase_memory(me.metrics, "sampling"):
-            mine = me.engine.sample_share(prompts, settings, step=step, branch=purpose, stop=stop)
-    me.clock.detail(f"generation_seconds/{purpose.partition('/')[2]}", time.monotonic() - sampled.started)
-    with watch.operation("rewards.grade", ranks=(me.world.rank,)):
-        mine = _graded(me, mine) if grade else mine
+    # the ranks of one engine hold the same samples: the first grades them, while others are still sampled
+    grades_here = grade and me.engine.tp_rank == 0
+    with me.grader.begin() if grades_here else contextlib.nullcontext() as grading:
+        with watch.operation("rollout.generate", ranks=ranks) as sampled:
+            me.actor.give_memory(weights=True)
+            with phase_memory(me.metrics, "sampling"):
+                mine = me.engine.sample_share(
+                    prompts, settings, step=step, branch=purpose, stop=stop, listener=grading
+                )
+        me.clock.detail(f"generation_seconds/{purpose.partition('/')[2]}", time.monotonic() - sampled.started)
+        with watch.operation("rewards.grade", ranks=(me.world.rank,)):
+            mine = mine if grading is None else _graded(grading, mine)
     with watch.operation("rollout.gather", ranks=me.world.branch_ranks[me.name]):
         rollouts = me.engine.gather(mine, prompts, settings)
     before = 0 if stop is None else sum(r.response_length for r in stop.begun.values())
@@ -76,12 +83,9 @@ def sample_graded(
     return rollouts
 
 
-def _graded(me: Branch, mine: list[Rollout]) -> list[Rollout]:
-    """This rank's share with grades. The ranks of one engine hold the same samples: the first grades them."""
-    assert me.engine is not None
-    if me.engine.tp_rank != 0:
-        return mine
-    graded = iter(me.grader.grade([r for r in mine if not r.unfinished and r.reward is None]))
+def _graded(grading: Grading, mine: list[Rollout]) -> list[Rollout]:
+    """This rank's share with grades, of those that are finished."""
+    graded = iter(grading.finish([r for r in mine if not r.unfinished and r.reward is None]))
     return [r if r.unfinished or r.reward is not None else next(graded) for r in mine]
 
 

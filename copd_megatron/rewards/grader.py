@@ -14,7 +14,7 @@ from copd_megatron.config.schema import RewardConfig
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards import registry
 from copd_megatron.rewards.final_answer import Source, final_answer
-from copd_megatron.rewards.isolation import Call, Outcome, WorkerPool
+from copd_megatron.rewards.isolation import Call, Outcome, PoolRun, WorkerPool
 from copd_megatron.rewards.registry import Verifier
 from copd_megatron.rewards.terms import OWN, terms_of
 
@@ -74,17 +74,12 @@ class Grader:
         such samples before training), RuntimeError if no process can be started that runs
         a verifier.
         """
-        tasks: dict[_Key, Rollout] = {}
-        shares: dict[int, list[_Share]] = {}
-        for rollout in rollouts:
-            for share in shares.setdefault(id(rollout.prompt), self._shares(rollout.prompt)):
-                tasks.setdefault(_key(rollout, share), dataclasses.replace(rollout, prompt=share.prompt))
-        outcomes = dict(zip(tasks, self._run(list(tasks.values())), strict=True))
-        self._warn_of_ungraded(outcomes.values())
-        return [
-            dataclasses.replace(rollout, reward=self._reward(rollout, shares[id(rollout.prompt)], outcomes))
-            for rollout in rollouts
-        ]
+        with self.begin() as grading:
+            return grading.finish(rollouts)
+
+    def begin(self) -> Grading:
+        """Grading that goes on beside something else, such as the sampling of further responses."""
+        return Grading(self, self._pool.begin())
 
     def _shares(self, prompt: Prompt) -> list[_Share]:
         """What the reward of a response to this prompt consists of."""
@@ -137,25 +132,6 @@ class Grader:
     ) -> None:
         self.close()
 
-    def _run(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
-        verifiers = [self._verifier_of(rollout) for rollout in rollouts]
-        isolated = [index for index, verifier in enumerate(verifiers) if verifier.isolated]
-        calls = [
-            Call(
-                target=verifiers[index].target,
-                response=_response(verifiers[index], rollouts[index]),
-                answer=rollouts[index].prompt.answer,
-                metadata=rollouts[index].prompt.metadata,
-                reusable=verifiers[index].reusable,
-            )
-            for index in isolated
-        ]
-        far = dict(zip(isolated, self._pool.run(calls, max_seconds=self._max_seconds), strict=True))
-        return [
-            far[index] if index in far else _call_here(verifier, rollout)
-            for index, (verifier, rollout) in enumerate(zip(verifiers, rollouts, strict=True))
-        ]
-
     def _verifier_of(self, rollout: Rollout) -> Verifier:
         name = rollout.prompt.verifier
         if name not in self._verifiers:
@@ -201,6 +177,85 @@ class Grader:
                 "; further ones of this kind are only counted" if last else "",
             )
         return 0.0
+
+
+class Grading:
+    """Responses of one batch, graded as they come. A grade does not depend on when it is asked for.
+
+    Its own thread is the caller's: between two of its steps it calls ``poll``. An error in ``add`` or
+    ``poll`` is raised by ``finish``, so that it does not look like one of what goes on beside.
+    """
+
+    def __init__(self, grader: Grader, run: PoolRun) -> None:
+        self._grader, self._run = grader, run
+        self._shares: dict[int, list[_Share]] = {}
+        self._here: dict[_Key, Outcome] = {}
+        self._far: dict[_Key, int] = {}
+        """Key to the number of the call in the pool's run."""
+        self._error: Exception | None = None
+
+    def add(self, rollout: Rollout) -> None:
+        """Begins to grade a response."""
+        try:
+            self._add(rollout)
+        except Exception as error:
+            self._error = self._error or error
+
+    def poll(self) -> None:
+        """Takes grades that have come and starts what is waiting, without waiting itself."""
+        if self._error is None:
+            try:
+                self._run.poll()
+            except Exception as error:
+                self._error = error
+
+    def finish(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts, those that were added and others, with their rewards, in order; see
+        ``Grader.grade``."""
+        if self._error is not None:
+            raise self._error
+        for rollout in rollouts:
+            self._add(rollout)
+        far = self._run.outcomes(self._grader._max_seconds)
+        outcomes = self._here | {key: far[number] for key, number in self._far.items()}
+        self._grader._warn_of_ungraded(outcomes.values())
+        return [
+            dataclasses.replace(
+                rollout, reward=self._grader._reward(rollout, self._shares[id(rollout.prompt)], outcomes)
+            )
+            for rollout in rollouts
+        ]
+
+    def _add(self, rollout: Rollout) -> None:
+        prompt = rollout.prompt
+        if id(prompt) not in self._shares:
+            self._shares[id(prompt)] = self._grader._shares(prompt)
+        for share in self._shares[id(prompt)]:
+            key = _key(rollout, share)
+            if key not in self._here and key not in self._far:
+                self._begin(key, dataclasses.replace(rollout, prompt=share.prompt))
+
+    def _begin(self, key: _Key, rollout: Rollout) -> None:
+        verifier, prompt = self._grader._verifier_of(rollout), rollout.prompt
+        if not verifier.isolated:
+            self._here[key] = _call_here(verifier, rollout)
+            return
+        self._far[key] = len(self._run.calls)
+        self._run.add(
+            Call(
+                target=verifier.target,
+                response=_response(verifier, rollout),
+                answer=prompt.answer,
+                metadata=prompt.metadata,
+                reusable=verifier.reusable,
+            )
+        )
+
+    def __enter__(self) -> Grading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run.__exit__()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,12 +50,12 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from copd_megatron.rewards.guard import EXIT_STATUS
 from copd_megatron.rewards.processes import START_SECONDS, ForkServer, ServerGoneError, Worker
 
-__all__ = ["START_SECONDS", "Call", "Outcome", "WorkerPool"]
+__all__ = ["START_SECONDS", "Call", "Outcome", "PoolRun", "WorkerPool"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,8 @@ class _Task:
     in_queue_before: float = 0.0
     """Seconds that its worker had waited for a processor before."""
     deadline: float = 0.0
+    num_loaded: int = 0
+    """Verifiers that its worker has."""
     is_shared: bool = False
     """Another call was being graded at the same time."""
 
@@ -130,6 +132,7 @@ class WorkerPool:
         self._timeout_seconds = timeout_seconds
         self._server = ForkServer()
         self._idle: list[Worker] = []
+        self._num_loaded = 0
         self._finalizer = weakref.finalize(self, self._server.close)
 
     def run(self, calls: Sequence[Call], *, max_seconds: float | None = None) -> list[Outcome]:
@@ -139,14 +142,14 @@ class WorkerPool:
 
         Raises RuntimeError if workers cannot be started or cannot import a verifier: no sample's fault.
         """
-        if not calls:
-            return []
-        self._load(calls)
-        run = _Run(self, calls, max_seconds)
-        try:
-            return run.outcomes()
-        finally:
-            run.end_all()
+        with self.begin() as run:
+            for call in calls:
+                run.add(call)
+            return run.outcomes(max_seconds)
+
+    def begin(self) -> PoolRun:
+        """Calls that come one after another, while the caller does something else. One at a time."""
+        return PoolRun(self)
 
     def close(self) -> None:
         """End the workers. The pool may be used again; it starts new ones."""
@@ -157,6 +160,7 @@ class WorkerPool:
         for target in dict.fromkeys(call.target for call in calls):
             if self._server.load(target):
                 self._end_idle()  # they were forked without it
+                self._num_loaded += 1
 
     def _end_idle(self) -> None:
         while self._idle:
@@ -173,12 +177,12 @@ class WorkerPool:
 
 
 @dataclass
-class _Run:
-    """One call of ``WorkerPool.run``: what waits, what is being graded, what is done."""
+class PoolRun:
+    """What waits, what is being graded, what is done. Ends its workers at the end of the block."""
 
     pool: WorkerPool
-    calls: Sequence[Call]
-    max_seconds: float | None
+    calls: list[Call] = field(default_factory=list)
+    done: list[Outcome | None] = field(default_factory=list)
     in_flight: dict[Worker, _Task] = field(default_factory=dict)
     waiting: deque[_Task] = field(default_factory=deque)
     suspects: deque[_Task] = field(default_factory=deque)
@@ -186,27 +190,50 @@ class _Run:
     num_restarts: int = 0
     """Of the fork server, since the last call was settled."""
 
-    def outcomes(self) -> list[Outcome]:
-        done: list[Outcome | None] = [None] * len(self.calls)
-        for index, call in enumerate(self.calls):
-            try:
-                self.waiting.append(_task(index, call))
-            except (TypeError, ValueError, RecursionError) as error:
-                done[index] = Outcome(reason="bad_request", message=f"metadata is not JSON: {error}"[:500])
-        end = time.monotonic() + self.max_seconds if self.max_seconds is not None else float("inf")
-        while (self.waiting or self.suspects or self.in_flight) and time.monotonic() < end:
-            self._start_calls()
-            self._wait(end)
-            for worker, task in list(self.in_flight.items()):
-                outcome = self._settled(worker, task)
-                if outcome is not None:
-                    done[task.index] = outcome
-                    self.num_restarts = 0
-        given_up = Outcome(reason="given_up", message=f"not graded within {self.max_seconds or 0:g} s")
-        return [given_up if outcome is None else outcome for outcome in done]
+    def add(self, call: Call) -> None:
+        """One more call. It starts with the next ``poll`` or ``outcomes`` that finds a free worker.
 
-    def end_all(self) -> None:
-        """End the workers that are still at work."""
+        Raises RuntimeError as ``WorkerPool.run`` does.
+        """
+        self.pool._load([call])
+        index = len(self.calls)
+        self.calls.append(call)
+        self.done.append(None)
+        try:
+            self.waiting.append(_task(index, call))
+        except (TypeError, ValueError, RecursionError) as error:
+            self.done[index] = Outcome(reason="bad_request", message=f"metadata is not JSON: {error}"[:500])
+
+    def poll(self) -> None:
+        """Starts what has room and takes what has ended, without waiting. Raises as ``WorkerPool.run``."""
+        self._advance(time.monotonic())
+
+    def outcomes(self, max_seconds: float | None = None) -> list[Outcome]:
+        """Waits for the rest; the outcomes of all calls, in their order.
+
+        ``max_seconds`` from now, what is not graded is given up. Raises as ``WorkerPool.run``.
+        """
+        end = time.monotonic() + max_seconds if max_seconds is not None else float("inf")
+        while (self.waiting or self.suspects or self.in_flight) and time.monotonic() < end:
+            self._advance(end)
+        given_up = Outcome(reason="given_up", message=f"not graded within {max_seconds or 0:g} s")
+        return [given_up if outcome is None else outcome for outcome in self.done]
+
+    def _advance(self, end: float) -> None:
+        """Starts what has room, waits for something to happen, but not beyond ``end``, and takes it."""
+        self._start_calls()
+        self._wait(end)
+        for worker, task in list(self.in_flight.items()):
+            outcome = self._settled(worker, task)
+            if outcome is not None:
+                self.done[task.index] = outcome
+                self.num_restarts = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the workers that are still at work."""
         for worker in list(self.in_flight):
             self._end(worker)
 
@@ -236,6 +263,7 @@ class _Run:
         for other in self.in_flight.values():
             other.is_shared = True
         task.begin(worker, self.pool._timeout_seconds)
+        task.num_loaded = self.pool._num_loaded
         self.in_flight[worker] = task
 
     def _restart(self, error: ServerGoneError) -> None:
@@ -300,7 +328,8 @@ class _Run:
         return True
 
     def _finish(self, worker: Worker, task: _Task) -> None:
-        if task.call.reusable and len(self.pool._idle) < self.pool._num_workers:
+        has_all = task.num_loaded == self.pool._num_loaded
+        if task.call.reusable and has_all and len(self.pool._idle) < self.pool._num_workers:
             del self.in_flight[worker]
             self.pool._idle.append(worker)
         else:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -70,6 +70,16 @@ class SamplingSettings:
     top_k: int = -1
     max_new_tokens: int | None = None
     """Longest response in tokens; None: the branch's ``rollout.max_new_tokens``."""
+
+
+class Listener(Protocol):
+    """Something that goes on beside the sampling, on its thread."""
+
+    def add(self, rollout: Rollout) -> None:
+        """A response has ended."""
+
+    def poll(self) -> None:
+        """The engine has made a step."""
 
 
 @dataclass(kw_only=True)
@@ -330,11 +340,13 @@ class RolloutEngine:
         step: int,
         branch: str | None = None,
         stop: EarlyStop | None = None,
+        listener: Listener | None = None,
     ) -> list[Rollout]:
         """Samples this replica's share of the prompts. All ranks of the engine call it together.
 
         With ``stop``, sampling ends when this replica's share of the wanted prompts is done, and the
-        responses of the other prompts are returned as far as they got.
+        responses of the other prompts are returned as far as they got. ``listener`` is told of every
+        response that ends, in the order in which they end.
         """
         if self.version is None:
             raise RuntimeError(f"branch {self.branch}: vLLM has no valid weights; sync them before sampling")
@@ -375,29 +387,37 @@ class RolloutEngine:
                     output_kind=RequestOutputKind.FINAL_ONLY if stop is None else RequestOutputKind.DELTA,
                 )
             )
-        enough = None
+        enough: Callable[[int], bool] | None = None
         if stop is not None:
             quota = len(split_replicas(stop.num_prompts, self.num_replicas)[self.replica])
             enough = _enough([mine[i][0].group_id for i in places], quota, mine)
+        rollouts = {i: part for i, part in enumerate(earlier) if part is not None}
+
+        def take(number: int, completion: _Completion) -> None:
+            i = places[number]
+            rollouts[i] = self._rollout(*mine[i], seeds[i], completion, earlier[i])
+
+        def ended(number: int, completion: _Completion) -> bool:
+            take(number, completion)
+            if listener is not None:
+                listener.add(rollouts[places[number]])
+            return enough is not None and enough(number)
+
         with self._named(f"failed in sampling {len(places)} responses of step {step + 1}"):
-            completions = dict(zip(places, self._generate(inputs, parameters, enough), strict=True))
-        rollouts = []
-        for i, (prompt, sample) in enumerate(mine):
-            part = earlier[i]
-            if i in completions:
-                rollouts.append(self._rollout(prompt, sample, seeds[i], completions[i], part))
-            else:
-                assert part is not None
-                rollouts.append(part)
-        return rollouts
+            completions = self._generate(inputs, parameters, ended, listener)
+        for number, completion in enumerate(completions):
+            if completion.finish_reason is None:
+                take(number, completion)
+        return [rollouts[i] for i in range(len(mine))]
 
     def _generate(
         self,
         prompts: Sequence[Prompt],
         parameters: Sequence[Any],
-        enough: Callable[[int], bool] | None = None,
+        ended: Callable[[int, _Completion], bool],
+        listener: Listener | None,
     ) -> list[_Completion]:
-        """Runs the engine until all requests are done, or until ``enough``, which is called for every request
+        """Runs the engine until all requests are done, or until ``ended``, which is called for every request
         that ends, returns True. Returns completions in the order of the requests.
 
         Prompts are passed as tokens and pixels; vLLM's own processor never runs.
@@ -421,8 +441,10 @@ class RolloutEngine:
                         f"{prompts[number].prompt_id}: vLLM and the trainer have different prompt tokens"
                     )
                 completions[number].add(output.outputs[0], decoded=bool(self.config.stop))
-                if output.finished and enough is not None:
-                    stopped = enough(number) or stopped
+                if output.finished:
+                    stopped = ended(number, completions[number]) or stopped
+            if listener is not None:
+                listener.poll()
         if stopped:
             engine.abort_request([n for n, i in place.items() if completions[i].finish_reason is None])
         return completions
