@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from copd_megatron.config import Config
 from copd_megatron.config.schema import BranchConfig
-from copd_megatron.evaluation import models
 from tests.support.rollouts import rollout
 
 
@@ -38,6 +38,8 @@ class Engine:
 
 
 def test_each_domain_has_its_own_limit() -> None:
+    from copd_megatron.evaluation import models
+
     config, engine = two_branches(16, 512), Engine()
     prompt = rollout("4").prompt
     grader: Any = SimpleNamespace(grade=lambda rollouts: rollouts)
@@ -47,6 +49,18 @@ def test_each_domain_has_its_own_limit() -> None:
     assert engine.asked == {"validation/text": 16, "validation/image": 512}
 
 
-def test_verdicts_under_other_limits_are_others() -> None:
-    assert models._limits(two_branches(16, 512)) == {"text": 16, "image": 512}
-    assert models._limits(two_branches(16, 512)) != models._limits(two_branches(16, 64))
+def test_verdicts_under_other_limits_are_others(tmp_path: Path) -> None:
+    from copd_megatron.evaluation import models
+
+    model: Any = SimpleNamespace(
+        path=tmp_path, companions=tmp_path, source=SimpleNamespace(identity=lambda: "")
+    )
+
+    def settings(short: int, long: int) -> Any:
+        config = two_branches(short, long)
+        for branch in config.branches.values():
+            branch.data.validation = []
+        return models._settings(config, model)
+
+    assert settings(16, 512) == settings(16, 512)
+    assert settings(16, 512) != settings(16, 64)

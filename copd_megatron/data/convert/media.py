@@ -194,7 +194,12 @@ def _inside(name: str, root: Path | None, where: str) -> Path:
         )
     folder = root or Path()
     path = folder / inner
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        stays = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError) as error:  # a null byte, a name that is too long, links in a circle
+        problem = f"the path {name[:200]!r} cannot be followed ({error})"
+        raise BadSampleError(where, "missing_media", problem, "Give the file's path.") from error
+    if not stays:
         raise BadSampleError(
             where,
             "missing_media",
