@@ -18,6 +18,7 @@ from copd_megatron.evaluation.statistics import (
     mean_of_groups,
     paired_difference,
     pass_at_k,
+    share,
     wilson,
 )
 
@@ -144,3 +145,11 @@ def test_a_paired_difference_is_narrower_than_two_means() -> None:
     assert found.value == pytest.approx(0.05, abs=0.01) and found.excludes_zero
     assert found.high - found.low < 0.01 < bootstrap(hard).high - bootstrap(hard).low
     assert not paired_difference(theirs, theirs).excludes_zero
+
+
+@pytest.mark.parametrize("all_right", [True, False])
+def test_a_set_that_is_all_right_or_all_wrong_claims_no_certainty(all_right: bool) -> None:
+    found = share([float(all_right)] * 20)
+    assert found == wilson(20 * all_right, 20) and found.high - found.low > 0.1
+    assert share([1.0, 0.5, math.nan]) == bootstrap([1.0, 0.5])
+    assert math.isnan(share([math.nan]).value)

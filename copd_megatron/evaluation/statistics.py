@@ -134,6 +134,22 @@ def bootstrap(values: npt.ArrayLike, *, level: float = LEVEL, seed: int = 0) -> 
     return mean_of_groups([values], level=level, seed=seed)
 
 
+def share(values: npt.ArrayLike, *, level: float = LEVEL, seed: int = 0) -> Estimate:
+    """The mean of per-prompt shares between 0 and 1, with ``bootstrap``'s interval.
+
+    Where every prompt has share 0, or every prompt 1, draws of prompts are all alike, and an interval of no
+    width would claim certainty: then it is Wilson's, over the prompts.
+
+    Args:
+        values: [P]; NaN is left out.
+    """
+    array = np.asarray(values, np.float64)
+    known = array[~np.isnan(array)]
+    if len(known) and known.min() == known.max() and known[0] in (0.0, 1.0):
+        return wilson(int(known.sum()), len(known), level=level)
+    return bootstrap(known, level=level, seed=seed)
+
+
 def mean_of_groups(groups: Sequence[npt.ArrayLike], *, level: float = LEVEL, seed: int = 0) -> Estimate:
     """The plain mean of the groups' means (each group [P_g]), with an interval that draws prompts within each
     group. NaN where a group is empty."""

@@ -15,6 +15,7 @@ from copd_megatron.evaluation.statistics import (
     mean_of_groups,
     paired_difference,
     pass_at_k,
+    share,
     wilson,
 )
 from copd_megatron.evaluation.verdicts import PromptVerdicts
@@ -106,13 +107,11 @@ def figures_of(rows: Sequence[PromptVerdicts]) -> Figures:
         num_responses=len(lengths),
         num_ungraded=sum(reward is None for row in rows for reward in row.rewards),
         accuracy=(
-            wilson(sum(map(round, map(sum, right))), len(right)) if single else bootstrap(mean_at_n(right))
+            wilson(sum(map(round, map(sum, right))), len(right)) if single else share(mean_at_n(right))
         ),
         mean_reward=bootstrap(mean_at_n(graded)),
-        pass_at={
-            k: bootstrap([pass_at_k(len(r), round(sum(r)), k) for r in right if len(r) >= k]) for k in ks
-        },
-        majority_at={k: bootstrap(_majorities(rows, k)) for k in ks[1:]},
+        pass_at={k: share([pass_at_k(len(r), round(sum(r)), k) for r in right if len(r) >= k]) for k in ks},
+        majority_at={k: share(_majorities(rows, k)) for k in ks[1:]},
         truncated=sum(cut) / len(cut) if cut else math.nan,
         mean_tokens=sum(lengths) / len(lengths) if lengths else math.nan,
     )
