@@ -319,7 +319,7 @@ def cycle(options: argparse.Namespace, figures: Figures) -> None:
     def worst(name: str) -> float:
         return max(step[f"{branch}/{name}"] for step in steps for branch in _BRANCHES)
 
-    taught = [step for step in steps if "addition/timing/teaching_seconds" in step]
+    taught = [step for step in steps if step["addition/timing/teaching_seconds"] > 0]
     teaching = sum(step["addition/timing/teaching_seconds"] for step in taught)
     whole = sum(step["addition/timing/step_seconds"] for step in taught)
     figures.add(
