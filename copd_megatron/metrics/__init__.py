@@ -13,6 +13,6 @@
 
 Metric names are paths: ``<branch>/train/reward``, ``<branch>/timing/generation_seconds``, and across branches
 ``copd/overlap@10/text-image``. ``timing/<part>_seconds`` are means over the branch's ranks, which add up to
-``timing/step_seconds``; ``timing/slowest/<part>_seconds`` is the largest of any rank; what is sampled for whom
-stands below ``timing/generation_seconds``.
+``timing/step_seconds``; ``timing/slowest/<part>_seconds`` is the largest of any rank; what is sampled for
+whom stands below ``timing/generation_seconds``.
 """
