@@ -28,7 +28,7 @@ compile_list() {
     if [ -f "requirements-$name.txt" ]; then
         grep -v '^#' "requirements-$name.txt" >"$list" || true
     fi
-    "${uv[@]}" pip compile --quiet --python-version 3.12 --no-header --no-annotate --no-emit-index-url \
+    "${uv[@]}" pip compile --quiet --python-version 3.12 --no-header --no-annotate \
         --output-file "$list" "$@" >/dev/null
     { header "$title"; cat "$list"; } >"requirements-$name.txt"
 }

@@ -14,6 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Final
 
+from copd_megatron.metrics.timeline import phase_of
+
 PARTS: Final = (
     "generation",
     "grading",
@@ -33,40 +35,26 @@ PARTS: Final = (
 branches' rows, and its own under a privileged prompt; ``exchange``: packing and sending between branches;
 ``waiting``: for other ranks and branches; ``samples``, ``profile``: writing them."""
 
-_PART_OF: Final = (
-    ("rollout.generate", "generation"),
-    ("rewards.grade", "grading"),
-    ("policy.log_probs", "scoring"),
-    ("opd.score", "teaching"),
-    ("opd.receive", "waiting"),
-    ("opd.wait", "waiting"),
-    ("opd.", "exchange"),
-    ("policy.forward_backward", "update"),
-    ("policy.optimizer_step", "update"),
-    ("update", "update"),
-    ("weight_sync", "weight_sync"),
-    ("checkpoint.agree", "waiting"),
-    ("checkpoint.gather", "waiting"),
-    ("checkpoint", "checkpoint"),
-    ("rollout.gather", "waiting"),
-    ("rewards.gather", "waiting"),
-    ("evaluate.gather", "waiting"),
-    ("metrics", "waiting"),
-    ("barrier", "waiting"),
-    ("all_gather_objects", "waiting"),
-    ("branch_gather", "waiting"),
-)
-"""Parts by the beginning of an operation's name; the first match counts. Exchanges of small messages are
-waiting, because what takes time in them is the slowest rank."""
+_PART_OF_PHASE: Final = {
+    "sample": "generation",
+    "grade": "grading",
+    "score": "scoring",
+    "route": "exchange",
+    "wait": "waiting",
+    "train": "update",
+    "sync": "weight_sync",
+    "save": "checkpoint",
+}
+"""The timeline's phases; the others are ``other``."""
 
 
 def part_of(path: str) -> str:
     """The part, one of ``PARTS``, that the innermost operation of ``outer > inner`` belongs to."""
-    *outer, name = path.split(" > ")
-    part = next((part for start, part in _PART_OF if name.startswith(start)), "other")
-    if part == "scoring" and any(operation.startswith("opd.score") for operation in outer):
+    names = path.split(" > ")
+    phase = phase_of(names[-1])
+    if phase == "score" and any(name.startswith("opd.score") for name in names):
         return "teaching"
-    return part
+    return _PART_OF_PHASE.get(phase, "other")
 
 
 class StepClock:

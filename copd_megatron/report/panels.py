@@ -157,19 +157,19 @@ def _rewards(runs: Sequence[RunHistory]) -> Panel:
     )
 
 
+def _around(run: RunHistory, marker: str, joint: str) -> dict[str, tuple[float, ...]]:
+    """Series with ``marker`` in their names, by what stands before it and behind it."""
+    return {
+        f"{before}{joint}{behind}": values
+        for name, values in run.series.items()
+        for before, found, behind in [name.partition(marker)]
+        if found
+    }
+
+
 def _pool_rewards(runs: Sequence[RunHistory]) -> Panel:
     """Of branches that draw from several pools, the reward on each."""
-    marker = "/train/reward/"
-    named = [
-        {
-            f"{branch}: {pool}": values
-            for name, values in run.series.items()
-            for branch, found, pool in [name.partition(marker)]
-            if found
-        }
-        for run in runs
-    ]
-    curves = combined(runs, named)
+    curves = combined(runs, [_around(run, "/train/reward/", ": ") for run in runs])
     return Panel(
         title="reward by pool",
         curves=curves,
@@ -180,14 +180,8 @@ def _pool_rewards(runs: Sequence[RunHistory]) -> Panel:
 
 def _validation(runs: Sequence[RunHistory]) -> Panel:
     """Accuracy on each domain during training: of a branch on its own domain, and on the others."""
-    marker = "/validation/accuracy/"
     named = [
-        {
-            f"{branch} on {domain}": values
-            for name, values in run.series.items()
-            for branch, found, domain in [name.partition(marker)]
-            if found
-        }
+        _around(run, "/validation/accuracy/", " on ")
         | {f"merged on {domain}": values for domain, values in run.named(MERGED_ACCURACY).items()}
         for run in runs
     ]

@@ -12,7 +12,7 @@ from copd_megatron.errors import DataError
 from copd_megatron.rewards.audit import Audit, Case, Grade, Verdict
 from copd_megatron.samples.files import Selection, read_samples
 from copd_megatron.samples.record import MAX_TEXT_CHARACTERS, Sample
-from copd_megatron.samples.show import visible
+from copd_megatron.untrusted.visible import visible
 
 _ENDS = re.compile(r"(?:<\|(?!end_of_thought)[\w ]{1,30}\|>|</s>|<eos>|<end_of_turn>|\s)+\Z")
 """Special tokens behind a response, which a run's verifiers do not see."""
