@@ -65,7 +65,7 @@ def read_statement(answer: str) -> Statement:
     if not isinstance(axioms, list):
         raise ValueError(f"axioms of verifier 'proof' are a list of names, not {axioms!r:.60}.")
     kind = given.get("assistant") or Assistant.coq.value
-    if kind not in {assistant.value for assistant in Assistant}:
+    if kind not in [assistant.value for assistant in Assistant]:
         raise ValueError(f"verifier 'proof' knows no assistant {kind!r:.60}. Take coq or lean.")
     return Statement(
         assistant=Assistant(kind),

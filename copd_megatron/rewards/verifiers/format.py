@@ -31,7 +31,8 @@ def format_of(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     Raises ValueError for a part or a style that is none.
     """
     parts, style = setting(metadata, "parts", list(_PARTS)), setting(metadata, "style", "any")
-    if not parts or not set(parts) <= set(_PARTS) or style not in _ANSWERS:
+    is_known = isinstance(parts, list) and all(part in _PARTS for part in parts)
+    if not parts or not is_known or style not in list(_ANSWERS):
         raise ValueError(
             f"verifier 'format' knows the parts {', '.join(_PARTS)} and the styles {', '.join(_ANSWERS)}, "
             f"not {parts!r:.60} and {style!r:.60}."

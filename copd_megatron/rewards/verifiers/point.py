@@ -74,7 +74,7 @@ def _reach(metadata: Mapping[str, Any]) -> float:
 def _factors(metadata: Mapping[str, Any]) -> Point:
     """What the response's coordinates are multiplied by."""
     scale = setting(metadata, "scale", "same")
-    if scale not in _SCALES:
+    if scale not in list(_SCALES):
         raise ValueError(f"scale {scale!r:.60} of verifier 'point' is none of {', '.join(_SCALES)}.")
     whole = _SCALES[scale]
     if whole is None:
