@@ -155,3 +155,27 @@ def test_the_tool(tmp_path: Path) -> None:
     assert len(json.loads(found.stdout)["disagreements"]) == 2
     refused = subprocess.run([*command, str(tmp_path / "none.jsonl")], capture_output=True, text=True)
     assert refused.returncode == 2 and "none.jsonl" in refused.stderr
+
+
+def test_a_run_with_terms_is_graded_as_it_was(tmp_path: Path) -> None:
+    """Training responses by all terms of their branch, evaluations by the sample's verifier alone."""
+    (tmp_path / "config.yaml").write_text(
+        "model: {path: base}\n"
+        "branches:\n"
+        "  text: {data: {train: [t.tar]}, reward: {verifiers: [numeric, format], "
+        "terms: {sample: 0.5, format: 0.25}}}\n"
+        "  more: {data: {train: [t.tar]}}\n"
+    )
+    thought = {"response": "<think>hm</think>Answer: 4<|im_end|>", "prompt": "2 + 2?", "lengths": [36]}
+    train = [sample(reward=0.75, **thought), sample(reward=0.25, gold="5", **thought)]
+    write_samples(tmp_path / FOLDER / "text", "train", 3, train)
+    told = sample(kind=Kind.validation, model="text", reward=1.0, **thought)
+    write_samples(tmp_path / FOLDER / "text", "text", 3, [told])
+    write_samples(tmp_path / FOLDER / "more", "train", 3, [sample(model="more", reward=1.0, **thought)])
+    result = audit(read_cases(tmp_path))
+    assert [one.reward for one in result.verdicts] == [1.0, 1.0, 0.75, 0.25], [
+        o.case for o in result.verdicts
+    ]
+    assert not result.disagreements
+    (alone,) = {one.case.verifier for one in audit(read_cases(tmp_path, verifier="exact")).verdicts}
+    assert alone == "exact"

@@ -14,8 +14,9 @@ from copd_megatron.config.schema import RewardConfig
 from copd_megatron.errors import ConfigError
 from copd_megatron.launch import doctor
 from copd_megatron.rewards import Grader, registry, sandbox
-from copd_megatron.rewards.proofs import RejectedError, coq, lean, read_statement
+from copd_megatron.rewards.proofs import RejectedError, compiler, coq, lean, read_statement
 from copd_megatron.rewards.proofs.coq_script import Proof, read_proof, sentences
+from copd_megatron.rewards.sandbox import bubblewrap
 from copd_megatron.rewards.verifiers import proof as verifier
 from tests.support.rollouts import rollout
 
@@ -313,6 +314,72 @@ def test_the_grader_checks_proofs_in_its_workers() -> None:
         wrong = rollout(block("Admitted."), statement(), "proof", key="wrong")
         assert [item.reward for item in grader.grade([right, wrong])] == [1.0, 0.0]
         assert grader.counters()["failed"] == 0
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder of compiled statements."""
+    monkeypatch.setattr(compiler, "_folder", tmp_path)
+    return tmp_path
+
+
+@with_coq
+def test_a_statement_is_compiled_once(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    make = compiler.Compiler.make
+
+    def counted(self: compiler.Compiler, module: str, *rest: Any) -> bytes | None:
+        made.append(module)
+        return make(self, module, *rest)
+
+    monkeypatch.setattr(compiler.Compiler, "make", counted)
+    right = "induction n; simpl; congruence."
+    assert [grade(right), grade("reflexivity."), grade(right)] == [1.0, 0.0, 1.0]
+    assert made == ["CopdGiven", *["CopdCandidate"] * 3] and len(list(kept.iterdir())) == 1
+    assert grade(right, definitions="Definition unused := 1.") == 1.0
+    assert made.count("CopdGiven") == 2, "another text is another statement"
+
+
+@with_coq
+def test_no_response_reaches_the_compiled_statements(kept: Path) -> None:
+    """Whatever runs in the candidate's place finds no such folder."""
+    grade("reflexivity.")
+    (file,) = kept.iterdir()
+    before = file.read_bytes()
+    for path in (str(file), str(kept)):
+        program = f"import os\nprint(os.path.exists({path!r}))\nopen({str(file)!r}, 'wb').write(b'x')"
+        found = sandbox.run(program.encode())
+        assert (found.ended, found.output) == (sandbox.Ended.error, b"False\n")
+    assert file.read_bytes() == before
+
+
+def test_without_a_sandbox_no_statement_is_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(bubblewrap.SWITCH, "1")
+    monkeypatch.setattr(compiler.Compiler, "make", lambda *_: b"made")
+    assert compiler._statement(_compiler(), "text", 1.0) == b"made" and not list(kept.iterdir())
+
+
+def test_statements_used_longest_ago_are_dropped(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_MAX_KEPT", 3)
+    monkeypatch.setattr(compiler, "_MAX_KEPT_BYTES", 25)
+    monkeypatch.setattr(compiler.Compiler, "make", lambda self, module, text, *_: text.encode() * 10)
+    for text in ("a", "b", "a", "c"):
+        assert compiler._statement(_compiler(), text, 1.0) == text.encode() * 10
+    assert sorted(file.read_bytes()[:1] for file in kept.iterdir()) == [b"a", b"c"]
+    monkeypatch.setattr(compiler.Compiler, "make", lambda *_: None)
+    assert compiler._statement(_compiler(), "d", 1.0) is None and len(list(kept.iterdir())) == 2
+
+
+def _compiler() -> compiler.Compiler:
+    return compiler.Compiler(
+        source=".v",
+        compiled=".vo",
+        compile=lambda module: ["coqc", module],
+        mounts=(),
+        environment={},
+        memory_bytes=1,
+        total_memory_bytes=1,
+    )
 
 
 # ---- Lean -------------------------------------------------------------------------------------------------

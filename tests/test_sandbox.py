@@ -120,6 +120,9 @@ SEEING = {
     "become root": "os.setuid(0); return os.getuid() == 0 and open('/escaped', 'w')",
     "make a user namespace": "import ctypes; return ctypes.CDLL(None).unshare(0x10000000) == 0",
     "mount something": "import ctypes; return ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, 0) == 0",
+    "keep memory without a process": "import ctypes; return ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0",
+    "keep messages without a process": "import ctypes; return ctypes.CDLL(None).msgget(0, 0o1600) >= 0",
+    "keep a file in memory": "os.memfd_create('x'); return True",
     "start a shell": "import subprocess; return subprocess.run(['sh', '-c', 'true']).returncode == 0",
     "find the expected output": "import gc; return any(isinstance(o, str) and '42\\\\n' == o "
     "for o in gc.get_objects())",

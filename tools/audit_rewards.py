@@ -6,8 +6,7 @@
 
 A JSONL file has an object a line: response, answer (or expected), verifier, and where they are known
 prompt, metadata, and label (true, false or a number) or reward. Responses of which a run kept only a part are
-left out.
-The rewards of a branch with reward.terms are sums, with which its samples' verifiers alone will disagree.
+left out. Training samples of a branch with reward.terms are graded by all terms, as the run did.
 Ends with status 1 where a verdict disagrees.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from copd_megatron.branch.schedule import Step
@@ -53,10 +53,12 @@ def sample_graded(
     purpose: str,
     stop: EarlyStop | None = None,
     grade: bool = True,
+    terms: Mapping[str, float] | None = None,
 ) -> list[Rollout]:
     """Samples ``prompts`` over the branch's rollout replicas, grades and gathers; collective over the branch.
 
-    ``grade`` False leaves out the grading, for responses that nobody will judge here.
+    ``grade`` False leaves out the grading, for responses that nobody will judge here. ``terms`` as for
+    ``Grader.begin``.
 
     Returns:
         ``len(prompts) * num_generations`` rollouts in prompt order, the same on every rank. With ``stop``
@@ -66,7 +68,7 @@ def sample_graded(
     watch, ranks = me.world.watch, me.engine_ranks
     # the ranks of one engine hold the same samples: the first grades them, while others are still sampled
     grades_here = grade and me.engine.tp_rank == 0
-    with me.grader.begin() if grades_here else contextlib.nullcontext() as grading:
+    with me.grader.begin(terms) if grades_here else contextlib.nullcontext() as grading:
         with watch.operation("rollout.generate", ranks=ranks) as sampled:
             me.actor.give_memory(weights=True)
             with phase_memory(me.metrics, "sampling"):

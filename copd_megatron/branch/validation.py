@@ -91,7 +91,7 @@ def _accuracy(me: Branch, model: str, domains: Iterable[str]) -> dict[str, Score
     answers: dict[str, list[Rollout]] = {}
 
     def sample(prompts: Sequence[Prompt], settings: SamplingSettings, purpose: str) -> list[Rollout]:
-        rollouts = sample_graded(me, prompts, settings, step=0, purpose=purpose)
+        rollouts = sample_graded(me, prompts, settings, step=0, purpose=purpose, terms={})
         answers[purpose.removeprefix("validation/")] = rollouts
         return rollouts
 

@@ -15,6 +15,7 @@ from copd_megatron.data.pass_rates import PassRates, PassRateWriter, read_pass_r
 from copd_megatron.data.sources import PromptSources
 from copd_megatron.data.stream import PromptReader
 from copd_megatron.evaluation.engine import ranks_of_job, start_engine
+from copd_megatron.evaluation.sampling import sample_graded
 from copd_megatron.hf.digest import model_digest
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.hf.model_config import read_model_shape
@@ -110,9 +111,7 @@ def _score(
         top_p=scoring.top_p,
         top_k=scoring.top_k,
     )
-    mine = engine.sample_share(prompts, settings, step=0, branch="difficulty")
-    rollouts = engine.gather(grader.grade(mine) if engine.tp_rank == 0 else mine, prompts, settings)
-    engine.llm.reset_prefix_cache()  # what came before must not matter
+    rollouts = sample_graded(engine, grader, prompts, settings, branch="difficulty")
     for number, name in enumerate(names):
         correct = sum(map(_is_correct, rollouts[number * count : (number + 1) * count]))
         yield {"prompt": name, "num_correct": correct, "num_samples": count}

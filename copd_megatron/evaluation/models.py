@@ -21,6 +21,7 @@ from copd_megatron.data.sources import PromptSources
 from copd_megatron.errors import ConfigError
 from copd_megatron.evaluation.engine import ranks_of_job, start_engine
 from copd_megatron.evaluation.run import sampling_settings
+from copd_megatron.evaluation.sampling import sample_graded
 from copd_megatron.evaluation.verdicts import PromptVerdicts, VerdictFile, verdicts_of
 from copd_megatron.formats.open import open_source
 from copd_megatron.formats.tensors import TensorSource, read_whole
@@ -176,11 +177,7 @@ def _measure(
         settings = sampling_settings(config, domain)
         logger.info("%s: evaluating %d prompts of %s", label, len(prompts), domain)
         for part in batched(prompts, max(1, at_once // settings.num_generations)):
-            mine = engine.sample_share(part, settings, step=0, branch=f"validation/{domain}")
-            if engine.tp_rank == 0:
-                mine = graders[domain].grade(mine)
-            rollouts = engine.gather(mine, part, settings)
-            engine.llm.reset_prefix_cache()  # what came before must not matter
+            rollouts = sample_graded(engine, graders[domain], part, settings, branch=f"validation/{domain}")
             yield [verdicts_of(p, answers) for p, answers in _per_prompt(part, rollouts)]
 
 

@@ -25,6 +25,7 @@ from copd_megatron.config.hardware import REQUIREMENTS, Machine, missing_for
 from copd_megatron.config.schema import FP8Recipe
 from copd_megatron.rewards import sandbox
 from copd_megatron.rewards.proofs import coq, lean
+from copd_megatron.rewards.sandbox import memory
 
 GIB = 1024**3
 
@@ -383,7 +384,11 @@ def _sandbox() -> Finding:
     """Where the verifiers ``code`` and ``proof`` run what a model wrote."""
     problem = sandbox.check()
     if problem is None:
-        return _ok("sandbox", "bubblewrap", "the verifiers 'code' and 'proof'")
+        found = f"bubblewrap, memory {memory.means()}"
+        exact = (
+            "" if memory.delegated() else "; an exact bound on memory: systemd-run --user --scope copd ..."
+        )
+        return _ok("sandbox", found, f"the verifiers 'code' and 'proof'{exact}")
     means = (
         "only for the verifiers 'code' and 'proof': apt-get install bubblewrap (0.8 or newer), and allow "
         "user namespaces"

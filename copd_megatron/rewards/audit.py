@@ -15,7 +15,7 @@ import numpy as np
 from copd_megatron.config.schema import RewardConfig
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards.grader import Grader
-from copd_megatron.rewards.terms import WEIGHTED, read_terms
+from copd_megatron.rewards.terms import OWN, WEIGHTED, read_terms
 
 
 class Grade(Enum):
@@ -45,6 +45,8 @@ class Case:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     label: float | None = None
     """What is known of it: a recorded reward, or a person's verdict (1 right, 0 wrong)."""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """Weights of what the reward consists of, as a branch's ``reward.terms``; empty: the verifier alone."""
     truncated: bool = False
     opens_thinking: bool = False
 
@@ -114,14 +116,14 @@ def audit(cases: Sequence[Case], *, timeout_seconds: float = 10.0) -> Audit:
     config = RewardConfig(verifiers=_names(cases), timeout_seconds=timeout_seconds)
     with Grader(config) as grader:
         for name in {case.verifier: case for case in cases}.values():
-            grader.grade([_rollout(name)])  # what is loaded once is not timed
+            grader.grade([_rollout(name)], name.terms)  # what is loaded once is not timed
         return Audit([_verdict(grader, case) for case in cases])
 
 
 def _names(cases: Iterable[Case]) -> list[str]:
     names: dict[str, None] = {}
     for case in cases:
-        names[case.verifier] = None
+        names |= dict.fromkeys([case.verifier, *(name for name in case.terms if name != OWN)])
         if case.verifier == WEIGHTED:
             names.update(dict.fromkeys(term.verifier for term in read_terms(case.metadata)))
     return list(names)
@@ -129,7 +131,7 @@ def _names(cases: Iterable[Case]) -> list[str]:
 
 def _verdict(grader: Grader, case: Case) -> Verdict:
     failures, begin = grader.counters()["failed"], time.perf_counter()
-    (graded,) = grader.grade([_rollout(case)])
+    (graded,) = grader.grade([_rollout(case)], case.terms)
     seconds = time.perf_counter() - begin
     failed = grader.counters()["failed"] > failures
     return Verdict(case=case, reward=graded.reward or 0.0, failed=failed, seconds=seconds)

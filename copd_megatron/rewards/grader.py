@@ -67,23 +67,28 @@ class Grader:
         """Names that samples may use."""
         return frozenset(self._verifiers)
 
-    def grade(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    def grade(self, rollouts: Sequence[Rollout], terms: Mapping[str, float] | None = None) -> list[Rollout]:
         """The rollouts with their rewards, in order; None where the time was up.
+
+        ``terms`` as for ``begin``.
 
         Raises ValueError for a rollout whose verifier is not among this grader's (the data check refuses
         such samples before training), RuntimeError if no process can be started that runs
         a verifier.
         """
-        with self.begin() as grading:
+        with self.begin(terms) as grading:
             return grading.finish(rollouts)
 
-    def begin(self) -> Grading:
-        """Grading that goes on beside something else, such as the sampling of further responses."""
-        return Grading(self, self._pool.begin())
+    def begin(self, terms: Mapping[str, float] | None = None) -> Grading:
+        """Grading that goes on beside something else, such as the sampling of further responses.
 
-    def _shares(self, prompt: Prompt) -> list[_Share]:
+        ``terms``: weights instead of the grader's own; empty: each response by the verifier that it names.
+        """
+        return Grading(self, self._pool.begin(), self._terms if terms is None else terms)
+
+    def _shares(self, prompt: Prompt, weights: Mapping[str, float]) -> list[_Share]:
         """What the reward of a response to this prompt consists of."""
-        terms = terms_of(prompt.verifier, prompt.metadata, self._terms)
+        terms = terms_of(prompt.verifier, prompt.metadata, weights)
         return [
             _Share(
                 number=number,
@@ -186,8 +191,8 @@ class Grading:
     ``poll`` is raised by ``finish``, so that it does not look like one of what goes on beside.
     """
 
-    def __init__(self, grader: Grader, run: PoolRun) -> None:
-        self._grader, self._run = grader, run
+    def __init__(self, grader: Grader, run: PoolRun, terms: Mapping[str, float]) -> None:
+        self._grader, self._run, self._terms = grader, run, terms
         self._shares: dict[int, list[_Share]] = {}
         self._here: dict[_Key, Outcome] = {}
         self._far: dict[_Key, int] = {}
@@ -229,7 +234,7 @@ class Grading:
     def _add(self, rollout: Rollout) -> None:
         prompt = rollout.prompt
         if id(prompt) not in self._shares:
-            self._shares[id(prompt)] = self._grader._shares(prompt)
+            self._shares[id(prompt)] = self._grader._shares(prompt, self._terms)
         for share in self._shares[id(prompt)]:
             key = _key(rollout, share)
             if key not in self._here and key not in self._far:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from copd_megatron.config import load_config
 from copd_megatron.errors import DataError
 from copd_megatron.rewards.audit import Audit, Case, Grade, Verdict
 from copd_megatron.samples.files import Selection, read_samples
-from copd_megatron.samples.record import MAX_TEXT_CHARACTERS, Sample
+from copd_megatron.samples.record import MAX_TEXT_CHARACTERS, Kind, Sample
 from copd_megatron.untrusted.visible import visible
 
 _ENDS = re.compile(r"(?:<\|(?!end_of_thought)[\w ]{1,30}\|>|</s>|<eos>|<end_of_turn>|\s)+\Z")
@@ -27,13 +28,19 @@ def read_cases(
     ``label`` (a person's verdict: true, false or a number) or ``reward`` (a recorded one).
 
     Args:
-        verifier: grades all of them, whatever they name.
+        verifier: grades all of them, whatever they name. None: a run's samples are graded as the run did, by
+            its branches' ``reward.terms`` too.
         selection: which samples of a run are wanted.
 
     Raises DataError: a line that is none of this, or no case at all. FileNotFoundError.
     """
     if source.is_dir():
-        cases = [case for sample in read_samples(source, selection) if (case := _of_sample(sample, verifier))]
+        terms = {} if verifier else _terms(source)
+        cases = [
+            case
+            for sample in read_samples(source, selection)
+            if (case := _of_sample(sample, verifier, terms))
+        ]
     else:
         lines = source.read_text(encoding="utf-8").split("\n")
         cases = [
@@ -46,7 +53,15 @@ def read_cases(
     return cases
 
 
-def _of_sample(sample: Sample, verifier: str | None) -> Case | None:
+def _terms(run_dir: Path) -> dict[str, Mapping[str, float]]:
+    """What training rewards consist of, by branch. Raises ConfigError for settings that cannot be read."""
+    settings = run_dir / "config.yaml"
+    if not settings.exists():
+        return {}
+    return {name: branch.reward.terms for name, branch in load_config(settings).branches.items()}
+
+
+def _of_sample(sample: Sample, verifier: str | None, terms: Mapping[str, Mapping[str, float]]) -> Case | None:
     """The case; None where the run kept only a part of the response, of the gold answer or its settings."""
     is_cut = len(sample.gold) >= MAX_TEXT_CHARACTERS or set(sample.metadata) == {"left_out"}
     if sample.num_left_out or is_cut or sample.reward is None:
@@ -59,6 +74,7 @@ def _of_sample(sample: Sample, verifier: str | None) -> Case | None:
         verifier=verifier or sample.verifier,
         metadata=sample.metadata,
         label=sample.reward,
+        terms={} if sample.kind is Kind.validation else terms.get(sample.model, {}),
         truncated=sample.truncated,
         opens_thinking=sample.prompt.rstrip().endswith("<think>"),
     )

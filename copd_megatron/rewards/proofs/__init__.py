@@ -12,7 +12,8 @@ So nothing that the model wrote stands in a file that decides, and the statement
 seen. What is refused before anything runs (``coq_script.py``, and the words in ``lean.py``) is the second
 line of defence.
 
-``statement.py`` reads a sample; ``coq.py`` and ``lean.py`` build the files and judge.
+``statement.py`` reads a sample; ``coq.py`` and ``lean.py`` build the files and judge. ``compiler.py`` runs
+them, and keeps compiled statements for further responses to the same prompt.
 """
 
 from copd_megatron.rewards.proofs.statement import Assistant, RejectedError, Statement, read_statement

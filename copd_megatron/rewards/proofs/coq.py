@@ -6,16 +6,15 @@ import functools
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from copd_megatron.rewards import sandbox
 from copd_megatron.rewards.fenced import last_block
 from copd_megatron.rewards.final_answer import after_thinking
+from copd_megatron.rewards.proofs.compiler import Compiler, Files, check
 from copd_megatron.rewards.proofs.coq_script import Proof, check_header, read_proof, sentences
-from copd_megatron.rewards.proofs.statement import RejectedError, Statement, limits
-from copd_megatron.rewards.sandbox import Ended
+from copd_megatron.rewards.proofs.statement import RejectedError, Statement
 from copd_megatron.rewards.sandbox.limits import MIB
 
 _LANGUAGES = frozenset({"", "coq", "rocq", "v", "gallina"})
@@ -70,14 +69,15 @@ def judge(statement: Statement, response: str, *, seconds: float) -> None:
     """
     check_header(statement.header)
     proof = read_proof(_proof_text(response), statement.name, statement.header)
-    given = _compile("CopdGiven", _given(statement), {}, seconds)
-    if given is None:
-        raise ValueError(f"the statement of sample {statement.name!r} does not compile with this Coq.")
-    files = {"CopdGiven.vo": given}
-    candidate = _compile("CopdCandidate", _candidate(statement, proof), files, seconds)
-    if candidate is None:
-        raise RejectedError("the proof does not compile")
-    _check(statement, {**files, "CopdCandidate.vo": candidate}, seconds)
+    files = Files(
+        given=_given(statement),
+        candidate=_candidate(statement, proof),
+        check=_CHECK.format(name=statement.name),
+    )
+    recheck = [_installed().coqchk, "-silent", "-norec", "Copd.CopdCandidate", "-Q", ".", "Copd"]
+    for name in assumptions(check(_compiler(), files, seconds=seconds, further=[recheck])):
+        if not _is_allowed(name, statement.axioms):
+            raise RejectedError(f"the proof rests on {name}")
 
 
 def _proof_text(response: str) -> str:
@@ -101,18 +101,6 @@ def _candidate(statement: Statement, proof: Proof) -> str:
     lines = [*sentences(statement.header), "Require Import Copd.CopdGiven.", *proof.helpers]
     theorem = f"Theorem {statement.name} : {statement.statement}\n."
     return "\n".join([*lines, theorem, "Proof.", *proof.body, "Qed.", ""])
-
-
-def _check(statement: Statement, compiled: Mapping[str, bytes], seconds: float) -> None:
-    files = {**compiled, "CopdCheck.v": _CHECK.format(name=statement.name).encode("utf-8")}
-    found = _installed()
-    recheck = [found.coqchk, "-silent", "-norec", "Copd.CopdCandidate", "-Q", ".", "Copd"]
-    result = _run([_coqc("CopdCheck"), recheck], files, None, seconds)
-    if result.ended is not Ended.ok:
-        raise RejectedError("what was proved is not the statement")
-    for name in assumptions(result.output.decode("utf-8", "replace")):
-        if not _is_allowed(name, statement.axioms):
-            raise RejectedError(f"the proof rests on {name}")
 
 
 def assumptions(printed: str) -> list[str]:
@@ -146,23 +134,15 @@ def _is_allowed(name: str, allowed: frozenset[str]) -> bool:
     return any(f".{one}".endswith(f".{name}") or f".{name}".endswith(f".{one}") for one in allowed)
 
 
-def _compile(module: str, text: str, files: Mapping[str, bytes], seconds: float) -> bytes | None:
-    """The compiled file; None where it does not compile within the limits."""
-    source = {**files, f"{module}.v": text.encode("utf-8", "replace")}
-    result = _run([_coqc(module)], source, f"{module}.vo", seconds)
-    return result.output if result.ended is Ended.ok else None
-
-
-def _run(
-    commands: Sequence[Sequence[str]], files: Mapping[str, bytes], give: str | None, seconds: float
-) -> sandbox.Result:
-    return sandbox.run_commands(
-        commands,
-        files,
-        give=give,
-        limits=limits(seconds, _MEMORY_BYTES),
+def _compiler() -> Compiler:
+    return Compiler(
+        source=".v",
+        compiled=".vo",
+        compile=_coqc,
         mounts=_installed().mounts,
         environment={"HOME": "."},
+        memory_bytes=_MEMORY_BYTES,
+        total_memory_bytes=_MEMORY_BYTES,
     )
 
 

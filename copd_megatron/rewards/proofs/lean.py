@@ -12,14 +12,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from copd_megatron.rewards import sandbox
 from copd_megatron.rewards.fenced import last_block
-from copd_megatron.rewards.proofs.statement import RejectedError, Statement, limits
-from copd_megatron.rewards.sandbox import Ended
+from copd_megatron.rewards.proofs.compiler import Compiler, Files, check
+from copd_megatron.rewards.proofs.statement import RejectedError, Statement
 from copd_megatron.rewards.sandbox.limits import MIB
 
 VARIABLE = "COPD_LEAN"
@@ -27,8 +26,9 @@ STANDARD_AXIOMS = frozenset({"propext", "Classical.choice", "Quot.sound"})
 """Axioms of Lean's own logic, on which nearly every proof rests."""
 _LANGUAGES = frozenset({"", "lean", "lean4"})
 _MAX_CHARACTERS = 50_000
-_MEMORY_BYTES = 32 * 1024 * MIB
+_ADDRESS_BYTES = 32 * 1024 * MIB
 """Address space; Lean maps whole libraries into it."""
+_MEMORY_BYTES = 8 * 1024 * MIB
 _COMMENT = re.compile(r"/-|-/|--[^\n]*")
 _REFUSED = re.compile(
     r"(?<![\w.'])(?:sorry|admit|axiom|theorem|lemma|example|def|abbrev|instance|opaque|structure|inductive|class"
@@ -95,18 +95,12 @@ def judge(statement: Statement, response: str, *, seconds: float) -> None:
         SandboxError: the sandbox could not be set up.
     """
     body = read_body(response, statement.name)
-    given = _compile("CopdGiven", _given(statement), {}, seconds)
-    if given is None:
-        raise ValueError(f"the statement of sample {statement.name!r} does not compile with this Lean.")
-    files = {"CopdGiven.olean": given}
-    candidate = _compile("CopdCandidate", _candidate(statement, body), files, seconds)
-    if candidate is None:
-        raise RejectedError("the proof does not compile")
-    files = {**files, "CopdCandidate.olean": candidate, "CopdCheck.lean": _check_text(statement.name)}
-    result = _run([[_installed().lean, "-j1", "CopdCheck.lean"]], files, None, seconds)
-    if result.ended is not Ended.ok:
-        raise RejectedError("what was proved is not the statement")
-    for name in assumptions(result.output.decode("utf-8", "replace")):
+    files = Files(
+        given=_given(statement),
+        candidate=_candidate(statement, body),
+        check=_check_text(statement.name),
+    )
+    for name in assumptions(check(_compiler(), files, seconds=seconds)):
         if name not in statement.axioms | STANDARD_AXIOMS:
             raise RejectedError(f"the proof rests on {name}")
 
@@ -171,9 +165,9 @@ def _candidate(statement: Statement, body: str) -> str:
     return "\n".join([*imports, "import CopdGiven", *others, theorem, *indented, ""])
 
 
-def _check_text(name: str) -> bytes:
+def _check_text(name: str) -> str:
     lines = ["import CopdGiven", "import CopdCandidate", f"theorem copdCheck : copdGoal := @{name}"]
-    return "\n".join([*lines, "#print axioms copdCheck", ""]).encode("utf-8")
+    return "\n".join([*lines, "#print axioms copdCheck", ""])
 
 
 def assumptions(printed: str) -> list[str]:
@@ -186,25 +180,16 @@ def assumptions(printed: str) -> list[str]:
     return [name.strip() for name in match["names"].split(",")]
 
 
-def _compile(module: str, text: str, files: Mapping[str, bytes], seconds: float) -> bytes | None:
-    """The compiled file; None where it does not compile within the limits."""
-    source = {**files, f"{module}.lean": text.encode("utf-8", "replace")}
-    command = [_installed().lean, "-j1", "-o", f"{module}.olean", f"{module}.lean"]
-    result = _run([command], source, f"{module}.olean", seconds)
-    return result.output if result.ended is Ended.ok else None
-
-
-def _run(
-    commands: Sequence[Sequence[str]], files: Mapping[str, bytes], give: str | None, seconds: float
-) -> sandbox.Result:
+def _compiler() -> Compiler:
     found = _installed()
-    return sandbox.run_commands(
-        commands,
-        files,
-        give=give,
-        limits=limits(seconds, _MEMORY_BYTES),
+    return Compiler(
+        source=".lean",
+        compiled=".olean",
+        compile=lambda module: [found.lean, "-j1", "-o", f"{module}.olean", f"{module}.lean"],
         mounts=found.mounts,
         environment=found.environment,
+        memory_bytes=_ADDRESS_BYTES,
+        total_memory_bytes=_MEMORY_BYTES,
     )
 
 

@@ -90,17 +90,19 @@ def _text(given: Mapping[str, Any], key: str) -> str:
     return text
 
 
-def limits(seconds: float, memory_bytes: int) -> Limits:
+def limits(seconds: float, memory_bytes: int, total_memory_bytes: int) -> Limits:
     """Limits of one run of an assistant.
 
     Args:
         seconds: CPU time; as much again may pass on a busy machine.
-        memory_bytes: address space.
+        memory_bytes: address space of each process.
+        total_memory_bytes: memory of all processes together.
     """
     return Limits(
         cpu_seconds=seconds,
         wall_seconds=2 * seconds,
         memory_bytes=memory_bytes,
+        total_memory_bytes=total_memory_bytes,
         processes=16,
         file_bytes=32 * MIB,
         scratch_bytes=64 * MIB,

@@ -12,6 +12,8 @@ from copd_megatron.rewards.sandbox.limits import Limits
 from copd_megatron.rewards.sandbox.run import Ended, Result, run
 
 _HEAD = re.compile(rb"(\d{1,3}) (\d{1,9})\n")
+_BYTES_PER_CHARACTER = 4
+"""At the most; the input of a run lies in the scratch folder, where no name leads to it."""
 _OUT_OF_TIME = 152
 """As in ``inside.py``."""
 
@@ -47,6 +49,7 @@ def run_batch(program: bytes, inputs: Sequence[str], *, mode: str, limits: Limit
         wall_seconds=limits.wall_seconds * len(inputs) + 1.0,
         output_bytes=(limits.output_bytes + 100) * len(inputs),
         processes=limits.processes + 1,
+        scratch_bytes=limits.scratch_bytes + max(map(len, inputs), default=0) * _BYTES_PER_CHARACTER,
     )
     stdin = json.dumps(task).encode("ascii")
     found = run(program, stdin=stdin, mode="batch", limits=whole)

@@ -11,15 +11,17 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits of one run. Memory and CPU time count per process, so that the worst case is ``processes`` times
-    as much; the wall-clock time bounds the whole."""
+    """Limits of one run. CPU time counts per process, so that the worst case is ``processes`` times as much;
+    the wall-clock time and ``total_memory_bytes`` bound the whole."""
 
     cpu_seconds: float = 4.0
     """Rounded up to whole seconds."""
     wall_seconds: float = 8.0
     """Larger than the CPU time, so that a busy machine does not change a grade."""
     memory_bytes: int = 512 * MIB
-    """Address space."""
+    """Address space of each process."""
+    total_memory_bytes: int = 1024 * MIB
+    """Memory of all processes together; ``memory.py`` says how exactly it is kept."""
     processes: int = 8
     """Processes and threads, the sandbox's own process included."""
     file_bytes: int = 8 * MIB

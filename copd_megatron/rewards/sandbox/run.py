@@ -19,6 +19,7 @@ from pathlib import Path
 
 from copd_megatron.rewards.sandbox import bubblewrap
 from copd_megatron.rewards.sandbox.limits import Limits
+from copd_megatron.rewards.sandbox.memory import Bound, bounded
 
 _CHUNK = 65536
 _STDERR_BYTES = 2000
@@ -34,9 +35,11 @@ class Ended(Enum):
     ok = "ok"
     """Exit status 0."""
     error = "error"
-    """Another exit status: an exception, a signal, too little memory."""
+    """Another exit status: an exception, a signal, too much memory for one process."""
     time = "time"
     """CPU or wall-clock time was up."""
+    memory = "memory"
+    """All processes together took more memory than they may."""
     output = "output"
     """Wrote more than it may."""
 
@@ -78,20 +81,34 @@ def run(
         stack.callback(os.close, status)
         inherited = bubblewrap.Descriptors(inside=inside, program=source, calls=calls, status=status_end)
         command = bubblewrap.command(mode, limits, inherited, mounts)
-        started = time.monotonic()
-        process = _start(command, given, errors.fileno(), (inside, source, calls, status_end), scratch)
+        bound = stack.enter_context(_bounded(limits))
+        deadline = time.monotonic() + limits.wall_seconds
+        process = _start(command, given, errors.fileno(), (inside, source, calls, status_end), scratch, bound)
         assert process.stdout is not None
         stack.enter_context(process.stdout)
         report = bytearray()
         try:
-            ended, output = _follow(process, status, report, limits, started + limits.wall_seconds)
+            ended, output = _follow(process, status, report, limits, deadline, bound)
         finally:
             _kill(process, report)
+        if bound.is_exceeded(process.pid):
+            ended = Ended.memory
         if ended is None and scratch is None and b'"exit-code"' not in report:
             errors.seek(0)
             text = errors.read(_STDERR_BYTES).decode("utf-8", "replace").strip()
             raise bubblewrap.SandboxError(f"bwrap failed: {text.partition(chr(10))[0] or process.returncode}")
         return Result(ended or _how(process.returncode), output)
+
+
+@contextlib.contextmanager
+def _bounded(limits: Limits) -> Iterator[Bound]:
+    """``memory.bounded``. Raises SandboxError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            bound = stack.enter_context(bounded(limits.total_memory_bytes))
+        except OSError as error:
+            raise bubblewrap.SandboxError(f"no control group can be made: {error}") from error
+        yield bound
 
 
 def _how(status: int) -> Ended:
@@ -118,7 +135,12 @@ def _sealed(data: bytes) -> Iterator[int]:
 
 
 def _start(
-    command: list[str], stdin: int, stderr: int, inherited: tuple[int, ...], scratch: str | None
+    command: list[str],
+    stdin: int,
+    stderr: int,
+    inherited: tuple[int, ...],
+    scratch: str | None,
+    bound: Bound,
 ) -> subprocess.Popen[bytes]:
     """Starts the command; closes the last inherited descriptor, the status pipe's writing end, here."""
     try:
@@ -131,16 +153,22 @@ def _start(
             cwd=scratch or "/",
             pass_fds=inherited,
             start_new_session=True,
+            preexec_fn=bound.join,
             **(bubblewrap.identity() if scratch is None else {}),
         )
-    except OSError as error:
+    except (OSError, subprocess.SubprocessError) as error:
         raise bubblewrap.SandboxError(f"{command[0]} cannot be started: {error}") from error
     finally:
         os.close(inherited[-1])
 
 
 def _follow(
-    process: subprocess.Popen[bytes], status: int, report: bytearray, limits: Limits, deadline: float
+    process: subprocess.Popen[bytes],
+    status: int,
+    report: bytearray,
+    limits: Limits,
+    deadline: float,
+    bound: Bound,
 ) -> tuple[Ended | None, bytes]:
     """Reads until both ends are closed and the process has ended. It is not reaped here, so that its number
     still names it when it is killed with its group.
@@ -150,15 +178,20 @@ def _follow(
     assert process.stdout is not None
     output = bytearray()
     end = os.pidfd_open(process.pid)
+    next_look = time.monotonic() + bound.period
     with os.fdopen(end, "rb", buffering=0), selectors.DefaultSelector() as ready:
         ready.register(process.stdout, selectors.EVENT_READ, output)
         ready.register(status, selectors.EVENT_READ, report)
         ready.register(end, selectors.EVENT_READ)
         while ready.get_map():
-            remaining = deadline - time.monotonic()
-            events = ready.select(remaining) if remaining > 0 else []
-            if not events:
+            events = ready.select(max(0.0, min(deadline, next_look) - time.monotonic()))
+            now = time.monotonic()
+            if now >= deadline and not events:
                 return Ended.time, bytes(output)
+            if now >= next_look:
+                if bound.is_exceeded(process.pid):
+                    return Ended.memory, bytes(output)
+                next_look = now + bound.period
             for key, _ in events:
                 data = os.read(key.fd, _CHUNK) if key.fd != end else b""
                 if data:

@@ -1,5 +1,6 @@
 """System calls that no program in the sandbox may make: other processes' memory, mounts, namespaces, keys,
-and kernel interfaces that are seldom needed and often attacked."""
+memory that belongs to no process (and so escapes the limits), and kernel interfaces that are seldom needed
+and often attacked."""
 
 from __future__ import annotations
 
@@ -10,18 +11,21 @@ _EVERYWHERE = (
     *(425, 426, 427),  # io_uring
     *(428, 429, 430, 431, 432, 433, 442),  # open_tree, move_mount, fsopen, ..., mount_setattr
     438,  # pidfd_getfd
+    447,  # memfd_secret
 )
 _X86_64 = (
     *(101, 310, 311, 312),  # ptrace, process_vm_readv, process_vm_writev, kcmp
     *(155, 161, 165, 166, 272, 308),  # pivot_root, chroot, mount, umount2, unshare, setns
     *(248, 249, 250),  # add_key, request_key, keyctl
     *(298, 303, 304, 321, 323),  # perf_event_open, name_to_handle_at, open_by_handle_at, bpf, userfaultfd
+    *(29, 64, 68, 319),  # shmget, semget, msgget, memfd_create
 )
 _AARCH64 = (
     *(117, 270, 271, 272),
     *(41, 51, 40, 39, 97, 268),
     *(217, 218, 219),
     *(241, 264, 265, 280, 282),
+    *(194, 190, 186, 279),
 )
 _MACHINES = {"x86_64": (0xC000003E, _X86_64), "aarch64": (0xC00000B7, _AARCH64)}
 """The kernel's number of the architecture, and the numbers of the calls there, in the same order."""

@@ -9,6 +9,7 @@ from copd_megatron.errors import ConfigError
 from copd_megatron.rewards import sandbox
 from copd_megatron.rewards.metadata import setting
 from copd_megatron.rewards.proofs import Assistant, RejectedError, coq, lean, read_statement
+from copd_megatron.rewards.proofs.compiler import keep_statements
 from copd_megatron.rewards.registry import register
 
 
@@ -29,7 +30,7 @@ def _require() -> None:
         )
 
 
-@register("proof", gold_is_a_response=False, requires=_require)
+@register("proof", gold_is_a_response=False, requires=_require, prepare=keep_statements)
 def proof(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     """1.0 if the response proves the sample's statement.
 
