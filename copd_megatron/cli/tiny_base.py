@@ -21,12 +21,17 @@ if TYPE_CHECKING:  # read when the command runs, so that the list of commands is
 EXAMPLES = """
     copd tiny-base --kind vl --out .cache/tiny_vl         Qwen3-VL: text, image, video
     copd tiny-base --kind text --out .cache/tiny_text     Qwen3: two text domains
+    copd tiny-base --kind code --out .cache/tiny_code     Qwen3: the same, and short programs
 """
 
 
 @click.command("tiny-base", cls=Command, examples=EXAMPLES)
 @click.option(
-    "--kind", type=click.Choice(["text", "vl"]), default="text", show_default=True, help="Modalities."
+    "--kind",
+    type=click.Choice(["text", "code", "vl"]),
+    default="text",
+    show_default=True,
+    help="What the model is to learn.",
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the model.")
 @click.option("--data", type=PATH, help="Folder of the shards; default: OUT_data.")
@@ -54,10 +59,11 @@ def command(kind: str, out: Path, data: Path | None, seed: int, steps: int | Non
 
 
 def _recipe(kind: str, steps: int | None) -> TextBase | VisualBase:
-    from copd_megatron.tiny.recipe import TEXT_BASE
+    from copd_megatron.tiny.recipe import CODE_BASE, TEXT_BASE
     from copd_megatron.tiny.vl_recipe import VL_BASE
 
-    recipe: TextBase | VisualBase = VL_BASE if kind == "vl" else TEXT_BASE
+    recipes: dict[str, TextBase | VisualBase] = {"text": TEXT_BASE, "code": CODE_BASE, "vl": VL_BASE}
+    recipe = recipes[kind]
     if steps is None:
         return recipe
     return dataclasses.replace(recipe, warm_up=dataclasses.replace(recipe.warm_up, num_steps=steps))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from copd_megatron.tiny.recipe import Domain, TextBase
+from copd_megatron.tiny.tasks.code import expressions, steps_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,16 @@ def running_total(question: str) -> str:
     return " ".join(steps)
 
 
-WORKINGS: dict[str, Callable[[str], str]] = {"columns": columns, "running_total": running_total}
+def build_up(question: str) -> str:
+    """Writes an expression step by step: "Write f: add 3, times 2." gives "x+3 (x+3)*2"."""
+    return " ".join(expressions(steps_of(question)))
+
+
+WORKINGS: dict[str, Callable[[str], str]] = {
+    "columns": columns,
+    "running_total": running_total,
+    "build_up": build_up,
+}
 """A function from a task's question to its steps, by name."""
 
 

@@ -131,6 +131,18 @@ TEXT_BASE = TextBase(
 """The base model and the two domains of ``launchers/quickstart.sh --text``."""
 
 
+PROGRAMS = Domain(
+    name="programs",  # "Write f: add 3, times 2."
+    family=Family(name="programs", settings={"min_steps": 1, "max_steps": 3}),
+    working="build_up",
+)
+CODE_BASE = TextBase(
+    domains=(*TEXT_BASE.domains, PROGRAMS),
+    warm_up=WarmUpSettings(num_steps=1200, early_fraction=0.65, worked_share=0.3),
+)
+"""The base model and the three domains of ``configs/three_branch_code_tiny.yaml``."""
+
+
 def data_digest(recipe: TextBase) -> str:
     """A digest of everything that determines the shards."""
     parts = [recipe.data_seed, recipe.num_train, recipe.num_validation]

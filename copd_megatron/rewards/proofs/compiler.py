@@ -1,10 +1,10 @@
 """Runs the three files of a proof through an assistant; what they say is up to ``coq.py`` and ``lean.py``.
 
 **Statements are compiled once.** A sample's statement is compiled from its own text alone, before any
-response is looked at, so all responses to a prompt can share the result. The processes that grade find it in a
-folder that ``keep_statements`` makes before they are forked. No response can reach it: a candidate runs in the
-sandbox, which holds nothing of the host but the assistant and copies of the files named here. Where programs
-run without a sandbox (``COPD_UNSANDBOXED_CODE``), nothing is kept.
+response is looked at, so all responses to a prompt can share the result. The processes that grade find it
+in a folder that ``keep_statements`` makes before they are forked. No response can reach it: a candidate runs
+in the sandbox, which holds nothing of the host but the assistant and copies of the files named here. Where
+programs run without a sandbox (``COPD_UNSANDBOXED_CODE``), nothing is kept.
 """
 
 from __future__ import annotations
