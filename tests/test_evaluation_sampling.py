@@ -30,7 +30,7 @@ class Engine:
         self, prompts: Sequence[Prompt], settings: Any, *, listener: Any, **_: Any
     ) -> list[Rollout]:
         *first, last = self.responses
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + 300.0
         if listener is not None:
             for response in first:
                 listener.add(response)

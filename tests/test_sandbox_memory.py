@@ -91,12 +91,15 @@ def test_nothing_is_left_of_a_group() -> None:
 
 @needs_group
 def test_a_group_ends_what_is_in_it() -> None:
+    reading, writing = os.pipe()
     with memory.bounded(100 * MIB) as bound:
         child = os.fork()
         if child == 0:
             bound.join()  # type: ignore[misc]
+            os.write(writing, b"x")
             time.sleep(60)
             os._exit(0)
+        os.read(reading, 1)
     assert os.waitpid(child, 0)[1] == 9
 
 
