@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ from copd_megatron.errors import ConfigError
 from copd_megatron.objectives.shares import advantage_shares
 from copd_megatron.records import TrainRow
 from tests.support.checkpoint_runs import prepare, write_config
+from tests.support.warm_runs import train_warm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,20 +86,8 @@ def static(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     schedule = {"cycles": 1, "rlvr_steps": 0, "opd_steps": 2}
     config = write_config(root, {"alpha": {}, "beta": {}}, schedule=schedule)
     settings = ["native.weight=0", "branches.beta.frozen=true", "opd.weight=0.5", "checkpoint.save_period=0"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "copd_megatron.cli", "train", str(config), f"run.dir={root / 'run'}"),
-            *settings,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run = train_warm(config, f"run.dir={root / 'run'}", *settings)
+    assert run.status == 0, run.output[-4000:]
     return [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
 
 

@@ -1,9 +1,10 @@
 """Whole runs through ``copd train``: two branches, three rlvr and three opd steps, merge, table.
 
-Three launches: two layouts, and the second of them twice. Rollouts have the same vLLM layout in all, but
-weights that were summed in another order differ in the last bit, and a draw that falls between two tokens'
-probabilities could then fall the other way. With the seed used here it does not, so metrics are compared
-tightly; should another version of an engine make it happen, another seed is the remedy.
+Three launches: two layouts, and the second of them twice, on forked ranks and as a user starts it. Rollouts
+have the same vLLM layout in all, but weights that were summed in another order differ in the last bit, and a
+draw that falls between two tokens' probabilities could then fall the other way. With the seed used here it
+does not, so metrics are compared tightly; should another version of an engine make it happen, another seed is
+the remedy.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tests.support.checkpoint_runs import BRANCHES, prepare
 from tests.support.commands import copd
 from tests.support.models import reference_model
 from tests.support.texts import random_texts
+from tests.support.warm_runs import train_warm
 
 LAYOUTS: dict[str, dict[str, dict[str, int]]] = {
     "tp2 tp2": {name: {"tensor_model_parallel_size": 2} for name in BRANCHES},
@@ -76,15 +78,21 @@ def _config(root: Path) -> Path:
     return path
 
 
-def _train(config: Path, run_dir: Path, layout: str) -> str:
+def _train(config: Path, run_dir: Path, layout: str, *, as_a_user: bool) -> str:
+    """What a run writes on the screen."""
     overrides = [
         f"branches.{name}.parallel.{key}={size}"
         for name, sizes in LAYOUTS[layout].items()
         for key, size in sizes.items()
     ]
-    done = copd("train", config, f"run.dir={run_dir}", *overrides)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stderr
+    overrides.append(f"run.dir={run_dir}")
+    if as_a_user:
+        done = copd("train", config, *overrides)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return done.stderr
+    run = train_warm(config, *overrides)
+    assert run.status == 0, run.output[-6000:]
+    return run.output
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +106,7 @@ def _fixture_for(run: str) -> Any:
     @pytest.fixture(scope="module", name=run.replace(" ", "_"))
     def fixture(root: Path) -> dict[str, Any]:
         folder = root / run.replace(" ", "_")
-        log = _train(_config(root), folder, RUNS[run])
+        log = _train(_config(root), folder, RUNS[run], as_a_user=run == "again")
         return {"folder": folder, "log": log, "metrics": _metrics(folder)}
 
     return fixture

@@ -16,6 +16,7 @@ from copd_megatron.data.convert.write import NewSample, write_shards
 from copd_megatron.tiny.tasks.encode import mp4, png
 from tests.support.commands import copd
 from tests.support.models_vl import make_vl_model
+from tests.support.warm_runs import train_warm
 
 TRUNCATED, CORRUPT = "truncated", "corrupt"
 
@@ -101,10 +102,10 @@ def _run(
     }
     path = root / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
-    done = copd("train", path)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run = train_warm(path)
+    assert run.status == 0, run.output[-6000:]
     lines = (root / name / "metrics.jsonl").read_text().splitlines()
-    return {"log": done.stderr, "steps": [json.loads(line) for line in lines], "folder": root / name}
+    return {"log": run.output, "steps": [json.loads(line) for line in lines], "folder": root / name}
 
 
 def _check(outcome: dict[str, Any], branches: list[str], edges: set[str]) -> None:

@@ -11,7 +11,8 @@ import pytest
 from copd_megatron.config import load_config, validate
 from copd_megatron.config.graph import build_graph
 from copd_megatron.config.schema import Config, Margin, TeacherMode
-from tests.support.checkpoint_runs import BRANCHES, log_of, prepare, train
+from tests.support.checkpoint_runs import BRANCHES, prepare
+from tests.support.warm_runs import train_warm
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs/recipes"
 RECIPES = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
@@ -127,8 +128,8 @@ def _run(root: Path, name: str, *settings: str) -> list[dict[str, float]]:
     own_name = [s.removeprefix("run.name=") for s in settings if s.startswith("run.name=")]
     run_dir = root / "runs" / (own_name[0] if own_name else name)
     run_dir.parent.mkdir(exist_ok=True)
-    status = train(FOLDER / f"{name}.yaml", run_dir, overrides)
-    assert status == 0, log_of(run_dir).read_text()[-4000:]
+    run = train_warm(FOLDER / f"{name}.yaml", f"run.dir={run_dir}", *overrides)
+    assert run.status == 0, run.output[-4000:]
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

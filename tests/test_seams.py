@@ -19,7 +19,8 @@ from copd_megatron.plugins import OBJECTIVES, RECIPES
 from copd_megatron.records import TrainRow
 from tests.example_objective import LikelyTokens
 from tests.support.checkpoint_runs import prepare, write_config
-from tests.support.commands import ROOT, copd
+from tests.support.commands import ROOT
+from tests.support.warm_runs import train_warm
 
 OWN_OBJECTIVE, OWN_RECIPE = "tests.example_objective:OBJECTIVE", "tests.example_recipe:RECIPE"
 
@@ -125,8 +126,8 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     )
     own = [f"recipe={OWN_RECIPE}", f"opd.objective={OWN_OBJECTIVE}"]
     own += ["end.merge=false", "checkpoint.save_period=0"]
-    done = copd("train", config, f"run.dir={root / 'run'}", *own)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run = train_warm(config, f"run.dir={root / 'run'}", *own)
+    assert run.status == 0, run.output[-4000:]
     return [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
 
 

@@ -1,7 +1,7 @@
-"""A process that has imported Megatron and forks the ranks of launches from there.
+"""A process that has imported Megatron and vLLM, and forks the ranks of launches from there.
 
-Importing Megatron takes a process about 15 seconds of CPU. This one pays them once; its ranks pay nothing.
-It starts with the first launch that asks for it and ends with the process that asked.
+These imports take a process about 20 seconds of CPU. This one pays them once; its ranks pay nothing. It
+starts with the first launch that asks for it and ends with the process that asked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from typing import NoReturn
 
 from tests.support.ranks import Ended, Launch, run_ranks
 
-MODULES = ("copd_megatron.policy.actor", "copd_megatron.checkpoint.actor_state")
+MODULES = (
+    "copd_megatron.policy.actor",
+    "copd_megatron.checkpoint.actor_state",
+    "copd_megatron.train",
+    "vllm.entrypoints.llm",
+)
 
 
 class MegatronServer:
