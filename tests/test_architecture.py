@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "merge": {"checkpoint", "config", "errors", "formats", "hf", "model", "untrusted"},
     "report": {
         *("config", "data", "errors", "evaluation", "formats", "hf", "launch", "merge", "metrics"),
-        *("samples", "untrusted"),
+        *("planner", "samples", "untrusted"),
     },
     "tiny": {"config", "data", "errors", "policy", "rewards", "untrusted"},
     # before the ranks start
@@ -102,6 +102,9 @@ WITHOUT_TORCH = [
     "copd_megatron.planner.memory",
     "copd_megatron.planner.disk",
     "copd_megatron.planner.traffic",
+    "copd_megatron.planner.search",
+    "copd_megatron.planner.calibrate",
+    "copd_megatron.planner.show",
     "copd_megatron.branch.schedule",
     "copd_megatron.launch.placement",
     "copd_megatron.topology.who_waits",

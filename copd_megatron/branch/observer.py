@@ -118,13 +118,17 @@ class Observer:
 
     def _note_times(self) -> None:
         """The step's seconds by part, as means over the branch's ranks, which add up to ``step_seconds``, and
-        as the largest of any rank (``slowest``)."""
+        as the largest of any rank (``slowest``); and how long the loop's thread had a processor
+        (``processor``)."""
         me = self.me
-        details = me.clock.details
+        details, processor = me.clock.details, me.clock.processor_seconds
         seconds, parts = me.clock.lap()
         for name, value in ({f"{part}_seconds": s for part, s in parts.items()} | details).items():
             me.metrics.mean(f"timing/{name}", value)
             me.metrics.maximum(f"timing/slowest/{name}", value)
+        for part, value in processor.items():
+            me.metrics.maximum(f"timing/processor/{part}_seconds", value)
+        me.metrics.maximum("timing/processor/step_seconds", sum(processor.values()))
         me.metrics.mean("timing/step_seconds", seconds)
         trained = seconds - parts["evaluation"] - parts["checkpoint"]
         me.metrics.minimum("perf/tokens_per_second", me.num_sampled_tokens / max(trained, 1e-9))

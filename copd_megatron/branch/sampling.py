@@ -114,8 +114,8 @@ def rewards_of(rollouts: Sequence[Rollout]) -> list[float]:
 
 
 def reward_metrics(me: Branch, prefix: str, rollouts: Sequence[Rollout]) -> None:
-    """Mean reward, response length and share of truncated responses, named ``<prefix>reward`` and so on; for
-    prompts of pools also by pool, ``<prefix>reward/<pool>``."""
+    """Mean reward, lengths of prompts and responses and share of truncated responses, named
+    ``<prefix>reward`` and so on; for prompts of pools also by pool, ``<prefix>reward/<pool>``."""
     _reward_metrics(me, prefix, "", rollouts)
     pools = {domain.name for domain in all_domains(me.config) if domain.is_pool}
     for pool in sorted(pools & {r.prompt.domain for r in rollouts}):
@@ -126,4 +126,5 @@ def _reward_metrics(me: Branch, prefix: str, suffix: str, rollouts: Sequence[Rol
     count, rewards = len(rollouts), rewards_of(rollouts)
     me.metrics.mean(f"{prefix}reward{suffix}", sum(rewards), len(rewards))
     me.metrics.mean(f"{prefix}response_length{suffix}", sum(r.response_length for r in rollouts), count)
+    me.metrics.mean(f"{prefix}prompt_length{suffix}", sum(r.prompt_length for r in rollouts), count)
     me.metrics.mean(f"{prefix}truncated_fraction{suffix}", sum(r.truncated for r in rollouts), count)

@@ -53,6 +53,7 @@ MODULES: Final = {
     "checkpoint": "copd_megatron.cli.checkpoint",
     "tiny-base": "copd_megatron.cli.tiny_base",
     "config": "copd_megatron.cli.config",
+    "plan": "copd_megatron.cli.plan",
     "doctor": "copd_megatron.cli.doctor",
     "completion": "copd_megatron.cli.completion",
 }

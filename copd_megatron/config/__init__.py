@@ -9,7 +9,7 @@
 """
 
 from copd_megatron.config.load import load_config, save_resolved, to_yaml
-from copd_megatron.config.models import read_model_shapes
+from copd_megatron.config.models import read_model_shapes, read_model_sizes
 from copd_megatron.config.schema import (
     AdvantageConfig,
     Aggregation,
@@ -105,6 +105,7 @@ __all__ = [
     "load_config",
     "read_model_shape",
     "read_model_shapes",
+    "read_model_sizes",
     "save_resolved",
     "to_yaml",
     "validate",

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from copd_megatron.config.schema import Config
 from copd_megatron.errors import ConfigError
-from copd_megatron.hf.model_config import read_model_shape
+from copd_megatron.hf.model_config import read_model_shape, read_sizes
 from copd_megatron.hf.tokens import token_ids
+from copd_megatron.model.known import KNOWN, known_shape
 from copd_megatron.model.shape import ModelShape
 
 
@@ -25,6 +26,30 @@ def read_model_shapes(config: Config) -> dict[str, ModelShape]:
             key = f"branches.{name}.model_path" if branch.model_path else "model.path"
             read[folder] = read_model_shape(folder, key)
         shapes[name] = read[folder]
+    return shapes
+
+
+def read_model_sizes(config: Config) -> dict[str, ModelShape]:
+    """The shape of each branch's model without its weights: from the folder's ``config.json``, or, where
+    there is no folder, of the published model that its name stands for.
+
+    Raises:
+        ConfigError: neither a config.json nor a known name.
+    """
+    shapes = {}
+    for name, branch in config.branches.items():
+        folder = branch.model_path or config.model.path
+        key = f"branches.{name}.model_path" if branch.model_path else "model.path"
+        known = known_shape(folder)
+        if known is not None and not (Path(folder).expanduser() / "config.json").is_file():
+            shapes[name] = known
+        elif Path(folder).expanduser().is_dir():
+            shapes[name] = read_sizes(Path(folder).expanduser(), key)
+        else:
+            raise ConfigError(
+                f"{key}: {folder}: no such folder, and no model whose sizes are known "
+                f"({', '.join(KNOWN)}); a folder with the model's config.json is enough for a plan"
+            )
     return shapes
 
 

@@ -30,8 +30,10 @@ _PARTS = (
     "activations",
     "logits",
     "extra_models",
+    "media",
     "weight_sync",
-    "rollout",
+    "engine_weights",
+    "kv_cache",
 )
 
 
@@ -123,8 +125,8 @@ def _describe_memory(config: Config, shapes: Mapping[str, ModelShape]) -> str:
             lines.append(f"  {verdict} (this machine's GPUs have {_size(gpu)})")
         if estimate.rollout_sleeps:
             lines.append(
-                f"  the larger of two turns: {_size(estimate.training)} while the actor works (all but the "
-                f"rollout part), {_size(estimate.sampling)} while vLLM does (that, and what the actor keeps)"
+                f"  the larger of two turns: {_size(estimate.training)} while the actor works (all but "
+                f"vLLM's parts), {_size(estimate.sampling)} while vLLM does (that, and what the actor keeps)"
             )
         lines.append(f"  parts: {parts}")
         if on_gpu and not branch.frozen:

@@ -4,6 +4,9 @@ The watch reports each operation as it ends, inner ones before those around them
 outside its inner operations counts as its own; what happened outside every operation is ``other``. A step
 reaches from the figures of the step before to its own, so that the steps of a run add up to its time: what a
 branch waits for at the end of a step, and the checkpoint after it, are the next step's.
+
+Beside the seconds that passed, the clock counts the seconds that the loop's thread had a processor. On a CPU
+they are what the work took; the rest is waiting for others, or for a processor on a busy machine.
 """
 
 from __future__ import annotations
@@ -75,15 +78,34 @@ class StepClock:
         self._inner: dict[int, float] = {}
         """Seconds of the ended operations directly inside the open one of each depth."""
         self._inside_part = False
+        self._processor: defaultdict[str, float] = defaultdict(float)
+        self._noted = self._begin, time.thread_time()
 
     def operation(self, path: str, begin: float, end: float) -> None:
         """An operation has ended; ``path`` as the watch names it, times of ``time.monotonic``, in seconds."""
         if self._inside_part:
             return
+        self._note_processor(part_of(path), end - begin, end)
         depth = path.count(" > ")
         inside = self._inner.pop(depth + 1, 0.0)
         self._seconds[part_of(path)] += end - begin - inside
         self._inner[depth] = self._inner.get(depth, 0.0) + end - begin
+
+    def _note_processor(self, part: str, seconds: float, end: float) -> None:
+        """Shares out the processor's time since the last call, which was ``end`` minus some seconds:
+        ``seconds`` of that stretch belong to ``part``, the rest to ``other``."""
+        (noted, used), now = self._noted, (end, time.thread_time())
+        stretch, spent = now[0] - noted, now[1] - used
+        share = min(seconds / stretch, 1.0) if stretch > 0 else 1.0
+        self._processor[part] += spent * share
+        self._processor["other"] += spent * (1 - share)
+        self._noted = now
+
+    @property
+    def processor_seconds(self) -> dict[str, float]:
+        """Seconds that the loop's thread had a processor since the last lap, by part."""
+        rest = time.thread_time() - self._noted[1]
+        return {**self._processor, "other": self._processor["other"] + rest}
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -99,7 +121,9 @@ class StepClock:
             yield
         finally:
             self._inside_part = False
-            self._seconds[name] += time.monotonic() - begin
+            end = time.monotonic()
+            self._seconds[name] += end - begin
+            self._note_processor(name, end - begin, end)
 
     def detail(self, name: str, seconds: float) -> None:
         """Adds to a figure below a part, such as ``generation_seconds/native``."""
@@ -126,6 +150,8 @@ class StepClock:
         parts = dict(self._seconds)
         parts["other"] = parts.get("other", 0.0) + seconds - sum(parts.values())
         self._seconds.clear()
+        self._processor.clear()
+        self._noted = now, time.thread_time()
         self._details.clear()
         self._inner.clear()
         return seconds, {name: parts.get(name, 0.0) for name in PARTS}

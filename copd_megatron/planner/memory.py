@@ -16,7 +16,8 @@ max_sequence_tokens.
                                                     optimizer.precision_aware; minus the part that
                                                     optimizer.cpu_offload_fraction keeps in host memory
     layer   = b T (4 h / s + (4 q + 4 g + 4 f) / t)  activations of a decoder layer for the backward pass;
-                                                    s = t with sequence parallelism, else 1
+                                                    s = t with sequence parallelism, else 1; on a CPU 1.65
+                                                    times as much, since unfused operations keep more
               + b T 2 S heads / t                   on CPU only: attention scores and their softmax
     acts    = L layer                               1F1B keeps up to p micro-batches of L/p layers on the
                                                     first stage, hence L
@@ -25,15 +26,18 @@ max_sequence_tokens.
                                                     is the term 4 f of one layer
     logits  = 3 * 4 * logprob_chunk_tokens V / t    float32 logits, softmax and gradient of one chunk
     extras  = b P for the base model (kl_coefficient > 0, or extrapolation) and for a teacher snapshot, each;
-              4 P for a moving average
+              4 P for a moving average. On a GPU they lie in host memory
     sync    = 2 bucket_bytes                        or twice one layer's experts, if a folder stacks them
-    vLLM    = b weights / rollout_tp + KV cache on CPU; on a GPU, gpu_memory_utilization covers both
-              (1 byte per weight with rollout.quantization fp8)
+    media   = (4 C t p^2 + b depth (10 w + 2 f)) patches   pixels of the largest image or video, and the
+              vision tower's activations; w, f its widths. With training.recompute full
+              b (depth w + 10 w + 2 f), with model.freeze_vision those of one block
+    vLLM    = b weights / rollout_tp                (1 byte per weight with rollout.quantization fp8)
+    KV      = cpu_kv_cache_gib on a CPU; on a GPU the rest of gpu_memory_utilization, if its size is known
 
 A frozen branch has neither gradients nor optimizer and keeps no activations. On a GPU the actor and vLLM take
 turns: memory that one releases while the other works (config section ``memory``) counts once. Not counted:
 fragmentation of the allocator, NCCL buffers, the CUDA context, and the Python process itself (about 1 GiB
-with torch and vLLM).
+with torch and vLLM); ``planner/machines.yaml`` has a figure for them.
 """
 
 from __future__ import annotations
@@ -45,6 +49,21 @@ from copd_megatron.model.shape import ModelShape
 
 GIB = 1024**3
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+
+
+_CPU_KEEPS = 1.65
+"""What a layer keeps on a CPU, as a multiple of the formula for a GPU: unfused operations keep their
+intermediate results. Measured by ``tools/bench_plan.py``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """The largest micro-batch of a step."""
+
+    tokens: float
+    row_tokens: float
+    """Of a row, weighted by the rows' tokens."""
+    response_tokens: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +78,14 @@ class MemoryEstimate:
     extra_models: int
     """Reference model and teacher snapshot."""
     weight_sync: int
-    rollout: int
-    """vLLM's weights and, on CPU, its KV cache."""
+    engine_weights: int
+    """vLLM's copy of the weights."""
+    kv_cache: int
+    """vLLM's; 0 on a GPU of unknown size."""
+    media: int = 0
+    """Pixels of the largest image or video, and what the vision tower keeps of them."""
+    extras_in_host: bool = False
+    """Whether ``extra_models`` lie in host memory instead."""
     given_to_rollout: int = 0
     """The part of weights, gradients and optimizer that is in host memory while vLLM works."""
     rollout_sleeps: bool = False
@@ -75,14 +100,29 @@ class MemoryEstimate:
             + self.optimizer
             + self.activations
             + self.logits
-            + self.extra_models
+            + self._extras
+            + self.media
             + self.weight_sync
         )
 
     @property
+    def rollout(self) -> int:
+        """vLLM's weights and KV cache."""
+        return self.engine_weights + self.kv_cache
+
+    @property
+    def host(self) -> int:
+        """Host memory that a rank of a GPU job takes: copies of the model, and what waits there."""
+        return (self.extra_models if self.extras_in_host else 0) + self.given_to_rollout
+
+    @property
+    def _extras(self) -> int:
+        return 0 if self.extras_in_host else self.extra_models
+
+    @property
     def sampling(self) -> int:
         """Needed while vLLM works, including what the actor does not release."""
-        kept = self.weights + self.gradients + self.optimizer + self.extra_models - self.given_to_rollout
+        kept = self.weights + self.gradients + self.optimizer + self._extras - self.given_to_rollout
         return kept + self.weight_sync + self.rollout
 
     @property
@@ -106,6 +146,17 @@ def stage_parameters(shape: ModelShape, *, pipeline: int, tensor: int, expert: i
     return sum(_dense_and_experts(shape, pipeline=pipeline, tensor=tensor, expert=expert))
 
 
+def rank_parameters(shape: ModelShape, branch: BranchConfig) -> tuple[int, int]:
+    """Weights on one rank of a branch's fullest pipeline stage: dense ones, and those of experts."""
+    parallel = branch.parallel
+    return _dense_and_experts(
+        shape,
+        pipeline=parallel.pipeline_model_parallel_size,
+        tensor=parallel.tensor_model_parallel_size,
+        expert=parallel.expert_model_parallel_size,
+    )
+
+
 def _dense_and_experts(shape: ModelShape, *, pipeline: int, tensor: int, expert: int) -> tuple[int, int]:
     experts = _expert_parameters(shape)
     layers = shape.num_layers // pipeline
@@ -123,7 +174,13 @@ def _expert_parameters(shape: ModelShape) -> int:
 
 
 def estimate_memory(
-    config: Config, branch: BranchConfig, shape: ModelShape, *, on_gpu: bool
+    config: Config,
+    branch: BranchConfig,
+    shape: ModelShape,
+    *,
+    on_gpu: bool,
+    gpu_bytes: int | None = None,
+    batch: MicroBatch | None = None,
 ) -> MemoryEstimate:
     """The formula above for one branch.
 
@@ -132,12 +189,12 @@ def estimate_memory(
         branch: one of its branches.
         shape: that branch's model.
         on_gpu: bfloat16 by default, and fused attention; otherwise float32, and attention scores are kept.
+        gpu_bytes: memory of a GPU, of which vLLM takes a share; None: not known, and no KV cache is counted.
+        batch: the largest micro-batch, where lengths are known; None: a full one of rows of full length.
     """
     parallel, memory = branch.parallel, config.memory
     tensor, experts_over = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-    dense, experts = _dense_and_experts(
-        shape, pipeline=parallel.pipeline_model_parallel_size, tensor=tensor, expert=experts_over
-    )
+    dense, experts = rank_parameters(shape, branch)
     parameters, copies = dense + experts, parallel.data_parallel_size * parallel.context_parallel_size
     size = compute_bytes(config, on_gpu=on_gpu)
     trains = not branch.frozen
@@ -156,46 +213,95 @@ def estimate_memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=_activation_bytes(config, branch, shape, size, on_gpu=on_gpu),
-        logits=3 * 4 * config.training.logprob_chunk_tokens * shape.vocab_size // tensor,
+        activations=_activation_bytes(config, branch, shape, size, batch, on_gpu=on_gpu),
+        logits=int(3 * 4 * _chunk_tokens(config, batch) * shape.vocab_size) // tensor,
         extra_models=_extra_model_bytes(config, size) * parameters if trains else 0,
         weight_sync=2 * bucket if trains else 0,
-        rollout=_rollout_bytes(branch, shape, size, on_gpu=on_gpu) if trains else 0,
+        engine_weights=_engine_bytes(branch, shape, size) if trains else 0,
+        kv_cache=_kv_cache_bytes(branch, shape, size, on_gpu=on_gpu, gpu_bytes=gpu_bytes) if trains else 0,
+        media=_media_bytes(config, shape, size),
+        extras_in_host=on_gpu,
         given_to_rollout=given,
         rollout_sleeps=on_gpu and memory.sleep_rollouts and trains,
     )
 
 
-def _rollout_bytes(branch: BranchConfig, shape: ModelShape, size: int, *, on_gpu: bool) -> int:
-    """vLLM's weights and, on CPU, its KV cache."""
+def _engine_bytes(branch: BranchConfig, shape: ModelShape, size: int) -> int:
+    """vLLM's weights on one rank."""
     quantized = branch.rollout.quantization is RolloutQuantization.fp8
-    weights = (1 if quantized else size) * shape.num_parameters // branch.rollout.tensor_parallel_size
-    return weights if on_gpu else weights + int(branch.rollout.cpu_kv_cache_gib * GIB)
+    return (1 if quantized else size) * shape.num_parameters // branch.rollout.tensor_parallel_size
+
+
+def _kv_cache_bytes(
+    branch: BranchConfig, shape: ModelShape, size: int, *, on_gpu: bool, gpu_bytes: int | None
+) -> int:
+    """What vLLM's share of a GPU leaves beside its weights; on a CPU what is set."""
+    if not on_gpu:
+        return int(branch.rollout.cpu_kv_cache_gib * GIB)
+    if gpu_bytes is None:
+        return 0
+    share = int(branch.rollout.gpu_memory_utilization * gpu_bytes)
+    return max(share - _engine_bytes(branch, shape, size), 0)
+
+
+def _media_bytes(config: Config, shape: ModelShape, size: int) -> int:
+    """``media``, of the largest item that the settings allow; 0 where they set no limit."""
+    tower = shape.vision
+    pixels = max(config.media.image_max_pixels or 0, config.media.video_max_pixels or 0)
+    if tower is None or not pixels:
+        return 0
+    patches = pixels / tower.patch_size**2
+    if config.media.video_max_pixels == pixels:
+        patches /= tower.temporal_patch_size
+    patches = min(patches, config.model.max_sequence_tokens * tower.spatial_merge_size**2)
+    values = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+    block = 10 * tower.hidden_size + 2 * tower.ffn_hidden_size
+    kept = tower.depth * block
+    if config.model.freeze_vision:
+        kept = block
+    elif config.training.recompute is Recompute.full:
+        kept = tower.depth * tower.hidden_size + block
+    return int(patches * (4 * values + size * kept))
+
+
+def _chunk_tokens(config: Config, batch: MicroBatch | None) -> float:
+    """Response tokens whose logits exist at once."""
+    chunk = config.training.logprob_chunk_tokens
+    return chunk if batch is None else min(chunk, batch.response_tokens)
 
 
 def _activation_bytes(
-    config: Config, branch: BranchConfig, shape: ModelShape, size: int, *, on_gpu: bool
+    config: Config,
+    branch: BranchConfig,
+    shape: ModelShape,
+    size: int,
+    batch: MicroBatch | None,
+    *,
+    on_gpu: bool,
 ) -> int:
     """``acts``; for one layer only, if nothing is kept for a backward pass."""
+    tokens = config.training.micro_batch_tokens if batch is None else batch.tokens
+    row = config.model.max_sequence_tokens if batch is None else batch.row_tokens
+    size_kept = size if on_gpu else size * _CPU_KEEPS
     training, tensor = config.training, branch.parallel.tensor_model_parallel_size
     shared = tensor if branch.parallel.sequence_parallel else 1
     query = shape.num_attention_heads * shape.head_dim
     groups = shape.num_query_groups * shape.head_dim
     ffn = shape.num_experts_per_token * shape.expert_ffn_size if shape.num_experts else shape.ffn_hidden_size
-    per_token = 4 * shape.hidden_size // shared + (4 * query + 4 * groups + 4 * ffn) // tensor
+    per_token = 4 * shape.hidden_size / shared + (4 * query + 4 * groups + 4 * ffn) / tensor
     if not on_gpu and training.recompute is not Recompute.selective:
-        per_token += 2 * config.model.max_sequence_tokens * shape.num_attention_heads // tensor
-    layer = size * training.micro_batch_tokens * per_token
+        per_token += 2 * row * shape.num_attention_heads / tensor
+    layer = size_kept * tokens * per_token
     if branch.frozen:
-        return layer
+        return int(layer)
     if training.recompute is Recompute.selective and {"mlp", "moe"} & set(training.recompute_modules):
-        again = size * training.micro_batch_tokens * 4 * ffn // tensor
-        return shape.num_layers * (layer - again) + again
+        again = size_kept * tokens * 4 * ffn / tensor
+        return int(shape.num_layers * (layer - again) + again)
     if training.recompute is Recompute.full:
-        inputs = size * training.micro_batch_tokens * shape.hidden_size // shared
+        inputs = size * tokens * shape.hidden_size / shared
         count = training.recompute_num_layers
-        return -(-shape.num_layers // count) * inputs + min(count, shape.num_layers) * layer
-    return shape.num_layers * layer
+        return int(-(-shape.num_layers // count) * inputs + min(count, shape.num_layers) * layer)
+    return int(shape.num_layers * layer)
 
 
 def _extra_model_bytes(config: Config, size: int) -> int:

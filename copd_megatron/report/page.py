@@ -21,6 +21,7 @@ from copd_megatron.launch.provenance import read_starts
 from copd_megatron.report.drawing import draw_panel, draw_scores
 from copd_megatron.report.history import RunHistory, read_run
 from copd_megatron.report.panels import panels, phase_spans
+from copd_megatron.report.planned import plan_beside_measured
 from copd_megatron.report.scores import ScoreTable, score_table
 from copd_megatron.report.thumbnails import Thumbnails
 from copd_megatron.samples.files import read_samples
@@ -114,6 +115,7 @@ def page(run_dirs: Sequence[Path], options: PageOptions) -> str:
             for run, run_dir in zip(runs, run_dirs, strict=True)
         ],
         distances=_distances(run_dirs[0]),
+        planned=plan_beside_measured(run_dirs[0], runs[0]),
         refresh=options.refresh_seconds,
     )
 

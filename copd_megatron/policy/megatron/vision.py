@@ -66,6 +66,9 @@ class VisionLanguageModel(GPTModel):
         use_packed_attention(self.visual)
         if freeze_vision:
             self.visual.requires_grad_(False)
+        elif self.config.recompute_granularity == "full":
+            # else a long video's activations in the tower take more memory than all decoder layers
+            self.visual.gradient_checkpointing_enable({"use_reentrant": False})
         for number, layer in enumerate(self.decoder.layers[: len(settings.deepstack_visual_indexes)]):
             layer.register_forward_hook(_DeepstackHook(self, number), with_kwargs=True)
 
