@@ -16,11 +16,11 @@ from copd_megatron.planner.workload import BranchLengths
 from tests.test_planner import fixed, inputs_of
 
 H100 = read_machine("h100")
-TIGHT = with_figures(H100, {"memory_gib": 60.0})
+TIGHT = with_figures(H100, {"memory_gib": 40.0})
 
 
 def two_branches(machine: Machine, *overrides: str) -> Inputs:
-    inputs = inputs_of("two_branch_qwen3_vl_4b", "model.path=Qwen3-8B", *overrides, machine=machine)
+    inputs = inputs_of("two_branch_qwen3_vl_4b", "model.path=Qwen3-1.7B", *overrides, machine=machine)
     longer = BranchLengths(prompt=fixed(300), response=fixed(6000))
     return replace(inputs, lengths={**inputs.lengths, "image": longer})
 
