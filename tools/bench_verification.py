@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import _tree  # noqa: F401  (puts this tree on the path)
@@ -24,32 +25,27 @@ from copd_megatron.samples.audit import read_cases
 from copd_megatron.samples.files import Selection
 
 
-def means(run_dir: Path) -> dict[str, float]:
-    """Every figure's mean over the steps after the first."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines][1:]
-    names = {name for step in steps for name, value in step.items() if isinstance(value, int | float)}
-    return {name: statistics.fmean(step.get(name) or 0.0 for step in steps) for name in names}
+def steps_of(run_dir: Path) -> list[dict[str, float]]:
+    """The figures of every step."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def describe(run_dir: Path, branch: str, figures: dict[str, float], limit: int) -> str:
+def describe(run_dir: Path, branch: str, steps: Sequence[dict[str, float]], limit: int) -> str:
     """One branch's line."""
-    step = figures[f"{branch}/timing/step_seconds"]
-    waiting = figures[f"{branch}/timing/grading_seconds"] / step
-    graded = read_totals(run_dir, f"{branch}/rewards/graded")
+
+    def mean(part: str) -> float:
+        return statistics.fmean(step[f"{branch}/timing/{part}_seconds"] for step in steps[1:])
+
+    graded = f"{branch}/rewards/graded"
+    responses = (steps[-1][graded] - steps[0][graded]) / (len(steps) - 1)
     verdicts = audit(read_cases(run_dir, selection=Selection(branch=branch))[:limit]).verdicts
-    seconds = statistics.fmean(verdict.seconds for verdict in verdicts)
+    seconds = statistics.median(verdict.seconds for verdict in verdicts)
     return (
-        f"{run_dir.name}/{branch}: step_seconds={step:.2f} responses={graded:.0f} "
-        f"ms_per_verdict={1000 * seconds:.2f} waiting={waiting:.2%} verdicts={graded * seconds / step:.2%}"
+        f"{run_dir.name}/{branch}: step_seconds={mean('step'):.2f} responses={responses:.0f} "
+        f"ms_per_verdict={1000 * seconds:.2f} waiting={mean('grading') / mean('step'):.2%} "
+        f"verdicts={responses * seconds / mean('step'):.2%}"
     )
-
-
-def read_totals(run_dir: Path, name: str) -> float:
-    """By how much a running total grows in a step."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    totals = [json.loads(line)[name] for line in lines]
-    return (totals[-1] - totals[0]) / (len(totals) - 1)
 
 
 def main() -> int:
@@ -58,10 +54,10 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=200, help="grade so many samples of a branch at most")
     arguments = parser.parse_args()
     for run_dir in arguments.runs:
-        figures = means(run_dir)
-        suffix = "/timing/step_seconds"
-        for branch in sorted(name.removesuffix(suffix) for name in figures if name.endswith(suffix)):
-            print(describe(run_dir, branch, figures, arguments.limit), flush=True)
+        steps = steps_of(run_dir)
+        suffix = "/rewards/graded"
+        for branch in sorted(name.removesuffix(suffix) for name in steps[-1] if name.endswith(suffix)):
+            print(describe(run_dir, branch, steps, arguments.limit), flush=True)
     return 0
 
 

@@ -57,15 +57,9 @@ def toolchain() -> Toolchain | None:
 
 
 def judge(statement: Statement, response: str, *, seconds: float) -> None:
-    """Checks the proof that a response holds.
+    """Checks the proof that a response holds, in three runs of so many seconds of CPU time.
 
-    Args:
-        seconds: CPU time of each of the three runs.
-
-    Raises:
-        RejectedError: it holds none, or the proof is refused or does not prove the statement.
-        ValueError: the statement itself does not compile.
-        SandboxError: the sandbox could not be set up.
+    Raises RejectedError where the response holds no proof of the statement, and as ``compiler.check``.
     """
     check_header(statement.header)
     proof = read_proof(_proof_text(response), statement.name, statement.header)
