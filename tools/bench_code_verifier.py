@@ -33,7 +33,10 @@ print(solve([int(word) for word in input().split()]))
 
 
 def measure(verdicts: int, cases: int) -> tuple[list[float], list[float]]:
-    """Seconds of every verdict, and of every run in a plain process. Raises RuntimeError where a right program is graded wrong."""
+    """Seconds of every verdict, and of every run in a plain process.
+
+    Raises RuntimeError where a right program is graded wrong.
+    """
     tests = json.dumps({"inputs": ["5 1 4 2 3\n"] * cases, "outputs": ["3\n"] * cases})
     seconds, plain = [], []
     for _ in range(verdicts):

@@ -47,8 +47,9 @@ class Bound(Protocol):
     def join(self) -> Callable[[], None] | None:
         """What the sandbox's first process calls before it runs anything; None: nothing."""
 
-    def is_exceeded(self, pid: int) -> bool:
-        """Whether the sandbox whose first process this is has used more than it may."""
+    def is_exceeded(self, pid: int | None) -> bool:
+        """Whether the sandbox has used more than it may. ``pid`` is its first process, None once that has
+        ended."""
 
 
 @contextlib.contextmanager
@@ -80,8 +81,10 @@ class Watch:
     def join(self) -> None:
         """Processes below the first one need not join."""
 
-    def is_exceeded(self, pid: int) -> bool:
+    def is_exceeded(self, pid: int | None) -> bool:
         """Pages that several processes share count once, which takes longer to find out: only if needed."""
+        if pid is None:
+            return False
         processes = descendants(pid)
         if sum(_bytes(one, "status", _PRIVATE) for one in processes) <= self._limit_bytes:
             return False
@@ -113,7 +116,7 @@ class Group:
         """Moves the process that calls it, and so all that it starts, into the group."""
         return lambda: _write(self._members, b"0")
 
-    def is_exceeded(self, pid: int) -> bool:
+    def is_exceeded(self, pid: int | None) -> bool:
         """Whether the kernel has ended a process of the group at the bound."""
         counts = dict(line.split() for line in (self.folder / "memory.events").read_text().splitlines())
         return int(counts.get("oom_kill", 0)) > 0

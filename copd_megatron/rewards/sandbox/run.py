@@ -91,7 +91,7 @@ def run(
             ended, output = _follow(process, status, report, limits, deadline, bound)
         finally:
             _kill(process, report)
-        if bound.is_exceeded(process.pid):
+        if bound.is_exceeded(None):
             ended = Ended.memory
         if ended is None and scratch is None and b'"exit-code"' not in report:
             errors.seek(0)
