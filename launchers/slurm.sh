@@ -22,6 +22,8 @@
 #   COPD_CONTAINER          image: a registry reference or .sqsh file for Pyxis, a .sif file for Apptainer
 #   COPD_CONTAINER_ENGINE   pyxis or apptainer; default: pyxis if srun supports it
 #   COPD_CONTAINER_MOUNTS   further folders to mount, separated by commas, besides the project and working folders
+# The verifiers "code" and "proof" need bubblewrap in the image (the Dockerfile installs it) and user namespaces on the
+# nodes; "copd doctor" in the container says whether the sandbox works.
 
 _copd_job_say() { printf 'copd %s: %s\n' "${SLURM_JOB_ID:+job $SLURM_JOB_ID}" "$*" >&2; }
 

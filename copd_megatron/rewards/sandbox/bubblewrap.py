@@ -28,7 +28,8 @@ _REMEDY = (
     "The verifier 'code' runs programs that a model wrote, and refuses to without a sandbox. Install "
     "bubblewrap 0.8 or newer (Debian 12, Ubuntu 24.04: apt-get install bubblewrap). It needs user "
     "namespaces: start a Docker container with --security-opt seccomp=unconfined "
-    "--security-opt apparmor=unconfined; on Ubuntu 24.04 allow them with "
+    "--security-opt apparmor=unconfined; Apptainer and Pyxis allow them where the node does; on Ubuntu 24.04 "
+    "allow them with "
     "sysctl kernel.apparmor_restrict_unprivileged_userns=0. "
     f"{SWITCH}=1 runs programs without a sandbox, which is safe only on a machine that holds nothing else."
 )
