@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # Two images. Both contain the project in /opt/copd-megatron. A job started with COPD_CONTAINER (launchers/slurm.sh)
 # uses the checkout that it was submitted from instead, so rebuild the image only when packages change.
 #
@@ -13,13 +12,15 @@
 # The processes in a container are not root's: Docker runs them as the user copd, or as --user says; Pyxis and
 # Apptainer run them as you.
 #
-# A tag can be moved to another image, a digest cannot. To build from exactly one base image:
+# A tag can be moved to another image, a digest cannot: the base images are the ones of these digests, and Docker
+# refuses anything else. The digests are those of the indexes, so they hold for amd64 and arm64. To build from another
+# base image, ask the registry for its digest:
 #   docker buildx imagetools inspect python:3.12.12-slim-bookworm --format '{{.Manifest.Digest}}'
 #   docker build --target cpu --build-arg CPU_BASE=python:3.12.12-slim-bookworm@sha256:... -t copd-megatron:cpu .
 # and the same with GPU_BASE for the other image.
-ARG CPU_BASE=python:3.12.12-slim-bookworm
+ARG CPU_BASE=python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c
 # A pre-release of PyTorch 2.13, CUDA 13.3, Python 3.12, NCCL, Transformer Engine and Apex, built to fit together
-ARG GPU_BASE=nvcr.io/nvidia/pytorch:26.07-py3
+ARG GPU_BASE=nvcr.io/nvidia/pytorch:26.07-py3@sha256:2140e699b3beaf7f96a0081fd9c9406bc3832b435cdb60dfa2d261f7d2f34a1c
 
 FROM ${CPU_BASE} AS cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1

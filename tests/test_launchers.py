@@ -149,12 +149,13 @@ def test_the_dockerfile_passes_hadolint() -> None:
 
 
 def test_the_dockerfiles_base_images_are_pinned() -> None:
-    """To a version here; a build can pin them to a digest."""
+    """To a version, for people, and to its digest."""
     text = (ROOT / "Dockerfile").read_text()
     defaults = dict(re.findall(r"^ARG (\w+)=(\S+)", text, re.M))
     bases = re.findall(r"^FROM \$\{(\w+)\} AS", text, re.M)
     assert len(bases) == len(re.findall(r"^FROM ", text, re.M)) == 2, "each can be given by --build-arg"
-    assert all(re.search(r":\d+\.\d+", defaults[base]) for base in bases)
+    assert all(re.search(r":\d+\.\d+[^@]*@sha256:[0-9a-f]{64}$", defaults[base]) for base in bases)
+    assert not re.search(r"^# *syntax=", text, re.M), "Docker would fetch the image of a frontend first"
 
 
 def test_containers_do_not_run_as_root() -> None:
