@@ -117,6 +117,12 @@ def test_bad_json_is_named(kind: str) -> None:
     assert refused(lambda: parse_sample(raw, SampleRef("s", "k"), "shard s")) == reason
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-be"])
+def test_good_json_is_read_in_every_encoding_of_unicode(encoding: str) -> None:
+    raw = sample_json(prompt="3 \u2265 2?").decode().encode(encoding)
+    assert parse_sample(raw, SampleRef("s", "k"), "shard s").prompt == "3 \u2265 2?"
+
+
 def test_nesting_is_judged_the_same_at_any_depth_of_calls() -> None:
     def deeper(calls: int) -> str:
         return (

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from copd_megatron.data.failures import name_and_text
 from copd_megatron.errors import BadSampleError
 from copd_megatron.rewards.terms import WEIGHTED, read_terms
-from copd_megatron.untrusted.json_text import MAX_BYTES, MAX_NESTING
+from copd_megatron.untrusted.json_text import MAX_BYTES, MAX_NESTING, NestingError, load
 
 Message = Mapping[str, Any]
 
@@ -80,12 +80,16 @@ def parse_sample(
 
 
 def load_json(raw: bytes, where: str, problem: str, remedy: str) -> Any:
-    """What a JSON text says. Raises BadSampleError (``not_json``, ``too_nested``)."""
+    """What a JSON text says, in any of Unicode's encodings.
+
+    Raises BadSampleError (``not_json``, ``too_nested``): as ``json_text.load``, of any length.
+    """
     try:
-        return json.loads(raw)
-    except RecursionError as error:
+        text = raw.decode(json.detect_encoding(raw), "surrogatepass")
+        return load(text, max_bytes=len(raw))
+    except NestingError as error:
         raise _too_nested(where) from error
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, integers of thousands of digits
+    except ValueError as error:
         raise BadSampleError(where, "not_json", f"{problem} ({name_and_text(error)})", remedy) from error
 
 

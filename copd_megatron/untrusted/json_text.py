@@ -29,6 +29,10 @@ MAX_NESTING: Final = 64
 """Of objects and lists. Far below Python's own limit, which depends on who calls."""
 
 
+class NestingError(ValueError):
+    """Objects and lists stand in each other more than ``MAX_NESTING`` levels deep."""
+
+
 class Readable(Protocol):
     """A binary file, compressed or not."""
 
@@ -45,15 +49,15 @@ class Line(NamedTuple):
     """It ends with a newline. A program that was killed may leave a last line that does not."""
 
 
-def load(text: str | bytes) -> Any:
+def load(text: str | bytes, *, max_bytes: int = MAX_BYTES) -> Any:
     """The value that a JSON text stands for. Bytes are UTF-8, in which lone surrogates may be encoded.
 
     Raises:
-        ValueError: it is no JSON, longer than ``MAX_BYTES``, nested deeper than ``MAX_NESTING``, or holds a
-            number that a float cannot hold.
+        NestingError: nested deeper than ``MAX_NESTING``.
+        ValueError: it is no JSON, longer than ``max_bytes``, or holds a number that a float cannot hold.
     """
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"it is longer than {MAX_BYTES} bytes")
+    if len(text) > max_bytes:
+        raise ValueError(f"it is longer than {max_bytes} bytes")
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogatepass")
     try:
@@ -251,5 +255,5 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _too_nested() -> ValueError:
-    return ValueError(f"it nests objects and lists more than {MAX_NESTING} levels deep")
+def _too_nested() -> NestingError:
+    return NestingError(f"it nests objects and lists more than {MAX_NESTING} levels deep")

@@ -179,6 +179,13 @@ BAD_JSON: dict[str, tuple[str, bytes]] = {
     "cut": ("not_json", b'{"prompt": "x'),
     "not UTF-8": ("not_json", b'{"prompt": "\xff"}'),
     "an endless integer": ("not_json", b'{"prompt": ' + b"9" * 6000 + b"}"),
+    "not a number": ("not_json", sample_json(metadata={"x": float("nan")})),
+    "infinity": ("not_json", sample_json(metadata={"x": [-float("inf")]})),
+    "a number beyond every float": ("not_json", sample_json(metadata={"x": 1}).replace(b"1}", b"1e999}")),
+    "a whole number beyond every float": (
+        "not_json",
+        sample_json(metadata={"x": 1}).replace(b"1}", b"1" + b"0" * 400 + b"}"),
+    ),
     "a lone surrogate": ("bad_text", sample_json(prompt="x").replace(b'"x"', b'"a\\ud800b"')),
     "a lone surrogate in a key": (
         "bad_text",
