@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import torch.distributed as dist
+
 from copd_megatron.config import Config
 from copd_megatron.config.schema import RolloutConfig
 from copd_megatron.data.loader import MediaLoader
+from copd_megatron.errors import ConfigError
 from copd_megatron.policy.device import model_dtype, uses_cuda
 from copd_megatron.rollout.engine import RolloutEngine
 from copd_megatron.topology.single import single_process
@@ -49,8 +52,15 @@ def start_engine(
     Collective over all ranks. ``name`` is the engine's, in messages and in names of shared memory.
 
     Raises:
+        ConfigError: the engine's tensor parallel size does not divide the ranks.
         RolloutError: vLLM could not start.
     """
+    ranks, size = dist.get_world_size(), rollout.tensor_parallel_size
+    if ranks % size:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size: {size} does not divide the {ranks} ranks of this command; start "
+            f"it with torchrun --nproc-per-node {size}, or set branches.NAME.rollout.tensor_parallel_size=1"
+        )
     return RolloutEngine(
         model_path=model_path,
         config=rollout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import batched
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from copd_megatron.config import Config
-from copd_megatron.config.domains import all_domains
+from copd_megatron.config.domains import all_domains, domains_by_name
+from copd_megatron.config.schema import RolloutConfig
 from copd_megatron.data.remote import is_remote
 from copd_megatron.data.shards import expand_patterns
 from copd_megatron.data.sources import PromptSources
@@ -37,6 +38,17 @@ logger = logging.getLogger(__name__)
 
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 """Files of a model's folder that decide which tokens a prompt becomes."""
+_ENGINE_SETTINGS = (
+    "tensor_parallel_size",
+    "gpu_memory_utilization",
+    "cpu_kv_cache_gib",
+    "max_num_seqs",
+    "enforce_eager",
+    "enable_prefix_caching",
+    "enable_chunked_prefill",
+    "quantization",
+)
+"""Of ``rollout``: what an engine is started with. The rest is part of each request, or training's alone."""
 _ROUNDS_PER_PART = 4
 """Of full engines between two writes of verdicts."""
 
@@ -122,7 +134,7 @@ def _alike(models: Sequence[Candidate]) -> list[list[Candidate]]:
 
 
 def _evaluate_alike(job: _Job, models: Sequence[Candidate]) -> dict[str, list[PromptVerdicts]]:
-    """As ``evaluate_models``, with one engine."""
+    """As ``evaluate_models``, with the same engine for all models."""
     config, first = job.config, job.first
     files = {model.label: VerdictFile(job.out, model.label, _settings(config, model)) for model in models}
     sources = PromptSources(config, models[0].companions, models[0].shape)
@@ -139,29 +151,55 @@ def _evaluate_alike(job: _Job, models: Sequence[Candidate]) -> dict[str, list[Pr
             for file in files.values():
                 file.begin(anew=job.anew)
         done = _agreed({label: [(v.domain, v.prompt) for v in f.read()] for label, f in files.items()}, first)
-        if all(len(set(done[label])) >= sum(map(len, validation.values())) for label in files):
-            return {label: _ordered(file.read(), validation) for label, file in files.items()}
-        engine = start_engine(
-            config,
-            next(iter(config.branches.values())).rollout,
-            models[0].companions,
-            name="eval",
-            run_id=job.run_id,
-            media=sources.media,
-        )
-        stack.callback(engine.close)
-        for number, model in enumerate(models):
+        for rollout, domains in engines(config, validation):
             missing = {
-                domain: [p for p in prompts if (domain, p.group_id) not in done[model.label]]
-                for domain, prompts in validation.items()
+                label: {d: [p for p in validation[d] if (d, p.group_id) not in pairs] for d in domains}
+                for label, pairs in done.items()
             }
-            if any(missing.values()):
-                engine.load_weights(model.tensors(), version=number)
-                for part in _measure(config, engine, graders, missing, model.label):
+            if not any(prompts for of_model in missing.values() for prompts in of_model.values()):
+                continue
+            engine = start_engine(
+                config, rollout, models[0].companions, name="eval", run_id=job.run_id, media=sources.media
+            )
+            with contextlib.closing(engine):
+                for label, part in _answer(config, engine, graders, models, missing):
                     if first:
-                        files[model.label].append(part)
+                        files[label].append(part)
         all_gather_messages(None)  # the file is complete before anybody reads it
         return {label: _ordered(file.read(), validation) for label, file in files.items()}
+
+
+def engines(config: Config, domains: Iterable[str]) -> list[tuple[RolloutConfig, list[str]]]:
+    """The engines that answer these domains, each with the domains of the branches that want such a one."""
+    known = domains_by_name(config)
+    groups: list[tuple[RolloutConfig, list[str]]] = []
+    for domain in domains:
+        rollout = config.branches[known[domain].branch].rollout
+        alike = next((names for other, names in groups if _same_engine(other, rollout)), None)
+        if alike is None:
+            groups.append((rollout, [domain]))
+        else:
+            alike.append(domain)
+    return groups
+
+
+def _same_engine(one: RolloutConfig, other: RolloutConfig) -> bool:
+    return all(getattr(one, name) == getattr(other, name) for name in _ENGINE_SETTINGS)
+
+
+def _answer(
+    config: Config,
+    engine: RolloutEngine,
+    graders: dict[str, Grader],
+    models: Sequence[Candidate],
+    missing: Mapping[str, dict[str, list[Prompt]]],
+) -> Iterator[tuple[str, list[PromptVerdicts]]]:
+    """Model by model, the verdicts that are ``missing`` by model and domain; the same on all ranks."""
+    for number, model in enumerate(models):
+        if any(missing[model.label].values()):
+            engine.load_weights(model.tensors(), version=number)
+            for part in _measure(config, engine, graders, missing[model.label], model.label):
+                yield model.label, part
 
 
 def _measure(
@@ -204,7 +242,8 @@ def _ordered(verdicts: Sequence[PromptVerdicts], validation: dict[str, list[Prom
 
 def _settings(config: Config, model: Candidate) -> dict[str, Any]:
     """All that the verdicts depend on."""
-    evaluation, rollout = config.evaluation, next(iter(config.branches.values())).rollout
+    evaluation = config.evaluation
+    rollouts = {name: branch.rollout for name, branch in config.branches.items()}
     return {
         "model": f"{model.path.resolve()}\n{model.source.identity()}",
         "run.seed": config.run.seed,
@@ -212,11 +251,11 @@ def _settings(config: Config, model: Candidate) -> dict[str, Any]:
         "model.max_sequence_tokens": config.model.max_sequence_tokens,
         "evaluation.num_generations_per_prompt": evaluation.num_generations_per_prompt,
         "evaluation.temperature": evaluation.temperature,
-        "rollout.max_new_tokens": {n: b.rollout.max_new_tokens for n, b in config.branches.items()},
-        "rollout.stop": list(rollout.stop),
+        "rollout.max_new_tokens": {name: rollout.max_new_tokens for name, rollout in rollouts.items()},
+        "rollout.stop": {name: list(rollout.stop) for name, rollout in rollouts.items()},
         "media": asdict(config.media),
         "model.dtype": config.model.dtype,
-        "rollout.quantization": rollout.quantization.value,
+        "rollout.quantization": {name: rollout.quantization.value for name, rollout in rollouts.items()},
         "text": _text_digests(model),
         "data.validation": {domain.name: _states(domain.validation) for domain in all_domains(config)},
     }

@@ -28,12 +28,15 @@ Accuracies = dict[str, dict[str, Score]]
 
 def sampling_settings(config: Config, domain: str) -> SamplingSettings:
     """How validation prompts of a domain are sampled: greedy, unless ``evaluation.temperature`` says
-    otherwise. A response may be as long as in training on that domain, whichever model answers."""
+    otherwise. A response may be as long as in training on that domain, and ends at the same strings,
+    whichever model answers."""
     options, branch = config.evaluation, domains_by_name(config)[domain].branch
+    rollout = config.branches[branch].rollout
     return SamplingSettings(
         num_generations=options.num_generations_per_prompt,
         temperature=options.temperature,
-        max_new_tokens=config.branches[branch].rollout.max_new_tokens,
+        max_new_tokens=rollout.max_new_tokens,
+        stop=tuple(rollout.stop),
     )
 
 

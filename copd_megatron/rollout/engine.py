@@ -70,6 +70,8 @@ class SamplingSettings:
     top_k: int = -1
     max_new_tokens: int | None = None
     """Longest response in tokens; None: the branch's ``rollout.max_new_tokens``."""
+    stop: tuple[str, ...] | None = None
+    """Strings that end a response; None: the branch's ``rollout.stop``."""
 
 
 class Listener(Protocol):
@@ -354,6 +356,7 @@ class RolloutEngine:
         from vllm.sampling_params import RequestOutputKind
 
         longest = settings.max_new_tokens or self.config.max_new_tokens
+        strings = list(self.config.stop if settings.stop is None else settings.stop)
         mine = [
             (prompts[i], sample)
             for i in split_replicas(len(prompts), self.num_replicas)[self.replica]
@@ -378,12 +381,12 @@ class RolloutEngine:
                     top_p=settings.top_p,
                     top_k=settings.top_k,
                     max_tokens=longest - (0 if part is None else part.response_length),
-                    stop=self.config.stop or None,
+                    stop=strings or None,
                     seed=seeds[i],
                     logprobs=0,
                     flat_logprobs=True,
                     # decoded once at the end instead of token by token
-                    detokenize=bool(self.config.stop),
+                    detokenize=bool(strings),
                     output_kind=RequestOutputKind.FINAL_ONLY if stop is None else RequestOutputKind.DELTA,
                 )
             )
@@ -440,7 +443,7 @@ class RolloutEngine:
                     raise RuntimeError(
                         f"{prompts[number].prompt_id}: vLLM and the trainer have different prompt tokens"
                     )
-                completions[number].add(output.outputs[0], decoded=bool(self.config.stop))
+                completions[number].add(output.outputs[0], decoded=parameters[number].detokenize)
                 if output.finished:
                     stopped = ended(number, completions[number]) or stopped
             if listener is not None:
