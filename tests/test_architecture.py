@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": {"config", "errors", "records"},
     "rewards": {"config", "errors", "records", "untrusted"},
     "metrics": {"config", "errors", "untrusted"},
-    "topology": {"config", "errors"},
+    "topology": {"config", "errors", "untrusted"},
     "planner": {"config", "errors", "model", "records"},
     # what a branch is made of
     "data": {"config", "errors", "model", "records", "rewards", "untrusted"},
@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # before the ranks start
     "launch": {
         *("checkpoint", "config", "data", "errors", "metrics", "model", "planner", "rewards", "topology"),
+        "untrusted",
     },
     # what a step consists of
     "recipes": {"branch", "config", "errors", "plugins"},

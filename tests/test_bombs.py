@@ -34,8 +34,9 @@ from copd_megatron.rewards.parsing.magnitude import is_evaluable
 from copd_megatron.rewards.parsing.symbolic import formula, sympy
 from copd_megatron.rewards.parsing.syntax import NotUnderstoodError
 from copd_megatron.untrusted.unicode_text import nfkc
-from copd_megatron.untrusted.visible import visible, visible_json
+from copd_megatron.untrusted.visible import show_traceback, visible, visible_json
 from copd_megatron.untrusted.yaml_text import load_yaml
+from tests.support.commands import python
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:
@@ -144,6 +145,37 @@ def test_commands_show_what_they_do_not_send(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "logs" / "rank_00000.log").write_text(line.replace("\r", "").replace("\u2028", "") + "\n")
     assert main(["logs", str(tmp_path)]) == 0
     assert harmless(capsys.readouterr().out)
+
+
+ENDS = {
+    "main": "fail()",
+    "thread": "thread = threading.Thread(target=fail, name=EVIL); thread.start(); thread.join()",
+    "rank": "place = RankPlace(rank=0, branch='a', branch_rank=0, branch_size=1)\n"
+    "start_logging(place, 'INFO', folder=None)\n"
+    "fail()",
+}
+"""How an exception that nobody foresaw can end a process."""
+
+
+@pytest.mark.parametrize("where", ENDS)
+def test_tracebacks_show_what_they_do_not_send(where: str) -> None:
+    script = (
+        "import threading\n"
+        "from copd_megatron.metrics.rank_log import RankPlace, start_logging\n"
+        "from copd_megatron.untrusted.visible import show_tracebacks_visibly\n"
+        f"EVIL = {EVIL!a}\nshow_tracebacks_visibly()\n"
+        f"def fail():\n    raise ValueError(EVIL) from OSError(EVIL)\n{ENDS[where]}\n"
+    )
+    done = python("-c", script)
+    assert "Traceback" in done.stderr and "\\x1b[2J" in done.stderr
+    assert harmless(done.stderr)
+    assert done.returncode == (where != "thread")
+
+
+def test_every_command_shows_tracebacks_visibly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    assert main(["--version"]) == 0
+    assert sys.excepthook is show_traceback
 
 
 def test_json_for_other_programs_keeps_its_value() -> None:

@@ -13,6 +13,7 @@ from copd_megatron import __version__
 from copd_megatron.cli.group import LazyGroup
 from copd_megatron.cli.output import say
 from copd_megatron.errors import EXIT_HOPELESS, CheckpointError, is_hopeless
+from copd_megatron.untrusted.visible import show_tracebacks_visibly
 
 COMPLETE: Final = "_COPD_COMPLETE"
 """Set by the script of ``copd completion`` when the shell asks what could follow."""
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words behind ``copd``; None: the process's own.
     """
+    show_tracebacks_visibly()
     try:
         if instruction := os.environ.get(COMPLETE):
             from click.shell_completion import shell_complete
@@ -95,9 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except Exception as error:
         if "RANK" in os.environ and is_hopeless(error):
-            sys.excepthook(
-                type(error), error, error.__traceback__
-            )  # into this rank's log and onto the screen
+            # into this rank's log and onto the screen
+            sys.excepthook(type(error), error, error.__traceback__)
             return EXIT_HOPELESS
         if isinstance(error, _MISTAKES):
             return _told(error, EXIT_MISTAKE)

@@ -23,6 +23,7 @@ from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
 from copd_megatron.errors import EXIT_HOPELESS
 from copd_megatron.launch.cause import why_it_ended
 from copd_megatron.metrics.rank_log import LOGS
+from copd_megatron.untrusted.visible import visible
 
 
 def main(arguments: list[str]) -> int:
@@ -89,7 +90,7 @@ def _where_to_read_on(run_dir: Path) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"copd: {text}", file=sys.stderr, flush=True)
+    print(f"copd: {visible(text)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

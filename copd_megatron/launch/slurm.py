@@ -16,6 +16,7 @@ from copd_megatron.config import ConfigError, load_config, read_model_shapes, va
 from copd_megatron.launch.placement import PlacementError, host_list, place
 from copd_megatron.launch.preflight import check_inputs
 from copd_megatron.topology.layout import Layout
+from copd_megatron.untrusted.visible import visible
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate(config, world_size=layout.world_size, model=read_model_shapes(config))
         check_inputs(config)
     except (ConfigError, PlacementError, FileNotFoundError, ValueError) as error:
-        print(f"copd: {error}", file=sys.stderr)
+        print(visible(f"copd: {error}"), file=sys.stderr)
         return 2
     print("\n".join(host_list(placement, hosts)))
     print(f"copd: {placement.describe()}", file=sys.stderr)

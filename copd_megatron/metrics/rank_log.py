@@ -25,7 +25,7 @@ from typing import IO
 import yaml
 
 from copd_megatron.errors import ConfigError, is_hopeless
-from copd_megatron.untrusted.visible import visible
+from copd_megatron.untrusted.visible import show_traceback, visible
 from copd_megatron.untrusted.yaml_text import load_yaml
 
 LOGS = "logs"
@@ -140,7 +140,6 @@ def start_logging(place: RankPlace, level: str, *, folder: Path | None, append: 
 def _keep_last_words(files: Sequence[logging.Handler], shown: logging.Handler) -> None:
     """Also writes the exception that ends this rank to its file: on the console it may be one of many. If
     its message is all that a person needs, the console shows no traceback."""
-    usual = sys.excepthook
 
     def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         what = (__name__, logging.CRITICAL, __file__, 0, f"{ENDED_BY}{kind.__name__}: {error}", (), None)
@@ -148,7 +147,7 @@ def _keep_last_words(files: Sequence[logging.Handler], shown: logging.Handler) -
         if files and is_hopeless(error):
             shown.handle(record)
         else:
-            usual(kind, error, trace)
+            show_traceback(kind, error, trace)
         record.exc_info = (kind, error, trace)
         for file in files if issubclass(kind, Exception) else ():
             file.handle(record)

@@ -25,6 +25,7 @@ from torch.distributed import Store
 from copd_megatron.errors import EXIT_HOPELESS
 from copd_megatron.topology.rank_table import read_table
 from copd_megatron.topology.who_waits import JOB_ENDS, RankState, format_report
+from copd_megatron.untrusted.visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -271,7 +272,7 @@ def _log_in_time(text: str) -> None:
     log.start()
     log.join(timeout=5.0)
     if log.is_alive():
-        os.write(2, f"{text}\n".encode())
+        os.write(2, f"{visible(text)}\n".encode())
 
 
 def _log_and_flush(text: str) -> None:
