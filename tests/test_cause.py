@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from copd_megatron.launch.cause import why_it_ended
+from copd_megatron.launch import cause
+from copd_megatron.launch.cause import memory_kills, why_it_ended
 from copd_megatron.topology.who_waits import JOB_ENDS
 
 START = datetime(2026, 1, 31, 12, 0, 0)
@@ -41,6 +42,40 @@ def test_a_killed_rank_is_the_cause_of_the_others_errors(tmp_path: Path) -> None
     told = why_it_ended(tmp_path, {0: 1, 1: -9}, since=START)
     assert told == "global rank 1 was killed by SIGKILL, as by the kernel when memory runs out (see dmesg)"
     assert why_it_ended(tmp_path, {1: -11}, since=START) == "global rank 1 was killed by SIGSEGV"
+
+
+def test_a_kill_for_memory_is_told_apart_by_the_kernels_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(before: int | None, now: int | None) -> str:
+        monkeypatch.setattr(cause, "memory_kills", lambda: now)
+        return why_it_ended(tmp_path, {1: -9}, since=START, kills_before=before)
+
+    assert told(4, 5).startswith(
+        "global rank 1 was killed by SIGKILL, by the kernel for want of memory: give the job more memory"
+    )
+    for before, now in ((4, 4), (None, 5), (4, None)):
+        assert told(before, now).endswith(", as by the kernel when memory runs out (see dmesg)")
+    (tmp_path / "vmstat").write_text("nr_free_pages 7\noom_kill 12\n")
+    assert memory_kills(tmp_path / "vmstat") == 12
+    assert memory_kills(tmp_path / "nothing") is None
+
+
+def test_full_shared_memory_is_named(tmp_path: Path) -> None:
+    """A mapped page that has no room any more is SIGBUS; NCCL's message begins with something else."""
+    told = why_it_ended(tmp_path, {0: -7, 1: -15}, since=START)
+    assert told.startswith("global rank 0 was killed by SIGBUS, as when /dev/shm is full: remove what")
+    _log(
+        tmp_path,
+        1,
+        _COLLECTIVE,
+        "Traceback (most recent call last):",
+        "torch.distributed.DistBackendError: NCCL error in: x.cpp, unhandled system error",
+        "Error while creating shared memory segment /dev/shm/nccl-X, error: No space left on device (28)",
+    )
+    told = why_it_ended(tmp_path, {0: 1, 1: 1}, since=START)
+    assert told.startswith("b rank 0 (global rank 1): /dev/shm is full: remove what killed runs left there")
+    assert "--shm-size" in told and "/dev/shm/nccl-X" in told
 
 
 def test_ranks_that_the_launcher_ended_are_not_the_cause(tmp_path: Path) -> None:

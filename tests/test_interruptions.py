@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,11 +55,23 @@ def _has_come_to(stage: str, run_dir: Path) -> bool:
     return (run_dir / "export").exists()
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """The signals that end a run, where whoever started the tests ignores them: nohup, or a background job."""
+    ignored = [s for s in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _left_behind(run_dir: Path, before: set[str]) -> list[str]:
     ranks = [f"rank {rank}: process {process}" for rank, process in rank_processes(run_dir).items()]
     return ranks + sorted(name for name in set(os.listdir("/dev/shm")) - before if name.startswith("copd"))
 
 
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("stage", ["start", "steps", "end"])
 def test_a_signal_ends_a_run_in_good_order(

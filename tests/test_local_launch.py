@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,39 @@ def test_the_last_lines_say_why_and_where_to_read_on(
         f"copd: more: copd logs {tmp_path} --level ERROR, and the lines above",
     ]
     assert ("Traceback" in done.stderr) == (how == "bug"), "only what is not meant for people has one"
+
+
+@pytest.fixture
+def full_group() -> Iterator[Path]:
+    """A control group with room for 64 MiB more than a process that is moved there, which counts as none."""
+    parents = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
+    parent = next((p for p in parents if (p / "cgroup.procs").exists()), None)
+    if parent is None or not os.access(parent, os.W_OK):
+        pytest.skip("this process may not make a control group")
+    group = parent / f"copd-test-{os.getpid()}"
+    group.mkdir()
+    limit = group / ("memory.limit_in_bytes" if parent.name == "memory" else "memory.max")
+    try:
+        if not limit.exists():
+            pytest.skip("control groups do not limit memory here")
+        limit.write_text(str(64 << 20))
+        yield group
+    finally:
+        group.rmdir()
+
+
+@pytest.mark.slow
+def test_a_rank_that_the_kernel_kills_for_memory_is_named(
+    tmp_path: Path, full_group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FULL_GROUP", str(full_group))
+    done = _launch(tmp_path, "memory")
+    assert done.returncode == 1, done.stderr
+    cause, _, _ = done.stderr.strip().splitlines()[-3:]
+    assert cause.startswith(
+        "copd: the run ended: global rank 1 was killed by SIGKILL, by the kernel for want of memory: give"
+    )
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from copd_megatron.config import ConfigError, load_config, read_model_shapes, to_yaml
 from copd_megatron.launch import preflight
+from copd_megatron.launch.shared_memory import left_behind, segments
 from copd_megatron.planner.disk import run_bytes
 from tests.support.checkpoint_runs import BRANCHES, write_config
 from tests.support.models import make_model
@@ -75,6 +77,25 @@ def test_little_shared_memory_is_refused_with_the_remedy(disk: Path, tmp_path: P
         preflight.check_shared_memory(3, disk)
     with pytest.raises(ConfigError, match="mount a tmpfs"):
         preflight.check_shared_memory(1, tmp_path / "gone")
+
+
+def test_segments_that_nobody_uses_are_named(disk: Path) -> None:
+    assert left_behind(disk) == ""
+    for name in ("psm_old", "copd-old", "open", "mapped"):
+        (disk / name).write_bytes(bytes(1 << 18))
+    os.truncate(disk / "copd-old", 1 << 12)
+    with (disk / "open").open("rb"), (disk / "mapped").open("rb") as file:
+        held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        file.close()
+        assert {s.path.name: s.in_use for s in segments(disk)} == {
+            "psm_old": False,
+            "copd-old": False,
+            "open": True,
+            "mapped": True,
+        }
+        with pytest.raises(ConfigError, match=rf"rm {disk}/psm_old {disk}/copd-old; or give"):
+            preflight.check_shared_memory(3, disk)
+        held.close()
 
 
 def test_ranks_of_a_machine() -> None:

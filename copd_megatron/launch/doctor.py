@@ -23,6 +23,7 @@ from typing import Any
 
 from copd_megatron.config.hardware import REQUIREMENTS, Machine, missing_for
 from copd_megatron.config.schema import FP8Recipe
+from copd_megatron.launch.shared_memory import SHARED_MEMORY, left_behind
 from copd_megatron.rewards import sandbox
 from copd_megatron.rewards.proofs import coq, lean
 from copd_megatron.rewards.sandbox import memory
@@ -449,14 +450,14 @@ def _free_gib(path: Path) -> float | None:
 
 
 def _shared_memory(torch: Any) -> Finding:
-    free = _free_gib(Path("/dev/shm"))
+    free, unused = _free_gib(SHARED_MEMORY), left_behind()
     if free is None:
         return _problem("/dev/shm", "not there", "NCCL and vLLM's CPU workers need it: mount a tmpfs there")
     if free < _MIN_SHM_GIB:
-        means = "too small for ranks on one machine: docker run --shm-size=8g (or --ipc=host), or clear it"
-        return _problem("/dev/shm", f"{free:.2f} GiB free", means)
+        means = "too small for ranks on one machine: docker run --shm-size=8g (or --ipc=host)"
+        return _problem("/dev/shm", f"{free:.2f} GiB free", f"{means}; {unused}" if unused else means)
     use = "NCCL between GPUs of this machine" if _gpu_capability(torch) else "vLLM's CPU workers"
-    return _ok("/dev/shm", f"{free:.1f} GiB free", use)
+    return _ok("/dev/shm", f"{free:.1f} GiB free", f"{use}; {unused}" if unused else use)
 
 
 def _disk() -> Finding:

@@ -21,7 +21,7 @@ from pathlib import Path
 from copd_megatron.checkpoint.manifest import complete_checkpoints
 from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
 from copd_megatron.errors import EXIT_HOPELESS
-from copd_megatron.launch.cause import why_it_ended
+from copd_megatron.launch.cause import memory_kills, why_it_ended
 from copd_megatron.metrics.rank_log import LOGS
 from copd_megatron.untrusted.visible import visible
 
@@ -48,7 +48,7 @@ def _launch(run_dir: Path, rest: list[str]) -> int:
     try:
         for restarts in range(limit + 1):
             os.environ["COPD_RESTART_COUNT"] = str(restarts)
-            since = datetime.now()
+            since, kills = datetime.now(), memory_kills()
             try:
                 torchrun(rest)
                 return 0
@@ -56,7 +56,8 @@ def _launch(run_dir: Path, rest: list[str]) -> int:
                 exits = {rank: failure.exitcode for rank, failure in error.failures.items()}
             if EXIT_PREEMPTED in exits.values():
                 return EXIT_PREEMPTED
-            _say(f"the run ended: {why_it_ended(run_dir, exits, since=since)}")
+            cause = why_it_ended(run_dir, exits, since=since, kills_before=kills)
+            _say(f"the run ended: {cause}")
             hopeless = EXIT_HOPELESS in exits.values()
             if hopeless or restarts == limit:
                 _say(_next_start(run_dir))

@@ -18,6 +18,7 @@ from copd_megatron.data.difficulty import load_difficulty
 from copd_megatron.launch.lock import RunLock
 from copd_megatron.launch.provenance import forget_starts
 from copd_megatron.launch.run_dir import run_directory, starts_anew
+from copd_megatron.launch.shared_memory import SHARED_MEMORY, left_behind
 from copd_megatron.metrics.packages import check_packages
 from copd_megatron.planner.disk import _size, run_bytes
 from copd_megatron.rewards import registry
@@ -178,7 +179,7 @@ def check_disk(config: Config, shapes: Mapping[str, ModelShape], folder: Path) -
         )
 
 
-def check_shared_memory(num_ranks: int, folder: Path = Path("/dev/shm")) -> None:
+def check_shared_memory(num_ranks: int, folder: Path = SHARED_MEMORY) -> None:
     """Whether this machine has shared memory for ``num_ranks`` ranks.
 
     Raises:
@@ -190,10 +191,11 @@ def check_shared_memory(num_ranks: int, folder: Path = Path("/dev/shm")) -> None
     except FileNotFoundError:
         raise ConfigError(f"{folder} does not exist: mount a tmpfs there, NCCL and vLLM need it") from None
     if free < needed:
+        unused = left_behind(folder)
         raise ConfigError(
             f"{folder}: {free / 2**20:.0f} MiB free, {num_ranks} ranks on this machine need about "
-            f"{needed / 2**20:.0f}; give the container more (docker run --shm-size=8g, or --ipc=host), or "
-            f"remove what killed runs left there"
+            f"{needed / 2**20:.0f}; {f'{unused}; or ' if unused else ''}give the container more (docker run "
+            "--shm-size=8g, or --ipc=host)"
         )
 
 

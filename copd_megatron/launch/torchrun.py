@@ -14,11 +14,14 @@ from copd_megatron.launch.run_dir import run_directory
 from copd_megatron.topology.loopback import only_this_machine
 
 
-def become_torchrun(config: Config, arguments: Sequence[str]) -> NoReturn:
+def become_torchrun(
+    config: Config, arguments: Sequence[str], program: Sequence[str] = ("-m", "copd_megatron.cli")
+) -> NoReturn:
     """Replaces this process by a local torchrun of as many ranks as the branches need.
 
     Args:
         arguments: of ``copd``, for every rank.
+        program: what every rank runs in place of ``copd``.
     """
     ranks = sum(branch.parallel.world_size for branch in config.branches.values())
     defaults = {
@@ -40,7 +43,7 @@ def become_torchrun(config: Config, arguments: Sequence[str]) -> NoReturn:
         # torchrun's own would listen on all interfaces
         "--rdzv-backend=copd-loopback",
         f"--signals-to-handle={','.join(handled_signals())}",
-        *("-m", "copd_megatron.cli", *arguments),
+        *(*program, *arguments),
     ]
     sys.stdout.flush()
     os.execv(sys.executable, command)

@@ -120,15 +120,24 @@ class ForkServer:
                 part, fds, _, _ = socket.recv_fds(self._channel, 1 << 12, 1, socket.MSG_CMSG_CLOEXEC)
                 descriptors += fds
                 if not part:
-                    raise ServerGoneError("the process that forks the workers has ended")
+                    raise ServerGoneError(self._end_of_server())
                 received += part
             return json.loads(received), descriptors
         except TimeoutError as error:
             raise ServerGoneError(f"no answer within {limit_seconds:g} s") from error
         except OSError as error:
-            raise ServerGoneError(f"the process that forks the workers has ended ({error})") from error
+            raise ServerGoneError(self._end_of_server()) from error
         except ValueError as error:
             raise ServerGoneError(f"an answer that is none: {bytes(received[:60])!r}") from error
+
+    def _end_of_server(self) -> str:
+        assert self._process is not None
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "the process that forks the workers has closed its socket"
+        how = _how_it_ended(-code if code < 0 else code << 8)
+        return f"the process that forks the workers has ended ({how})"
 
     def _last_words(self) -> str:
         assert self._root is not None
@@ -231,5 +240,6 @@ def _how_it_ended(status: int | None) -> str:
         return "the kernel does not let go of it"
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        return f"killed by signal {number} ({signal.strsignal(number)})"
+        hint = ", as by the kernel when memory runs out" if number == signal.SIGKILL else ""
+        return f"killed by signal {number} ({signal.strsignal(number)}){hint}"
     return f"exit status {os.WEXITSTATUS(status)}"

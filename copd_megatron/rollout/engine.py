@@ -46,6 +46,7 @@ _REMEDIES = (
     ),
     ("to serve at least one request", "; raise rollout.cpu_kv_cache_gib or gpu_memory_utilization"),
     ("/dev/shm", "; check the free space of /dev/shm (copd doctor)"),
+    ("SHMManager", "; check the free space of /dev/shm (copd doctor)"),
     ("EngineDeadError", "; its first error is earlier in this rank's output"),
 )
 """Parts of vLLM's error messages, and the remedies."""

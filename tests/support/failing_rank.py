@@ -14,6 +14,14 @@ from copd_megatron.launch.rank_process import take_one_interrupt
 from copd_megatron.metrics.rank_log import RankPlace, start_logging
 
 
+def eat(group: Path) -> None:
+    """Takes memory in a control group until the kernel ends this."""
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    held = []
+    while True:
+        held.append(bytearray(os.urandom(1 << 20)))
+
+
 def main() -> int:
     run_dir, how = Path(sys.argv[1]), sys.argv[2]
     rank = int(os.environ["RANK"])
@@ -29,6 +37,8 @@ def main() -> int:
             os.kill(os.getppid(), signal.SIGINT)
         if how == "killed" and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "memory" and rank == 1:
+            eat(Path(os.environ["FULL_GROUP"]))
         if how in ("config", "bug") and rank == 1:
             raise (ConfigError("run.seed: no good") if how == "config" else KeyError("a bug"))
         time.sleep(60)
