@@ -57,7 +57,7 @@ def _has_come_to(stage: str, run_dir: Path) -> bool:
 
 @pytest.fixture
 def heeded() -> Iterator[None]:
-    """The signals that end a run, where whoever started the tests ignores them: nohup, or a background job."""
+    """The signals that end a run, where the tests were started ignoring them, as below nohup."""
     ignored = [s for s in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_IGN]
     for number in ignored:
         signal.signal(number, signal.SIG_DFL)
