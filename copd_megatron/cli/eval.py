@@ -15,6 +15,7 @@ from copd_megatron.cli.parameters import PATH, log_plainly
 from copd_megatron.config import load_config
 from copd_megatron.errors import ConfigError
 from copd_megatron.hf.model_config import read_model_shape
+from copd_megatron.launch.caches import usable_caches
 
 if TYPE_CHECKING:
     from copd_megatron.evaluation.verdicts import PromptVerdicts
@@ -62,6 +63,7 @@ def command(
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         log_plainly()
+    usable_caches()
 
     from copd_megatron.evaluation.models import evaluate_models, open_models
 

@@ -10,6 +10,7 @@ from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import OVERRIDES
 from copd_megatron.config import load_config, read_model_shapes, validate
+from copd_megatron.launch.caches import usable_caches
 from copd_megatron.launch.rank_process import take_one_interrupt
 from copd_megatron.topology.slurm import step_environment
 
@@ -46,6 +47,7 @@ def command(config: str, overrides: tuple[str, ...], dry_run: bool) -> int:
 
         say(description(settings, num_samples=check_inputs(settings)))
         return 0
+    usable_caches()
     if world_size is None:
         from copd_megatron.launch.torchrun import become_torchrun
 

@@ -61,8 +61,10 @@ def fetch(source: str) -> Path:
 
 
 def _folder() -> Path:
-    named = os.environ.get("WDS_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "copd_megatron" / "shards"
+    if named := os.environ.get("WDS_CACHE"):
+        return Path(named)
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches) / "copd_megatron" / "shards"
 
 
 @contextmanager

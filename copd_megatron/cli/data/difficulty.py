@@ -15,6 +15,7 @@ from copd_megatron.config import Config, ConfigError, load_config
 from copd_megatron.config.domains import Domain, domains_by_name
 from copd_megatron.data.pass_rates import PassRates
 from copd_megatron.hf.model_config import read_model_shape
+from copd_megatron.launch.caches import usable_caches
 
 EXAMPLES = """
     copd data difficulty my.yaml --domain text --out data/text-pass-rates.jsonl
@@ -79,6 +80,7 @@ def command(
     Interrupted, the same command goes on where it stopped. Under torchrun or srun all ranks sample.
     """
     log_plainly()
+    usable_caches()
     settings = load_config(config, overrides)
     chosen = _domain(settings, domain)
     folder = model or settings.branches[chosen.branch].model_path or settings.model.path
