@@ -28,7 +28,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(root)
     return write_config(
         root,
-        {"alpha": {"tensor_model_parallel_size": 2, "world_size": 2}, "beta": {}},
+        {"alpha": {"tensor_model_parallel_size": 2}, "beta": {}},
         schedule={"cycles": 1},
     )
 
