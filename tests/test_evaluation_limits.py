@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import fields
 from pathlib import Path
@@ -48,7 +49,7 @@ class Engine:
         self.llm = SimpleNamespace(reset_prefix_cache=lambda: None)
         self.asked: dict[str, tuple[int | None, tuple[str, ...] | None]] = {}
 
-    def sample_share(self, part: Any, settings: Any, *, step: int, branch: str) -> Any:
+    def sample_share(self, part: Any, settings: Any, *, step: int, branch: str, listener: Any) -> Any:
         self.asked[branch] = settings.max_new_tokens, settings.stop
         return [rollout("4") for _ in part]
 
@@ -61,7 +62,8 @@ def test_each_domain_has_its_own_limit_and_stop_strings() -> None:
 
     config, engine = two_branches(16, 512), Engine()
     prompt = rollout("4").prompt
-    grader: Any = SimpleNamespace(grade=lambda rollouts: rollouts)
+    grading = SimpleNamespace(finish=lambda rollouts: rollouts)
+    grader: Any = SimpleNamespace(begin=lambda: contextlib.nullcontext(grading))
     missing = {"text": [prompt], "image": [prompt]}
     measured = models._measure(config, engine, dict.fromkeys(missing, grader), missing, "m")  # type: ignore[arg-type]
     assert len(list(measured)) == 2
