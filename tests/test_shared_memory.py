@@ -62,8 +62,9 @@ def test_what_killed_runs_left_is_named_before_the_start(config: Path, tmp_path:
 
 def test_shared_memory_that_fills_up_during_the_start_is_the_cause(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    fill = f"until ls {run_dir}/logs/rank_*; do sleep 0.2; done; cat /dev/zero > /dev/shm/filler"
-    done = run_with("256m", config, run_dir, f"( {fill} ) > /dev/null 2>&1 &")
+    started = f"for try in $(seq 3000); do ls {run_dir}/logs/rank_* && break; sleep 0.2; done"
+    filled = f"( {started}; cat /dev/zero > /dev/shm/filler ) > /dev/null 2>&1 &"
+    done = run_with("256m", config, run_dir, filled)
     assert done.returncode in (1, 78), done.stderr[-6000:]
     cause, _, more = done.stderr.strip().splitlines()[-3:]
     assert cause.startswith("copd: the run ended: ") and "/dev/shm" in cause, done.stderr[-6000:]
