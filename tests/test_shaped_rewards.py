@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from copd_megatron.config.schema import RewardConfig
 from copd_megatron.data.samples import SampleRef, sample_from_record
 from copd_megatron.errors import BadSampleError
+from copd_megatron.metrics.reduction import Metrics
+from copd_megatron.metrics.step_clock import StepClock
 from copd_megatron.rewards import Grader, UnknownVerifierError, registry
 from copd_megatron.rewards.parsing.rows import read_grid, read_items
 from copd_megatron.rewards.parsing.syntax import NotUnderstoodError
@@ -206,6 +209,35 @@ def test_terms_of_a_branch() -> None:
             rollouts = [rollout(text, "4", verifier, key=text) for text in texts]
             assert [r.reward for r in shaped.grade(rollouts)] == pytest.approx([1.0, 0.9, 0.1])
             assert [r.reward for r in plain.grade(rollouts)] == [1.0, 1.0, 0.0]
+            assert [r.reward for r in shaped.grade(rollouts, {})] == [1.0, 1.0, 0.0], "by the sample's alone"
+
+
+def test_evaluations_in_a_run_grade_by_the_samples_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever shapes the branch's training rewards: figures of different branches are compared."""
+    from copd_megatron.branch import validation
+
+    found = [rollout("Answer: 4", "4", "numeric")]
+    with Grader(RewardConfig(verifiers=["numeric"]), terms={"sample": 0.5, "format": 0.5}) as grader:
+
+        def sample(me: Any, *_: Any, terms: Any = None, **__: Any) -> Any:
+            return me.grader.grade(found, terms)
+
+        monkeypatch.setattr(validation, "sample_graded", sample)
+        monkeypatch.setattr(validation, "sampling_settings", lambda *_: None)
+        monkeypatch.setattr("copd_megatron.evaluation.run.sampling_settings", lambda *_: None)
+        me = SimpleNamespace(
+            name="text",
+            config=None,
+            engine=SimpleNamespace(llm=SimpleNamespace(reset_prefix_cache=lambda: None)),
+            validation={"text": [found[0].prompt]},
+            samples=SimpleNamespace(write_evaluation=lambda *_: None),
+            grader=grader,
+            metrics=Metrics(),
+            num_sampled_tokens=0,
+            clock=StepClock(),
+            solved={},
+        )
+        assert validation._accuracy(me, "text", ["text"]) == {"text": 1.0}  # type: ignore[arg-type]
 
 
 def test_a_term_that_fails_costs_its_share_and_is_counted() -> None:
