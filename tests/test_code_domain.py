@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from copd_megatron.data import ShardSet
 from copd_megatron.rewards import registry, sandbox
 from copd_megatron.tiny.demonstrations import build_up
-from copd_megatron.tiny.recipe import PROGRAMS, TEXT_BASE, TextBase, WarmUpSettings
+from copd_megatron.tiny.recipe import PROGRAMS, TEXT_BASE, ModelSize, TextBase, WarmUpSettings
 from copd_megatron.tiny.tasks.code import expressions, steps_of, task
 from copd_megatron.tiny.tasks.text import Family, write_domain
 from tests.support.commands import copd
@@ -62,10 +62,11 @@ def _base(root: Path) -> None:
     divisors = dataclasses.replace(
         PROGRAMS, name="divisors", family=Family(name="gcd", settings={"max_value": 40}), working=""
     )
-    warm_up = WarmUpSettings(num_steps=120, batch_size=16, worked_share=0.0)
+    warm_up = WarmUpSettings(num_steps=150, batch_size=16, worked_share=0.0)
+    size = ModelSize(hidden_size=64, intermediate_size=192, num_hidden_layers=2)
     sizes: dict[str, Any] = {"num_train": 96, "num_validation": 8}
     make_data(root / "data", TextBase(domains=(*TEXT_BASE.domains, divisors, short), **sizes))
-    make_tiny_base(root / "base", TextBase(domains=(short,), warm_up=warm_up, **sizes))
+    make_tiny_base(root / "base", TextBase(domains=(short,), model=size, warm_up=warm_up, **sizes))
 
 
 @works
