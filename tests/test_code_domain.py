@@ -104,7 +104,7 @@ def test_programs_as_the_fourth_branch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-6000:]
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3
-    rewards = [step["programs/rollout/reward"] for step in steps]
+    rewards = [step["programs/train/reward"] for step in steps]
     assert max(rewards) > 0.0 and min(rewards) < 1.0, "some programs are right and some are wrong"
     assert steps[-1]["programs/rewards/graded"] >= 3 * 16 and steps[-1]["programs/rewards/failed"] == 0
     assert max(step["programs/train/grad_norm"] for step in steps) > 0.0
