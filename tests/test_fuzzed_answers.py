@@ -200,9 +200,9 @@ TERMS = {"terms": [{"verifier": "exact", "weight": 0.5, "answer": "x", "metadata
 
 @contextlib.contextmanager
 def soon() -> Iterator[None]:
-    begin = time.monotonic()
+    begin = time.process_time()  # a busy machine is no slow parser
     yield
-    assert time.monotonic() - begin < SECONDS
+    assert time.process_time() - begin < SECONDS
 
 
 def check_answer(name: str, text: str) -> None:
