@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from copd_megatron.data.processing import MultimodalProcessor
 from tests.support import vision_streams
@@ -15,6 +16,10 @@ from tests.support.disks import small_disk
 from tests.support.models import make_model
 from tests.support.models_vl import MEDIA, make_processor
 from tests.support.slurm_cluster import Cluster, running_cluster
+
+# on a busy machine, a first call that imports something takes seconds; what must end has a limit of its own
+settings.register_profile("any machine", settings(), deadline=None)
+settings.load_profile("any machine")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

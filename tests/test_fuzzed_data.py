@@ -139,7 +139,7 @@ def test_damaged_tars_are_indexed_or_refused(tmp_path: Path, data: st.DataObject
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("fuzz", [fuzz_image, fuzz_video, fuzz_prompt, fuzz_tar])
 def test_long_fuzzing(fuzz: Any, vision_stream: Any, tmp_path: Path) -> None:
     more: dict[Any, tuple[Any, ...]] = {fuzz_prompt: (vision_stream,), fuzz_tar: (tmp_path / "f.tar",)}

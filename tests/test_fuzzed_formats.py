@@ -262,7 +262,7 @@ def test_what_is_damaged_is_refused_in_our_words(fuzz: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("fuzz", FUZZERS)
 def test_long_fuzzing(fuzz: Any, tmp_path: Path) -> None:
     LONG(given(st.data())(lambda data: fuzz(data, tmp_path)))()

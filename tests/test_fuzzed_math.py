@@ -148,7 +148,7 @@ def test_any_script_is_read_or_refused(text: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @settings(deadline=None, max_examples=20_000)
 @given(TEXTS, st.sampled_from(GOLDS))
 def test_many_texts_are_graded(text: str, gold: str) -> None:
@@ -156,7 +156,7 @@ def test_many_texts_are_graded(text: str, gold: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @settings(deadline=None, max_examples=100_000)
 @given(TEXTS, SCRIPTS)
 def test_many_texts_are_read_or_refused(text: str, script: str) -> None:
