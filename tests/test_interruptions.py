@@ -80,7 +80,7 @@ def test_a_signal_ends_a_run_in_good_order(
     run_dir, before = tmp_path / "run", set(os.listdir("/dev/shm"))
     overrides = ["schedule.cycles=1"] if stage == "end" else []
     with training(config, run_dir, overrides) as process:
-        until(lambda: _has_come_to(stage, run_dir), process, run_dir)
+        until(lambda: _has_come_to(stage, run_dir), process, run_dir, 600)
         process.send_signal(number)
         status = process.wait(120)
     said = log_of(run_dir).read_text()
