@@ -25,6 +25,7 @@ from copd_megatron.tiny.base import (
 from copd_megatron.tiny.demonstrations import WORKINGS, columns, demonstrations, running_total
 from copd_megatron.tiny.muon import Muon, orthogonalize
 from copd_megatron.tiny.recipe import TEXT_BASE, Domain, TextBase, WarmUpSettings, base_digest, data_digest
+from copd_megatron.tiny.shares import Share, ShareError, in_shares
 from copd_megatron.tiny.tasks.text import Family
 from copd_megatron.tiny.warm_up import IGNORED, imitation_loss, lr_factor, pad_batch, reproducible, warm_up
 from tests.support.commands import ROOT, run_script, run_script_without
@@ -232,6 +233,41 @@ def test_warm_up_learns_any_model_from_any_batches() -> None:
         losses = warm_up(model, successors(120), settings)
     assert losses[0] > 1.5 and losses[-1] < 0.1
     assert not model.training
+
+
+def part(batch: dict[str, Any], share: Share) -> dict[str, Any]:
+    return {name: v if name == "normalizer" else v[share.rows] for name, v in batch.items()}
+
+
+def learnt_in(count: int) -> tuple[Copier, list[float]]:
+    """A model and its losses, from batches that ``count`` processes share."""
+    settings = WarmUpSettings(num_steps=12, matrix_lr=3e-2, vector_lr=5e-2, lr_warmup_steps=5)
+    with reproducible(1, 1):
+        model = Copier()
+        batches = successors(12)
+
+        def work(share: Share) -> list[float]:
+            return warm_up(model, (part(b, share) for b in batches), settings, share=share)
+
+        return model, in_shares(count, sum(p.numel() for p in model.parameters()), work)
+
+
+def test_processes_share_a_batch_and_learn_the_same() -> None:
+    (alone, losses), (shared, shared_losses) = learnt_in(1), learnt_in(3)
+    assert losses == pytest.approx(shared_losses, rel=1e-4)
+    for one, other in zip(alone.parameters(), shared.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_process_that_ends_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
+    def work(share: Share) -> float:
+        if share.number == 1:
+            raise RuntimeError("no more of this")
+        return share.add_up(0, torch.zeros(()), [nn.Parameter(torch.zeros(3))])
+
+    with pytest.raises(ShareError, match="its message is above"):
+        in_shares(2, 3, work)
+    assert "no more of this" in capfd.readouterr().err
 
 
 def test_warm_up_says_when_batches_run_out() -> None:

@@ -22,6 +22,7 @@ from copd_megatron.rewards import registry
 from copd_megatron.tiny import vl_recipe
 from copd_megatron.tiny.base import MARKER
 from copd_megatron.tiny.demonstrations import running_total
+from copd_megatron.tiny.shares import Share
 from copd_megatron.tiny.tasks.families import VisualTask, family
 from copd_megatron.tiny.vl import (
     build_processor,
@@ -30,6 +31,7 @@ from copd_megatron.tiny.vl import (
     examples_loss,
     make_visual_base,
     make_visual_data,
+    part_of,
     validation_tasks,
 )
 from copd_megatron.tiny.vl_demonstrations import (
@@ -150,7 +152,10 @@ def test_batches_hold_all_domains_and_fit_the_model() -> None:
                     by_hand -= float(logprobs[0, position - 1, labels[0, position]])
                     count += 1
         with torch.no_grad():
-            assert examples_loss(model, batch, processor).item() == pytest.approx(by_hand / count, rel=1e-4)
+            whole = examples_loss(model, part_of(batch, slice(None)), processor).item()
+            assert whole == pytest.approx(by_hand / count, rel=1e-4)
+            halves = [examples_loss(model, part_of(batch, Share(n, 2).rows), processor) for n in range(2)]
+            assert float(sum(halves)) == pytest.approx(whole, rel=1e-5)
 
 
 def test_the_folder_is_a_qwen3_vl_that_the_run_reads(base: Path, data: Path) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from copd_megatron.branch.schedule import Step
 from copd_megatron.branch.state import Branch
 from copd_megatron.config.domains import all_domains
 from copd_megatron.data.stream import split_evenly
+from copd_megatron.launch.waiting import Countdown
 from copd_megatron.metrics.phase_memory import phase_memory
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards.grader import Grading
 from copd_megatron.rollout.early_stop import EarlyStop
-from copd_megatron.rollout.engine import SamplingSettings
+from copd_megatron.rollout.engine import Listener, SamplingSettings
 
 
 def sample_and_grade(
@@ -54,11 +55,14 @@ def sample_graded(
     stop: EarlyStop | None = None,
     grade: bool = True,
     terms: Mapping[str, float] | None = None,
+    told: Countdown | None = None,
 ) -> list[Rollout]:
     """Samples ``prompts`` over the branch's rollout replicas, grades and gathers; collective over the branch.
 
-    ``grade`` False leaves out the grading, for responses that nobody will judge here. ``terms`` as for
-    ``Grader.begin``.
+    Args:
+        grade: False leaves out the grading, for responses that nobody will judge here.
+        terms: as for ``Grader.begin``.
+        told: of every response of this rank's engine that ends.
 
     Returns:
         ``len(prompts) * num_generations`` rollouts in prompt order, the same on every rank. With ``stop``
@@ -73,7 +77,7 @@ def sample_graded(
             me.actor.give_memory(weights=True)
             with phase_memory(me.metrics, "sampling"):
                 mine = me.engine.sample_share(
-                    prompts, settings, step=step, branch=purpose, stop=stop, listener=grading
+                    prompts, settings, step=step, branch=purpose, stop=stop, listener=_listener(grading, told)
                 )
         me.clock.detail(f"generation_seconds/{purpose.partition('/')[2]}", time.monotonic() - sampled.started)
         with watch.operation("rewards.grade", ranks=(me.world.rank,)):
@@ -83,6 +87,27 @@ def sample_graded(
     before = 0 if stop is None else sum(r.response_length for r in stop.begun.values())
     me.num_sampled_tokens += sum(r.response_length for r in rollouts) - before
     return rollouts
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Grading that also counts."""
+
+    grading: Grading | None
+    told: Countdown
+
+    def add(self, rollout: Rollout) -> None:
+        self.told.add()
+        if self.grading is not None:
+            self.grading.add(rollout)
+
+    def poll(self) -> None:
+        if self.grading is not None:
+            self.grading.poll()
+
+
+def _listener(grading: Grading | None, told: Countdown | None) -> Listener | None:
+    return grading if told is None else _Counted(grading, told)
 
 
 def _graded(grading: Grading, mine: list[Rollout]) -> list[Rollout]:

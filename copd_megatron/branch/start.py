@@ -19,6 +19,7 @@ from copd_megatron.hf.model_config import read_model_shape
 from copd_megatron.launch.lock import RunLock
 from copd_megatron.launch.preflight import check_place
 from copd_megatron.launch.run_dir import run_directory
+from copd_megatron.launch.waiting import waiting
 from copd_megatron.objectives.base import Context, Objective, ObjectiveFactory
 from copd_megatron.opd.privilege import Splicer
 from copd_megatron.opd.router import Router
@@ -82,7 +83,7 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
     edges = graph.into(name)
     objectives = objectives_of(config, name, edges)
     model_path = settings.model_path or config.model.path
-    with world.watch.operation("startup.data"):
+    with world.watch.operation("startup.data"), waiting("reading the data"):
         sources = PromptSources(config, model_path, read_model_shape(model_path))
         verifiers = [v for branch in config.branches.values() for v in branch.reward.verifiers]
         # the other ranks wait for the grades: hanging verifiers must not take them to their limit
@@ -94,12 +95,12 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
         validation = sources.validation()
         sources.know_all_media()
         media = sources.media
-    with world.watch.operation("startup.actor"):
+    with world.watch.operation("startup.actor"), waiting("loading the model"):
         actor = _actor(config, settings, model_path, media)
     engine = sync = None
     if not settings.frozen:
         actor.give_memory(weights=False)  # the engine takes its share of what is free
-        with world.watch.operation("startup.rollout"):
+        with world.watch.operation("startup.rollout"), waiting("starting vLLM"):
             engine = _engine(config, name, model_path, media)
         sync = WeightSync(actor, engine, config.weight_sync)
     router = Router(

@@ -13,6 +13,7 @@ from copd_megatron.branch.update import sync_weights
 from copd_megatron.evaluation.run import Accuracies, accuracy, num_prompts, sampling_settings, solved
 from copd_megatron.evaluation.table import Score, render_table, save_table
 from copd_megatron.hf.folder import HFFolder
+from copd_megatron.launch.waiting import Countdown
 from copd_megatron.metrics.reduction import Metrics
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rollout.engine import SamplingSettings
@@ -86,20 +87,24 @@ def _accuracy(me: Branch, model: str, domains: Iterable[str]) -> dict[str, Score
 
     ``model``: what these weights are called.
     """
-    if me.engine is None:
+    engine = me.engine
+    if engine is None:
         return {}
     answers: dict[str, list[Rollout]] = {}
 
     def sample(prompts: Sequence[Prompt], settings: SamplingSettings, purpose: str) -> list[Rollout]:
-        rollouts = sample_graded(me, prompts, settings, step=0, purpose=purpose, terms={})
-        answers[purpose.removeprefix("validation/")] = rollouts
+        domain = purpose.removeprefix("validation/")
+        share = len(prompts) * settings.num_generations // engine.num_replicas
+        told = Countdown(f"evaluating {model} on {domain}", share)
+        rollouts = sample_graded(me, prompts, settings, step=0, purpose=purpose, terms={}, told=told)
+        answers[domain] = rollouts
         return rollouts
 
     with beside_the_step(me):
         scores = accuracy(sample, me.validation, me.config, domains=domains)
         me.samples.write_evaluation(model, answers)
     # a resumed run has not evaluated: the next step must not find these prompts in the cache
-    me.engine.llm.reset_prefix_cache()
+    engine.llm.reset_prefix_cache()
     if model == me.name:
         _note_changes(me, answers)
     return scores

@@ -58,13 +58,23 @@ class ProgressLine:
 
 
 class StepLines:
-    """A line every ten seconds, and for the first and the last step. The first step, which prepares data, is
-    no measure of the remaining time."""
+    """A line every ten seconds, and for the first and the last step; before the first, for the data that it
+    needs, which is no measure of the remaining time."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self._printed = float("-inf")
         self._first_done: float | None = None
+
+    def prepared(self, done: int, total: int) -> None:
+        """So much of the data is there."""
+        now = time.monotonic()
+        if now - max(self._printed, self._started) < _SECONDS_BETWEEN_LINES:
+            return
+        self._printed = now
+        seconds = now - self._started
+        to_go = seconds / done * (total - done)
+        say(f"  task {done} of {total} drawn; {seconds:.0f} s, {to_go:.0f} s to go", flush=True)
 
     def __call__(self, step: int, num_steps: int, loss: float) -> None:
         """Step number ``step``, counted from 0, is done."""

@@ -88,5 +88,6 @@ def _make_base(folder: Path, recipe: TextBase | VisualBase, seed: int) -> bool:
     from copd_megatron.tiny.vl_recipe import VisualBase
 
     if isinstance(recipe, VisualBase):
-        return make_visual_base(folder, recipe, seed=seed, progress=StepLines())
+        lines = StepLines()
+        return make_visual_base(folder, recipe, seed=seed, progress=lines, prepared=lines.prepared)
     return make_tiny_base(folder, recipe, seed=seed, progress=StepLines())

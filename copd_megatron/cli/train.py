@@ -59,6 +59,9 @@ def command(config: str, overrides: tuple[str, ...], dry_run: bool) -> int:
     die_with_launcher()
     log_as_rank(settings)
     check_inputs(settings)
-    from copd_megatron.train import train
+    from copd_megatron.launch.waiting import waiting
+
+    with waiting("importing Megatron and vLLM"):
+        from copd_megatron.train import train
 
     return train(settings)

@@ -14,11 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copd_megatron.tiny.recipe import TextBase, base_digest, data_digest
+from copd_megatron.tiny.recipe import TextBase, WarmUpSettings, base_digest, data_digest
 from copd_megatron.untrusted.json_text import load_file
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and a cached model needs neither
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+    from copd_megatron.tiny.shares import Share
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,7 @@ def _write_domains(folder: Path, recipe: TextBase) -> None:
 
 
 def _make(folder: Path, recipe: TextBase, seed: int, progress: Progress | None) -> list[float]:
+    from copd_megatron.tiny.shares import in_shares
     from copd_megatron.tiny.tokenizer import build_tokenizer
     from copd_megatron.tiny.warm_up import reproducible, warm_up
 
@@ -118,15 +121,30 @@ def _make(folder: Path, recipe: TextBase, seed: int, progress: Progress | None) 
     tokenizer = build_tokenizer(recipe.model.vocab_size)
     with reproducible(seed, recipe.num_threads):
         model = build_model(recipe, tokenizer)
-        losses = warm_up(
-            model,
-            demonstration_batches(recipe, tokenizer, seed=seed),
-            settings,
-            report=None if progress is None else lambda step, loss: progress(step, settings.num_steps, loss),
-        )
+
+        def train(share: Share) -> list[float]:
+            batches = demonstration_batches(recipe, tokenizer, seed=seed)
+            return warm_up(
+                model,
+                ({n: v if n == "normalizer" else v[share.rows] for n, v in b.items()} for b in batches),
+                settings,
+                report=reports(progress, settings, share),
+                share=share,
+            )
+
+        losses = in_shares(recipe.num_processes, sum(p.numel() for p in model.parameters()), train)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return losses
+
+
+def reports(
+    progress: Progress | None, settings: WarmUpSettings, share: Share
+) -> Callable[[int, float], None] | None:
+    """What ``warm_up`` is to call after every step: ``progress``, in the first process."""
+    if progress is None or share.number:
+        return None
+    return lambda step, loss: progress(step, settings.num_steps, loss)
 
 
 def build_model(recipe: TextBase, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:

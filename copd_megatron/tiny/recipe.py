@@ -15,7 +15,7 @@ from pathlib import Path
 
 from copd_megatron.tiny.tasks.text import Family
 
-SOURCES_THAT_MATTER = ("demonstrations.py", "muon.py", "tokenizer.py", "warm_up.py")
+SOURCES_THAT_MATTER = ("demonstrations.py", "muon.py", "shares.py", "tokenizer.py", "warm_up.py")
 PACKAGES_THAT_MATTER = ("reasoning-gym", "tokenizers", "torch", "transformers")
 
 
@@ -91,6 +91,8 @@ class TextBase:
     num_threads: int = 1
     """Sums of floats depend on it, and so do the weights. A second thread gains little on matrices this small
     and costs much when the machine is busy."""
+    num_processes: int = 2
+    """Each makes the gradient of its share of a batch. Sums of floats depend on it as well."""
 
 
 TEXT_BASE = TextBase(

@@ -4,12 +4,12 @@ and the shards of its three domains. The counterpart of ``base.py``."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copd_megatron.tiny.base import Progress, make_once
+from copd_megatron.tiny.base import Progress, make_once, reports
 from copd_megatron.tiny.vl_recipe import VisualBase, visual_base_digest, visual_data_digest
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and a cached model needs neither
@@ -49,17 +49,23 @@ def make_visual_data(out: Path, recipe: VisualBase) -> bool:
 
 
 def make_visual_base(
-    out: Path, recipe: VisualBase, *, seed: int = 1, progress: Progress | None = None
+    out: Path,
+    recipe: VisualBase,
+    *,
+    seed: int = 1,
+    progress: Progress | None = None,
+    prepared: Callable[[int, int], None] | None = None,
 ) -> bool:
     """Makes the model folder ``out``. Returns False if the same recipe and seed have made it before.
 
     The same recipe, seed and machine give the same bytes. ``out`` appears only when it is complete.
+    ``prepared``: called with the number of tasks that are drawn for the warm-up, and of all.
 
     Raises TinyBaseError if ``out`` holds something that was not made here.
     """
 
     def make(folder: Path) -> dict[str, object]:
-        losses = _make(folder, recipe, seed, progress)
+        losses = _make(folder, recipe, seed, progress, prepared)
         return {"seed": seed, "recipe": asdict(recipe), "final_loss": sum(losses[-50:]) / len(losses[-50:])}
 
     return make_once(out, visual_base_digest(recipe, seed), make)
@@ -108,9 +114,16 @@ def validation_tasks(recipe: VisualBase) -> tuple[set[str], set[Shown]]:
     return prompts, visual
 
 
-def _make(folder: Path, recipe: VisualBase, seed: int, progress: Progress | None) -> list[float]:
+def _make(
+    folder: Path,
+    recipe: VisualBase,
+    seed: int,
+    progress: Progress | None,
+    prepared: Callable[[int, int], None] | None,
+) -> list[float]:
     from copd_megatron.config.schema import MediaConfig
     from copd_megatron.data.processing import MultimodalProcessor
+    from copd_megatron.tiny.shares import Share, in_shares
     from copd_megatron.tiny.vl_demonstrations import batches_of_examples
     from copd_megatron.tiny.warm_up import reproducible, warm_up
 
@@ -121,14 +134,26 @@ def _make(folder: Path, recipe: VisualBase, seed: int, progress: Progress | None
         prompts, visual = validation_tasks(recipe)
         # use every frame of the generated videos, whatever their rate
         ours = MultimodalProcessor(processor, MediaConfig(frame_rate=1000.0))
-        batches = batches_of_examples(recipe, ours, seed=seed, held_out_prompts=prompts, held_out=visual)
-        losses = warm_up(
-            model,
-            (dict(batch) for batch in batches),
-            settings,
-            report=None if progress is None else lambda step, loss: progress(step, settings.num_steps, loss),
-            loss=lambda model, batch: examples_loss(model, batch, ours),
-        )
+
+        def train(share: Share) -> list[float]:
+            batches = batches_of_examples(
+                recipe,
+                ours,
+                seed=seed,
+                held_out_prompts=prompts,
+                held_out=visual,
+                prepared=None if share.number else prepared,
+            )
+            return warm_up(
+                model,
+                (part_of(batch, share.rows) for batch in batches),
+                settings,
+                report=reports(progress, settings, share),
+                loss=lambda model, batch: examples_loss(model, batch, ours),
+                share=share,
+            )
+
+        losses = in_shares(recipe.num_processes, sum(p.numel() for p in model.parameters()), train)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return losses
@@ -218,17 +243,30 @@ def build_visual_model(recipe: VisualBase, processor: Qwen3VLProcessor) -> Qwen3
     return model
 
 
-def examples_loss(model: nn.Module, batch: Mapping[str, list[Example]], processor: Any) -> Tensor:
-    """Mean cross-entropy of all response tokens of a batch. Each domain has a forward pass of its own, so
-    that short prompts are not padded to the length of videos. ``processor``: a ``MultimodalProcessor``."""
+def part_of(batch: Mapping[str, list[Example]], rows: slice) -> dict[str, Any]:
+    """Some examples of each domain, and the ``normalizer`` of the whole batch."""
+    num_tokens = sum(len(example.response_ids) for examples in batch.values() for example in examples)
+    part = {name: examples[rows] for name, examples in batch.items()}
+    return {"examples": part, "normalizer": num_tokens}
+
+
+def examples_loss(model: nn.Module, batch: Mapping[str, Any], processor: Any) -> Tensor:
+    """Cross-entropy of the response tokens of ``batch["examples"]``, by domain, over ``batch["normalizer"]``.
+
+    Each domain has a forward pass of its own, so that short prompts are not padded to the length of videos.
+
+    Args:
+        processor: a ``MultimodalProcessor``.
+    """
     import torch
     import torch.nn.functional as F
 
     from copd_megatron.tiny.warm_up import IGNORED
 
     total = torch.zeros(())
-    num_tokens = 0
-    for examples in batch.values():
+    for examples in batch["examples"].values():
+        if not examples:
+            continue
         inputs, labels = collate(examples, processor)
         logits = model(**inputs, use_cache=False).logits
         total = total + F.cross_entropy(
@@ -237,8 +275,7 @@ def examples_loss(model: nn.Module, batch: Mapping[str, list[Example]], processo
             ignore_index=IGNORED,
             reduction="sum",
         )
-        num_tokens += sum(len(example.response_ids) for example in examples)
-    return total / num_tokens
+    return total / batch["normalizer"]
 
 
 def collate(examples: list[Example], processor: Any) -> tuple[dict[str, Tensor], Tensor]:

@@ -92,11 +92,17 @@ def batches_of_examples(
     seed: int,
     held_out_prompts: Collection[str] = (),
     held_out: Collection[Shown] = (),
+    prepared: Callable[[int, int], None] | None = None,
 ) -> Iterator[dict[str, list[Example]]]:
-    """The warm-up's batches by domain: domain name to examples, ``batch_size`` examples in total."""
+    """The warm-up's batches by domain: domain name to examples, ``batch_size`` examples in total.
+
+    Args:
+        prepared: called with the number of visual tasks that are drawn and encoded, and of all, as the first
+            batch is made.
+    """
     warm_up = recipe.warm_up
     end = processor.tokenizer.eos_token_id
-    step = 0
+    step = num_prepared = 0
 
     def response(worked: str, answer: str, rng: random.Random) -> tuple[int, ...]:
         works = rng.random() < warm_up.worked_share_at(step / warm_up.num_steps)
@@ -114,6 +120,7 @@ def batches_of_examples(
             yield Example(prompt_ids=prompt(question, []), response_ids=response(work(question), answer, rng))
 
     def visual_examples(domain: VisualDomain) -> Iterator[Example]:
+        nonlocal num_prepared
         rng = random.Random(f"{seed}/{domain.name}/order")
         kind = family(domain.family).kind
         work = VISUAL_WORKINGS[domain.working]
@@ -122,6 +129,9 @@ def batches_of_examples(
             (data,) = media.values()
             item = processor.decode_and_process(kind, data, task.question)
             pool.append((prompt(task.question, [item]), item, work(task), task.answer))
+            num_prepared += 1
+            if prepared is not None:
+                prepared(num_prepared, len(recipe.visual) * recipe.pool_size)
         while True:
             rng.shuffle(pool)
             for prompt_ids, item, worked, answer in pool:

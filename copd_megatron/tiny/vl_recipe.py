@@ -77,6 +77,8 @@ class VisualBase:
     num_threads: int = 1
     """Sums of floats depend on it, and so do the weights. A second thread gains little on matrices this small
     and costs much when the machine is busy."""
+    num_processes: int = 2
+    """Each makes the gradient of its share of a batch. Sums of floats depend on it as well."""
 
     @property
     def names(self) -> tuple[str, ...]:

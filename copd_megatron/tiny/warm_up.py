@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from copd_megatron.tiny.muon import Muon
 from copd_megatron.tiny.recipe import WarmUpSettings
+from copd_megatron.tiny.shares import ALONE, Share
 
 logger = logging.getLogger(__name__)
 
@@ -102,18 +103,27 @@ def warm_up(
     settings: WarmUpSettings,
     report: Callable[[int, float], None] | None = None,
     loss: Callable[[nn.Module, Batch], Tensor] = imitation_loss,
+    share: Share = ALONE,
 ) -> list[float]:
     """Trains ``model`` in place for ``settings.num_steps`` steps of one batch each. Returns the losses.
 
-    ``report(step, loss)`` is called after every step. Within ``reproducible``, the seed determines the
-    weights.
+    Args:
+        report: called as ``report(step, loss)`` after every step.
+        loss: of this process's share of a batch, divided by the whole batch's ``normalizer``.
+        share: this process's; all processes call this with equal models.
 
-    Raises ValueError if ``batches`` ends early, RuntimeError if the loss is not finite.
+    Within ``reproducible``, the seed determines the weights.
+
+    Raises:
+        ValueError: ``batches`` ends early.
+        RuntimeError: the loss is not finite.
+        ShareError: another process ended.
     """
     model.train()
     updaters = optimizers(model, settings)
     peak_lrs = [[group["lr"] for group in updater.param_groups] for updater in updaters]
     losses: list[float] = []
+    parameters = list(model.parameters())
     started = time.monotonic()
     source = iter(batches)
     for step in range(settings.num_steps):
@@ -123,13 +133,13 @@ def warm_up(
         model.zero_grad(set_to_none=True)
         value = loss(model, batch)
         value.backward()
+        losses.append(share.add_up(step, value, parameters))
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
         factor = lr_factor(step, settings.num_steps, settings)
         for updater, lrs in zip(updaters, peak_lrs, strict=True):
             for group, lr in zip(updater.param_groups, lrs, strict=True):
                 group["lr"] = lr * factor
             updater.step()
-        losses.append(value.item())
         if losses[-1] != losses[-1] or losses[-1] == float("inf"):
             raise RuntimeError(
                 f"warm-up: loss {losses[-1]} at step {step}. Lower matrix_lr or vector_lr in the recipe."
