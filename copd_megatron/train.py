@@ -45,10 +45,12 @@ def train(config: Config) -> int:
                 observer.validation(accuracies)
             if accuracies and config.evaluation.merged:
                 observer.merged(mean_as_it_is(me))
-            observer.step(step)
-            if checkpoints.after(step, accuracies):
+            alone = len(config.branches) > 1 and not recipe.exchanges(config, step)
+            observer.step(step, alone=alone)
+            if checkpoints.after(step, accuracies, alone=alone):
                 return EXIT_PREEMPTED
         checkpoints.wait()
+        observer.catch_up()
         observer.final(finish(me, progress.table))
     return 0
 

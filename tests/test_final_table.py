@@ -149,7 +149,7 @@ def test_evaluation_counts_as_nothing_of_the_step(monkeypatch: pytest.MonkeyPatc
     me: Any = SimpleNamespace(
         config=_config(text=_branch("t")),
         validation={"text": [_prompt()]},
-        engine=SimpleNamespace(llm=SimpleNamespace(reset_prefix_cache=lambda: True)),
+        engine=SimpleNamespace(num_replicas=1, llm=SimpleNamespace(reset_prefix_cache=lambda: True)),
         metrics=metrics,
         num_sampled_tokens=3,
         clock=StepClock(),

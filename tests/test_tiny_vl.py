@@ -37,6 +37,7 @@ from copd_megatron.tiny.vl import (
 from copd_megatron.tiny.vl_demonstrations import (
     VISUAL_WORKINGS,
     batches_of_examples,
+    encoded_pools,
     shown,
     shown_digits,
     visual_tasks,
@@ -139,7 +140,8 @@ def test_batches_hold_all_domains_and_fit_the_model() -> None:
     with reproducible(1, 1):
         model = build_visual_model(SMALL, processor._processor)
         assert 1_000_000 <= sum(parameter.numel() for parameter in model.parameters()) <= 3_000_000
-        batch = next(batches_of_examples(SMALL, processor, seed=1))
+        pools = encoded_pools(SMALL, processor, seed=1)
+        batch = next(batches_of_examples(SMALL, processor, seed=1, pools=pools))
         assert tuple(batch) == SMALL.names and all(batch.values())
         assert sum(map(len, batch.values())) == SMALL.warm_up.batch_size
         by_hand, count = 0.0, 0

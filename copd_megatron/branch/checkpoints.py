@@ -11,10 +11,11 @@ import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self, cast
 
 from copd_megatron.branch.observer import Observer
 from copd_megatron.branch.schedule import Step, num_steps
@@ -31,8 +32,14 @@ from copd_megatron.evaluation.run import Accuracies
 from copd_megatron.evaluation.table import mean_reward
 from copd_megatron.launch.dry_run import NO_CHECKPOINTS
 from copd_megatron.rollout.early_stop import from_state, to_state
+from copd_megatron.topology.notes import Notes
 
 logger = logging.getLogger(__name__)
+
+_Note = tuple[str | None, bool, bool]
+"""A rank's: the signal that it got, whether its time is nearly up, whether its part of a save is written."""
+_READ_BY_ALL: Final = 3
+"""Steps after which every branch has read a note."""
 
 
 @dataclass(kw_only=True)
@@ -63,6 +70,11 @@ class Checkpoints:
         self._end = deadline(options.wall_clock_limit_seconds)
         self._last = time.time()
         self._longest_step = 0.0
+        self._notes = Notes(me.world, "checkpoint.agree")
+        self._left: int | None = None
+        """The last step, if notes were left after it."""
+        self._saved_after = -1
+        """The step after which the last save began."""
 
     def __enter__(self) -> Self:
         self._signals.__enter__()
@@ -124,11 +136,13 @@ class Checkpoints:
 
     # ---- in the loop -------------------------------------------------------------------------------------
 
-    def after(self, step: Step, accuracies: Accuracies | None = None) -> bool:
-        """Saves if it is time to. Call it when a step is completely done and its metrics are written.
+    def after(self, step: Step, accuracies: Accuracies | None = None, *, alone: bool = False) -> bool:
+        """Saves if it is time to. Call it when a step is completely done and handed to the observer.
 
         Args:
             accuracies: of every branch, if they were measured after this step.
+            alone: nothing crossed between the branches in this step. Then they do not wait for each other
+                here, unless it is time to save, and stop one step later than they would otherwise.
 
         Returns:
             Whether the run must stop now, because a signal came or its time is nearly up. It has been saved.
@@ -139,14 +153,15 @@ class Checkpoints:
         hurry = must_save_now(
             self._end,
             now=now,
-            longest_step_seconds=self._longest_step,
+            longest_step_seconds=self._longest_step * (2 if alone else 1),
             reserve_seconds=options.save_before_seconds,
         )
         note = (self._signals.received, hurry, self.saver.written)
-        notes = self.me.world.all_gather_objects(note, "checkpoint.agree")
+        notes = self._agreed(step, note, alone=alone)
         signal = next((received for received, _, _ in notes if received is not None), None)
         out_of_time = any(hurried for _, hurried, _ in notes)
-        if self.saver.pending and all(written for *_, written in notes):
+        known = not alone or step.index >= self._saved_after + 2  # what notes say is of the pending save
+        if self.saver.pending and known and notes and all(written for *_, written in notes):
             self.saver.complete()
         finished = done == num_steps(self.me.config.schedule)
         ends_early = signal is not None or out_of_time
@@ -154,6 +169,8 @@ class Checkpoints:
         stop = ends_early and not finished
         due = options.save_period and (done % options.save_period == 0 or finished)
         if due or ends_early:
+            self.observer.catch_up()
+            self._saved_after = step.index
             with self.me.clock.part("checkpoint"):
                 self.saver.save(self._saved(done, accuracies))
         if stop:
@@ -164,6 +181,22 @@ class Checkpoints:
                                done, num_steps(self.me.config.schedule), reason)  # fmt: skip
         self._last = time.time()
         return stop
+
+    def _agreed(self, step: Step, note: _Note, *, alone: bool) -> Sequence[_Note]:
+        """What all ranks have to say, the same on all of them: of this step or, where they do not wait for
+        each other, of the step before, which the others have usually left by now."""
+        world = self.me.world
+        before, self._left = self._left, step.index if alone else None
+        if not alone:
+            return cast("list[_Note]", world.all_gather_objects(note, "checkpoint.agree"))
+        branch = world.branch_gather(note, "checkpoint.agree")
+        notes: list[_Note] = []
+        if world.is_branch_first:
+            self._notes.leave(step.index, branch)
+            if before is not None:
+                notes = [note for part in self._notes.read(before) for note in part]
+            self._notes.take_away(step.index - _READ_BY_ALL, own=True)
+        return cast("list[_Note]", world.branch_gather(notes, "checkpoint.agree")[0])
 
     def wait(self) -> None:
         """Completes a save whose files are still being written."""

@@ -21,7 +21,7 @@ from copd_megatron.branch.gate import open_rollouts
 from copd_megatron.branch.privileged import privileged_prompts
 from copd_megatron.branch.probes import Probe, behaviour_metrics, choose_probes, score_probes
 from copd_megatron.branch.sampling import reward_metrics, sample_and_grade
-from copd_megatron.branch.schedule import Phase, Step
+from copd_megatron.branch.schedule import Phase, Step, exchange_due
 from copd_megatron.branch.scoring import reference_logprobs, refresh_teacher, score, teach
 from copd_megatron.branch.state import Batch, Branch
 from copd_megatron.config.graph import Edge
@@ -116,7 +116,7 @@ def _ask_teachers(
     me: Branch, step: Step, lessons: Mapping[Edge, _Lesson], probes: Sequence[Probe]
 ) -> dict[Edge, _Answers]:
     """One exchange: this branch's questions out, its teachers' answers back, and those of its students
-    answered in between. Collective over all branches."""
+    answered in between. Collective over all branches where ``exchange_due``; elsewhere nobody asks."""
     asked = {edge: _questions(me, edge, lessons.get(edge)) for edge in me.graph.into(me.name)}
     requests = {
         edge: [
@@ -129,11 +129,13 @@ def _ask_teachers(
         for edge, questions in asked.items()
         if not edge.is_self
     }
-    scores = me.router.exchange(requests, lambda edge, wanted: teach(me, wanted, step))
+    scores: dict[Edge, list[TeacherScore]] = {edge: [] for edge in requests}
+    if exchange_due(me.config, step):
+        scores = me.router.exchange(requests, lambda edge, wanted: teach(me, wanted, step))
     scores |= {edge: _teach_itself(me, edge, asked[edge], step) for edge in asked if edge.is_self}
     if me.media is not None:
         me.media.drop_encoded()
-    for edge in requests:
+    for edge in requests if exchange_due(me.config, step) else ():
         traffic = me.router.traffic[edge]
         me.metrics.total(f"copd/router_bytes/{edge.name}", traffic.sent_bytes + traffic.received_bytes)
     return {

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -28,6 +29,7 @@ from copd_megatron.metrics.rank_log import RankPlace
 from copd_megatron.metrics.timeline import TimelineWriter
 from copd_megatron.metrics.wandb_writer import WandbWriter
 from copd_megatron.metrics.writers import JsonlWriter, TensorBoardWriter, Writer
+from copd_megatron.topology.notes import Notes
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,9 @@ class Observer:
         self.writers: list[Writer] = []
         self._begin = time.monotonic()
         self._any_step = False
+        self._notes = Notes(me.world, "metrics")
+        self._late: deque[Step] = deque()
+        """Steps that are not written yet; on the first rank only."""
         place = RankPlace(
             rank=me.world.rank,
             branch=me.name,
@@ -75,8 +80,14 @@ class Observer:
             self._profiler.begin(step.index + 1)
         self._begin = time.monotonic()
 
-    def step(self, step: Step) -> None:
-        """Writes everything collected since the last call; collective over all branches."""
+    def step(self, step: Step, *, alone: bool = False) -> None:
+        """Writes everything collected since the last call; collective over the branch.
+
+        Args:
+            alone: nothing crossed between the branches in this step. Then this branch does not wait for
+                those that are slower: it leaves its figures to the first rank, which writes the step when it
+                has those of all branches.
+        """
         self._write_samples()
         me = self.me
         self._note_times()
@@ -95,14 +106,36 @@ class Observer:
         with me.world.watch.operation("metrics", ranks=me.world.branch_ranks[me.name]):
             mine = me.metrics.reduce(dist.group.WORLD)
         named = {key if key.startswith("copd/") else f"{me.name}/{key}": value for key, value in mine.items()}
-        everything: dict[str, float] = {}
-        for part in me.world.all_gather_objects(named if me.world.is_branch_first else {}, "metrics.gather"):
-            everything.update(part)
-        self._each_writer(lambda writer: writer.write(step.index + 1, step.phase.value, everything))
+        if alone:
+            self._late.append(step)
+            if me.world.is_branch_first:
+                self._notes.leave(step.index, named)
+            self._write_late(wait=False)
+        else:
+            self.catch_up()
+            part = named if me.world.is_branch_first else {}
+            self._write(step, me.world.all_gather_objects(part, "metrics.gather"))
         if self._timeline is not None:
             self._timeline.step(step.index + 1, step.phase.value, self._begin, time.monotonic())
         with me.clock.part("profile"):
             self._profiler.end(step.index + 1)
+
+    def catch_up(self) -> None:
+        """Writes the steps for whose figures the first rank has not waited yet. Every rank calls it."""
+        self._write_late(wait=True)
+
+    def _write_late(self, *, wait: bool) -> None:
+        if not self.me.world.is_first:
+            self._late.clear()
+        while self._late and (wait or self._notes.are_there(self._late[0].index)):
+            step = self._late.popleft()
+            self._write(step, self._notes.read(step.index))
+            self._notes.take_away(step.index)
+
+    def _write(self, step: Step, parts: Sequence[Mapping[str, float]]) -> None:
+        """Hands a step's figures, by branch or by rank, to the writers."""
+        everything = {name: value for part in parts for name, value in part.items()}
+        self._each_writer(lambda writer: writer.write(step.index + 1, step.phase.value, everything))
 
     def _each_writer(self, write: Callable[[Writer], None]) -> None:
         for writer in list(self.writers):

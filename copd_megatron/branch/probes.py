@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from copd_megatron.branch.schedule import Step
+from copd_megatron.branch.schedule import Step, probes_due
 from copd_megatron.branch.scoring import score
 from copd_megatron.branch.state import Branch
 from copd_megatron.config.graph import Edge
@@ -32,7 +32,7 @@ class Probe:
 def choose_probes(me: Branch, step: Step, visited: Sequence[Rollout]) -> list[Probe]:
     """Some of the rollouts and response positions in them, chosen by the run seed and the step."""
     options = me.config.opd.behaviour
-    if not visited or not options.num_states or step.index % options.every_steps:
+    if not visited or not probes_due(me.config, step):
         return []
     rng = np.random.default_rng(sample_seed(me.config.run.seed, me.name, step.index, "behaviour", 0))
     probes, left = [], options.num_states

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from copd_megatron.config.schema import ScheduleConfig
+from copd_megatron.config.schema import Config, ScheduleConfig
 
 
 class Phase(Enum):
@@ -31,6 +31,17 @@ class Step:
 def num_steps(config: ScheduleConfig) -> int:
     """Updates in the whole run."""
     return config.cycles * (config.rlvr_steps + config.opd_steps)
+
+
+def probes_due(config: Config, step: Step) -> bool:
+    """Whether it is measured in this step how alike the branches are."""
+    options = config.opd.behaviour
+    return bool(options.num_states) and step.index % options.every_steps == 0
+
+
+def exchange_due(config: Config, step: Step) -> bool:
+    """Whether anything crosses between branches in a step. Known to all of them beforehand."""
+    return step.phase is Phase.opd or probes_due(config, step)
 
 
 def steps(config: ScheduleConfig, start: int = 0) -> Iterator[Step]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from copd_megatron.branch.schedule import Step
+from copd_megatron.branch.schedule import Step, exchange_due
 from copd_megatron.branch.state import Batch, Branch
 from copd_megatron.config import Config
 from copd_megatron.config.graph import build_graph
@@ -26,7 +26,11 @@ class Recipe:
 
     stages: tuple[Stage, ...]
     distils: bool = True
-    """Whether a stage makes rows of the graph's edges."""
+    """Whether a stage makes rows of the graph's edges, or asks other branches anything."""
+
+    def exchanges(self, config: Config, step: Step) -> bool:
+        """Whether anything crosses between branches in a step, so that each waits for the others."""
+        return self.distils and exchange_due(config, step)
 
     def check(self, config: Config) -> None:
         """Refuses a configuration whose edges no stage would use.

@@ -3,6 +3,9 @@
 The matrices of a tiny model are too small for threads, so a second core is of use to a second process only.
 The processes are forked from the one that asks. All of them make the same batches and the same updates, and
 add their gradients in the same order, so that all of them hold the same model, bit for bit.
+
+A forked process has none of the threads of the one before. What it runs must need no library that has started
+some: torch with one thread will do, encoding videos will not.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def _make(
     from copd_megatron.config.schema import MediaConfig
     from copd_megatron.data.processing import MultimodalProcessor
     from copd_megatron.tiny.shares import Share, in_shares
-    from copd_megatron.tiny.vl_demonstrations import batches_of_examples
+    from copd_megatron.tiny.vl_demonstrations import batches_of_examples, encoded_pools
     from copd_megatron.tiny.warm_up import reproducible, warm_up
 
     settings = recipe.warm_up
@@ -135,15 +135,11 @@ def _make(
         # use every frame of the generated videos, whatever their rate
         ours = MultimodalProcessor(processor, MediaConfig(frame_rate=1000.0))
 
+        # here, since libraries that encode videos have threads, which a forked process lacks
+        pools = encoded_pools(recipe, ours, seed=seed, held_out=visual, prepared=prepared)
+
         def train(share: Share) -> list[float]:
-            batches = batches_of_examples(
-                recipe,
-                ours,
-                seed=seed,
-                held_out_prompts=prompts,
-                held_out=visual,
-                prepared=None if share.number else prepared,
-            )
+            batches = batches_of_examples(recipe, ours, seed=seed, held_out_prompts=prompts, pools=pools)
             return warm_up(
                 model,
                 (part_of(batch, share.rows) for batch in batches),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,57 +85,85 @@ def visual_tasks(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A visual task as the model reads it, and what its demonstrations say."""
+
+    prompt_ids: tuple[int, ...]
+    item: ItemFeatures
+    worked: str
+    answer: str
+
+
+def encoded_pools(
+    recipe: VisualBase,
+    processor: MultimodalProcessor,
+    *,
+    seed: int,
+    held_out: Collection[Shown] = (),
+    prepared: Callable[[int, int], None] | None = None,
+) -> dict[str, list[Encoded]]:
+    """The visual domains' ``pool_size`` tasks each, drawn and encoded.
+
+    Args:
+        prepared: called with the number of tasks that are ready, and of all.
+    """
+    pools: dict[str, list[Encoded]] = {domain.name: [] for domain in recipe.visual}
+    for number, domain in enumerate(recipe.visual):
+        kind, work = family(domain.family).kind, VISUAL_WORKINGS[domain.working]
+        for task, media in visual_tasks(domain, recipe.pool_size, seed=seed, held_out=held_out):
+            (data,) = media.values()
+            item = processor.decode_and_process(kind, data, task.question)
+            prompt_ids = _prompt_ids(processor, task.question, [item])
+            pool = pools[domain.name]
+            pool.append(Encoded(prompt_ids=prompt_ids, item=item, worked=work(task), answer=task.answer))
+            if prepared is not None:
+                prepared(number * recipe.pool_size + len(pool), len(recipe.visual) * recipe.pool_size)
+    return pools
+
+
+def _prompt_ids(processor: MultimodalProcessor, text: str, items: list[ItemFeatures]) -> tuple[int, ...]:
+    kinds = [item.kind for item in items]
+    return tuple(processor.encode(processor.parts(text, kinds, text), items, text).tolist())
+
+
 def batches_of_examples(
     recipe: VisualBase,
     processor: MultimodalProcessor,
     *,
     seed: int,
     held_out_prompts: Collection[str] = (),
-    held_out: Collection[Shown] = (),
-    prepared: Callable[[int, int], None] | None = None,
+    pools: Mapping[str, Sequence[Encoded]],
 ) -> Iterator[dict[str, list[Example]]]:
     """The warm-up's batches by domain: domain name to examples, ``batch_size`` examples in total.
 
     Args:
-        prepared: called with the number of visual tasks that are drawn and encoded, and of all, as the first
-            batch is made.
+        pools: those of the visual domains, from ``encoded_pools``.
     """
     warm_up = recipe.warm_up
     end = processor.tokenizer.eos_token_id
-    step = num_prepared = 0
+    step = 0
 
     def response(worked: str, answer: str, rng: random.Random) -> tuple[int, ...]:
         works = rng.random() < warm_up.worked_share_at(step / warm_up.num_steps)
         text = f"<think>{worked}</think>{answer}" if works else answer
         return (*processor.tokenizer(text)["input_ids"], end)
 
-    def prompt(text: str, items: list[ItemFeatures]) -> tuple[int, ...]:
-        kinds = [item.kind for item in items]
-        return tuple(processor.encode(processor.parts(text, kinds, text), items, text).tolist())
-
     def text_examples() -> Iterator[Example]:
         rng = random.Random(f"{seed}/{recipe.text.name}/order")
         work = WORKINGS[recipe.text.working]
         for question, answer in text_tasks(recipe.text, rng.getrandbits(31), held_out_prompts):
-            yield Example(prompt_ids=prompt(question, []), response_ids=response(work(question), answer, rng))
+            prompt_ids = _prompt_ids(processor, question, [])
+            yield Example(prompt_ids=prompt_ids, response_ids=response(work(question), answer, rng))
 
     def visual_examples(domain: VisualDomain) -> Iterator[Example]:
-        nonlocal num_prepared
         rng = random.Random(f"{seed}/{domain.name}/order")
-        kind = family(domain.family).kind
-        work = VISUAL_WORKINGS[domain.working]
-        pool = []
-        for task, media in visual_tasks(domain, recipe.pool_size, seed=seed, held_out=held_out):
-            (data,) = media.values()
-            item = processor.decode_and_process(kind, data, task.question)
-            pool.append((prompt(task.question, [item]), item, work(task), task.answer))
-            num_prepared += 1
-            if prepared is not None:
-                prepared(num_prepared, len(recipe.visual) * recipe.pool_size)
+        pool = list(pools[domain.name])
         while True:
             rng.shuffle(pool)
-            for prompt_ids, item, worked, answer in pool:
-                yield Example(prompt_ids=prompt_ids, response_ids=response(worked, answer, rng), item=item)
+            for task in pool:
+                response_ids = response(task.worked, task.answer, rng)
+                yield Example(prompt_ids=task.prompt_ids, response_ids=response_ids, item=task.item)
 
     sources = {recipe.text.name: text_examples()} | {
         domain.name: visual_examples(domain) for domain in recipe.visual
