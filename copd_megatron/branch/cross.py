@@ -38,8 +38,8 @@ class _Lesson:
     """What an edge's rows are made of."""
 
     rollouts: Sequence[Rollout]
-    own: Sequence[SequenceScore]
-    """What the student's own actor says of them."""
+    own: Sequence[SequenceScore] | None
+    """What the student's own actor says of them; None: it has not been asked yet."""
     prompts: Sequence[IntArray | None]
     """[P'] what the teacher reads instead of each rollout's prompt; None: nothing, and the rollout teaches
     nothing."""
@@ -59,8 +59,8 @@ class _Answers:
 def cross(me: Branch, step: Step, batch: Batch) -> Batch:
     """Stage of a step: adds the rows of every edge into this branch. Collective over all branches.
 
-    Samples on the edges' prompts, scores the samples with the branch's own weights, asks the teachers, and
-    has each edge's objective make rows of it. Meanwhile this branch answers as a teacher.
+    Samples on the edges' prompts, asks the teachers, scores the samples with the branch's own weights while
+    the questions are on their way, answers as a teacher, and has each edge's objective make rows of it.
     """
     refresh_teacher(me, step)
     sampled = _sample_edges(me, step)
@@ -68,8 +68,10 @@ def cross(me: Branch, step: Step, batch: Batch) -> Batch:
     visited = batch.native or [rollout for rollouts in sampled.values() for rollout in rollouts]
     probes = choose_probes(me, step, visited)
     lessons = _lessons(me, step, sampled)
+    asked = _ask_teachers(me, step, lessons, probes)
+    lessons = {edge: _with_own(me, edge, lesson) for edge, lesson in lessons.items()}
     probed = score_probes(me, probes)
-    answers = _ask_teachers(me, step, lessons, probes)
+    answers = _answers_of(me, step, asked)
     rows = [row for edge in lessons for row in _rows(me, step, edge, lessons[edge], answers[edge].rollouts)]
     for edge in me.graph.into(me.name):
         if not edge.is_self:
@@ -95,28 +97,47 @@ def _sample_edges(me: Branch, step: Step) -> dict[Edge, list[Rollout]]:
 
 
 def _lessons(me: Branch, step: Step, sampled: Mapping[Edge, Sequence[Rollout]]) -> dict[Edge, _Lesson]:
-    """The rollouts with what their teachers may read and teach. Collective over all branches where a gate is
-    on or peers give feedback."""
+    """The rollouts with what their teachers may read and teach, and with the student's own scores where the
+    question is about them. Collective over all branches where a gate is on or peers give feedback."""
     if step.phase is not Phase.opd:
         return {}
     privileged = privileged_prompts(me, step, sampled)
     is_open = open_rollouts(me, step, sampled)
-    return {
+    lessons = {
         edge: _Lesson(
             rollouts=rollouts,
-            own=score(me, rollouts, top_k=me.objectives[edge.component].asks_own.top_k),
+            own=None,
             prompts=privileged.get(edge, [rollout.prompt.token_ids for rollout in rollouts]),
             is_open=is_open.get(edge, [True] * len(rollouts)),
         )
         for edge, rollouts in sampled.items()
     }
+    return {
+        edge: _with_own(me, edge, lesson) if me.objectives[edge.component].asks.support else lesson
+        for edge, lesson in lessons.items()
+    }
 
 
-def _ask_teachers(
-    me: Branch, step: Step, lessons: Mapping[Edge, _Lesson], probes: Sequence[Probe]
-) -> dict[Edge, _Answers]:
-    """One exchange: this branch's questions out, its teachers' answers back, and those of its students
-    answered in between. Collective over all branches where ``exchange_due``; elsewhere nobody asks."""
+def _with_own(me: Branch, edge: Edge, lesson: _Lesson) -> _Lesson:
+    """The lesson with the student's own scores."""
+    if lesson.own is not None:
+        return lesson
+    top_k = me.objectives[edge.component].asks_own.top_k
+    return replace(lesson, own=score(me, lesson.rollouts, top_k=top_k))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What is asked in an exchange."""
+
+    questions: Mapping[Edge, Sequence[ScoreRequest]]
+    """About the rollouts that teach, by edge into this branch."""
+    requests: Mapping[Edge, Sequence[ScoreRequest]]
+    """What crosses: questions and probes, of all edges but those from the branch to itself."""
+
+
+def _ask_teachers(me: Branch, step: Step, lessons: Mapping[Edge, _Lesson], probes: Sequence[Probe]) -> _Asked:
+    """Begins an exchange: this branch's questions go out. Where no ``exchange_due``, nobody asks."""
     asked = {edge: _questions(me, edge, lessons.get(edge)) for edge in me.graph.into(me.name)}
     requests = {
         edge: [
@@ -129,9 +150,17 @@ def _ask_teachers(
         for edge, questions in asked.items()
         if not edge.is_self
     }
+    if exchange_due(me.config, step):
+        me.router.post(requests)
+    return _Asked(questions=asked, requests=requests)
+
+
+def _answers_of(me: Branch, step: Step, posted: _Asked) -> dict[Edge, _Answers]:
+    """Ends an exchange: students' questions are answered, teachers' answers come in."""
+    asked, requests = posted.questions, posted.requests
     scores: dict[Edge, list[TeacherScore]] = {edge: [] for edge in requests}
     if exchange_due(me.config, step):
-        scores = me.router.exchange(requests, lambda edge, wanted: teach(me, wanted, step))
+        scores = me.router.answer(lambda edge, wanted: teach(me, wanted, step))
     scores |= {edge: _teach_itself(me, edge, asked[edge], step) for edge in asked if edge.is_self}
     if me.media is not None:
         me.media.drop_encoded()
@@ -155,10 +184,12 @@ def _questions(me: Branch, edge: Edge, lesson: _Lesson | None) -> list[ScoreRequ
         return []
     ask = me.objectives[edge.component].asks
     questions: list[ScoreRequest] = []
-    for rollout, own, prompt in zip(lesson.rollouts, lesson.own, lesson.prompts, strict=True):
+    own: Sequence[SequenceScore | None] = lesson.own or [None] * len(lesson.rollouts)
+    for rollout, said, prompt in zip(lesson.rollouts, own, lesson.prompts, strict=True):
         if prompt is None:
             continue
-        support = own.top.ids if ask.support and own.top is not None else None
+        top = None if said is None else said.top
+        support = top.ids if ask.support and top is not None else None
         questions.append(
             _request(len(questions), rollout, ask.of_row(rollout.response_length), prompt, support)
         )
@@ -185,6 +216,7 @@ def _rows(
 ) -> list[TrainRow]:
     """An edge's training rows: of the rollouts that its teacher has something to say about."""
     objective = me.objectives[edge.component]
+    assert lesson.own is not None
     taught = [i for i, prompt in enumerate(lesson.prompts) if prompt is not None]
     if not taught:
         return []

@@ -2,7 +2,8 @@
 
 A scheduler announces the end of a job with SIGTERM or SIGUSR1, a terminal that is closed with SIGHUP, to some
 processes or to all. Each process only takes note. The ranks compare notes at the end of every step, and so
-save after the same one.
+save after the same one: the present one, or the next where branches do not wait for each other (in Phase I
+with nothing to exchange).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The executor of the exchange plan: students' rows out, teachers' scores back.
 
-One ``exchange`` per OPD step, called by every rank of every branch, sees each branch both as student (of
-``graph.into``) and as teacher (of ``graph.out_of``):
+One exchange per OPD step, called by every rank of every branch, sees each branch both as student (of
+``graph.into``) and as teacher (of ``graph.out_of``). ``post`` is step 1, ``answer`` the others; what a branch
+computes in between hides the way of its rows, and how late the others are. ``exchange`` is both:
 
 1. Each lane's source posts its requests (no waiting) and each end posts the receives of its headers.
 2. For each edge in which it teaches, in the graph's order, a branch receives the lanes' rows, shares them
@@ -105,25 +106,29 @@ class Router:
         self._index = {edge: i for i, edge in enumerate(graph.edges)}
         self._max_lanes = max((len(lanes) for lanes in self.plan.lanes.values()), default=1)
         self._exchange = 0
+        self._asked: dict[Edge, list[ScoreRequest]] = {}
+        """What is posted in this exchange."""
+        self._lanes_of: dict[Edge, tuple[tuple[int, ...], ...]] = {}
+        """Which rows of it go over which lane."""
         self._sends: list[tuple[dist.Work, torch.Tensor]] = []
         self._headers: dict[tuple[Lane, int], tuple[dist.Work, torch.Tensor]] = {}
 
     def exchange(
         self, outgoing: Mapping[Edge, Sequence[ScoreRequest]], score: ScoreFunction
     ) -> dict[Edge, list[TeacherScore]]:
-        """Have this branch's rows scored, and score those that it teaches.
+        """``post(outgoing)``, then ``answer(score)``."""
+        self.post(outgoing)
+        return self.answer(score)
+
+    def post(self, outgoing: Mapping[Edge, Sequence[ScoreRequest]]) -> None:
+        """Sends this branch's rows off; waits for nobody.
 
         Args:
             outgoing: rows of each edge into this branch, the same on all of its ranks. An edge left out, or
                 with no rows, has nothing scored.
-            score: called for each edge out of this branch that has rows.
-
-        Returns:
-            For every edge into this branch, on all of its ranks, the scores in the rows' order.
 
         Raises:
-            RouterError: a row or a score that cannot be right, or ranks that are not in the same exchange.
-            CollectiveError: another rank died.
+            RouterError: an edge that is none of this branch's, or rows that cannot be sent.
         """
         learning, teaching = self.graph.into(self.world.branch), self.graph.out_of(self.world.branch)
         if foreign := [edge.name for edge in outgoing if edge not in learning]:
@@ -133,13 +138,29 @@ class Router:
             )
         self._exchange += 1
         self.traffic = {edge: EdgeTraffic() for edge in (*learning, *teaching)}
-        requests = {edge: list(outgoing.get(edge, ())) for edge in learning}
-        with self._watch.operation(f"opd.exchange {self._exchange}"):
+        self._asked = {edge: list(outgoing.get(edge, ())) for edge in learning}
+        with self._watch.operation(f"opd.post {self._exchange}"):
             self._post_headers()
-            lanes = {edge: self._send_requests(edge, requests[edge]) for edge in learning}
-            for edge in teaching:
+            self._lanes_of = {edge: self._send_requests(edge, self._asked[edge]) for edge in learning}
+
+    def answer(self, score: ScoreFunction) -> dict[Edge, list[TeacherScore]]:
+        """Scores the rows that this branch teaches, and waits for the scores of those that it has posted.
+
+        Args:
+            score: called for each edge out of this branch that has rows.
+
+        Returns:
+            For every edge into this branch, on all of its ranks, the scores in the rows' order.
+
+        Raises:
+            RouterError: a row or a score that cannot be right, or ranks that are not in the same exchange.
+            CollectiveError: another rank died.
+        """
+        asked, lanes = self._asked, self._lanes_of
+        with self._watch.operation(f"opd.exchange {self._exchange}"):
+            for edge in self.graph.out_of(self.world.branch):
                 self._teach(edge, score)
-            scores = {edge: self._receive_scores(edge, requests[edge], lanes[edge]) for edge in learning}
+            scores = {edge: self._receive_scores(edge, asked[edge], lanes[edge]) for edge in asked}
             with self._watch.operation("opd.wait for sends"):
                 for work, _ in self._sends:
                     work.wait()
