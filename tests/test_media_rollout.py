@@ -3,10 +3,6 @@ log-probability with transformers."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from copd_megatron.config import MediaConfig
 from copd_megatron.data.decode import VideoFrames
 from copd_megatron.data.processing import ItemFeatures, MediaFeatures, MultimodalProcessor
 from copd_megatron.rollout.media import engine_settings
+from tests.support.distributed import run_distributed
 from tests.support.models_vl import make_processor, make_vl_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,16 +44,9 @@ def test_sizes_are_told_only_where_they_change() -> None:
 
 def test_engine_inputs_are_vllms_own_and_log_probabilities_agree(tmp_path: Path) -> None:
     folder = make_vl_model(tmp_path / "model")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_media_rollout", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=500,
+    (errors,) = run_distributed(
+        run_in_vllm, 1, args=(str(folder),), env=ENVIRONMENT, timeout=500, megatron=True
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    errors = json.loads(done.stdout.splitlines()[-1])
     assert errors.keys() == CASES.keys()
     assert max(errors.values()) < 1e-4, errors
 
@@ -168,10 +158,3 @@ def run_in_vllm(folder: str) -> dict[str, float]:
         got = [entry[t].logprob for t, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
         errors[name] = float(np.abs(expected - np.array(got)).max())
     return errors
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m tests.test_media_rollout MODEL_FOLDER")
-    result = run_in_vllm(sys.argv[1])
-    print(json.dumps(result))

@@ -138,8 +138,8 @@ def be_a_rank(folder: Path, arguments: list[str]) -> int:
         state.update(cpu=time.process_time(), wall=time.monotonic())
         state.update(seconds=dict(clocks.seconds), calls=dict(clocks.calls))
 
-    def ends(self: Observer, step: Any) -> None:
-        end(self, step)
+    def ends(self: Observer, step: Any, *, alone: bool = False) -> None:
+        end(self, step, alone=alone)
         steps.append(
             {
                 "cpu": time.process_time() - state["cpu"],
