@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up, then runs the linter, the type checker and the tests. Arguments go to pytest.
 #
-#   launchers/test.sh                          all but the slow tests, about 15 minutes on two cores
+#   launchers/test.sh                          all but the slow tests, about 20 minutes on two cores
 #   launchers/test.sh tests/test_config.py     some
 #   launchers/test.sh -m slow                  only the slow ones
 #
