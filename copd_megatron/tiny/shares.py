@@ -11,6 +11,7 @@ some: torch with one thread will do, encoding videos will not.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import signal
 import threading
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 _PATIENCE_SECONDS = 900.0
 """How long a process waits for the others. They may only differ by what else the machine does."""
 
+_PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 10.0
 """How long the others may take to end when one has."""
 
@@ -99,6 +101,7 @@ def in_shares[R](count: int, num_parameters: int, work: Callable[[Share], R]) ->
 
 def _help(work: Callable[[Share], object], share: Share) -> None:
     """The whole life of a forked process."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # if that one is killed, so is this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked, which ends this one
     assert share._arrived is not None
     try:
