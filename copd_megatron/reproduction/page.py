@@ -1,0 +1,134 @@
+"""The page: what was asked, how, what was found, written from results.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from copd_megatron.reproduction.arms import COMPARISONS
+
+_TABLES = {
+    "two": "Two branches (the paper's Table 1)",
+    "three": "Three branches (the paper's Table 2)",
+    "four": "Four branches",
+}
+_CAPTIONS = {
+    "arms.svg": "Two branches: all arms, mean of the domains, greedy, with 95 % intervals.",
+    "likeness.svg": "Overlap and symmetric KL between the branches by step (the paper's Fig. 4). Lines: mean "
+    "over seeds; bands: one standard deviation.",
+    "ratio.svg": "Length of the phases (the paper's Fig. 4).",
+    "strength.svg": "Weight of distillation, with and without a clip of the log-ratio (not in the paper).",
+    "lag.svg": "Lag of the teachers (not in the paper).",
+    "distance.svg": "Gain of a student at controlled distance from a frozen teacher, against their overlap "
+    "before (the paper's Fig. 2). Colour: how many steps the student had learned apart.",
+    "branches.svg": "Two, three and four branches.",
+}
+
+
+def page(results: Mapping[str, Any], introduction: str, figures: Sequence[str]) -> str:
+    """The page as Markdown.
+
+    Args:
+        results: as ``tools/reproduce.py page`` writes them.
+        introduction: what stands before the results.
+        figures: file names in ``figures/``.
+    """
+    parts = [introduction.rstrip(), "## The choice of the setting", _selection(results["selection"])]
+    two = results["comparisons"].get("two")
+    if two is not None and two["claims"]:
+        parts += ["## What holds", _claims(two)]
+    for name, title in _TABLES.items():
+        if name in results["comparisons"]:
+            parts += [f"## {title}", _table(name, results["comparisons"][name])]
+    if figures:
+        parts += [
+            "## Figures",
+            *(f"![{_CAPTIONS[name]}](figures/{name})\n\n{_CAPTIONS[name]}" for name in figures),
+        ]
+    parts += ["## Cost", _cost(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _selection(selection: Mapping[str, Any]) -> str:
+    lines = ["All settings that were tried, in their order, on the tuning seeds:"]
+    for name, found in selection.items():
+        seeds = ", ".join(map(str, found["seeds"]))
+        lines += [
+            "",
+            f"**{name}** (seeds {seeds}): {found['why']}.",
+            "",
+            "| criterion | found | met |",
+            "|---|---|---|",
+            *(f"| {c['text']} | {c['figures']} | {_met(c)} |" for c in found["criteria"]),
+        ]
+    return "\n".join(lines)
+
+
+def _met(criterion: Mapping[str, Any]) -> str:
+    if criterion["met"]:
+        return "yes"
+    return "no" if criterion["required"] else "no (no condition)"
+
+
+def _claims(comparison: Mapping[str, Any]) -> str:
+    rows = []
+    for entry in comparison["claims"]:
+        claim, figure = entry["claim"], entry["figure"]
+        rows.append(
+            f"| {claim['text']} | {claim['source']} | {_figure(claim, figure)} | **{entry['verdict']}** |"
+        )
+    return "\n".join(["| claim | whose | measured | verdict |", "|---|---|---|---|", *rows])
+
+
+def _figure(claim: Mapping[str, Any], figure: Mapping[str, float]) -> str:
+    if " - " in claim["figure"]:
+        return (
+            f"{100 * figure['value']:+.1f} points ({100 * figure['low']:+.1f} to {100 * figure['high']:+.1f})"
+        )
+    return f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
+
+
+def _table(name: str, comparison: Mapping[str, Any]) -> str:
+    domains = [*comparison["domains"], "mean"]
+    head = ["arm", "seeds", *domains, "mean, sampled", "steps", "thousand tokens", "core-minutes"]
+    rows = [
+        _row(comparison, arm.name, comparison["titles"][arm.name], domains)
+        for arm in COMPARISONS[name]
+        if arm.name in comparison["models"]
+    ]
+    shown = {arm.name for arm in COMPARISONS[name]}
+    others = [
+        label for label in comparison["models"] if label not in shown and not label.startswith("distance")
+    ]
+    rows += [_row(comparison, label, f"{label} (not merged)", domains) for label in others]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows])
+
+
+def _row(comparison: Mapping[str, Any], label: str, title: str, domains: Sequence[str]) -> str:
+    model = comparison["models"][label]
+    budget = comparison["budgets"].get(label)
+    spent = (
+        [f"{budget['steps']:.0f}", f"{budget['tokens'] / 1000:.0f}", f"{budget['core_seconds'] / 60:.0f}"]
+        if budget
+        else ["", "", ""]
+    )
+    sampled = _percent(model["sampled"]["mean"]) if model["sampled"] else "-"
+    cells = [title, len(model["seeds"]), *(_percent(model["greedy"][d]) for d in domains), sampled, *spent]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _percent(figure: Mapping[str, float]) -> str:
+    if not math.isfinite(figure["low"]):
+        return f"{100 * figure['value']:.1f}"
+    return f"{100 * figure['value']:.1f} ({100 * figure['low']:.0f} to {100 * figure['high']:.0f})"
+
+
+def _cost(results: Mapping[str, Any]) -> str:
+    hours = results["core_seconds"] / 3600
+    return (
+        f"All that was trained and measured so far took {hours:.1f} core-hours on {results['machine']}. "
+        "Every run's configuration, log, metrics and samples are in the folder of its seed, "
+        "`runs/reproduction/<setting>/seed_<n>/<comparison>/<task>`. `python tools/reproduce.py show ARM "
+        "--seeds N` prints an arm's configurations without running anything."
+    )

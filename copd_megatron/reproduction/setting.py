@@ -1,0 +1,121 @@
+"""A setting: the domains, the base model and the budgets with which all arms are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from copd_megatron.config import Config, load_config
+from copd_megatron.reproduction.material import Material
+from copd_megatron.tiny.recipe import ModelSize, WarmUpSettings
+from copd_megatron.tiny.tasks.tables import TableDomain, TableWorld
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "reproduction" / "tables.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is common to all arms and seeds."""
+
+    name: str
+    why: str
+    """What it was tried for."""
+    lengths: tuple[int, ...] = (3, 4, 3, 4)
+    """Operations in a chain of alpha, beta, gamma and delta."""
+    shared: str = "s"
+    conflicting: str = "c"
+    num_symbols: int = 6
+    wrong_share: float = 0.5
+    belief: float = 0.8
+    model: ModelSize = field(
+        default_factory=lambda: ModelSize(
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
+    warm_up: WarmUpSettings = field(
+        default_factory=lambda: WarmUpSettings(num_steps=1200, batch_size=64, vector_lr=3e-3)
+    )
+    num_train: int = 6000
+    num_validation: int = 500
+    overrides: tuple[str, ...] = ()
+    """Settings of the configuration that differ from ``configs/reproduction/tables.yaml``."""
+
+    def material(self, seed: int) -> Material:
+        """The base model and shards of a seed: other tables, other beliefs, other weights."""
+        names = zip(("alpha", "beta", "gamma", "delta"), "ABCD", "wxyz", self.lengths, strict=True)
+        world = TableWorld(
+            domains=tuple(
+                TableDomain(
+                    name=name,
+                    tag=tag,
+                    own=own,
+                    length=length,
+                    shared=self.shared,
+                    conflicting=self.conflicting,
+                )
+                for name, tag, own, length in names
+            ),
+            num_symbols=self.num_symbols,
+            wrong_share=self.wrong_share,
+            belief=self.belief,
+            seed=seed,
+        )
+        return Material(
+            world=world,
+            model=self.model,
+            warm_up=self.warm_up,
+            num_train=self.num_train,
+            num_validation=self.num_validation,
+        )
+
+    def config(self, seed: int, home: Path, num_branches: int = 2) -> Config:
+        """The configuration of CoPD with the first branches.
+
+        Args:
+            home: folder of the seed, which holds ``base`` and ``data``.
+        """
+        config = load_config(
+            str(CONFIG), [f"run.seed={seed}", f"model.path={home / 'base'}", *self.overrides]
+        )
+        config.branches = dict(list(config.branches.items())[:num_branches])
+        for name, branch in config.branches.items():
+            branch.data.train = [str(home / "data" / f"{name}-train-*.tar")]
+            branch.data.validation = [str(home / "data" / f"{name}-validation-*.tar")]
+        return config
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting(
+            name="tables_8",
+            why="one operation shared, one conflicting, one of its own in each domain; eight symbols",
+            num_symbols=8,
+            wrong_share=0.4,
+        ),
+        Setting(
+            name="tables_6",
+            why="the same with six symbols, fewer facts, of which the base believes half wrongly",
+        ),
+        Setting(
+            name="quick",
+            why="the chosen setting at half the budget, to see the tool work",
+            overrides=("schedule.cycles=2",),
+        ),
+    )
+}
+CHOSEN = "tables_6"
+"""The setting of the comparison, chosen by ``criteria.py`` on the tuning seeds alone."""
+
+TUNING_SEEDS = (101, 102)
+"""For the choice of a setting: their worlds are in no comparison."""
+SEEDS = (1, 2, 3, 4, 5)
+FEW_SEEDS = (1, 2, 3)
+"""For the arms that are not the main ones."""
+QUICK = "quick"
+QUICK_SEEDS = (1, 2)
+QUICK_ARMS = ("base", "experts_mean", "mixed_wider", "copd")

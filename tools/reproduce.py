@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""The paper's comparison at laptop scale: trains the arms, measures them, writes the page.
+
+    python tools/reproduce.py quick                      two seeds of four arms at half the budget
+    python tools/reproduce.py run                        all arms and seeds; goes on where it was stopped
+    python tools/reproduce.py run --comparison three
+    python tools/reproduce.py run --arms copd mixed_longer --seeds 1 2
+    python tools/reproduce.py select                     the criteria for a setting, on seeds of its own
+    python tools/reproduce.py page                       results.json, figures and page from what was measured
+    python tools/reproduce.py show copd --seeds 1        the configurations behind an arm
+
+What is asked and what came out: copd_megatron/reproduction/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from copd_megatron.config import to_yaml
+from copd_megatron.errors import ConfigError, DataError
+from copd_megatron.reproduction import setting as settings
+from copd_megatron.reproduction.arms import COMPARISONS
+from copd_megatron.reproduction.compare import (
+    SeedFolder,
+    arms_of,
+    material_job,
+    measuring_jobs,
+    training_jobs,
+)
+from copd_megatron.reproduction.runner import Job, TaskFailed, run_jobs
+from copd_megatron.untrusted.json_text import load_file
+
+ROOM = Path(__file__).resolve().parents[1] / "copd_megatron" / "reproduction"
+SELECTING = ("base", "experts_mean", "mixed_longer")
+"""Arms that a setting is chosen by: CoPD and distillation are not among them."""
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run(folders: Sequence[SeedFolder], comparison: str, names: Sequence[str], cores: int) -> None:
+    """Trains and measures the arms.
+
+    Raises:
+        ConfigError: an arm's configuration is not valid, or a task was run with other settings.
+        TaskFailed: a task failed.
+    """
+    arms = {folder.seed: arms_of(comparison, folder.seed, names) for folder in folders}
+    run_jobs([material_job(folder) for folder in folders], cores=cores, say=_say)
+    for folder in folders:
+        jobs: list[Job] = training_jobs(folder, comparison, arms[folder.seed])
+        run_jobs(jobs, cores=cores, say=_say)
+        run_jobs(measuring_jobs(folder, comparison, arms[folder.seed]), cores=cores, say=_say)
+
+
+def select(folders: Sequence[SeedFolder]) -> dict[str, Any]:
+    """The criteria's figures on what was measured of the tuning seeds."""
+    from copd_megatron.reproduction.criteria import criteria
+    from copd_megatron.reproduction.scores import read_scores
+
+    first = folders[0]
+    domains = list(first.config("two").branches)
+    world = first.setting.material(first.seed).world
+    lengths = {d.name: d.length + 3 for d in world.domains}
+    labels = ["base", "mixed_longer", *(f"expert.{d}" for d in domains)]
+    seeds = [{label: read_scores(f.scores("two", "greedy"), label) for label in labels} for f in folders]
+    found = criteria(domains, seeds, lengths)
+    for criterion in found:
+        met = "met" if criterion.met else "NOT MET" if criterion.required else "not met (no condition)"
+        _say(f"{criterion.text}: {criterion.figures}: {met}")
+    return {
+        "why": first.setting.why,
+        "seeds": [folder.seed for folder in folders],
+        "criteria": [asdict(criterion) for criterion in found],
+    }
+
+
+def write_page(root: Path, setting: settings.Setting, room: Path) -> None:
+    """Writes results.json, figures and README.md into ``room`` from all that is below ``root``."""
+    from copd_megatron.reproduction.collect import collect
+    from copd_megatron.reproduction.figures import draw_all
+    from copd_megatron.reproduction.page import page
+
+    folders = [SeedFolder(setting=setting, seed=seed, root=root) for seed in settings.SEEDS]
+    results: dict[str, Any] = {
+        "setting": asdict(setting),
+        "selection": _read(root / "selection.json"),
+        "machine": f"{os.cpu_count()} cores of {platform.machine()}",
+        "core_seconds": sum(load_file(path)["core_seconds"] for path in root.glob("*/seed_*/**/jobs/*.json")),
+        "comparisons": {},
+    }
+    for name in COMPARISONS:
+        measured = [folder for folder in folders if folder.scores(name, "greedy").is_dir()]
+        if measured:
+            results["comparisons"][name] = collect(name, measured)
+    text = json.dumps(results, indent=1, sort_keys=True, default=str)
+    room.mkdir(parents=True, exist_ok=True)
+    (room / "results.json").write_text(text + "\n", encoding="utf-8")
+    drawn = draw_all(results, room / "figures")
+    introduction = (ROOM / "introduction.md").read_text(encoding="utf-8")
+    (room / "README.md").write_text(page(results, introduction, drawn), encoding="utf-8")
+    _say(f"written: {room / 'README.md'}, results.json, {len(drawn)} figures")
+
+
+def show(folders: Sequence[SeedFolder], comparison: str, names: Sequence[str]) -> None:
+    """Prints the configurations of the arms' tasks."""
+    for folder in folders:
+        for arm in arms_of(comparison, folder.seed, names):
+            for task in folder.made(comparison, arm).tasks:
+                what = to_yaml(task.config) if task.trains else f"merge: {task.merge}\n"
+                _say(f"# {arm.name}, seed {folder.seed}, task {task.name}\n{what}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(load_file(path)) if path.is_file() else {}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("quick", "run", "select", "page", "show"))
+    parser.add_argument("arm", nargs="?", help="for show: an arm")
+    parser.add_argument("--comparison", choices=COMPARISONS, default="two", help="number of branches")
+    parser.add_argument("--arms", nargs="+", default=[], help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only these")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="ranks that run at once")
+    parser.add_argument("--setting", choices=settings.SETTINGS, default=settings.CHOSEN)
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduction"), help="folder of all runs")
+    parser.add_argument("--room", type=Path, default=ROOM, help="folder of the page")
+    return parser
+
+
+def _main(arguments: argparse.Namespace) -> None:
+    root = arguments.out.absolute()
+
+    def folders(seeds: Sequence[int], name: str = arguments.setting) -> list[SeedFolder]:
+        chosen = settings.SETTINGS[name]
+        return [SeedFolder(setting=chosen, seed=n, root=root) for n in arguments.seeds or seeds]
+
+    if arguments.command == "quick":
+        run(folders(settings.QUICK_SEEDS, settings.QUICK), "two", settings.QUICK_ARMS, arguments.cores)
+        write_page(root, settings.SETTINGS[settings.QUICK], root / "page")
+    elif arguments.command == "run":
+        run(folders(settings.SEEDS), arguments.comparison, arguments.arms, arguments.cores)
+    elif arguments.command == "select":
+        tuning = folders(settings.TUNING_SEEDS)
+        run(tuning, "two", SELECTING, arguments.cores)
+        found = _read(root / "selection.json") | {arguments.setting: select(tuning)}
+        (root / "selection.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    elif arguments.command == "page":
+        write_page(root, settings.SETTINGS[arguments.setting], arguments.room)
+    else:
+        show(folders((1,)), arguments.comparison, [arguments.arm] if arguments.arm else arguments.arms)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, too
+    try:
+        _main(_parser().parse_args(argv))
+    except (ConfigError, DataError, TaskFailed) as error:
+        print(f"reproduce.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
