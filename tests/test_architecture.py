@@ -59,6 +59,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # what a step consists of
     "recipes": {"branch", "config", "errors", "plugins"},
+    # the paper's comparison, made of whole runs
+    "reproduction": {
+        *("config", "data", "errors", "evaluation", "recipes", "report", "tiny", "topology", "untrusted"),
+    },
     # what a process holds and does
     "branch": {
         "plugins",

@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="+", default=[], help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only these")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="ranks that run at once")
-    parser.add_argument("--setting", choices=settings.SETTINGS, default=settings.CHOSEN)
+    parser.add_argument("--setting", choices=settings.SETTINGS, help=f"default: {settings.CHOSEN}")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduction"), help="folder of all runs")
     parser.add_argument("--room", type=Path, default=ROOM, help="folder of the page")
     return parser
@@ -143,23 +143,24 @@ def _parser() -> argparse.ArgumentParser:
 
 def _main(arguments: argparse.Namespace) -> None:
     root = arguments.out.absolute()
+    quick = arguments.command == "quick"
+    setting = settings.SETTINGS[arguments.setting or (settings.QUICK if quick else settings.CHOSEN)]
 
-    def folders(seeds: Sequence[int], name: str = arguments.setting) -> list[SeedFolder]:
-        chosen = settings.SETTINGS[name]
-        return [SeedFolder(setting=chosen, seed=n, root=root) for n in arguments.seeds or seeds]
+    def folders(seeds: Sequence[int]) -> list[SeedFolder]:
+        return [SeedFolder(setting=setting, seed=n, root=root) for n in arguments.seeds or seeds]
 
-    if arguments.command == "quick":
-        run(folders(settings.QUICK_SEEDS, settings.QUICK), "two", settings.QUICK_ARMS, arguments.cores)
-        write_page(root, settings.SETTINGS[settings.QUICK], root / "page")
+    if quick:
+        run(folders(settings.QUICK_SEEDS), "two", settings.QUICK_ARMS, arguments.cores)
+        write_page(root, setting, root / "page")
     elif arguments.command == "run":
         run(folders(settings.SEEDS), arguments.comparison, arguments.arms, arguments.cores)
     elif arguments.command == "select":
         tuning = folders(settings.TUNING_SEEDS)
         run(tuning, "two", SELECTING, arguments.cores)
-        found = _read(root / "selection.json") | {arguments.setting: select(tuning)}
+        found = _read(root / "selection.json") | {setting.name: select(tuning)}
         (root / "selection.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     elif arguments.command == "page":
-        write_page(root, settings.SETTINGS[arguments.setting], arguments.room)
+        write_page(root, setting, arguments.room)
     else:
         show(folders((1,)), arguments.comparison, [arguments.arm] if arguments.arm else arguments.arms)
 

@@ -20,7 +20,7 @@ BASE = "base"
 INDEPENDENT = "independent"
 START = "start"
 """Frozen branch that holds the base, from which the drift of the experts is measured."""
-SAVE_PERIOD = 16
+SAVE_PERIOD = 24
 """Steps between the checkpoints of the independent experts, which are the teachers and students of other
 arms."""
 
@@ -252,7 +252,7 @@ def controlled_distance(config: Config, out: Path) -> Made:
     last = total_steps(config)
     final = expert_at(config, out, second, last)
     tasks, models = [final], {}
-    for age in (0, 2 * SAVE_PERIOD, 4 * SAVE_PERIOD, 6 * SAVE_PERIOD, last):
+    for age in (0, SAVE_PERIOD, 2 * SAVE_PERIOD, 3 * SAVE_PERIOD, last):
         before = config.model.path
         after: tuple[str, ...] = (final.name,)
         if age:
@@ -261,7 +261,7 @@ def controlled_distance(config: Config, out: Path) -> Made:
             before, after = _out_of(start), (*after, start.name)
         run = _run(config, out, f"distance_{age}")
         run.branches = {name: run.branches[name] for name in (first, second)}
-        _distil_only(run, 2 * SAVE_PERIOD)
+        _distil_only(run, SAVE_PERIOD)
         run.branches[first].model_path = before
         run.branches[second].model_path, run.branches[second].frozen = _out_of(final), True
         run.opd.topology, run.opd.hub = Topology.hub_and_spoke, first

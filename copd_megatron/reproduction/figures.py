@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "copd", "font.size": 9, "axes.spines.top": False}
+_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "copd", "font.size": 9, "axes.spines.top": False}
 _STYLE |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 _SIZE = (6.4, 3.4)
 

@@ -78,7 +78,7 @@ def make_base(out: Path, material: Material, *, progress: Progress | None = None
         tokenizer.save_pretrained(folder)
         return {"material": asdict(material), "final_loss": sum(losses[-50:]) / len(losses[-50:])}
 
-    parts = [asdict(material), package_versions(PACKAGES_THAT_MATTER)]
+    parts: list[object] = [asdict(material), package_versions(PACKAGES_THAT_MATTER)]
     return make_once(out, digest_of_parts(parts), make)
 
 

@@ -90,6 +90,7 @@ class Job:
 def job_of(task: Task, folder: Path) -> Job:
     """The job that runs a task of an arm: a training, the mean of several models, or one model out of a
     checkpoint."""
+    command: tuple[str, ...]
     if task.merge is not None:
         if len(task.merge.models) == 1:
             command = (*_COPD, "checkpoint", "to-hf", task.merge.models[0], task.merge.out, "--overwrite")
@@ -146,7 +147,7 @@ def run_jobs(jobs: Sequence[Job], *, cores: int, say: Say) -> dict[tuple[Path, s
                 continue
             cost = Cost(
                 seconds=round(time.monotonic() - begun, 1),
-                core_seconds=round(usage.ru_utime + usage.ru_stime, 1),
+                core_seconds=round(usage.ru_utime + usage.ru_stime, 2),
                 digest=job.digest,
             )
             job.mark(cost)
@@ -176,7 +177,7 @@ def _startable(
     cores: int,
 ) -> list[Job]:
     free = cores - sum(job.cores for job, _ in running.values())
-    found = []
+    found: list[Job] = []
     for job in waiting:
         ready = all((job.folder, name) in done for name in job.after)
         if ready and (job.cores <= free or (not running and not found)):

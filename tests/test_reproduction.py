@@ -1,0 +1,387 @@
+"""The comparison of recipes: its tasks, arms, runner, intervals and verdicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from copd_megatron.config import validate
+from copd_megatron.errors import ConfigError
+from copd_megatron.evaluation.statistics import Estimate
+from copd_megatron.recipes.experiments.base import Task
+from copd_megatron.reproduction.arms import ARMS, COMPARISONS, INDEPENDENT
+from copd_megatron.reproduction.budget import budget_of
+from copd_megatron.reproduction.claims import FAILS, HOLDS, OPEN, Claim, decide
+from copd_megatron.reproduction.compare import SeedFolder, arms_of, measuring_jobs
+from copd_megatron.reproduction.criteria import criteria
+from copd_megatron.reproduction.runner import Cost, Job, TaskFailed, run_jobs
+from copd_megatron.reproduction.scores import difference, estimate, over_seeds
+from copd_megatron.reproduction.setting import CHOSEN, SETTINGS
+from copd_megatron.tiny.tasks.tables import Chain, TableDomain, TableWorld, distinct_chains, respond
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def a_world(seed: int = 1, **changes: object) -> TableWorld:
+    domains = (
+        TableDomain(name="alpha", tag="A", own="x", length=3),
+        TableDomain(name="beta", tag="B", own="y", length=4),
+    )
+    return TableWorld(domains=domains, seed=seed, **changes)  # type: ignore[arg-type]
+
+
+# -- tasks
+
+
+def test_every_operation_permutes_the_symbols_for_each_right_operand() -> None:
+    for table in a_world(num_symbols=7).tables.values():
+        assert len(table) == 7
+        assert all(sorted(row) == list(range(7)) for row in table)
+
+
+def test_shared_tables_are_one_and_conflicting_ones_differ() -> None:
+    world = a_world()
+    assert set(world.tables) == {"s", "cA", "cB", "x", "y"}
+    assert world.tables["cA"] != world.tables["cB"]
+
+
+def test_the_base_believes_exactly_the_wrong_share_wrongly() -> None:
+    world = a_world(num_symbols=8, wrong_share=0.25)
+    for key, table in world.tables.items():
+        wrong = sum(
+            believed != true
+            for rows in zip(table, world.beliefs[key], strict=True)
+            for true, believed in zip(*rows, strict=True)
+        )
+        assert wrong == 16
+
+
+def test_a_wrong_belief_leaves_the_truth_a_chance() -> None:
+    world, rng = a_world(belief=0.8), random.Random(0)
+    right, left = next(
+        (r, v) for r in range(8) for v in range(8) if world.beliefs["s"][r][v] != world.tables["s"][r][v]
+    )
+    said = [world.says("s", right, left, rng) for _ in range(4000)]
+    assert said.count(world.beliefs["s"][right][left]) / 4000 == pytest.approx(0.8 + 0.1 / 8, abs=0.03)
+    assert said.count(world.tables["s"][right][left]) / 4000 == pytest.approx(0.1 + 0.1 / 8, abs=0.03)
+
+
+def test_values_follow_the_tables_of_the_domain() -> None:
+    world = a_world()
+    domain = world.domains[1]
+    chain = Chain(domain=domain, start=3, steps=(("s", 1), ("c", 2), ("y", 0), ("s", 5)))
+    tables, value = world.tables, 3
+    for key, right in (("s", 1), ("cB", 2), ("y", 0), ("s", 5)):
+        value = tables[key][right][value]
+    assert chain.values(world)[-1] == value
+    assert chain.prompt == "B3s1c2y0s5"
+    assert respond([4, 1, 8]) == "<think>41</think>8"
+
+
+def test_prompts_are_distinct_and_the_same_for_a_seed() -> None:
+    world = a_world()
+    once, again = (distinct_chains(world, world.domains[0], 500) for _ in range(2))
+    assert len({chain.prompt for chain in once}) == 500
+    assert [c.prompt for c in once] == [c.prompt for c in again]
+    assert [c.prompt for c in once] != [c.prompt for c in distinct_chains(a_world(2), world.domains[0], 500)]
+
+
+def test_more_prompts_than_there_are_is_an_error() -> None:
+    world = a_world(num_symbols=2)
+    with pytest.raises(ValueError, match="has 432 prompts"):
+        distinct_chains(world, world.domains[0], 433)
+
+
+# -- arms
+
+
+def a_folder(tmp_path: Path, seed: int = 1) -> SeedFolder:
+    return SeedFolder(setting=SETTINGS[CHOSEN], seed=seed, root=tmp_path)
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+def test_every_arm_is_a_valid_configuration(tmp_path: Path, comparison: str) -> None:
+    folder = a_folder(tmp_path)
+    for arm in COMPARISONS[comparison]:
+        made = folder.made(comparison, arm)
+        assert arm.name in made.models or arm.name == "distance"
+        for task in made.tasks:
+            if task.trains:
+                validate(task.config, world_size=None, model=None)
+                assert task.config.run.dir == str(folder.runs(comparison) / task.name)
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+def test_tasks_of_one_name_are_one_task_and_come_after_what_they_need(
+    tmp_path: Path, comparison: str
+) -> None:
+    folder = a_folder(tmp_path)
+    known: dict[str, Task] = {}
+    for arm in COMPARISONS[comparison]:
+        for task in folder.made(comparison, arm).tasks:
+            assert known.setdefault(task.name, task) == task
+            assert set(task.after) <= set(known)
+
+
+def test_equal_budgets_are_equal(tmp_path: Path) -> None:
+    """Experts, CoPD and its variants have 160 steps a branch, mixed training 320 batches, static distillation
+    as many steps in sequence as CoPD has in its two phases."""
+    folder = a_folder(tmp_path)
+    tasks = {t.name: t.config for arm in ARMS for t in folder.made("two", arm).tasks if t.trains}
+
+    def steps(name: str) -> tuple[int, int]:
+        schedule = tasks[name].schedule
+        return schedule.cycles * schedule.rlvr_steps, schedule.cycles * schedule.opd_steps
+
+    assert steps(INDEPENDENT) == (160, 0)
+    assert steps("copd") == (96, 64)
+    assert steps("static_alpha") == (0, 64)
+    assert steps("mopd") == (0, 64)
+    assert steps("mixed") == (320, 0)
+    assert steps("mixed_wider") == (160, 0)
+    assert tasks["mixed_wider"].branches["mixed"].num_prompts_per_step == 64
+    for name in tasks:
+        if name.startswith("copd_ratio"):
+            assert sum(steps(name)) == 160
+    native, cross = steps("copd_short")
+    assert native + 2 * cross == pytest.approx(160, abs=4)  # batches: the experts' 160
+
+
+def test_arms_that_are_not_the_main_ones_have_fewer_seeds() -> None:
+    assert "opcod" in {arm.name for arm in arms_of("two", 3)}
+    assert {arm.name for arm in arms_of("two", 5)} == {arm.name for arm in ARMS if arm.main}
+    with pytest.raises(ConfigError, match=r"two has no arm cpod; it has base, experts_mean"):
+        arms_of("two", 1, ["cpod"])
+
+
+def test_measuring_names_every_model_once(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path)
+    greedy, sampled = measuring_jobs(folder, "two", arms_of("two", 1, ["base", "copd"]))
+    assert [word.partition("=")[0] for word in greedy.command[5:]] == [
+        "base",
+        "copd",
+        "copd.alpha",
+        "copd.beta",
+    ]
+    assert greedy.name != sampled.name
+
+
+# -- runner
+
+
+def a_job(tmp_path: Path, name: str, code: str, *after: str, cores: int = 1, digest: str = "d") -> Job:
+    command = (sys.executable, "-c", code, str(tmp_path))
+    return Job(name=name, folder=tmp_path / "jobs", command=command, after=after, cores=cores, digest=digest)
+
+
+APPEND = "import sys, pathlib; p = pathlib.Path(sys.argv[1], 'order'); p.open('a').write({!r})"
+
+
+def test_jobs_run_after_what_they_need_and_only_once(tmp_path: Path) -> None:
+    jobs = [
+        a_job(tmp_path, "c", APPEND.format("c"), "b"),
+        a_job(tmp_path, "b", APPEND.format("b"), "a"),
+        a_job(tmp_path, "a", APPEND.format("a")),
+    ]
+    said: list[str] = []
+    costs = run_jobs(jobs, cores=2, say=said.append)
+    assert (tmp_path / "order").read_text() == "abc"
+    assert all(cost.core_seconds > 0 for cost in costs.values())
+    assert "[3/3]" in said[-1] and "all done" in said[-1]
+    run_jobs(jobs, cores=2, say=said.append)
+    assert (tmp_path / "order").read_text() == "abc"
+
+
+def test_no_more_ranks_run_at_once_than_there_are_cores(tmp_path: Path) -> None:
+    count = (
+        "import sys, time, pathlib, os; f = pathlib.Path(sys.argv[1], f'r{os.getpid()}'); f.touch();"
+        "time.sleep(0.3); n = len(list(f.parent.glob('r*'))); f.unlink(); assert n == 1, n"
+    )
+    run_jobs([a_job(tmp_path, name, count, cores=2) for name in "abc"], cores=2, say=print)
+
+
+def test_a_failed_job_is_named_with_its_log_and_the_rest_goes_on_later(tmp_path: Path) -> None:
+    failing = a_job(
+        tmp_path, "bad", "import sys, pathlib; sys.exit(not pathlib.Path(sys.argv[1], 'ok').exists())"
+    )
+    with pytest.raises(TaskFailed, match=r"bad failed; its log: .*bad\.log"):
+        run_jobs([failing], cores=1, say=print)
+    (tmp_path / "ok").touch()
+    assert run_jobs([failing], cores=1, say=print)
+
+
+def test_a_job_that_was_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    run_jobs([a_job(tmp_path, "a", "pass")], cores=1, say=print)
+    with pytest.raises(ConfigError, match="a was run with other settings"):
+        run_jobs([a_job(tmp_path, "a", "pass", digest="other")], cores=1, say=print)
+
+
+def test_a_need_that_nothing_makes_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TaskFailed, match="a needs b, which nothing makes"):
+        run_jobs([a_job(tmp_path, "a", "pass", "b")], cores=1, say=print)
+
+
+def test_what_runs_ends_with_the_command(tmp_path: Path) -> None:
+    """SIGTERM to the command ends the whole group of every job that runs."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, signal, pathlib\n"
+        "from copd_megatron.reproduction.runner import Job, run_jobs\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "code = \"import os, time, pathlib; p = pathlib.Path('child'); p.write_text(str(os.getpid()))\"\n"
+        'code += "; time.sleep(60)"\n'
+        "job = Job(name='a', folder=pathlib.Path('jobs'), command=(sys.executable, '-c', code), digest='d')\n"
+        "run_jobs([job], cores=1, say=print)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path, env=environment)
+    child = tmp_path / "child"
+    deadline = time.monotonic() + 120
+    while not (child.is_file() and child.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pid = int(child.read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert not (tmp_path / "jobs" / "a.json").exists()
+
+
+# -- figures
+
+
+def rewards(*values: float) -> np.ndarray:
+    return np.asarray(values, np.float64)
+
+
+def test_an_interval_over_seeds_is_at_least_students_t() -> None:
+    found = over_seeds([0.5, 0.6, 0.7])
+    half = 4.303 * 0.1 / 3**0.5
+    assert found.value == pytest.approx(0.6)
+    assert (found.low, found.high) == (pytest.approx(0.6 - half), pytest.approx(0.6 + half))
+
+
+def test_an_interval_is_at_least_the_one_over_prompts() -> None:
+    """Seeds that agree by chance do not make a certain figure of few prompts."""
+    seeds = [{"alpha": rewards(*([1.0] * 5 + [0.0] * 5))} for _ in range(3)]
+    found = estimate(seeds)
+    assert found.value == 0.5
+    assert found.high - found.low > 0.2
+
+
+def test_one_seed_has_an_interval_over_its_prompts_only() -> None:
+    found = estimate([{"alpha": rewards(1, 0, 1, 1), "beta": rewards(0, 0, 0, 0)}])
+    assert found.value == pytest.approx(0.375)
+    assert 0.1 < found.low < 0.375 < found.high < 0.6
+
+
+def test_a_difference_is_paired_by_seed_and_prompt() -> None:
+    rng = np.random.default_rng(0)
+    hard = {seed: {"alpha": rng.integers(2, size=200).astype(float)} for seed in range(4)}
+    better = {
+        seed: {"alpha": np.clip(v["alpha"] + (rng.random(200) < 0.1), 0, 1)} for seed, v in hard.items()
+    }
+    paired = difference(better, hard)
+    assert paired.low > 0
+    assert difference(better, {0: hard[0]}).value == pytest.approx(
+        float(np.mean(better[0]["alpha"] - hard[0]["alpha"]))
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "above", "verdict"),
+    [
+        (0.01, 0.2, True, HOLDS),
+        (-0.2, -0.01, True, FAILS),
+        (-0.1, 0.1, True, OPEN),
+        (-0.2, -0.01, False, HOLDS),
+        (0.01, 0.2, False, FAILS),
+    ],
+)
+def test_a_claim_holds_only_where_the_whole_interval_says_so(
+    low: float, high: float, above: bool, verdict: str
+) -> None:
+    claim = Claim(text="", figure="", above=above)
+    assert decide(claim, Estimate(value=(low + high) / 2, low=low, high=high)) == verdict
+
+
+def test_the_criteria_read_experts_and_mixed_training_alone() -> None:
+    def flat(alpha: float, beta: float) -> Mapping[str, np.ndarray]:
+        return {"alpha": rewards(alpha), "beta": rewards(beta)}
+
+    good = {
+        "base": flat(0.3, 0.2),
+        "expert.alpha": flat(0.7, 0.25),
+        "expert.beta": flat(0.35, 0.6),
+        "mixed_longer": flat(0.6, 0.7),
+    }
+    found = criteria(["alpha", "beta"], [good], {"alpha": 6, "beta": 7})
+    assert [c.met for c in found] == [True] * 5
+    bad = {**good, "expert.alpha": flat(0.7, 0.5), "mixed_longer": flat(0.9, 0.9), "base": flat(0.3, 0.05)}
+    assert [c.met for c in criteria(["alpha", "beta"], [bad], {"alpha": 6, "beta": 6})] == [
+        *(False, True, False, False, True),
+    ]
+
+
+def test_a_budget_counts_what_was_taken_of_the_experts(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path)
+    runs = folder.runs("two")
+    for task, names, steps in (
+        (INDEPENDENT, ("alpha", "beta"), 160),
+        ("static_alpha", ("alpha",), 64),
+        ("static_beta", ("beta",), 64),
+    ):
+        (runs / task).mkdir(parents=True)
+        row = {
+            f"{n}/train/{key}": v for n in names for key, v in (("num_rows", 10.0), ("response_length", 2.0))
+        }
+        lines = [json.dumps({"step": step, "phase": "rlvr", **row}) for step in range(1, steps + 1)]
+        (runs / task / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    arm = next(arm for arm in ARMS if arm.name == "static")
+    tasks = folder.made("two", arm).tasks
+    costs = {t.name: Cost(seconds=1.0, core_seconds=10.0, digest="") for t in tasks}
+    costs[INDEPENDENT] = Cost(seconds=1.0, core_seconds=160.0, digest="")
+    found = budget_of(tasks, runs, costs)
+    assert found.steps == 2 * 96 + 2 * 64
+    assert found.tokens == 20 * found.steps
+    assert found.core_seconds == pytest.approx(5 * 10 + 96)
+
+
+# -- the whole way
+
+
+@pytest.mark.slow
+def test_a_comparison_from_base_to_page(tmp_path: Path) -> None:
+    """Real runs of a few steps: base, experts, mixed training and CoPD, measured, collected and drawn."""
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "reproduce.py"),
+        "quick",
+        "--setting",
+        "smoke",
+        "--seeds",
+        "1",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(
+        [*command, "--out", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=580
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    page = (tmp_path / "page" / "README.md").read_text()
+    assert "CoPD beats the mean of independent experts" in page
+    results = json.loads((tmp_path / "page" / "results.json").read_text())
+    two = results["comparisons"]["two"]
+    assert two["models"]["copd"]["seeds"] == [1]
+    assert two["budgets"]["copd"]["steps"] == two["budgets"]["experts_mean"]["steps"] == 36
+    assert 0 < two["behaviour"]["copd"]["overlap"]["alpha-beta"]["1"][0][1] <= 1
+    assert (tmp_path / "page" / "figures" / "likeness.svg").stat().st_size > 1000
