@@ -134,7 +134,7 @@ def test_tasks_of_one_name_are_one_task_and_come_after_what_they_need(
 
 
 def test_equal_budgets_are_equal(tmp_path: Path) -> None:
-    """Experts, CoPD and its variants have 160 steps a branch, mixed training 320 batches, static distillation
+    """Experts, CoPD and its variants have 120 steps a branch, mixed training 240 batches, static distillation
     as many steps in sequence as CoPD has in its two phases."""
     folder = a_folder(tmp_path)
     tasks = {t.name: t.config for arm in ARMS for t in folder.made("two", arm).tasks if t.trains}
@@ -143,18 +143,18 @@ def test_equal_budgets_are_equal(tmp_path: Path) -> None:
         schedule = tasks[name].schedule
         return schedule.cycles * schedule.rlvr_steps, schedule.cycles * schedule.opd_steps
 
-    assert steps(INDEPENDENT) == (160, 0)
-    assert steps("copd") == (96, 64)
-    assert steps("static_alpha") == (0, 64)
-    assert steps("mopd") == (0, 64)
-    assert steps("mixed") == (320, 0)
-    assert steps("mixed_wider") == (160, 0)
+    assert steps(INDEPENDENT) == (120, 0)
+    assert steps("copd") == (72, 48)
+    assert steps("static_alpha") == (0, 48)
+    assert steps("mopd") == (0, 48)
+    assert steps("mixed") == (240, 0)
+    assert steps("mixed_wider") == (120, 0)
     assert tasks["mixed_wider"].branches["mixed"].num_prompts_per_step == 64
     for name in tasks:
         if name.startswith("copd_ratio"):
-            assert sum(steps(name)) == 160
+            assert sum(steps(name)) == 120
     native, cross = steps("copd_short")
-    assert native + 2 * cross == pytest.approx(160, abs=4)  # batches: the experts' 160
+    assert native + 2 * cross == pytest.approx(120, abs=4)  # batches, as many as an expert has
 
 
 def test_arms_that_are_not_the_main_ones_have_fewer_seeds() -> None:
@@ -337,9 +337,9 @@ def test_a_budget_counts_what_was_taken_of_the_experts(tmp_path: Path) -> None:
     folder = a_folder(tmp_path)
     runs = folder.runs("two")
     for task, names, steps in (
-        (INDEPENDENT, ("alpha", "beta"), 160),
-        ("static_alpha", ("alpha",), 64),
-        ("static_beta", ("beta",), 64),
+        (INDEPENDENT, ("alpha", "beta"), 120),
+        ("static_alpha", ("alpha",), 48),
+        ("static_beta", ("beta",), 48),
     ):
         (runs / task).mkdir(parents=True)
         row = {
@@ -350,11 +350,11 @@ def test_a_budget_counts_what_was_taken_of_the_experts(tmp_path: Path) -> None:
     arm = next(arm for arm in ARMS if arm.name == "static")
     tasks = folder.made("two", arm).tasks
     costs = {t.name: Cost(seconds=1.0, core_seconds=10.0, digest="") for t in tasks}
-    costs[INDEPENDENT] = Cost(seconds=1.0, core_seconds=160.0, digest="")
+    costs[INDEPENDENT] = Cost(seconds=1.0, core_seconds=120.0, digest="")
     found = budget_of(tasks, runs, costs)
-    assert found.steps == 2 * 96 + 2 * 64
+    assert found.steps == 2 * 72 + 2 * 48
     assert found.tokens == 20 * found.steps
-    assert found.core_seconds == pytest.approx(5 * 10 + 96)
+    assert found.core_seconds == pytest.approx(5 * 10 + 72)
 
 
 # -- the whole way

@@ -17,7 +17,7 @@ from copd_megatron.tiny.recipe import (
     digest_of_parts,
     package_versions,
 )
-from copd_megatron.tiny.tasks.tables import TableWorld, chains, distinct_chains, respond
+from copd_megatron.tiny.tasks.tables import TableWorld, chains, distinct_chains, num_chains, respond
 
 VERIFIER = "exact"
 
@@ -30,6 +30,7 @@ class Material:
     model: ModelSize
     warm_up: WarmUpSettings
     num_train: int
+    """Training prompts of a domain; fewer where it has no more besides the held-out ones."""
     num_validation: int
 
 
@@ -44,7 +45,8 @@ def make_shards(out: Path, material: Material) -> bool:
 
         world = material.world
         for domain in world.domains:
-            found = distinct_chains(world, domain, material.num_validation + material.num_train)
+            wanted = material.num_validation + material.num_train
+            found = distinct_chains(world, domain, min(wanted, num_chains(world, domain) * 9 // 10))
             samples = [
                 NewSample(prompt=c.prompt, answer=str(c.values(world)[-1]), verifier=VERIFIER) for c in found
             ]

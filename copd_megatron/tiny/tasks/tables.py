@@ -145,14 +145,18 @@ def chains(world: TableWorld, domain: TableDomain, rng: random.Random) -> Iterat
         yield Chain(domain=domain, start=rng.choice(symbols), steps=steps)
 
 
+def num_chains(world: TableWorld, domain: TableDomain) -> int:
+    """How many prompts a domain has."""
+    return world.num_symbols * (len(domain.letters) * world.num_symbols) ** domain.length
+
+
 def distinct_chains(world: TableWorld, domain: TableDomain, count: int) -> list[Chain]:
     """``count`` tasks of which no two have the same prompt, in an order that the world's seed determines.
 
     Raises:
         ValueError: there are fewer.
     """
-    symbols, letters = world.num_symbols, len(domain.letters)
-    if count > (possible := symbols * (letters * symbols) ** domain.length):
+    if count > (possible := num_chains(world, domain)):
         raise ValueError(f"domain {domain.name!r} has {possible} prompts, and {count} were asked for")
     rng = world._random("prompts", domain.name)
     found: dict[str, Chain] = {}
