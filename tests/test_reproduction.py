@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -27,7 +28,14 @@ from copd_megatron.reproduction.criteria import criteria
 from copd_megatron.reproduction.runner import Cost, Job, TaskFailed, run_jobs
 from copd_megatron.reproduction.scores import difference, estimate, over_seeds
 from copd_megatron.reproduction.setting import CHOSEN, SETTINGS
-from copd_megatron.tiny.tasks.tables import Chain, TableDomain, TableWorld, distinct_chains, respond
+from copd_megatron.tiny.tasks.tables import (
+    Chain,
+    TableDomain,
+    TableWorld,
+    distinct_chains,
+    respond,
+    response_length,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,7 +93,10 @@ def test_values_follow_the_tables_of_the_domain() -> None:
         value = tables[key][right][value]
     assert chain.values(world)[-1] == value
     assert chain.prompt == "B3s1c2y0s5"
-    assert respond([4, 1, 8]) == "<think>41</think>8"
+    assert respond(chain, [4, 1, 6, 8]) == "<think>416</think>8"
+    verbose = Chain(domain=dataclasses.replace(domain, verbose=True), start=3, steps=chain.steps)
+    assert respond(verbose, [4, 1, 6, 8]) == "<think>s1=4c2=1y0=6</think>8"
+    assert response_length(domain) == 7 and response_length(verbose.domain) == 16
 
 
 def test_prompts_are_distinct_and_the_same_for_a_seed() -> None:

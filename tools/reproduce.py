@@ -37,6 +37,7 @@ from copd_megatron.reproduction.compare import (
     training_jobs,
 )
 from copd_megatron.reproduction.runner import Job, TaskFailed, run_jobs
+from copd_megatron.tiny.tasks.tables import response_length
 from copd_megatron.untrusted.json_text import load_file
 
 ROOM = Path(__file__).resolve().parents[1] / "copd_megatron" / "reproduction"
@@ -71,7 +72,7 @@ def select(folders: Sequence[SeedFolder]) -> dict[str, Any]:
     first = folders[0]
     domains = list(first.config("two").branches)
     world = first.setting.material(first.seed).world
-    lengths = {d.name: d.length + 3 for d in world.domains}
+    lengths = {d.name: response_length(d) for d in world.domains}
     labels = ["base", "mixed_longer", *(f"expert.{d}" for d in domains)]
     seeds = [{label: read_scores(f.scores("two", "greedy"), label) for label in labels} for f in folders]
     found = criteria(domains, seeds, lengths)

@@ -97,7 +97,7 @@ def _batches(material: Material, tokenizer: Any) -> Iterator[dict[str, Any]]:
         rows = []
         for number in range(settings.batch_size):
             chain = next(streams[number % len(streams)])
-            response = respond(chain.values(world, rng))
+            response = respond(chain, chain.values(world, rng))
             ids = [*tokenizer(response)["input_ids"], tokenizer.eos_token_id]
             rows.append((encode_prompt(tokenizer, chain.prompt).tolist(), ids))
         normalizer = sum(len(response) for _, response in rows)

@@ -22,6 +22,8 @@ class Setting:
     """What it was tried for."""
     lengths: tuple[int, ...] = (3, 4, 3, 4)
     """Operations in a chain of alpha, beta, gamma and delta."""
+    verbose: tuple[bool, ...] = (False, False, False, False)
+    """Whether their workings name the operations, and answers are twice as long."""
     shared: str = "s"
     conflicting: str = "c"
     num_symbols: int = 6
@@ -46,7 +48,9 @@ class Setting:
 
     def material(self, seed: int) -> Material:
         """The base model and shards of a seed: other tables, other beliefs, other weights."""
-        names = zip(("alpha", "beta", "gamma", "delta"), "ABCD", "wxyz", self.lengths, strict=True)
+        names = zip(
+            ("alpha", "beta", "gamma", "delta"), "ABCD", "wxyz", self.lengths, self.verbose, strict=True
+        )
         world = TableWorld(
             domains=tuple(
                 TableDomain(
@@ -110,11 +114,19 @@ SETTINGS = {
             overrides=("optimizer.lr=4e-4", "schedule.cycles=3"),
         ),
         Setting(
+            name="tables_33",
+            why="all chains of three steps, half of the beliefs wrong, the first learning rate again; answers of "
+            "beta and delta are twice as long, since they name the operations",
+            lengths=(3, 3, 3, 3),
+            verbose=(False, True, False, True),
+            overrides=("schedule.cycles=3",),
+        ),
+        Setting(
             name="quick",
             why="the chosen setting with two cycles instead of three, to see the tool work",
-            lengths=(3, 2, 3, 2),
-            wrong_share=0.6,
-            overrides=("optimizer.lr=4e-4", "schedule.cycles=2"),
+            lengths=(3, 3, 3, 3),
+            verbose=(False, True, False, True),
+            overrides=("schedule.cycles=2",),
         ),
         Setting(
             name="smoke",
@@ -129,7 +141,7 @@ SETTINGS = {
         ),
     )
 }
-CHOSEN = "tables_32"
+CHOSEN = "tables_33"
 """The setting of the comparison, chosen by ``criteria.py`` on the tuning seeds alone."""
 
 TUNING_SEEDS = (101, 102)

@@ -37,6 +37,9 @@ class TableDomain:
     """Letters that no other domain uses."""
     length: int
     """Operations of a chain."""
+    verbose: bool = False
+    """Whether the working names the operations: ``s7=4`` in place of ``4``. The answer is then longer and as
+    hard."""
 
     @property
     def letters(self) -> str:
@@ -131,10 +134,19 @@ class Chain:
         return found
 
 
-def respond(values: Sequence[int]) -> str:
-    """The response that works through these values."""
+def respond(chain: Chain, values: Sequence[int]) -> str:
+    """The response that works through these values, one for each step of the chain."""
     *between, answer = values
-    return f"<think>{''.join(map(str, between))}</think>{answer}"
+    steps = [
+        f"{letter}{right}={value}" if chain.domain.verbose else str(value)
+        for (letter, right), value in zip(chain.steps, between, strict=False)
+    ]
+    return f"<think>{''.join(steps)}</think>{answer}"
+
+
+def response_length(domain: TableDomain) -> int:
+    """Tokens of a response: thinking marks, working, answer and end of turn, a byte each."""
+    return (domain.length - 1) * (4 if domain.verbose else 1) + 4
 
 
 def chains(world: TableWorld, domain: TableDomain, rng: random.Random) -> Iterator[Chain]:
