@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from copd_megatron.reproduction.arms import COMPARISONS
+from copd_megatron.reproduction.setting import SETTINGS
 
 _TABLES = {
     "two": "Two branches (the paper's Table 1)",
@@ -52,6 +53,9 @@ def page(results: Mapping[str, Any], introduction: str, figures: Sequence[str]) 
 
 def _selection(selection: Mapping[str, Any]) -> str:
     lines = ["All settings that were tried, in their order, on the tuning seeds:"]
+    for setting in SETTINGS.values():
+        if setting.given_up:
+            lines += ["", f"**{setting.name}**: {setting.why}. Given up: {setting.given_up}."]
     for name, found in selection.items():
         seeds = ", ".join(map(str, found["seeds"]))
         lines += [
