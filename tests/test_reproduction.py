@@ -75,13 +75,13 @@ def test_the_base_believes_exactly_the_wrong_share_wrongly() -> None:
 
 
 def test_a_wrong_belief_leaves_the_truth_a_chance() -> None:
-    world, rng = a_world(belief=0.8), random.Random(0)
+    world, rng = a_world(num_symbols=8, error_sureness=0.6, doubt=0.3), random.Random(0)
     right, left = next(
         (r, v) for r in range(8) for v in range(8) if world.beliefs["s"][r][v] != world.tables["s"][r][v]
     )
     said = [world.says("s", right, left, rng) for _ in range(4000)]
-    assert said.count(world.beliefs["s"][right][left]) / 4000 == pytest.approx(0.8 + 0.1 / 8, abs=0.03)
-    assert said.count(world.tables["s"][right][left]) / 4000 == pytest.approx(0.1 + 0.1 / 8, abs=0.03)
+    assert said.count(world.beliefs["s"][right][left]) / 4000 == pytest.approx(0.6 + 0.1 / 8, abs=0.03)
+    assert said.count(world.tables["s"][right][left]) / 4000 == pytest.approx(0.3 + 0.1 / 8, abs=0.03)
 
 
 def test_values_follow_the_tables_of_the_domain() -> None:

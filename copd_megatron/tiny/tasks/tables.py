@@ -59,9 +59,13 @@ class TableWorld:
     """Digits 0 .. num_symbols - 1; at most 10."""
     wrong_share: float = 0.4
     """Share of the facts of a table of which the base believes something wrong."""
-    belief: float = 0.8
-    """How often the base says what it believes. A wrong belief leaves the truth half of the rest, so that
-    sampling can find it; all else is spread over the other symbols."""
+    sureness: float = 0.8
+    """How often the base says what it believes, where the belief is right; the rest is spread over all
+    symbols."""
+    error_sureness: float = 0.8
+    """How often it says what it believes, where the belief is wrong."""
+    doubt: float = 0.1
+    """How often it says the truth nevertheless, so that sampling can find it; the rest is spread."""
     seed: int
 
     @cached_property
@@ -104,9 +108,10 @@ class TableWorld:
     def says(self, key: str, right: int, left: int, rng: random.Random) -> int:
         """What the base says a step gives, drawn."""
         believed, true = self.beliefs[key][right][left], self.tables[key][right][left]
-        if rng.random() < self.belief:
+        draw = rng.random()
+        if draw < (self.sureness if believed == true else self.error_sureness):
             return believed
-        if believed != true and rng.random() < 0.5:
+        if believed != true and draw < self.error_sureness + self.doubt:
             return true
         return rng.randrange(self.num_symbols)
 
