@@ -136,8 +136,8 @@ SETTINGS = {
         ),
         Setting(
             name="tables_doubt",
-            why="the same with a base that doubts what it believes wrongly: it says the truth three times in ten, "
-            "so that sampling finds it, and its error six times",
+            why="the same with a base that doubts what it believes wrongly: it says its error six times "
+            "in ten and the truth three times, so that sampling finds it",
             lengths=(3, 3, 3, 3),
             verbose=(False, True, False, True),
             sureness=0.9,
