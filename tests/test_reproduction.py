@@ -145,7 +145,7 @@ def test_tasks_of_one_name_are_one_task_and_come_after_what_they_need(
 
 
 def test_equal_budgets_are_equal(tmp_path: Path) -> None:
-    """Experts, CoPD and its variants have 120 steps a branch, mixed training 240 batches, static distillation
+    """Experts, CoPD and its variants have 50 steps a branch, mixed training 100 batches, static distillation
     as many steps in sequence as CoPD has in its two phases."""
     folder = a_folder(tmp_path)
     tasks = {t.name: t.config for arm in ARMS for t in folder.made("two", arm).tasks if t.trains}
@@ -154,18 +154,18 @@ def test_equal_budgets_are_equal(tmp_path: Path) -> None:
         schedule = tasks[name].schedule
         return schedule.cycles * schedule.rlvr_steps, schedule.cycles * schedule.opd_steps
 
-    assert steps(INDEPENDENT) == (120, 0)
-    assert steps("copd") == (72, 48)
-    assert steps("static_alpha") == (0, 48)
-    assert steps("mopd") == (0, 48)
-    assert steps("mixed") == (240, 0)
-    assert steps("mixed_wider") == (120, 0)
+    assert steps(INDEPENDENT) == (50, 0)
+    assert steps("copd") == (30, 20)
+    assert steps("static_alpha") == (0, 20)
+    assert steps("mopd") == (0, 20)
+    assert steps("mixed") == (100, 0)
+    assert steps("mixed_wider") == (50, 0)
     assert tasks["mixed_wider"].branches["mixed"].num_prompts_per_step == 64
     for name in tasks:
         if name.startswith("copd_ratio"):
-            assert sum(steps(name)) == 120
+            assert sum(steps(name)) == 50
     native, cross = steps("copd_short")
-    assert native + 2 * cross == pytest.approx(120, abs=4)  # batches, as many as an expert has
+    assert native + 2 * cross == pytest.approx(50, abs=4)  # batches, as many as an expert has
 
 
 def test_arms_that_are_not_the_main_ones_have_fewer_seeds() -> None:
@@ -348,9 +348,9 @@ def test_a_budget_counts_what_was_taken_of_the_experts(tmp_path: Path) -> None:
     folder = a_folder(tmp_path)
     runs = folder.runs("two")
     for task, names, steps in (
-        (INDEPENDENT, ("alpha", "beta"), 120),
-        ("static_alpha", ("alpha",), 48),
-        ("static_beta", ("beta",), 48),
+        (INDEPENDENT, ("alpha", "beta"), 50),
+        ("static_alpha", ("alpha",), 20),
+        ("static_beta", ("beta",), 20),
     ):
         (runs / task).mkdir(parents=True)
         row = {
@@ -361,11 +361,11 @@ def test_a_budget_counts_what_was_taken_of_the_experts(tmp_path: Path) -> None:
     arm = next(arm for arm in ARMS if arm.name == "static")
     tasks = folder.made("two", arm).tasks
     costs = {t.name: Cost(seconds=1.0, core_seconds=10.0, digest="") for t in tasks}
-    costs[INDEPENDENT] = Cost(seconds=1.0, core_seconds=120.0, digest="")
+    costs[INDEPENDENT] = Cost(seconds=1.0, core_seconds=50.0, digest="")
     found = budget_of(tasks, runs, costs)
-    assert found.steps == 2 * 72 + 2 * 48
+    assert found.steps == 2 * 30 + 2 * 20
     assert found.tokens == 20 * found.steps
-    assert found.core_seconds == pytest.approx(5 * 10 + 72)
+    assert found.core_seconds == pytest.approx(5 * 10 + 30)
 
 
 # -- the whole way

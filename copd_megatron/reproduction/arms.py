@@ -20,7 +20,7 @@ BASE = "base"
 INDEPENDENT = "independent"
 START = "start"
 """Frozen branch that holds the base, from which the drift of the experts is measured."""
-SAVE_PERIOD = 24
+SAVE_PERIOD = 10
 """Steps between the checkpoints of the independent experts, which are the teachers and students of other
 arms."""
 
@@ -261,7 +261,7 @@ def controlled_distance(config: Config, out: Path) -> Made:
             before, after = _out_of(start), (*after, start.name)
         run = _run(config, out, f"distance_{age}")
         run.branches = {name: run.branches[name] for name in (first, second)}
-        _distil_only(run, SAVE_PERIOD)
+        _distil_only(run, 2 * SAVE_PERIOD)
         run.branches[first].model_path = before
         run.branches[second].model_path, run.branches[second].frozen = _out_of(final), True
         run.opd.topology, run.opd.hub = Topology.hub_and_spoke, first
@@ -357,7 +357,7 @@ ARMS = (
             title=f"CoPD, S_RL : S_OPD {rl} : {opd}",
             make=copd(f"copd_ratio_{name}", ratio(rl, opd)),
         )
-        for name, rl, opd in (("0_5", 13, 27), ("1", 20, 20), ("2", 27, 13), ("3", 30, 10))
+        for name, rl, opd in (("0_5", 8, 17), ("1", 13, 12), ("2", 17, 8), ("3", 19, 6))
     ),
     *(
         Arm(

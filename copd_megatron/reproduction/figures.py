@@ -136,7 +136,7 @@ def _strength(axes: Any, two: Mapping[str, Any]) -> bool:
 
 def _lag(axes: Any, two: Mapping[str, Any]) -> bool:
     axes.set_xlabel("largest lag of a teacher, steps")
-    return _points(axes, two, {"copd": 0, "copd_every_4": 3, "copd_snapshot": 15}, "CoPD")
+    return _points(axes, two, {"copd": 0, "copd_every_4": 3, "copd_snapshot": 9}, "CoPD")
 
 
 def _distance(axes: Any, two: Mapping[str, Any]) -> bool:

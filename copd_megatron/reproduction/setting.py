@@ -99,6 +99,8 @@ class Setting:
         return config
 
 
+_THREE_CYCLES = ("schedule.cycles=3", "schedule.rlvr_steps=24", "schedule.opd_steps=16")
+_FOUR_CYCLES = ("schedule.cycles=4", "schedule.rlvr_steps=24", "schedule.opd_steps=16")
 SETTINGS = {
     setting.name: setting
     for setting in (
@@ -109,12 +111,14 @@ SETTINGS = {
             "base of two domains had come to 0.41); mean rewards of 0.13, after 49 steps 0.10",
             num_symbols=8,
             wrong_share=0.4,
+            overrides=_FOUR_CYCLES,
         ),
         Setting(
             name="tables_6",
             why="the same with six symbols, fewer facts, of which the base believes half wrongly",
             given_up="in 160 steps the mean reward of alpha (chains of three) rose from 0.16 to 0.80, of "
             "beta (chains of four) from 0.16 to 0.21",
+            overrides=_FOUR_CYCLES,
         ),
         Setting(
             name="tables_32",
@@ -123,7 +127,7 @@ SETTINGS = {
             given_up="after 120 steps the mean reward of alpha was 0.14, of beta 0.38",
             lengths=(3, 2, 3, 2),
             wrong_share=0.6,
-            overrides=("optimizer.lr=4e-4", "schedule.cycles=3"),
+            overrides=(*_THREE_CYCLES, "optimizer.lr=4e-4"),
         ),
         Setting(
             name="tables_33",
@@ -132,7 +136,7 @@ SETTINGS = {
             lengths=(3, 3, 3, 3),
             verbose=(False, True, False, True),
             given_up="after 110 steps the mean reward of alpha was 0.32, of beta 0.19",
-            overrides=("schedule.cycles=3",),
+            overrides=_THREE_CYCLES,
         ),
         Setting(
             name="tables_doubt",
@@ -143,17 +147,28 @@ SETTINGS = {
             sureness=0.9,
             error_sureness=0.6,
             doubt=0.3,
-            overrides=("schedule.cycles=3",),
+            given_up="experts learn too fast for 120 steps: after 41 the mean rewards of alpha and beta had risen "
+            "from 0.25 and 0.24 to 0.62 and 0.74",
+            overrides=_THREE_CYCLES,
         ),
         Setting(
-            name="quick",
-            why="the chosen setting with two cycles instead of three, to see the tool work",
+            name="tables_50",
+            why="the same with 50 steps, two cycles of 15 and 10",
             lengths=(3, 3, 3, 3),
             verbose=(False, True, False, True),
             sureness=0.9,
             error_sureness=0.6,
             doubt=0.3,
-            overrides=("schedule.cycles=2",),
+        ),
+        Setting(
+            name="quick",
+            why="the chosen setting with one cycle instead of two, to see the tool work",
+            lengths=(3, 3, 3, 3),
+            verbose=(False, True, False, True),
+            sureness=0.9,
+            error_sureness=0.6,
+            doubt=0.3,
+            overrides=("schedule.cycles=1",),
         ),
         Setting(
             name="smoke",
@@ -168,7 +183,7 @@ SETTINGS = {
         ),
     )
 }
-CHOSEN = "tables_doubt"
+CHOSEN = "tables_50"
 """The setting of the comparison, chosen by ``criteria.py`` on the tuning seeds alone."""
 
 TUNING_SEEDS = (101, 102)
