@@ -147,8 +147,8 @@ SETTINGS = {
             sureness=0.9,
             error_sureness=0.6,
             doubt=0.3,
-            given_up="experts learn too fast for 120 steps: after 41 the mean rewards of alpha and beta had risen "
-            "from 0.25 and 0.24 to 0.62 and 0.74",
+            given_up="experts learn too fast for 120 steps: after 41 the mean rewards of alpha and beta had "
+            "risen from 0.25 and 0.24 to 0.62 and 0.74",
             overrides=_THREE_CYCLES,
         ),
         Setting(
