@@ -242,7 +242,8 @@ _copd_job_check() {
     local names command
     names=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)
     command=("${in_env[@]}" python3 -m copd_megatron.launch.slurm "$config" "${overrides[@]}"
-        --hosts "$names" --ranks-per-node "$per_node")
+        --hosts "$names" --ranks-per-node "$per_node"
+        --topology "$(scontrol --oneliner show topology 2>/dev/null | grep -e Level= || true)")
     if [[ ${#srun_container[@]} -gt 0 && ${COPD_PRINT-} != 1 ]]; then
         command=(srun --nodes=1 --ntasks=1 --overlap "${srun_container[@]}" "${command[@]}")
     elif [[ ${#srun_container[@]} -gt 0 ]]; then

@@ -112,6 +112,7 @@ WITHOUT_TORCH = [
     "copd_megatron.planner.show",
     "copd_megatron.branch.schedule",
     "copd_megatron.launch.placement",
+    "copd_megatron.launch.switches",
     "copd_megatron.topology.who_waits",
     "copd_megatron.topology.slurm",
     "copd_megatron.launch.slurm",

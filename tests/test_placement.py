@@ -13,9 +13,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from copd_megatron.config.graph import Edge
 from copd_megatron.launch.placement import PlacementError, host_list, place
+from copd_megatron.launch.switches import arrange
 from copd_megatron.topology.layout import BranchLayout, Layout
-from copd_megatron.topology.slurm import first_host, step_environment
+from copd_megatron.topology.slurm import first_host, hosts_of, step_environment, switches
 from tests.support.domains import make_domains
 from tests.support.models import make_model
 
@@ -219,3 +221,74 @@ def test_variables_of_different_steps_are_refused() -> None:
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+# --- switches ----------------------------------------------------------------------------------------------
+
+
+def edge(student: str, teacher: str) -> Edge:
+    return Edge(
+        student=student, teacher=teacher, prompts=teacher, beta=1.0, num_prompts=1, num_generations=1,
+        objective="sampled_token", weight=1.0,
+    )  # fmt: skip
+
+
+def hub_edges(count: int) -> list[Edge]:
+    pairs = [(f"b{i}", "b0") for i in range(1, count)]
+    return [edge(a, b) for pair in pairs for a, b in (pair, pair[::-1])]
+
+
+def test_a_branch_stays_on_its_switch_and_a_spoke_near_its_hub() -> None:
+    """Hub of 2 nodes, spokes of 1 and 2, on switches of 3 nodes that SLURM names in turn."""
+    job = layout([(4, 1, 4), (4, 1, 2), (4, 1, 4)])
+    placed = place(job, num_nodes=5, ranks_per_node=8)
+    hosts = [f"n{i}" for i in range(5)]
+    switch_of = {host: f"s{i % 2}" for i, host in enumerate(hosts)}  # s0: n0, n2, n4; s1: n1, n3
+    found = arrange(placed, job, hosts, switch_of, hub_edges(3))
+    assert sorted(found.names) == hosts
+    assert found.switches == {"b0": 1, "b1": 1, "b2": 1}
+    assert found.far_edges <= 2
+    given = arrange(placed, job, hosts, {}, hub_edges(3))
+    assert given.names == tuple(hosts) and given.cost == 0
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    st.integers(1, 4),
+    st.randoms(use_true_random=False),
+)
+def test_hosts_are_a_permutation_that_costs_no_more_than_the_given_order(
+    sizes: list[int], per_switch: int, random: object
+) -> None:
+    from random import Random
+
+    assert isinstance(random, Random)
+    job = layout([(1, 1, 8 * size) for size in sizes])
+    placed = place(job, num_nodes=sum(sizes), ranks_per_node=8)
+    hosts = [f"n{i}" for i in range(sum(sizes))]
+    shuffled = random.sample(hosts, len(hosts))
+    switch_of = {host: str(i // per_switch) for i, host in enumerate(shuffled)}
+    edges = hub_edges(len(sizes))
+    found = arrange(placed, job, hosts, switch_of, edges)
+    assert sorted(found.names) == sorted(hosts)
+    nodes = {b: {placed.node_of_rank[r] for r in job.ranks_of(b)} for b in job.branch_names}
+    for names, at_most in ((found.names, found.cost), (tuple(hosts), None)):
+        spread = {b: {switch_of[names[n]] for n in nodes[b]} for b in nodes}
+        cost = 100 * sum(len(s) - 1 for s in spread.values())
+        cost += sum(not spread[e.student] & spread[e.teacher] for e in edges)
+        assert cost == at_most if at_most is not None else cost >= found.cost
+    if all(size <= per_switch for size in sizes) and len(set(sizes)) == 1 and per_switch % sizes[0] == 0:
+        assert set(found.switches.values()) == {1}, "branches that fit switches are not split"
+
+
+def test_slurms_topology_is_read() -> None:
+    text = (
+        "SwitchName=leaf1 Level=0 LinkSpeed=1 Nodes=gpu[001-003,7],x1\n"
+        "SwitchName=leaf2 Level=0 LinkSpeed=1 Nodes=y\n"
+        "SwitchName=spine Level=1 LinkSpeed=1 Nodes=gpu[001-003,7],x1,y Switches=leaf[1-2]\n"
+    )
+    found = switches(text)
+    assert found == {**dict.fromkeys(["gpu001", "gpu002", "gpu003", "gpu7", "x1"], "leaf1"), "y": "leaf2"}
+    assert switches("No topology information available") == {}
+    assert hosts_of("a[8-11]b") == ["a8b", "a9b", "a10b", "a11b"]

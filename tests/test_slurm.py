@@ -83,6 +83,8 @@ def test_jobs_are_checked_and_dealt_to_nodes(cluster: Cluster, tiny_config: Path
     for job in (wrong, tight, sweep, seeds, image, three):
         cluster.end_of(job, 60)
     assert "3 ranks on 3 x 1: text on 1 node, image on 1 node, video on 1 node" in cluster.log(three)
+    # two of the three nodes hang on one switch: the hub shares it with a spoke
+    assert "text on 1 switch, image on 1 switch, video on 1 switch; 2 edges" in cluster.log(three)
     assert "srun --ntasks=3 --distribution=arbitrary" in cluster.log(three)
     assert "that is 2 nodes of 2; the job has 3. Submit it with --nodes=2" in cluster.log(wrong)
     assert cluster.record(wrong, "ExitCode") == "2:0"

@@ -39,6 +39,8 @@ def _check_worlds() -> dict[str, Any]:
         branch_sum = torch.tensor([float(world.rank)])
         dist.all_reduce(branch_sum)
         everyone = world.all_gather_objects({"rank": world.rank, "padding": "x" * (1 + 1000 * world.rank)})
+        # one long message among short ones is sent by itself
+        alone = world.all_gather_objects("x" * 20_000 if world.rank == 2 else world.rank)
         mates = world.branch_gather((world.branch, world.branch_rank))
         world.adopt_branch_environment()
         inside = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -56,6 +58,7 @@ def _check_worlds() -> dict[str, Any]:
             "default": (dist.get_rank(), dist.get_world_size()),
             "sum": branch_sum.item(),
             "everyone": [(o["rank"], len(o["padding"])) for o in everyone],
+            "alone": [len(one) if isinstance(one, str) else one for one in alone],
             "mates": mates,
             "inside": inside,
             "ring": ring.item(),
@@ -87,6 +90,7 @@ def test_branches_are_worlds_of_their_own_beside_a_router(agent_store: bool) -> 
             assert got["default"] == (branch_rank, len(ranks))
             assert got["sum"] == sum(ranks), "the default group must span this branch only"
             assert got["everyone"] == [(r, 1 + 1000 * r) for r in range(6)]
+            assert got["alone"] == [0, 1, 20_000, 3, 4, 5]
             assert got["mates"] == [(branch, i) for i in range(len(ranks))]
             assert got["inside"] == {
                 "RANK": str(branch_rank), "WORLD_SIZE": str(len(ranks)), "LOCAL_RANK": str(rank),
@@ -97,9 +101,9 @@ def test_branches_are_worlds_of_their_own_beside_a_router(agent_store: bool) -> 
 
 
 def _check_lazy_router() -> tuple[float, int, int]:
-    from copd_megatron.topology import world as module
+    from copd_megatron.topology import gloo as module
 
-    module._LAZY_CONNECTIONS_FROM = 1
+    module.LAZY_FROM = 1
     return _ring_and_sockets()
 
 

@@ -57,6 +57,11 @@ EXAMPLES = """
     "--from", "run_dir", type=PATH, metavar="RUN_DIR", help="Take overheads from a run's own timings."
 )
 @click.option("--measure", type=PATH, metavar="FILE", help="Measure this CPU and write its figures.")
+@click.option(
+    "--nodes-per-switch",
+    type=COUNT,
+    help="Nodes that hang on one switch, for the placement. Default: all of them.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a record instead of tables.")
 def command(
     config: str | None,
@@ -70,6 +75,7 @@ def command(
     machines: Path | None,
     run_dir: Path | None,
     measure: Path | None,
+    nodes_per_switch: int | None,
     as_json: bool,
 ) -> int:
     """Plan a run before paying for it.
@@ -98,13 +104,12 @@ def command(
     )
     if run_dir is not None:
         inputs = _calibrated(inputs, run_dir)
-    return _print(inputs, gpus, searches=searches, as_json=as_json)
+    return _print(inputs, gpus, nodes_per_switch, searches=searches, as_json=as_json)
 
 
-def _print(inputs: Inputs, gpus: int | None, *, searches: bool, as_json: bool) -> int:
-    from copd_megatron.launch.placement import PlacementError, place
-    from copd_megatron.topology.layout import Layout
-
+def _print(
+    inputs: Inputs, gpus: int | None, nodes_per_switch: int | None, *, searches: bool, as_json: bool
+) -> int:
     plan = make_plan(inputs)
     more = one_more_branch(inputs, plan)
     found = None
@@ -115,15 +120,30 @@ def _print(inputs: Inputs, gpus: int | None, *, searches: bool, as_json: bool) -
         return 2 if plan.problems else 0
     with reader_may_leave():
         say(describe(inputs, plan, more))
-        try:
-            layout = Layout.from_config(inputs.config)
-            placed = place(layout, num_nodes=None, ranks_per_node=inputs.machine.ranks_per_node)
-            say(f"\n# Placement\n{placed.describe()}")
-        except (PlacementError, ValueError) as error:
-            say(f"\n# Placement\n{error}")
+        say(f"\n# Placement\n{_placement(inputs, nodes_per_switch)}")
         if found is not None:
             say("\n" + describe_search(found, gpus or plan.ranks))
     return 2 if plan.problems else 0
+
+
+def _placement(inputs: Inputs, nodes_per_switch: int | None) -> str:
+    """Which branch is on which nodes and switches."""
+    from copd_megatron.config.graph import build_graph
+    from copd_megatron.launch.placement import PlacementError, place
+    from copd_megatron.launch.switches import arrange
+    from copd_megatron.topology.layout import Layout
+
+    try:
+        layout = Layout.from_config(inputs.config)
+        placed = place(layout, num_nodes=None, ranks_per_node=inputs.machine.ranks_per_node)
+    except (PlacementError, ValueError) as error:
+        return str(error)
+    if nodes_per_switch is None:
+        return placed.describe()
+    hosts = [f"node{number}" for number in range(placed.num_nodes)]
+    switch_of = {host: str(number // nodes_per_switch) for number, host in enumerate(hosts)}
+    arranged = arrange(placed, layout, hosts, switch_of, build_graph(inputs.config).edges)
+    return f"{placed.describe()}\n{arranged.describe()}"
 
 
 def lengths_of(

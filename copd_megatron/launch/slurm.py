@@ -13,9 +13,12 @@ import sys
 from collections.abc import Sequence
 
 from copd_megatron.config import ConfigError, load_config, read_model_shapes, validate
+from copd_megatron.config.graph import build_graph
 from copd_megatron.launch.placement import PlacementError, host_list, place
 from copd_megatron.launch.preflight import check_inputs
+from copd_megatron.launch.switches import arrange
 from copd_megatron.topology.layout import Layout
+from copd_megatron.topology.slurm import switches
 from copd_megatron.untrusted.visible import visible
 
 
@@ -29,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--hosts", required=True, help="names of the job's nodes, separated by commas")
+    parser.add_argument(
+        "--topology", default="", help="what scontrol --oneliner show topology prints: the nodes' switches"
+    )
     parser.add_argument("--ranks-per-node", required=True, type=int, help="GPUs per node")
     arguments = parser.parse_intermixed_args(argv)
     hosts = [host for host in arguments.hosts.split(",") if host]
@@ -41,8 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, PlacementError, FileNotFoundError, ValueError) as error:
         print(visible(f"copd: {error}"), file=sys.stderr)
         return 2
-    print("\n".join(host_list(placement, hosts)))
+    known = switches(arguments.topology)
+    arranged = arrange(placement, layout, hosts, known, build_graph(config).edges)
+    print("\n".join(host_list(placement, arranged.names)))
     print(f"copd: {placement.describe()}", file=sys.stderr)
+    if known:
+        print(f"copd: {arranged.describe()}", file=sys.stderr)
     return 0
 
 

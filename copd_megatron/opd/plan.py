@@ -2,9 +2,11 @@
 
 All ranks of a branch hold all of its rollouts, and all ranks of the teacher need them, so the cheap way is
 that each byte crosses between branches once, over several links at a time, and is then shared inside the
-receiving branch. An edge is split into lanes, as many as the smaller of its two branches has ranks; lane i
-runs from one rank of the student to one rank of the teacher (requests), and back (scores). A hub serves many
-edges, so every edge takes the ranks of each branch that have the fewest lane ends so far.
+receiving branch. An edge is split into lanes, as many as the smaller of its two branches has ranks, but at
+most ``MOST_LANES``: each lane is a broadcast in the receiving branch, and lanes x ranks of them would grow
+with the square of a branch. Lane i runs from one rank of the student to one rank of the teacher (requests),
+and back (scores). A hub serves many edges, so every edge takes the ranks of each branch that have the fewest
+lane ends so far.
 """
 
 from __future__ import annotations
@@ -12,8 +14,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from copd_megatron.config.graph import Edge
+
+MOST_LANES: Final = 32
+"""Of an edge. 32 links carry a step's rows, hundreds of megabytes at most, in less than a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +71,7 @@ def plan_exchange(edges: Sequence[Edge], branch_ranks: Mapping[str, Sequence[int
                 f"edge {edge.name}: ranks {list(students)} and {list(teachers)} must be disjoint and not "
                 "empty"
             )
-        count = min(len(students), len(teachers))
+        count = min(len(students), len(teachers), MOST_LANES)
         sources = _least_busy(ends[edge.student], count)
         destinations = _least_busy(ends[edge.teacher], count)
         lanes[edge] = tuple(

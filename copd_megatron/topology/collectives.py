@@ -14,12 +14,26 @@ from copd_megatron.topology.messages import MessageError, decode, encode
 MAX_MESSAGE_BYTES = 4 * 2**30
 """Of one rank: above any batch of rollouts. A damaged size must not become an allocation of its own."""
 
+_SMALL_BYTES = 512
+"""Messages of at most so many bytes are gathered together, padded to one length."""
+_PADDING_WORTH = 4
+"""Padding all messages to the longest may make them so many times as long; beyond, the long ones are sent one
+by one. Else n ranks would hold n times what one long message takes."""
+
 AllGather = Callable[[list[Tensor], Tensor], None]
 """Fills the list with the tensor of every rank, which all have one shape."""
 
 
+Broadcast = Callable[[Tensor, int], None]
+"""Fills a tensor with that of a group rank."""
+
+
 def all_gather_messages(
-    value: Any, *, num_ranks: int | None = None, all_gather: AllGather = dist.all_gather
+    value: Any,
+    *,
+    num_ranks: int | None = None,
+    all_gather: AllGather = dist.all_gather,
+    broadcast: Broadcast | None = None,
 ) -> list[Any]:
     """Small values of all ranks, by rank, on every one of them. Collective.
 
@@ -27,6 +41,7 @@ def all_gather_messages(
         value: anything that ``messages.encode`` takes; it may differ in size from rank to rank.
         num_ranks: ranks of the group; None: of the default group.
         all_gather: of the group, for CPU tensors.
+        broadcast: of the group, for CPU tensors; None: the default group's.
 
     Raises:
         MessageError: a rank has sent something else than a message, or one of more than
@@ -34,9 +49,28 @@ def all_gather_messages(
     """
     count = dist.get_world_size() if num_ranks is None else num_ranks
     data, sizes = _sized(value, count, all_gather)
-    parts = [torch.empty(max(sizes), dtype=torch.uint8) for _ in range(count)]
-    all_gather(parts, _padded(data, max(sizes)))
+    length = max(sizes)
+    long = [rank for rank, size in enumerate(sizes) if size > _SMALL_BYTES]
+    if count * length > _PADDING_WORTH * (sum(sizes) + count * _SMALL_BYTES):
+        length = _SMALL_BYTES
+    parts = [torch.empty(length, dtype=torch.uint8) for _ in range(count)]
+    all_gather(parts, _padded(data[:length], length))
+    if length < max(sizes):
+        for rank in long:
+            parts[rank] = _sent(data, sizes, rank, broadcast or _broadcast)
     return [_read(part, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _sent(data: Tensor, sizes: list[int], rank: int, broadcast: Broadcast) -> Tensor:
+    """One rank's message, sent to all; ``data`` is this rank's own."""
+    tensor = torch.zeros(sizes[rank], dtype=torch.uint8)
+    tensor[: min(len(data), sizes[rank])] = data[: sizes[rank]]
+    broadcast(tensor, rank)
+    return tensor
+
+
+def _broadcast(tensor: Tensor, source: int) -> None:
+    dist.broadcast(tensor, src=source)
 
 
 def gather_messages(value: Any) -> list[Any] | None:

@@ -59,6 +59,42 @@ def step_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in given or name not in environment}
 
 
+def switches(topology: str) -> dict[str, str]:
+    """Host to the switch that it hangs on, of what ``scontrol --oneliner show topology`` prints; empty where
+    the cluster describes no topology.
+
+    ``SwitchName=s1 Level=0 LinkSpeed=1 Nodes=n[1-2]``
+    """
+    found: dict[str, str] = {}
+    for line in topology.splitlines():
+        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        if fields.get("Level") == "0" and "Nodes" in fields:
+            found |= dict.fromkeys(hosts_of(fields["Nodes"]), fields.get("SwitchName", ""))
+    return found
+
+
+def hosts_of(node_list: str) -> list[str]:
+    """All hosts of a SLURM node list: ``gpu[004-006,9],login1`` is gpu004, gpu005, gpu006, gpu9, login1.
+
+    Raises:
+        ValueError: not a node list.
+    """
+    found: list[str] = []
+    for part in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", node_list):
+        match = re.fullmatch(r"([^\[\]]*)(?:\[([\d,-]+)\])?([^\[\]]*)", part)
+        if match is None:
+            raise ValueError(f"{node_list!r} is not a SLURM node list")
+        before, ranges, behind = match.groups()
+        for numbers in (ranges or "").split(","):
+            first, _, last = numbers.partition("-")
+            if not first:
+                found.append(before + behind)
+                continue
+            width = len(first)
+            found += [f"{before}{n:0{width}d}{behind}" for n in range(int(first), int(last or first) + 1)]
+    return found
+
+
 def first_host(node_list: str) -> str:
     """The first host of a SLURM node list: ``gpu[004-007,9],login1`` gives ``gpu004``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", node_list)

@@ -15,7 +15,6 @@ group never reads those of its predecessor.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -24,40 +23,23 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self, cast
+from typing import Any, Final, Literal, Self
 
 import torch
 import torch.distributed as dist
 
 from copd_megatron.errors import is_hopeless
+from copd_megatron.topology.agreement import WorldError, agree
 from copd_megatron.topology.collectives import all_gather_messages
+from copd_megatron.topology.gloo import INTERFACE, RouterGroup, connect_lazily, gloo_group, is_lazy
 from copd_megatron.topology.store import interface_to, reach_store, serve_store
 from copd_megatron.topology.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-_LAZY_CONNECTIONS_FROM = 128
-"""World size from which router connections are made on first use: a full mesh needs a socket per peer."""
 _BACKEND_GRACE_SECONDS: Final = 60.0
 """Backends time out later than the watch, because its report says more."""
-_INTERFACE = "GLOO_SOCKET_IFNAME"
-"""Names the network interface to all Gloo groups, ours and those that libraries make."""
 _ENVIRONMENT: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-class WorldError(RuntimeError):
-    """The ranks that were launched do not form the world that the configuration describes."""
-
-
-class RouterGroup(Protocol):
-    """What ``World`` needs of a Gloo group. To torch's type stubs, the router's is no ``ProcessGroup``."""
-
-    def send(self, tensors: list[torch.Tensor], dstRank: int, tag: int) -> dist.Work: ...
-    def recv(self, tensors: list[torch.Tensor], srcRank: int, tag: int) -> dist.Work: ...
-    def barrier(self) -> dist.Work: ...
-    def allgather(
-        self, output_tensors: list[list[torch.Tensor]], input_tensors: list[torch.Tensor]
-    ) -> dist.Work: ...
 
 
 @dataclass
@@ -121,8 +103,15 @@ class World:
         def all_gather(parts: list[torch.Tensor], part: torch.Tensor) -> None:
             self.router.allgather([parts], [part]).wait()
 
+        def broadcast(tensor: torch.Tensor, source: int) -> None:
+            options = dist.BroadcastOptions()
+            options.rootRank, options.rootTensor = source, 0
+            self.router.broadcast([tensor], options).wait()
+
         with self.watch.operation(name):
-            return all_gather_messages(obj, num_ranks=self.world_size, all_gather=all_gather)
+            return all_gather_messages(
+                obj, num_ranks=self.world_size, all_gather=all_gather, broadcast=broadcast
+            )
 
     def branch_gather(self, obj: Any, name: str = "branch_gather") -> list[Any]:
         """Small values of this branch's ranks, by branch rank, on every one of them; as
@@ -224,9 +213,9 @@ def init_world(
     branch = next(name for name, members in ranks.items() if rank in members)
     timeout = timedelta(seconds=timeout_seconds + _BACKEND_GRACE_SECONDS)
 
-    changed = _choose_interface(os.environ["MASTER_ADDR"])
+    changed = _choose_interface(os.environ["MASTER_ADDR"]) | connect_lazily(world_size)
     store, hosts_store = _connect(rank, timeout)
-    _agree(store, rank, ranks, run_id, timeout_seconds)
+    agree(store, rank, ranks, run_id, timeout_seconds)
     store = dist.PrefixStore(run_id, store)
     if device == "cuda":
         torch.cuda.set_device(local_rank)
@@ -244,10 +233,9 @@ def init_world(
                 timeout=timeout,
             )
         with watch.operation("init_world router"):
-            router = _router_group(
-                dist.PrefixStore("router", store), rank, world_size, timeout,
-                lazy=world_size >= _LAZY_CONNECTIONS_FROM,
-            )  # fmt: skip
+            router = gloo_group(
+                dist.PrefixStore("router", store), rank, world_size, timeout, lazy=is_lazy(world_size)
+            )
     except BaseException:
         watch.fail()
         raise
@@ -303,11 +291,11 @@ def _choose_interface(host: str) -> dict[str, str | None]:
     Returns:
         What the environment was where it has been changed.
     """
-    before = os.environ.get(_INTERFACE)
+    before = os.environ.get(INTERFACE)
     if before or (name := interface_to(host)) is None:
         return {}
-    os.environ[_INTERFACE] = name
-    return {_INTERFACE: before}
+    os.environ[INTERFACE] = name
+    return {INTERFACE: before}
 
 
 def _launcher_serves() -> bool:
@@ -330,49 +318,3 @@ def _connect(rank: int, timeout: timedelta) -> tuple[dist.Store, bool]:
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"copd/attempt_{attempt}", tcp), hosts
-
-
-def _agree(
-    store: dist.Store,
-    rank: int,
-    branch_ranks: Mapping[str, tuple[int, ...]],
-    run_id: str,
-    timeout_seconds: float,
-) -> None:
-    """Waits for every rank, and refuses a job whose ranks have different configurations."""
-    mine = json.dumps({"run_id": run_id, "branch_ranks": branch_ranks, "torch": torch.__version__})
-    keys = {
-        f"arrived/{r}": (branch, i, r) for branch, ranks in branch_ranks.items() for i, r in enumerate(ranks)
-    }
-    store.set(f"arrived/{rank}", mine)
-    try:
-        store.wait(list(keys), timedelta(seconds=timeout_seconds))
-    except dist.DistStoreError as error:
-        absent = [place for key, place in keys.items() if not store.check([key])]
-        names = ", ".join(f"{branch} rank {i} (global rank {r})" for branch, i, r in absent[:16])
-        raise WorldError(
-            f"{len(absent)} of {len(keys)} ranks did not start within {timeout_seconds:.0f} s: {names}; "
-            "look at their nodes' logs, or raise run.collective_timeout_seconds"
-        ) from error
-    given = dict(zip(keys, (value.decode() for value in store.multi_get(list(keys))), strict=True))
-    # every rank compares all with rank 0's, so that all of them refuse, not only the ones that differ
-    for key, (branch, i, r) in keys.items():
-        if given[key] != given["arrived/0"]:
-            raise WorldError(
-                f"{branch} rank {i} (global rank {r}) was started with {given[key]}, global rank 0 with "
-                f"{given['arrived/0']}: give every node the same configuration and software"
-            )
-
-
-def _router_group(
-    store: dist.Store, rank: int, world_size: int, timeout: timedelta, *, lazy: bool
-) -> RouterGroup:
-    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices = [
-        dist.ProcessGroupGloo.create_device(interface=name, lazy_init=lazy)
-        for name in os.environ.get(_INTERFACE, "").split(",")
-        if name
-    ] or [dist.ProcessGroupGloo.create_default_device(lazy_init=lazy)]
-    options._timeout = timeout
-    options._threads = 2 * len(options._devices)
-    return cast(RouterGroup, dist.ProcessGroupGloo(store, rank, world_size, options))

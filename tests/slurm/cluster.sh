@@ -79,6 +79,7 @@ MinJobAge=3600
 SlurmdTimeout=30
 SlurmdParameters=config_overrides
 MailProg=/bin/true
+TopologyPlugin=topology/tree
 PlugStackConfig=$folder/plugstack.conf
 CONF
         for ((i = 1; i <= nodes; i++)); do
@@ -87,6 +88,14 @@ CONF
         echo "PartitionName=test Nodes=n[1-$nodes] Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO"
     } >"$folder/slurm.conf"
     : >"$folder/plugstack.conf"
+    # the nodes hang on two switches in turn
+    local odd even
+    odd=$(seq -s, -f 'n%g' 1 2 "$nodes") even=$(seq -s, -f 'n%g' 2 2 "$nodes")
+    {
+        echo "SwitchName=s1 Nodes=$odd"
+        if [[ -n $even ]]; then echo "SwitchName=s2 Nodes=$even"; fi
+        echo "SwitchName=spine Switches=s1${even:+,s2}"
+    } >"$folder/topology.conf"
     export SLURM_CONF=$folder/slurm.conf
     : >"$folder/pids"
     mungekey --create --keyfile "$folder/munge/key"
