@@ -10,7 +10,7 @@ Per exchange, of E edges with R rows of T tokens, half of them responses, one la
 
     messages   4 E                        header and payload, out and back
     bytes      E R (4 T + 4 T / 2)        ``planner/traffic.router_bytes``; measured ones have headers too
-    hub        its share of the bytes     all edges in hub and spoke, 2 (K - 1) of K (K - 1) in all to all
+    hub        1/2 of them in hub and spoke, 1/K in all to all
 
 Seconds are the slowest rank's, median [least, largest] of the repeats, after one exchange that connects. The
 last column is computed: the share of a step of Phase II that the busiest teacher scores for others, for
