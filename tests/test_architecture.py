@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": set(),
     "untrusted": set(),
     # settings, files of models, pure functions
-    "hf": {"errors", "model"},
+    "hf": {"errors", "model", "untrusted"},
     "config": {"errors", "hf", "model", "plugins", "untrusted"},
     "objectives": {"config", "errors", "records"},
     "rewards": {"config", "errors", "records", "untrusted"},
@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weight_sync": {"config", "errors", "hf", "model", "policy", "rollout"},
     "checkpoint": {"config", "errors", "policy", "topology", "untrusted"},
     # weights outside a job, and what is told of a run
-    "formats": {"checkpoint", "hf", "model"},
+    "formats": {"checkpoint", "hf", "model", "untrusted"},
     "evaluation": {
         *("config", "data", "errors", "formats", "hf", "metrics", "model", "policy", "records", "rewards"),
         *("rollout", "topology", "untrusted"),

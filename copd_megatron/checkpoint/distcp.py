@@ -25,8 +25,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from copd_megatron.checkpoint.manifest import CheckpointError, FileEntry, hash_file, sync_folder
+from copd_megatron.checkpoint.manifest import CheckpointError, FileEntry, hash_file
 from copd_megatron.checkpoint.safe_pickle import check_saved, load_metadata
+from copd_megatron.untrusted.regular_file import open_regular
+from copd_megatron.untrusted.whole_file import sync_folder
 
 METADATA: Final = ".metadata"
 BACKEND: Final = "metadata.json"
@@ -214,6 +216,6 @@ def check_items(folder: Path, *, part: int = 0, num_parts: int = 1) -> None:
     ]
     for key, place in objects[part::num_parts]:
         path = folder / place.relative_path
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path, buffered=False) as file:
             data = os.pread(file.fileno(), place.length, place.offset)
         check_saved(data, f"{path}: {key.fqn}")

@@ -50,7 +50,7 @@ from copd_megatron.policy import cpu
 from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
 from copd_megatron.topology.collectives import gather_messages
 from copd_megatron.topology.world import World
-from copd_megatron.untrusted.json_text import load_object, made
+from copd_megatron.untrusted.json_text import load_file, made
 
 logger = logging.getLogger(__name__)
 
@@ -386,7 +386,7 @@ def load_checkpoint(
             "resume with the branches that it was saved with, or choose another run.dir"
         )
     try:
-        state = load_object((folder / LOOP_STATE).read_bytes())
+        state = load_file(folder / LOOP_STATE)
         version = made(_TeacherVersion, {"teacher_version": state.get("teacher_version")}).teacher_version
     except (OSError, ValueError) as error:
         raise CheckpointError(

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,8 @@ from typing import Any, Final
 from copd_megatron.errors import CheckpointError
 from copd_megatron.topology.messages import register
 from copd_megatron.untrusted.json_text import load_file, made
+from copd_megatron.untrusted.regular_file import open_regular
+from copd_megatron.untrusted.whole_file import sync_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -172,31 +173,16 @@ def write_durably(path: Path, data: bytes) -> FileEntry:
     Returns:
         Its entry, with the path relative to ``path.parent.parent`` (``<branch>/<file>``).
     """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
+    write_whole(path, data, durable=True)
     return FileEntry(
         path=f"{path.parent.name}/{path.name}", num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
     )
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path, buffered=False) as file:
         while piece := file.read(_READ_BYTES):
             digest.update(piece)
     return digest.hexdigest()

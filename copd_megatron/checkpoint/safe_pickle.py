@@ -19,6 +19,7 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from copd_megatron.checkpoint.manifest import CheckpointError
+from copd_megatron.untrusted.regular_file import open_regular
 
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 METADATA_NAMES: Final[Mapping[tuple[str, str], Any]] = {
@@ -77,7 +78,7 @@ def load_metadata(path: Path) -> Any:
         CheckpointError: it is damaged, or asks for anything that such an index is not made of.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         try:
             return _Unpickler(file, METADATA_NAMES).load()
         except _Refused as refused:

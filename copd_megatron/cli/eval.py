@@ -16,6 +16,7 @@ from copd_megatron.config import load_config
 from copd_megatron.errors import ConfigError
 from copd_megatron.hf.model_config import read_model_shape
 from copd_megatron.launch.caches import usable_caches
+from copd_megatron.untrusted.whole_file import write_whole
 
 if TYPE_CHECKING:
     from copd_megatron.evaluation.verdicts import PromptVerdicts
@@ -106,7 +107,7 @@ def write_tables(verdicts: Mapping[str, Sequence[PromptVerdicts]], folder: Path,
     texts = [render_table(rows, summary.domains, num_prompts=counts), to_text(summary)]
     say("\n\n".join([*texts, *(table.to_text() for table in papers)]) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(to_json(summary) + "\n", encoding="utf-8")
+    write_whole(folder / "evaluation.json", to_json(summary) + "\n")
     markdown = [to_markdown(summary), *(table.to_markdown() for table in papers)]
-    (folder / "evaluation.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+    write_whole(folder / "evaluation.md", "\n\n".join(markdown) + "\n")
     say(f"written: {folder / 'evaluation.md'}, {folder / 'evaluation.json'}")

@@ -10,6 +10,7 @@ import click
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import COUNT, PATH
+from copd_megatron.untrusted.whole_file import write_whole
 
 EXAMPLES = """
     copd report runs/three_branch_tiny                   writes report.html and report.png there
@@ -42,7 +43,7 @@ def command(
     RUN_DIR/report.png. RUN_DIR is a run directory, during the run or after it.
     """
     from copd_megatron.report.curves import write_report
-    from copd_megatron.report.page import PageOptions, write_page
+    from copd_megatron.report.page import PageOptions, read_shown, write_page
 
     if distances:
         for run_dir in run_dirs:
@@ -50,8 +51,8 @@ def command(
     parts = []
     if len(run_dirs) == 1:
         behaviour, picture = write_report(run_dirs[0])
-        table = run_dirs[0] / "evaluation.txt"
-        parts = [table.read_text(encoding="utf-8")] if table.is_file() else []
+        table = read_shown(run_dirs[0] / "evaluation.txt")
+        parts = [table] if table else []
         parts += [*([behaviour, ""] if behaviour else []), f"curves: {picture}"]
     target = out or run_dirs[0] / "report.html"
     options = PageOptions(num_samples=num_samples, refresh_seconds=follow)
@@ -71,4 +72,4 @@ def _measure(run_dir: Path) -> None:
     config = load_config(run_dir / "config.yaml")
     folders = [run_dir / "export" / name for name, branch in config.branches.items() if not branch.frozen]
     report = branch_distances(config.model.path, folders)
-    (run_dir / "distances.json").write_text(report.to_json() + "\n", encoding="utf-8")
+    write_whole(run_dir / "distances.json", report.to_json() + "\n")

@@ -39,10 +39,13 @@ from copd_megatron.config.scalars import Scalar, parse_yaml
 from copd_megatron.config.schema import BranchConfig, Config
 from copd_megatron.config.typecheck import Field, check_value, root_field, unknown_key
 from copd_megatron.errors import ConfigError
+from copd_megatron.untrusted.regular_file import read_regular
+from copd_megatron.untrusted.whole_file import write_whole
 
 BRANCH_DEFAULTS = "branch_defaults"
 DEFAULTS_FROM = "defaults_from"
 
+_MAX_BYTES = 16 << 20
 _PATH_ITEM = re.compile(r"(?P<name>[^.\[\]\s]+)(?P<indices>(\[\d+\])*)")
 
 
@@ -74,9 +77,7 @@ def save_resolved(config: Config, path: str | Path) -> Path:
     """Writes ``to_yaml(config)`` to ``path`` (a file; its folder is created) and returns the path."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(to_yaml(config), encoding="utf-8")
-    partial.replace(target)
+    write_whole(target, to_yaml(config))
     return target
 
 
@@ -87,7 +88,7 @@ def _read_yaml(path: Path, visited: tuple[Path, ...]) -> dict[str, Any]:
         chain = " -> ".join(str(p) for p in (*visited, where))
         raise ConfigError(f"{path}: {DEFAULTS_FROM} goes in a circle: {chain}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, _MAX_BYTES).decode("utf-8").replace("\r\n", "\n")
     except FileNotFoundError:
         raise ConfigError(f"configuration file {path} does not exist (working from {Path.cwd()})") from None
     except UnicodeDecodeError as error:

@@ -13,6 +13,7 @@ a shard that was written again.
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,8 @@ from typing import Any, Self
 from copd_megatron.data.shards import ShardSet
 from copd_megatron.errors import DataError
 from copd_megatron.untrusted.json_text import load_object, made
+from copd_megatron.untrusted.regular_file import open_regular
+from copd_megatron.untrusted.whole_file import open_appending
 
 
 @dataclass(kw_only=True)
@@ -109,7 +112,8 @@ def read_pass_rates(path: str | Path) -> PassRates:
     """
     found = PassRates(path=Path(path))
     try:
-        content = found.path.read_bytes()
+        with open_regular(found.path) as file:
+            content = file.read()
     except OSError as error:
         raise DataError(
             f"pass rates {found.path}: cannot be read ({error.strerror}). Make the index with copd data "
@@ -133,7 +137,8 @@ def read_pass_rates(path: str | Path) -> PassRates:
 def _may_be_torn(path: Path) -> bool:
     """Whether a file without a whole line is the beginning of an index's first line."""
     begin = b'{"settings": '
-    return path.read_bytes()[: len(begin)] == begin[: path.stat().st_size]
+    with open_regular(path) as file:
+        return file.read(len(begin)) == begin[: path.stat().st_size]
 
 
 class PassRateWriter:
@@ -155,7 +160,7 @@ class PassRateWriter:
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        self._file = io.BufferedWriter(open_appending(self.path))
         try:
             self._lock()
             begun = read_pass_rates(self.path)

@@ -24,47 +24,72 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import braceexpand
-
+from copd_megatron.data.braces import MAX_ALTERNATIVES, alternatives
 from copd_megatron.data.remote import fetch, is_remote
 from copd_megatron.data.samples import Sample, SampleRef, parse_sample
 from copd_megatron.data.tar_scan import BLOCK_BYTES, TarDamageError, scan_tar
 from copd_megatron.errors import BadSampleError, DataError
+from copd_megatron.untrusted.regular_file import open_regular
 
 _MEMBER = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _REWRITE = "Write it again: the program that made it was probably interrupted."
 
 
-def expand_patterns(patterns: Sequence[str]) -> list[Path]:
+def expand_patterns(patterns: Sequence[str], *, local_only: bool = False) -> list[Path]:
     """Shard files that paths, globs and brace ranges (``train-{000000..000007}.tar``) name, in order.
 
     The matches of each pattern are sorted by name; a file named twice is taken once. ``~`` is expanded.
     Addresses and pipes (see ``remote.py``) are fetched first.
 
+    Args:
+        local_only: leave addresses and pipes out. Nothing is fetched and no command runs, whatever the
+            patterns say.
+
     Raises DataError for an empty list, a pattern that matches nothing, a member of a brace range that does
-    not exist, or a shard that cannot be fetched.
+    not exist, too many names, or a shard that cannot be fetched.
     """
     if not patterns:
         raise DataError("no shards are named. List paths, globs or brace ranges of .tar files.")
     found: dict[Path, None] = {}
+    for pattern, alternative in _alternatives(patterns):
+        if is_remote(alternative):
+            if not local_only:
+                found[fetch(alternative).absolute()] = None
+        else:
+            found.update((path, None) for path in _matches(alternative, pattern))
+    return list(found)
+
+
+def names_remote(pattern: str) -> bool:
+    """Whether any of the names that a pattern stands for has to be fetched. Raises DataError as above."""
+    return any(is_remote(alternative) for _, alternative in _alternatives([pattern]))
+
+
+def _alternatives(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each pattern with each of the names that it stands for."""
+    number = 0
     for pattern in patterns:
         try:
-            alternatives = list(braceexpand.braceexpand(os.path.expanduser(pattern)))
+            expanded = alternatives(os.path.expanduser(pattern))
         except ValueError as error:
-            raise DataError(f"shard pattern {pattern!r}: {error}. Close every brace.") from error
-        for alternative in alternatives:
-            if is_remote(alternative):
-                found[fetch(alternative).absolute()] = None
-                continue
-            if os.path.isdir(alternative):
-                raise DataError(f"{alternative} is a folder, not a shard. Did you mean {alternative}/*.tar?")
-            matches = [alternative] if os.path.isfile(alternative) else sorted(glob.glob(alternative))
-            if not matches:
-                of = f" (from {pattern!r})" if alternative != pattern else ""
-                raise DataError(f"no shard matches {alternative!r}{of}. {_nothing_there(alternative)}")
-            found.update((Path(match).absolute(), None) for match in matches)
-    return list(found)
+            raise DataError(f"shard pattern {pattern!r:.200}: {error}. Correct its braces.") from error
+        for alternative in expanded:
+            number += 1
+            if number > MAX_ALTERNATIVES:
+                raise DataError(f"the patterns name more than {MAX_ALTERNATIVES} shards. Use * in them.")
+            yield pattern, alternative
+
+
+def _matches(alternative: str, pattern: str) -> list[Path]:
+    """The files that one name or glob matches."""
+    if os.path.isdir(alternative):
+        raise DataError(f"{alternative} is a folder, not a shard. Did you mean {alternative}/*.tar?")
+    matches = [alternative] if os.path.isfile(alternative) else sorted(glob.glob(alternative))
+    if not matches:
+        of = f" (from {pattern!r})" if alternative != pattern else ""
+        raise DataError(f"no shard matches {alternative!r}{of}. {_nothing_there(alternative)}")
+    return [Path(match).absolute() for match in matches]
 
 
 def _nothing_there(pattern: str) -> str:
@@ -149,7 +174,7 @@ def index_shard(path: Path, name: str | None = None) -> ShardIndex:
 
 def _refuse_unreadable(path: Path) -> None:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(BLOCK_BYTES)
     except OSError as error:
         raise DataError(f"shard {path}: cannot be read ({error.strerror}). Check path and rights.") from error
@@ -273,7 +298,7 @@ def read_bytes(path: Path, member: Member) -> bytes:
     """Bytes of a member of a shard. Raises DataError: the shard cannot be read any more, or has changed."""
     # Opened for each read: no descriptors to share or leak, thread-safe, and cheap compared with a step.
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path, buffered=False) as file:
             file.seek(member.offset)
             data = bytearray()
             while len(data) < member.size and (chunk := file.read(member.size - len(data))):

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from copd_megatron.untrusted.regular_file import open_regular
+
 BLOCK_BYTES = 512
 
 _ZEROS = bytes(BLOCK_BYTES)
@@ -44,7 +46,7 @@ def scan_tar(path: Path) -> Iterator[TarEntry]:
 
     Raises TarDamageError (not a tar, cut off, damaged, a member that is a link or a sparse file), OSError.
     """
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path, buffered=False) as file:
         descriptor = file.fileno()
         total = os.fstat(descriptor).st_size
         position = 0

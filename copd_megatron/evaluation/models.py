@@ -16,8 +16,7 @@ from torch import Tensor
 from copd_megatron.config import Config
 from copd_megatron.config.domains import all_domains, domains_by_name
 from copd_megatron.config.schema import RolloutConfig
-from copd_megatron.data.remote import is_remote
-from copd_megatron.data.shards import expand_patterns
+from copd_megatron.data.shards import expand_patterns, names_remote
 from copd_megatron.data.sources import PromptSources
 from copd_megatron.errors import ConfigError
 from copd_megatron.evaluation.engine import ranks_of_job, start_engine
@@ -33,6 +32,7 @@ from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards.grader import Grader
 from copd_megatron.rollout.engine import RolloutEngine
 from copd_megatron.topology.collectives import all_gather_messages
+from copd_megatron.untrusted.regular_file import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -268,9 +268,8 @@ def _text_digests(model: Candidate) -> dict[str, str | None]:
 
 def _states(patterns: Sequence[str]) -> list[list[Any]]:
     """Shards with their size and time of change: verdicts on files that were written anew are others."""
-    states: list[list[Any]] = [[pattern] for pattern in patterns if is_remote(pattern)]
-    local = [pattern for pattern in patterns if not is_remote(pattern)]
-    for path in expand_patterns(local) if local else ():
+    states: list[list[Any]] = [[pattern] for pattern in patterns if names_remote(pattern)]
+    for path in expand_patterns(patterns, local_only=True) if patterns else ():
         status = path.stat()
         states.append([str(path), status.st_size, status.st_mtime_ns])
     return states
@@ -278,7 +277,10 @@ def _states(patterns: Sequence[str]) -> list[list[Any]]:
 
 def _file_digest(path: Path) -> str | None:
     """SHA-256 of a small file; None where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    if not path.is_file():
+        return None
+    with open_regular(path) as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def _open(path: Path, label: str) -> Candidate:

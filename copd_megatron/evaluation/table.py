@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from copd_megatron.config.domains import MEAN_COLUMN
+from copd_megatron.untrusted.whole_file import write_whole
 
 _MISSING = "-"
 
@@ -135,7 +136,7 @@ def save_table(
     paths = []
     for extension, text in texts.items():
         path = folder / f"{name}.{extension}"
-        path.write_text(text + "\n", encoding="utf-8")
+        write_whole(path, text + "\n")
         paths.append(path)
     return paths
 

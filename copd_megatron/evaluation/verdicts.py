@@ -19,6 +19,7 @@ from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards.final_answer import final_answer
 from copd_megatron.untrusted.json_text import lines_of, load_object, loadable, made
 from copd_megatron.untrusted.regular_file import open_regular
+from copd_megatron.untrusted.whole_file import open_appending, write_whole
 
 _MAX_ANSWER_CHARACTERS = 200
 
@@ -84,8 +85,8 @@ class VerdictFile:
         self.folder.mkdir(parents=True, exist_ok=True)
         if anew:
             self._path.unlink(missing_ok=True)
-        (self.folder / "settings.json").write_text(self._text, encoding="utf-8", errors="surrogatepass")
-        self._path.touch()
+        write_whole(self.folder / "settings.json", self._text.encode("utf-8", "surrogatepass"))
+        open_appending(self._path).close()
         drop_torn_line(self._path)
 
     def append(self, verdicts: Sequence[PromptVerdicts]) -> None:
@@ -95,7 +96,7 @@ class VerdictFile:
             OSError: they cannot be written.
         """
         lines = [json.dumps(asdict(v), ensure_ascii=False, separators=(",", ":")) + "\n" for v in verdicts]
-        with self._path.open("ab", buffering=0) as file:
+        with open_appending(self._path) as file:
             append_whole(file, "".join(lines).encode("utf-8", "surrogatepass"))
 
     def read(self) -> list[PromptVerdicts]:

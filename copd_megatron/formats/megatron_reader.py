@@ -25,6 +25,7 @@ from copd_megatron.checkpoint.distcp import METADATA, read_metadata
 from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest
 from copd_megatron.hf.folder import read_exactly
 from copd_megatron.hf.tensors import bytes_of
+from copd_megatron.untrusted.regular_file import open_regular
 
 _BUFFER_BYTES: Final = 8 * 2**20
 _DAMAGE = (
@@ -119,7 +120,8 @@ class MegatronTensors:
 
     def identity(self) -> str:
         """Text that changes when the content does."""
-        seal = hashlib.sha256((self.folder / METADATA).read_bytes()).hexdigest()[:16]
+        with open_regular(self.folder / METADATA) as file:
+            seal = hashlib.sha256(file.read()).hexdigest()[:16]
         files = sorted({chunk.path for chunks in self._chunks.values() for chunk in chunks})
         stats = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
         return "\n".join([seal, *stats])
@@ -170,7 +172,7 @@ class MegatronTensors:
 
     def _read_chunk(self, chunk: _Chunk, start: int, target: Tensor) -> None:
         """``target.numel()`` elements of a chunk from ``start`` into a (possibly strided) target."""
-        with chunk.path.open("rb", buffering=0) as file:
+        with open_regular(chunk.path, buffered=False) as file:
             position = self._position(chunk, file.fileno(), target.dtype)
             begin = position + start * target.dtype.itemsize
             if target.is_contiguous():

@@ -10,10 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from copd_megatron.untrusted.regular_file import read_regular
+
 logger = logging.getLogger(__name__)
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+MAX_SMALL_BYTES: Final = 256 << 20
+"""Of a file beside the weights."""
 _SUFFIXES = {".json", ".txt", ".jinja", ".model"}
 
 
@@ -145,7 +149,7 @@ def read_json(folder: Path | None, name: str) -> dict[str, Any] | None:
     if folder is None or not (folder / name).is_file():
         return None
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        found = json.loads(read_regular(folder / name, MAX_SMALL_BYTES))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / name}: not valid JSON ({error}); copy it again") from None
     if not isinstance(found, dict):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from copd_megatron.hf.header import FileHeader, library_layout
 from copd_megatron.hf.tensors import BLOCK_ELEMENTS, TensorSpec, block_range, bytes_of
+from copd_megatron.untrusted.regular_file import open_regular
 
 Extent = tuple[int, int]
 """First byte in the file, and number of bytes."""
@@ -50,7 +51,7 @@ class PlannedFile:
         if not self.path.is_file() or self.path.stat().st_size != self.num_bytes:
             return None
         sums: dict[tuple[str, int], int] = {}
-        with self.path.open("rb", buffering=0) as file:
+        with open_regular(self.path, buffered=False) as file:
             for position, frame in self.frame:
                 if os.pread(file.fileno(), len(frame), position) != frame:
                     return None
@@ -87,7 +88,7 @@ class PlannedFileWriter:
             fsync: ``close`` waits until the disk has the file.
         """
         self._plan, self._fsync = plan, fsync
-        self._descriptor = os.open(plan.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, _MODE)
+        self._descriptor = os.open(plan.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, _MODE)
         try:
             os.posix_fallocate(self._descriptor, 0, max(plan.num_bytes, 1))
             for position, frame in plan.frame:

@@ -12,10 +12,11 @@ from typing import Final, Self
 
 import torch
 
-from copd_megatron.hf.companions import INDEX, is_plain_name, read_json
+from copd_megatron.hf.companions import INDEX, MAX_SMALL_BYTES, is_plain_name, read_json
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.hf.header import FileHeader, make_layout, parse_header
 from copd_megatron.hf.tensors import TensorSpec
+from copd_megatron.untrusted.regular_file import read_regular
 
 HEADERS: Final = "safetensors.headers"
 """File in which a converted checkpoint keeps the headers of the safetensors files it came from."""
@@ -33,7 +34,10 @@ class Template:
     def of(cls, folder: HFFolder) -> Self:
         """How the tensors of a folder lie."""
         index = folder.folder / INDEX
-        return cls(layouts=tuple(folder.layouts), index=index.read_bytes() if index.is_file() else None)
+        return cls(
+            layouts=tuple(folder.layouts),
+            index=read_regular(index, MAX_SMALL_BYTES) if index.is_file() else None,
+        )
 
     @property
     def names(self) -> set[str]:
@@ -90,4 +94,6 @@ class Template:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{folder / HEADERS}: {name!r}: {error}; convert the model again") from None
         index = folder / INDEX
-        return cls(layouts=tuple(layouts), index=index.read_bytes() if index.is_file() else None)
+        return cls(
+            layouts=tuple(layouts), index=read_regular(index, MAX_SMALL_BYTES) if index.is_file() else None
+        )

@@ -23,6 +23,8 @@ from copd_megatron.metrics.packages import check_packages
 from copd_megatron.planner.disk import _size, run_bytes
 from copd_megatron.rewards import registry
 from copd_megatron.rewards.terms import OWN
+from copd_megatron.untrusted.json_text import lines_of
+from copd_megatron.untrusted.regular_file import open_regular
 
 _FILES_OF_A_RUN = (
     *("metrics.jsonl", "evaluation.json", "evaluation.txt", "report.html", "report.png", "distances.json"),
@@ -106,12 +108,20 @@ def check_run_dir(config: Config, folder: Path) -> None:
         return
     # a run that was killed before its first save was complete (in the background: before the second was due)
     # has lost nothing that starting over does not bring back
-    steps_done = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+    steps_done = _num_lines(metrics)
     if steps_done > 2 * min(config.checkpoint.save_period, _earlier_save_period(folder)):
         raise ConfigError(
             f"run.dir: {folder} already holds a run of {steps_done} steps, without a checkpoint to continue "
             "from; choose another run.name or run.dir, or set run.overwrite=true"
         )
+
+
+def _num_lines(path: Path) -> int:
+    """Of a file; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with open_regular(path) as file:
+        return sum(1 for _ in lines_of(file, path))
 
 
 def _earlier_save_period(folder: Path) -> int:

@@ -10,8 +10,8 @@ where a later start has other settings, the file becomes ``config.<start>.yaml``
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import platform
 import shlex
 import socket
@@ -25,6 +25,9 @@ from typing import Any, Final
 
 from copd_megatron import __version__
 from copd_megatron.config import Config, save_resolved, to_yaml
+from copd_megatron.untrusted.json_text import load_object
+from copd_megatron.untrusted.regular_file import read_regular
+from copd_megatron.untrusted.whole_file import write_whole
 
 STARTS: Final = "starts.jsonl"
 SETTINGS: Final = "config.yaml"
@@ -33,6 +36,7 @@ _PACKAGES: Final = (
     *("numpy", "safetensors", "av", "pillow", "math-verify", "reasoning-gym"),
 )
 """Those that numbers depend on."""
+_MAX_BYTES: Final = 16 << 20
 _GIT_SECONDS: Final = 10.0
 
 
@@ -48,7 +52,7 @@ def record_start(config: Config, folder: Path, arguments: Sequence[str] | None =
     folder.mkdir(parents=True, exist_ok=True)
     starts = read_starts(folder)
     path = folder / SETTINGS
-    if starts and path.is_file() and path.read_text(encoding="utf-8") != to_yaml(config):
+    if starts and path.is_file() and read_regular(path, _MAX_BYTES) != to_yaml(config).encode():
         kept = f"config.{starts[-1].get('start', len(starts))}.yaml"
         path.replace(folder / kept)
         for start in starts:
@@ -56,9 +60,7 @@ def record_start(config: Config, folder: Path, arguments: Sequence[str] | None =
                 start["settings"] = kept
     words = sys.argv[1:] if arguments is None else arguments
     starts.append({"start": len(starts) + 1, **_facts(words), "settings": SETTINGS})
-    partial = folder / f"{STARTS}.partial"
-    partial.write_text("".join(json.dumps(start) + "\n" for start in starts), encoding="utf-8")
-    os.replace(partial, folder / STARTS)
+    write_whole(folder / STARTS, "".join(json.dumps(start) + "\n" for start in starts))
     save_resolved(config, path)
 
 
@@ -71,19 +73,18 @@ def forget_starts(folder: Path) -> None:
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """The starts of a run so far, oldest first; a line that is none is left out."""
+    """The starts of a run so far, oldest first; a line that is none is left out.
+
+    Raises OSError: the file is too large, no regular file, or a link out of the folder.
+    """
     try:
-        lines = (folder / STARTS).read_text(encoding="utf-8", errors="replace").splitlines()
+        content = read_regular(folder / STARTS, _MAX_BYTES, inside=folder)
     except FileNotFoundError:
         return []
     starts = []
-    for line in lines:
-        try:
-            start = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(start, dict):
-            starts.append(start)
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError):
+            starts.append(load_object(line))
     return starts
 
 

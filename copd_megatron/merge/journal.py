@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from copd_megatron.merge.merger import ShardOutcome
 from copd_megatron.untrusted.json_text import load_file, made
+from copd_megatron.untrusted.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,7 @@ class Journal:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content))
 
 
 @dataclass(frozen=True)

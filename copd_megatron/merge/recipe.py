@@ -37,6 +37,7 @@ import yaml
 from copd_megatron.config.typecheck import join, unknown_key
 from copd_megatron.errors import ConfigError
 from copd_megatron.merge.parameters import Scalar, check_setting, evaluate, is_scalar
+from copd_megatron.untrusted.regular_file import read_regular
 from copd_megatron.untrusted.yaml_text import load_yaml
 
 METHODS: dict[str, dict[str, set[str]]] = {
@@ -65,6 +66,7 @@ _DEFAULTS: dict[str, dict[str, Scalar]] = {
     "passthrough": {},
 }
 
+_MAX_BYTES = 16 << 20
 _TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source")
 _ELSEWHERE = {
     "slices": "all layers are merged, none are rearranged",
@@ -263,7 +265,7 @@ def read_recipe(path: str | Path, *, seed: int = 0) -> MergeRecipe:
     """
     origin = str(path)
     try:
-        raw = load_yaml(Path(path).read_bytes())
+        raw = load_yaml(read_regular(Path(path), _MAX_BYTES))
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from copd_megatron.errors import ConfigError
 from copd_megatron.merge.journal import Journal
+from copd_megatron.untrusted.json_text import load_file
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -72,7 +72,7 @@ def refuse_other_report(path: Path) -> None:
     if not path.exists():
         return
     try:
-        known = "branches" in json.loads(path.read_text("utf-8"))
+        known = "branches" in load_file(path)
     except (ValueError, OSError, TypeError, RecursionError):
         known = False
     if not known:

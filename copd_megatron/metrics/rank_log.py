@@ -11,6 +11,7 @@ Each rank appends to a file of its own, ``<run_dir>/logs/rank_00003.log``, so an
 from __future__ import annotations
 
 import heapq
+import io
 import logging
 import re
 import sys
@@ -25,6 +26,7 @@ from typing import IO
 import yaml
 
 from copd_megatron.errors import ConfigError, is_hopeless
+from copd_megatron.untrusted.regular_file import open_regular, read_regular
 from copd_megatron.untrusted.visible import show_traceback, visible
 from copd_megatron.untrusted.yaml_text import load_yaml
 
@@ -32,6 +34,8 @@ LOGS = "logs"
 CONFIG = "config.yaml"
 """The resolved configuration in a run directory."""
 
+_MAX_CONFIG_BYTES = 16 << 20
+_MAX_LINE_LETTERS = 1 << 20
 _LINE = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}) (?P<level>[A-Z]+) +"
     r"\[(?P<branch>[^\s,]+)( \d+/\d+)?, rank (?P<rank>\d+)\]"
@@ -240,7 +244,7 @@ def follow(
             batch = []
             for number, path in enumerate(_files(folder)):
                 if path not in opened:
-                    opened[path] = path.open(encoding="utf-8", errors="replace")
+                    opened[path] = _open(path)
                     rest[path] = when[path] = ""
                 text = rest[path] + opened[path].read()
                 *lines, rest[path] = text.split("\n")
@@ -267,16 +271,26 @@ def _files(folder: Path) -> list[Path]:
     return paths
 
 
+def _open(path: Path) -> IO[str]:
+    return io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace")
+
+
+def _lines(file: IO[str]) -> Iterator[str]:
+    """The file's lines; an endless one in parts."""
+    while line := file.readline(_MAX_LINE_LETTERS):
+        yield line
+
+
 def _branch_of(path: Path) -> str | None:
     """The branch that a rank's lines name; None before its first line."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return next((match["branch"] for line in file if (match := _LINE.match(line))), None)
+    with _open(path) as file:
+        return next((match["branch"] for line in _lines(file) if (match := _LINE.match(line))), None)
 
 
 def _configured_branches(folder: Path) -> list[str]:
     """The branches of the run's resolved configuration; none before it is written."""
     try:
-        settings = load_yaml((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = load_yaml(read_regular(folder / CONFIG, _MAX_CONFIG_BYTES))
         return list(settings["branches"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
         return []
@@ -286,8 +300,8 @@ def _timed(path: Path, number: int) -> Iterator[tuple[str, int, str]]:
     """Lines with their times. A line without one (printed by something else, or torn) takes that of the line
     before it."""
     when = ""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    with _open(path) as file:
+        for line in _lines(file):
             when = max(_time_of(line), when)
             yield when, number, line.rstrip("\n")
 

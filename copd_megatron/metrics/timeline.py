@@ -27,6 +27,7 @@ from copd_megatron.metrics.rank_log import RankPlace
 from copd_megatron.metrics.writers import append_whole, drop_torn_line
 from copd_megatron.untrusted.json_text import lines_of, load_object, made
 from copd_megatron.untrusted.regular_file import open_regular
+from copd_megatron.untrusted.whole_file import open_appending, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class TimelineWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         if append and path.exists():
             drop_torn_line(path)
-        self._file = path.open("ab" if append else "wb", buffering=0)
+        self._file = open_appending(path, anew=not append)
         self._failed = False
         self._pending: list[dict[str, Any]] = [
             {
@@ -231,6 +232,8 @@ def read_timelines(run_dir: Path) -> list[RankTimeline]:
             "profiling.timeline=true"
         )
     found = [sessions for path in paths if (sessions := list(_read(path)))]
+    if not found:
+        raise DataError(f"{run_dir / FOLDER}: no rank has written a whole line yet; try again after a step")
     return [timeline for sessions in _aligned(found) for timeline in sessions]
 
 
@@ -456,5 +459,5 @@ def write_trace(
             raise ValueError(f"{run_dir / FOLDER} has no steps from {steps[0]} to {steps[1]}")
     path = target or run_dir / FOLDER / "trace.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(chrome_trace(timelines)))
+    write_whole(path, json.dumps(chrome_trace(timelines)))
     return path, summary(timelines)

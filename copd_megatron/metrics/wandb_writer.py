@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from copd_megatron.config.schema import WandbConfig
+from copd_megatron.untrusted.regular_file import read_regular
+from copd_megatron.untrusted.whole_file import write_whole
 
 _RUN_ID = "wandb_run_id"
 
@@ -35,10 +37,10 @@ class WandbWriter:
         wandb: Any = import_module("wandb")
         path = run_dir / _RUN_ID
         if not path.is_file():
-            path.write_text(uuid.uuid4().hex[:16] + "\n")
+            write_whole(path, uuid.uuid4().hex[:16] + "\n")
         self._run = wandb.init(
             dir=run_dir,
-            id=path.read_text().strip(),
+            id=read_regular(path, 1000).decode().strip(),
             resume="allow",
             project=options.project,
             entity=options.entity,

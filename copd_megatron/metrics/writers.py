@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from copd_megatron.errors import DataError, RunStorageError
-from copd_megatron.untrusted.json_text import kind_of, lines_of, load_object
+from copd_megatron.untrusted.json_text import kind_of, lines_of, load_object, loadable
+from copd_megatron.untrusted.regular_file import open_regular
+from copd_megatron.untrusted.whole_file import open_appending, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class JsonlWriter:
         self._warned: set[str] = set()
         if self.path.exists():
             drop_torn_line(self.path)
-        self._file = self.path.open("ab", buffering=0)
+        self._file = open_appending(self.path)
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Appends one line.
@@ -84,16 +86,12 @@ class JsonlWriter:
         Raises:
             DataError: a line is not a JSON object with an integer step; names the line.
         """
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("wb") as kept:
+        with replacing(self.path, durable=True) as kept:
             for line, line_step in self._lines():
                 if line_step <= step:
                     kept.write(line)
-            kept.flush()
-            os.fsync(kept.fileno())
         self._file.close()
-        os.replace(temporary, self.path)
-        self._file = self.path.open("ab", buffering=0)
+        self._file = open_appending(self.path)
 
     def close(self, *, failed: bool = False) -> None:
         """Closes the file."""
@@ -111,8 +109,8 @@ class JsonlWriter:
             ) from error
 
     def _jsonable(self, name: str, value: float, step: int) -> float | None:
-        if math.isfinite(value):
-            return value
+        if (kept := loadable(value)) is not None:
+            return float(kept)
         if name not in self._warned:
             self._warned.add(name)
             logger.warning(
@@ -124,7 +122,7 @@ class JsonlWriter:
         return None
 
     def _lines(self) -> Iterator[tuple[bytes, int]]:
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             for number, text, _ in lines_of(file, self.path):
                 try:
                     step = load_object(text).get("step")
@@ -157,7 +155,7 @@ def append_whole(file: FileIO, data: bytes) -> None:
 
 def drop_torn_line(path: Path) -> None:
     """Truncates a file of lines after its last newline: a run that died may have left half a line."""
-    with path.open("r+b") as file:
+    with open_appending(path) as file:
         end = file.seek(0, os.SEEK_END)
         keep, position = 0, end
         while position > 0:

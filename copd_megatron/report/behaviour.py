@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from copd_megatron.report.history import OVERLAP, SYMMETRIC_KL, RunHistory
+from copd_megatron.report.history import MAX_SHOWN, OVERLAP, SYMMETRIC_KL, RunHistory
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40
@@ -18,15 +18,17 @@ def behaviour_lines(history: RunHistory) -> str:
     First and last are means over a tenth of the measurements. Empty if the run measured none.
     """
     header = ["student<-teacher", "measure", "first", "last", "over the run"]
-    lines = []
-    for name, values in history.series.items():
+    lines: list[list[str]] = []
+    for name in history.series:
         if name.startswith(OVERLAP):
             measure, _, pair = name.removeprefix("copd/").partition("/")
         elif name.startswith(SYMMETRIC_KL):
             measure, pair = "symmetric KL", name.removeprefix(SYMMETRIC_KL)
         else:
             continue
-        known = [value for value in values if not math.isnan(value)]
+        if len(lines) >= MAX_SHOWN:
+            break
+        known = [value for value in history.series[name] if not math.isnan(value)]
         few = max(1, len(known) // 10)
         first, last = math.fsum(known[:few]) / few, math.fsum(known[-few:]) / few
         lines.append([history.edge(pair), measure, f"{first:.3f}", f"{last:.3f}", sparkline(known)])

@@ -10,6 +10,9 @@ from typing import Any
 from copd_megatron.config.domains import MEAN_COLUMN
 from copd_megatron.report.behaviour import behaviour_lines
 from copd_megatron.report.history import OVERLAP, SYMMETRIC_KL, TEACHER_GAP, RunHistory, read_run
+from copd_megatron.report.names import figure_text
+from copd_megatron.report.panels import phase_spans
+from copd_megatron.untrusted.whole_file import replacing
 
 _COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
 _BASE_COLOR, _MERGED_COLOR = "0.65", "0.15"
@@ -39,7 +42,7 @@ def save_plots(history: RunHistory, path: str | Path) -> Path:
     figure = Figure(figsize=(13, 7.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
-    figure.suptitle(f"{history.name}: {len(history.steps)} steps, Phase II (OPD) shaded")
+    figure.suptitle(f"{figure_text(history.name)}: {len(history.steps)} steps, Phase II (OPD) shaded")
     rewards = history.named("", "/train/reward")
     _curves(axes[0, 0], history, "reward on the branch's own prompts", rewards)
     _between_zero_and_one(axes[0, 0], rewards)
@@ -49,7 +52,8 @@ def save_plots(history: RunHistory, path: str | Path) -> Path:
     gap = history.named(TEACHER_GAP)
     _curves(axes[1, 1], history, "log p(teacher) - log p(student), student<-teacher", gap)
     _curves(axes[1, 2], history, "entropy (nats)", history.named("", "/train/entropy"))
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format=Path(path).suffix[1:])
     return Path(path)
 
 
@@ -57,15 +61,14 @@ def _curves(panel: Any, history: RunHistory, title: str, curves: Curves) -> None
     """One line per branch or edge, over the steps."""
     from matplotlib.ticker import MaxNLocator
 
-    panel.set_title(title, fontsize=10)
+    panel.set_title(figure_text(title), fontsize=10)
     panel.set_xlabel("step", fontsize=9)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for step, phase in zip(history.steps, history.phases, strict=True):
-        if phase == "opd":
-            panel.axvspan(step - 0.5, step + 0.5, color="0.92", lw=0, zorder=-1)
+    for span in phase_spans(history):
+        panel.axvspan(span.first - 0.5, span.last + 0.5, color="0.92", lw=0, zorder=-1)
     marker = "." if len(history.steps) < 100 else ""
     for name, color in zip(sorted(curves), _cycle(len(curves)), strict=True):
-        panel.plot(history.steps, curves[name], label=name, lw=1.4, marker=marker, color=color)
+        panel.plot(history.steps, curves[name], label=figure_text(name), lw=1.4, marker=marker, color=color)
     if curves:
         panel.set_xlim(history.steps[0] - 0.5, history.steps[-1] + 0.5)
         _legend_below(panel, min(3, len(curves)))
@@ -112,11 +115,11 @@ def _bars(panel: Any, history: RunHistory) -> None:
         row = history.accuracy[model]
         places = [group + (index + 0.5) * width - 0.42 for group in range(len(groups))]
         heights = [100 * (row.get(domain) or 0.0) for domain in groups]
-        panel.bar(places, heights, width, label=model, color=color)
+        panel.bar(places, heights, width, label=figure_text(model), color=color)
         for place, height, domain in zip(places, heights, groups, strict=True):
             if row.get(domain) is not None:
                 _value(panel, place, height)
-    panel.set_xticks(range(len(groups)), groups)
+    panel.set_xticks(range(len(groups)), [figure_text(group) for group in groups])
     panel.set_ylim(0, 100)
     _legend_below(panel, min(5, len(history.accuracy)))
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 from copd_megatron.config.domains import MEAN_COLUMN
+from copd_megatron.report.names import figure_text
 from copd_megatron.report.panels import Curve, Panel, PhaseSpan, smoothed
 from copd_megatron.report.scores import ScoreTable
 
@@ -105,9 +106,9 @@ def draw_scores(table: ScoreTable, colors: dict[str, str]) -> str:
                 capsize=3,
                 lw=1.2,
                 color=color_of(model, colors),
-                label=model,
+                label=figure_text(model),
             )
-        axes.set_xticks(range(len(groups)), groups)
+        axes.set_xticks(range(len(groups)), [figure_text(group) for group in groups])
         axes.set_xlim(-0.6, len(groups) - 0.4)
         axes.set_yticks(range(0, 101, 20))
         axes.set_ylim(-3, 103)  # a point at 0 or 100 is seen whole
@@ -132,7 +133,7 @@ def _lines(axes: Any, panel: Panel, colors: dict[str, str]) -> None:
         smooth = smoothed(values)
         if smooth != tuple(values):
             axes.plot(places, values, color=color, lw=0.7, alpha=0.35)
-        axes.plot(places, smooth, color=color, lw=1.6, marker=marker, ms=3, label=curve.label)
+        axes.plot(places, smooth, color=color, lw=1.6, marker=marker, ms=3, label=figure_text(curve.label))
         if curve.low is not None and curve.high is not None:
             low, high = (_known(curve, edge)[1] for edge in (curve.low, curve.high))
             axes.fill_between(places, low, high, color=color, alpha=0.18, lw=0)
@@ -161,7 +162,7 @@ def _stack(axes: Any, panel: Panel, colors: dict[str, str]) -> None:
     for curve in panel.curves:
         top = [f + v for f, v in zip(floor, curve.values, strict=True)]
         color = color_of(curve.label, colors)
-        axes.stairs(top, edges, baseline=floor, fill=True, color=color, label=curve.label, lw=0)
+        axes.stairs(top, edges, baseline=floor, fill=True, color=color, label=figure_text(curve.label), lw=0)
         floor = top
 
 

@@ -28,7 +28,9 @@ from copd_megatron.hf.tensors import TensorSpec, block_range
 from copd_megatron.merge.check import check_mergeable
 from copd_megatron.merge.recipe import layer_label
 from copd_megatron.merge.scratch import scratch
+from copd_megatron.report.names import figure_text
 from copd_megatron.untrusted.json_text import load_file, made
+from copd_megatron.untrusted.whole_file import replacing, write_whole
 
 TOTAL = "all"
 
@@ -121,28 +123,43 @@ class DistanceReport:
         upper, lower = figure.subplots(2, 1, sharex=True)
         places = range(len(layers))
         for k, branch in enumerate(self.branches):
-            upper.plot(places, [layer.moved[k] for layer in layers], marker="o", markersize=3, label=branch)
+            upper.plot(
+                places,
+                [layer.moved[k] for layer in layers],
+                marker="o",
+                markersize=3,
+                label=figure_text(branch),
+            )
         upper.set_ylabel("moved from base: ‖δ‖ / ‖θ‖")
         upper.set_ylim(bottom=0)
         for k, pair in enumerate(self.pairs):
-            lower.plot(places, [layer.cosines[k] for layer in layers], marker="o", markersize=3, label=pair)
+            lower.plot(
+                places,
+                [layer.cosines[k] for layer in layers],
+                marker="o",
+                markersize=3,
+                label=figure_text(pair),
+            )
         lower.set_ylabel("cosine of task vectors")
         lower.axhline(0, color="grey", linewidth=0.8)
         lower.set_ylim(-1.05, 1.05)
-        lower.set_xticks(list(places), [layer.layer for layer in layers], rotation=90, fontsize=7)
+        lower.set_xticks(
+            list(places), [figure_text(layer.layer) for layer in layers], rotation=90, fontsize=7
+        )
         for axes in (upper, lower):
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
-        figure.savefig(path, dpi=120)
+        with replacing(path) as file:
+            figure.savefig(file, dpi=120, format="png")
 
     def write(self, stem: str | Path) -> list[Path]:
         """Writes ``<stem>.md``, ``.json`` and ``.png``; returns their paths."""
         stem = Path(stem)
         stem.parent.mkdir(parents=True, exist_ok=True)
         paths = [stem.with_name(stem.name + suffix) for suffix in (".md", ".json", ".png")]
-        paths[0].write_text(self.to_markdown() + "\n")
-        paths[1].write_text(self.to_json() + "\n")
+        write_whole(paths[0], self.to_markdown() + "\n")
+        write_whole(paths[1], self.to_json() + "\n")
         self.plot(paths[2])
         return paths
 
@@ -154,7 +171,7 @@ def read_distances(path: Path) -> DistanceReport:
         DataError: the file holds something else.
     """
     try:
-        stored = made(_Stored, load_file(path))
+        stored = made(_Stored, load_file(path, inside=path.parent))
         report = DistanceReport(
             base=stored.base,
             branches=stored.branches,

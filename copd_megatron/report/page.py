@@ -26,12 +26,15 @@ from copd_megatron.report.scores import ScoreTable, score_table
 from copd_megatron.report.thumbnails import Thumbnails
 from copd_megatron.samples.files import read_samples
 from copd_megatron.samples.record import Kind, Sample
+from copd_megatron.untrusted.regular_file import read_regular
 from copd_megatron.untrusted.visible import visible
+from copd_megatron.untrusted.whole_file import write_whole
 
 _SHADES = 5
 """Strengths of a token's colour."""
 _STRONGEST = 2.5
 """|log-ratio| in nats of the strongest one."""
+_MAX_SHOWN_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +75,8 @@ def write_page(run_dirs: Sequence[str | Path], out: Path, options: PageOptions |
         OSError: it cannot be written.
     """
     text = page([Path(run_dir) for run_dir in run_dirs], options or PageOptions())
-    partial = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    partial.replace(out)
+    write_whole(out, text.encode("utf-8", "replace"))
     return out
 
 
@@ -220,8 +221,19 @@ def _headline(scores: ScoreTable) -> str | None:
 
 
 def _config_text(run_dir: Path) -> str:
-    path = run_dir / "config.yaml"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return read_shown(run_dir / "config.yaml")
+
+
+def read_shown(path: Path) -> str:
+    """A small text of a run directory, which a page or a terminal shows as it is; empty if there is none.
+
+    Raises OSError: it is too large, no regular file, or a link out of the run directory.
+    """
+    try:
+        content = read_regular(path, _MAX_SHOWN_BYTES, inside=path.parent)
+    except FileNotFoundError:
+        return ""
+    return content.decode("utf-8", "replace")
 
 
 def _flat(start: Mapping[str, Any]) -> dict[str, Any]:

@@ -159,12 +159,7 @@ def _rewards(runs: Sequence[RunHistory]) -> Panel:
 
 def _around(run: RunHistory, marker: str, joint: str) -> dict[str, tuple[float, ...]]:
     """Series with ``marker`` in their names, by what stands before it and behind it."""
-    return {
-        f"{before}{joint}{behind}": values
-        for name, values in run.series.items()
-        for before, found, behind in [name.partition(marker)]
-        if found
-    }
+    return run.renamed(lambda name: joint.join(name.split(marker, 1)) if marker in name else None)
 
 
 def _pool_rewards(runs: Sequence[RunHistory]) -> Panel:

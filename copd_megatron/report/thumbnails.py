@@ -17,13 +17,14 @@ from copd_megatron.data.decode.image import decode_image
 from copd_megatron.data.decode.limits import PixelArray
 from copd_megatron.data.decode.video import decode_video
 from copd_megatron.data.media import VIDEO, content_hash
-from copd_megatron.data.remote import is_remote
 from copd_megatron.data.shards import ShardIndex, expand_patterns, index_shard, read_bytes
 from copd_megatron.errors import BadSampleError, DataError
 
 _SIDE = 128
 _MAX_BYTES = 256 << 20
 """Of a file that is worth a picture of 128 pixels."""
+_NEEDED = {"content_hash", "kind", "source", "shard", "key", "extension"}
+"""What a reference to a medium says."""
 _VIDEO = MediaConfig(min_frames=4, max_frames=4)
 
 
@@ -41,7 +42,9 @@ class Thumbnails:
 
     def uri(self, medium: Mapping[str, str]) -> str | None:
         """A ``data:`` address of a JPEG of at most 128 pixels a side; of a video, four frames in a row."""
-        key = medium["content_hash"]
+        key = medium.get("content_hash", "")
+        if not medium.keys() >= _NEEDED:
+            return None
         if key not in self._known:
             data = self._read(medium)
             self._known[key] = None if data is None else _picture(data, medium["kind"])
@@ -75,10 +78,8 @@ def _local(patterns: Sequence[str]) -> list[Path]:
     may be a stranger's."""
     found = []
     for pattern in patterns:
-        if is_remote(pattern):
-            continue
         try:
-            found += expand_patterns([pattern])
+            found += expand_patterns([pattern], local_only=True)
         except DataError:
             continue
     return found

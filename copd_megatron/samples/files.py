@@ -8,7 +8,6 @@ branch writes its own folder, by one rank.
 from __future__ import annotations
 
 import gzip
-import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from copd_megatron.errors import DataError
 from copd_megatron.samples.record import Kind, Sample, Verdict, from_line, to_line
 from copd_megatron.untrusted.json_text import lines_of
 from copd_megatron.untrusted.regular_file import open_regular
+from copd_megatron.untrusted.whole_file import write_whole
 
 FOLDER = "samples"
 TRAIN = "train"
@@ -37,9 +37,7 @@ def write_samples(folder: Path, what: str, step: int, samples: Sequence[Sample])
     data = gzip.compress(lines.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{what}-{step:06d}.jsonl.gz"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    write_whole(path, data)
     return len(data)
 
 
@@ -98,13 +96,13 @@ def read_samples(run_dir: str | Path, selection: Selection | None = None) -> Ite
         if wanted.steps is None or wanted.steps[0] <= step <= wanted.steps[1]
     ]
     for *_, path in sorted(found):
-        yield from (sample for sample in _read(path) if wanted.takes(sample))
+        yield from (sample for sample in _read(path, Path(run_dir)) if wanted.takes(sample))
 
 
-def _read(path: Path) -> Iterator[Sample]:
+def _read(path: Path, run_dir: Path) -> Iterator[Sample]:
     """A file's samples, decompressed line by line: what a small file expands to is never held as a whole."""
     try:
-        with open_regular(path) as packed, gzip.open(packed) as file:
+        with open_regular(path, inside=run_dir) as packed, gzip.open(packed) as file:
             for number, text, _ in lines_of(file, path):
                 if file.tell() > _MAX_FILE_BYTES:
                     raise ValueError(f"it expands to more than {_MAX_FILE_BYTES} bytes")

@@ -17,6 +17,10 @@ MAX_TEXT_CHARACTERS = 4096
 """Longest gold answer, and longest metadata as JSON, that is kept."""
 
 
+_LARGEST = 1e9
+"""Of log-probabilities and rewards."""
+
+
 class Kind(Enum):
     """What a response was sampled for."""
 
@@ -151,6 +155,9 @@ def _check_tokens(sample: Sample) -> None:
         counts.add(len(sample.teacher))
     if len(counts) != 1:
         raise ValueError(f"its per-token lists differ in length: {sorted(counts)}")
+    known = [*sample.student, *(sample.teacher or ()), sample.reward]
+    if any(value is not None and abs(value) > _LARGEST for value in known):
+        raise ValueError(f"a log-probability or the reward is beyond {_LARGEST:g}")
     if min(sample.lengths, default=0) < 0 or sum(sample.lengths) != len(sample.response):
         raise ValueError("the lengths of its tokens do not add up to the response")
 

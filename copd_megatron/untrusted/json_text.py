@@ -2,16 +2,15 @@
 
 ``json.loads`` takes more than JSON has: NaN and infinities, ``1e999`` as infinity, whole numbers that no
 float can hold, and nesting up to Python's own limit, where it raises RecursionError. Code that computes with
-such values fails far from the file. ``load`` refuses them with a ValueError, and ``made`` checks an object's
-fields against the hints of a dataclass, so that a reader needs one ``except ValueError`` to name file and
-line.
+such values fails far from the file, and so does a sum of 1e308. ``load`` refuses them with a ValueError, and
+``made`` checks an object's fields against the hints of a dataclass, so that a reader needs one ``except
+ValueError`` to name file and line.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -27,6 +26,10 @@ MAX_BYTES: Final = 64 << 20
 and little enough to be held in memory several times."""
 MAX_NESTING: Final = 64
 """Of objects and lists. Far below Python's own limit, which depends on who calls."""
+
+
+MAX_NUMBER: Final = 1e100
+"""Sums, squares and ratios of a file's numbers are finite too. No figure of a run comes near it."""
 
 
 class NestingError(ValueError):
@@ -54,7 +57,7 @@ def load(text: str | bytes, *, max_bytes: int = MAX_BYTES) -> Any:
 
     Raises:
         NestingError: nested deeper than ``MAX_NESTING``.
-        ValueError: it is no JSON, longer than ``max_bytes``, or holds a number that a float cannot hold.
+        ValueError: it is no JSON, longer than ``max_bytes``, or holds a number beyond ``MAX_NUMBER``.
     """
     if len(text) > max_bytes:
         raise ValueError(f"it is longer than {max_bytes} bytes")
@@ -77,14 +80,14 @@ def load_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """The object that a small file holds.
+def load_file(path: Path, *, inside: Path | None = None) -> dict[str, Any]:
+    """The object that a small file holds; ``inside`` as in ``open_regular``.
 
     Raises:
         OSError: it cannot be read.
         ValueError: as ``load_object``. The message does not name the file.
     """
-    return load_object(read_regular(path, MAX_BYTES))
+    return load_object(read_regular(path, MAX_BYTES, inside=inside))
 
 
 def lines_of(file: Readable, path: Path) -> Iterator[Line]:
@@ -237,15 +240,12 @@ def _no_constant(text: str) -> None:
 
 
 def _fits(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
-        return False
+    return abs(value) <= MAX_NUMBER  # false for NaN
 
 
 def _finite(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):
+    if not _fits(value):
         raise ValueError(f"the number {text[:40]} is too large")
     return value
 
