@@ -440,7 +440,9 @@ def test_any_name_can_be_drawn(name: str, tmp_path: Path) -> None:
     run = write_run(
         folder, extra={f"{name}/train/reward": [0.5] * 20, f"copd/teacher_gap/{name}": [0.1] * 20}
     )
-    save_table(run, {"base": {name: 0.5}, name: {name: 0.25}}, [name], num_prompts={name: 4})
+    accuracy = {"base": {name: 0.5}, name: {name: 0.25}}
+    table = {"domains": [name], "num_prompts": {name: 4}, "accuracy": accuracy}
+    (run / "evaluation.json").write_text(json.dumps(table))
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     shown = figure_text(name).replace(r"\$", "$").strip()

@@ -32,7 +32,7 @@ def alternatives(pattern: str) -> Iterator[str]:
     if len(pattern) > _MAX_LETTERS:
         raise ValueError(f"it is longer than {_MAX_LETTERS} characters")
     if count(pattern) > MAX_ALTERNATIVES:
-        raise ValueError(f"it stands for more than {MAX_ALTERNATIVES} names; use * in place of a range")
+        raise ValueError(f"it stands for more than {MAX_ALTERNATIVES} names")
     found: Iterator[str] = braceexpand.braceexpand(pattern)
     return found
 

@@ -73,7 +73,9 @@ def _alternatives(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
         try:
             expanded = alternatives(os.path.expanduser(pattern))
         except ValueError as error:
-            raise DataError(f"shard pattern {pattern!r:.200}: {error}. Correct its braces.") from error
+            raise DataError(
+                f"shard pattern {pattern!r:.200}: {error}. Close every brace; * may stand for many names."
+            ) from error
         for alternative in expanded:
             number += 1
             if number > MAX_ALTERNATIVES:
