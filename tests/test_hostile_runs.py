@@ -268,7 +268,6 @@ MAY_WAIT = {
     "metrics/phase_memory.py": "of the kernel",
     "samples/audit.py": "a file that the command names, maybe a pipe",
     "evaluation/paper.py": "of the product",
-    "config/reference.py": "of the product",
     "plugins.py": "of the product",
     "tiny/recipe.py": "of the product",
     "tiny/vl_recipe.py": "of the product",
