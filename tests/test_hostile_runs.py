@@ -276,6 +276,7 @@ MAY_WAIT = {
     "launch/cause.py": "of the kernel",
     "launch/doctor.py": "of the kernel",
     "launch/shared_memory.py": "of the kernel",
+    "reproduction/figures.py": "results in the product's own form",
     "planner/machine.py": "a file that the command names",
     "planner/recorded.py": "a file that the command names",
     "planner/measure.py": "of the kernel",
