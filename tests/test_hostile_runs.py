@@ -10,12 +10,13 @@ import os
 import signal
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 import braceexpand
 import pytest
+from _pytest.mark.structures import ParameterSet
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -419,21 +420,19 @@ def test_history_grows_with_its_file(tmp_path: Path) -> None:
 
 # ---- nothing breaks --------------------------------------------------------------------------------------
 
-NAMES = [
-    "$x$",
-    "te$\\foo{$xt",
-    "$\\frac$ $",
-    "_hidden",
-    "a\nb",
-    "\udcff",
-    "x" * 5000,
-    "\x1b[2J",
-    "\\$",
-    "%s{}",
-]
+NAMES = ["$x$", "te$\\foo{$xt", "_hidden", "\udcff"]
+MORE_NAMES = ["$\\frac$ $", "a\nb", "x" * 5000, "\x1b[2J", "\\$", "%s{}"]
+NUMBERS = ["1e100", "1" + "0" * 300]
+MORE_NUMBERS = ["1e308", "-1e308", "-1e100", "1e99", "-1", "0.5", "1e-300"]
 
 
-@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def and_slowly(few: Sequence[str], more: Sequence[str]) -> Sequence[ParameterSet]:
+    """Cases of every run of the tests, and those of the long one."""
+    values = [*((value, ()) for value in few), *((value, pytest.mark.slow) for value in more)]
+    return [pytest.param(value, id=str(number), marks=marks) for number, (value, marks) in enumerate(values)]
+
+
+@pytest.mark.parametrize("name", and_slowly(NAMES, MORE_NAMES))
 def test_any_name_can_be_drawn(name: str, tmp_path: Path) -> None:
     name = name[:400]
     folder = tmp_path / (name.encode("utf-8", "replace").decode().replace("/", "")[:60])
@@ -451,9 +450,7 @@ def test_any_name_can_be_drawn(name: str, tmp_path: Path) -> None:
         assert page.count(shown) > 3, shown
 
 
-@pytest.mark.parametrize(
-    "number", ["1e308", "-1e308", "1e100", "-1e100", "1e99", "1" + "0" * 300, "-1", "0.5", "1e-300"]
-)
+@pytest.mark.parametrize("number", and_slowly(NUMBERS, MORE_NUMBERS))
 def test_any_number_is_shown_or_refused(
     number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
