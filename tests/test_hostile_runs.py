@@ -428,8 +428,11 @@ MORE_NUMBERS = ["1e308", "-1e308", "-1e100", "1e99", "-1", "0.5", "1e-300"]
 
 def and_slowly(few: Sequence[str], more: Sequence[str]) -> Sequence[ParameterSet]:
     """Cases of every run of the tests, and those of the long one."""
-    values = [*((value, ()) for value in few), *((value, pytest.mark.slow) for value in more)]
-    return [pytest.param(value, id=str(number), marks=marks) for number, (value, marks) in enumerate(values)]
+    slow = pytest.mark.slow
+    return [
+        *(pytest.param(value, id=f"{place}") for place, value in enumerate(few)),
+        *(pytest.param(value, id=f"more-{place}", marks=slow) for place, value in enumerate(more)),
+    ]
 
 
 @pytest.mark.parametrize("name", and_slowly(NAMES, MORE_NAMES))
