@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from copd_megatron.errors import DataError
 from copd_megatron.rewards.audit import Audit, Case, Grade, Verdict, audit
-from copd_megatron.samples.audit import as_json, as_lines, read_cases
+from copd_megatron.samples.audit import _without_ends, as_json, as_lines, read_cases
 from copd_megatron.samples.files import FOLDER, write_samples
 from copd_megatron.samples.record import Kind, Sample
 from tests.support.commands import ROOT
@@ -140,6 +141,31 @@ def test_bad_lines_are_named(tmp_path: Path, line: str) -> None:
     path.write_text(line)
     with pytest.raises(DataError, match=r"labelled\.jsonl"):
         read_cases(path)
+
+
+@pytest.mark.parametrize("label", ["1" + "0" * 400, "1e999", "NaN", "1" + "0" * 5000])
+def test_labels_that_no_number_holds_are_named(tmp_path: Path, label: str) -> None:
+    path = tmp_path / "labelled.jsonl"
+    path.write_text(f'{{"response": "4", "answer": "4", "verifier": "exact", "label": {label}}}')
+    with pytest.raises(DataError, match=r"labelled\.jsonl, line 1"):
+        read_cases(path)
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "</s>", "<eos>", "<|x|>", "<|", "<|x ", "\u2003"])
+def test_ends_of_responses_are_found_in_linear_time(unit: str) -> None:
+    """Searched from the start, each run of blanks is tried from each of its characters."""
+    begin = time.process_time()
+    assert _without_ends(unit * 40_000 + "x") == unit * 40_000 + "x"
+    assert _without_ends("x" + unit * 40_000) == (
+        "x" if unit not in ("<|", "<|x ") else ("x" + unit * 40_000).rstrip()
+    )
+    assert time.process_time() - begin < 2
+
+
+def test_ends_of_responses() -> None:
+    assert _without_ends("4 </s> <|im_end|>\n<eos>") == "4"
+    assert _without_ends("4<|end_of_thought|>") == "4<|end_of_thought|>"
+    assert _without_ends(" </s>") == _without_ends("") == ""
 
 
 def test_times_of_few_cases() -> None:

@@ -14,7 +14,8 @@ import pytest
 from copd_megatron.cli.main import main
 from copd_megatron.data import DataError, Sample, check_shards
 from copd_megatron.data.convert.benchmarks.table import BENCHMARKS
-from copd_megatron.data.convert.benchmarks.write import convert_benchmark
+from copd_megatron.data.convert.benchmarks.write import _check_whole, convert_benchmark
+from copd_megatron.data.convert.write import NewSample
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "aime24": {"id": 60, "problem": "P", "solution": "S", "answer": "204", "url": "u", "year": "2024"},
@@ -47,6 +48,32 @@ def written(path: Path, found: list[dict[str, Any]]) -> Path:
 def samples(paths: list[Path]) -> list[Sample]:
     shards = check_shards([str(path) for path in paths])
     return [shards.read(ref) for ref in shards.refs]
+
+
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+def test_no_benchmark_passes_that_is_half_of_it_twice(name: str) -> None:
+    benchmark = BENCHMARKS[name]
+    halves = [
+        NewSample(
+            prompt=f"Question {i}?",
+            answer="1",
+            verifier="math",
+            metadata=dict.fromkeys((*benchmark.identity, *benchmark.parts), f"{i}"),
+            media={"mp4": b"digest"},
+        )
+        for i in range(benchmark.count // 2)
+    ]
+    with pytest.raises(DataError, match="occur"):
+        _check_whole(name, benchmark, [*halves, *halves][: benchmark.count], [Path("half.json")] * 2)
+
+
+def test_one_question_about_two_videos_is_two() -> None:
+    benchmark = dataclasses.replace(BENCHMARKS["video_holmes"], count=2)
+    one = NewSample(prompt="Who?", answer="A", verifier="choice", metadata={}, media={"mp4": b"1"})
+    other = dataclasses.replace(one, media={"mp4": b"2"})
+    _check_whole("video_holmes", benchmark, [one, other], [Path("a.json")])
+    with pytest.raises(DataError, match=r"1 questions of video_holmes occur before, 'Who\?' occurs 2 times"):
+        _check_whole("video_holmes", benchmark, [one, one], [Path("a.json")])
 
 
 @pytest.mark.parametrize("name", sorted(LAYOUTS))

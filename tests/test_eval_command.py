@@ -4,12 +4,14 @@ verdicts."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from copd_megatron.config import load_config
 from tests.support.commands import copd, python
 from tests.support.domains import make_domains
 from tests.support.models import make_model
@@ -35,6 +37,84 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     return root
+
+
+COMPANIONS = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "chat_template.jinja"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+)
+SETTINGS = {
+    "run.seed": 7,
+    "model.dtype": "bfloat16",
+    "model.system_prompt": "Be brief.",
+    "model.max_sequence_tokens": 99,
+    "media.image_max_pixels": 999_999,
+    "evaluation.temperature": 0.25,
+    "evaluation.num_generations_per_prompt": 3,
+    "branches.alpha.rollout.max_new_tokens": 5,
+    "branches.alpha.data.max_prompt_tokens": 8,
+    "branches.alpha.reward.timeout_seconds": 0.01,
+    "branches.alpha.reward.verifiers": "[exact]",
+}
+
+
+def test_whatever_verdicts_depend_on_makes_others(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file beside the weights, each setting, the shards, and verifiers of one's own."""
+    from copd_megatron.evaluation import models
+
+    monkeypatch.setenv("WDS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path)
+    own = tmp_path / "own_verifier_of_eval.py"
+    own.write_text("def grade(response, answer, metadata): return 1.0\n")
+    folder = shutil.copytree(root / "one", tmp_path / "model")
+    shard = shutil.copy(next((root / "data").glob("alpha-validation-*.tar")), tmp_path / "far-000000.tar")
+    remote = f"branches.alpha.data.validation=['pipe:cat {shard}']"
+
+    def state(*overrides: str) -> str:
+        config = load_config(root / "config.yaml", [remote, *overrides])
+        (model,) = models.open_models([folder])
+        return models._settings_text(config, model)
+
+    seen = [state()]
+    assert state() == seen[0]
+    for name in COMPANIONS:
+        path = folder / name
+        content = json.loads(path.read_text()) if path.exists() and path.suffix == ".json" else {}
+        path.write_text(json.dumps({**content, "rope_theta": 12345.0}))
+        seen.append(state())
+    for setting, value in SETTINGS.items():
+        seen.append(state(f"{setting}={value}"))
+    mine = "branches.alpha.reward.verifiers=['own_verifier_of_eval:grade']"
+    seen.append(state(mine))
+    own.write_text("def grade(response, answer, metadata): return 0.0\n")
+    seen.append(state(mine))
+    shutil.copy(next((root / "data").glob("beta-validation-*.tar")), shard)
+    assert state() in seen, "what was fetched is still there"
+    shutil.rmtree(tmp_path / "cache")
+    seen.append(state())
+    assert len(set(seen)) == len(seen)
+    before = state()
+    shutil.rmtree(tmp_path / "cache")
+    assert state() == before, "fetched again, the same"
+
+
+def test_one_engine_measures_models_that_differ_in_weights_alone(root: Path, tmp_path: Path) -> None:
+    from copd_megatron.evaluation import models
+
+    folders = [shutil.copytree(root / "one", tmp_path / name) for name in ("same", "noted", "rope", "eos")]
+    for folder, name, change in (
+        (folders[1], "config.json", {"_name_or_path": "x", "transformers_version": "0"}),
+        (folders[2], "config.json", {"rope_theta": 12345.0}),
+        (folders[3], "generation_config.json", {"eos_token_id": 3}),
+    ):
+        path = folder / name
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**content, **change}))
+    groups = models._alike(models.open_models(folders))
+    assert [[model.label for model in group] for group in groups] == [["same", "noted"], ["rope"], ["eos"]]
 
 
 def file_of(out: Path, model: str) -> Path:

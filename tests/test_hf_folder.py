@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,19 @@ def test_headers_that_the_library_refuses_are_refused_by_name(tmp_path: Path, ki
     assert not library_accepts(folder / "model.safetensors")
     with pytest.raises(ValueError, match=str(folder / "model.safetensors")):
         HFFolder(folder)
+
+
+@pytest.mark.parametrize("number", ["9" * 4000, str(2**63), str(2**62)])
+@pytest.mark.parametrize("place", ["shape", "data_offsets"])
+def test_long_numbers_are_refused_before_they_are_multiplied(number: str, place: str) -> None:
+    """A product of thousands of such numbers has millions of digits."""
+    many = "[" + ",".join([number] * (2_000_000 // len(number))) + "]"
+    entry = {"shape": "[1]", "data_offsets": "[0,4]", place: many}
+    text = f'{{"a":{{"dtype":"F32","shape":{entry["shape"]},"data_offsets":{entry["data_offsets"]}}}}}'
+    begin = time.process_time()
+    with pytest.raises(ValueError, match="a has shape") as said:
+        parse_header(text.encode())
+    assert time.process_time() - begin < 5 and len(str(said.value)) < 400
 
 
 @pytest.mark.parametrize("length", [2**40, 2**63, 2**64 - 1, MAX_HEADER_BYTES + 1, 10_000])

@@ -6,6 +6,8 @@ import io
 import json
 import pickle
 import shutil
+import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from copd_megatron.checkpoint.distcp import METADATA, check_items, read_metadata
 from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, _digest, read_manifest
@@ -89,6 +91,77 @@ def test_the_name_that_is_refused_is_told(tmp_path: Path, marker: Path) -> None:
     torch.save(programs(marker)["os.system"], stream)
     with pytest.raises(CheckpointError, match=r"asks for posix\.system, which"):
         check_saved(stream.getvalue(), "here")
+
+
+# ---- pickles that name nothing bad, and cost hours or all memory ---------------------------------------
+
+
+def _shared(levels: int, last: bytes, *, key: bool = True) -> bytes:
+    """A tuple that holds the one before it twice, by way of the memo, and so on."""
+    twice = b"".join(
+        b"h%c" % (n % 256) + b"h%c" % (n % 256) + b"\x86q%c" % ((n + 1) % 256) for n in range(levels)
+    )
+    return b"\x80\x02" + (b"}" if key else b"") + b")q\x00" + twice + last + b"."
+
+
+_INDEX = b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n"
+COSTLY: dict[str, bytes] = {
+    "doubled tuples as a key": b"\x80\x04})" + b"2\x86" * 60 + b"K\x01s.",
+    "shared tuples as a key": _shared(60, b"K\x01s"),
+    "shared tuples as keys": b"\x80\x02}(" + _shared(60, b"K\x01u", key=False)[2:],
+    "shared tuples as a key at once": b"\x80\x02(" + _shared(60, b"K\x01d", key=False)[2:],
+    "shared tuples in an index": b"\x80\x02}" + _INDEX + _shared(60, b"N\x86\x81K\x01s", key=False)[2:],
+    "shared tuples in an index's content": b"\x80\x02}"
+    + _INDEX
+    + b")\x81}U\x03fqn"
+    + _shared(60, b"sbK\x01s", key=False)[2:],
+    "an index that grows afterwards": b"\x80\x02"
+    + _INDEX
+    + b")\x81q\x00h\x00\x85q\x01"
+    + b"0h\x00}U\x03fqnh\x01sb.",
+    "a set of shared tuples": b"\x80\x04\x8f(" + _shared(60, b"\x90", key=False)[2:],
+    "an ordered mapping of shared tuples": b"\x80\x02ccollections\nOrderedDict\n]]"
+    + _shared(60, b"aK\x01aa\x85R", key=False)[2:],
+    "keys of one hash": b"\x80\x02}("
+    + b"".join(b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(1, 40_000))
+    + b"u.",
+    "a memo of a hundred million": b"\x80\x04Nr" + (10**8).to_bytes(4, "little") + b".",
+    "a memo of four thousand million": b"\x80\x04Nr" + (2**32 - 1).to_bytes(4, "little") + b".",
+    "a memo by digits": b"Np99999999999\n.",
+    "a text of a terabyte": b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b"x.",
+    "bytes of a terabyte": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"x.",
+    "a frame of a terabyte": b"\x80\x04\x95" + (2**40).to_bytes(8, "little") + b"h\x00.",
+    "a number of a million digits": b"L" + b"9" * 1_000_000 + b"L\n.",
+    "lists in lists": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
+    "marks in marks": b"\x80\x02" + b"(" * 200_000 + b"t" * 200_000 + b".",
+    "a class that is changed": b"\x80\x02" + _INDEX + b"N}U\x03fqnNs\x86b.",
+}
+"""Each takes minutes, gigabytes or the stack if it is simply loaded, or changes torch itself."""
+
+
+@pytest.mark.parametrize("kind", COSTLY)
+def test_no_pickle_costs_more_than_its_length(tmp_path: Path, kind: str) -> None:
+    (tmp_path / METADATA).write_bytes(COSTLY[kind])
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("archive/data.pkl", COSTLY[kind])
+        archive.writestr("archive/version", "3\n")
+    begin = time.process_time()
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged") as said:
+        load_metadata(tmp_path / METADATA)
+    with pytest.raises(CheckpointError, match=r"^here (is damaged|asks for)"):
+        check_saved(stream.getvalue(), "here")
+    assert time.process_time() - begin < 5 and len(str(said.value)) < 1000
+
+
+def test_a_large_index_is_taken(tmp_path: Path) -> None:
+    """As many parts as a large model has, with names and sizes that they share."""
+    index = {
+        MetadataIndex(f"layers.{n}.weight", torch.Size([n, 0]), n): _StorageInfo("a.distcp", n, 9)
+        for n in range(5000)
+    }
+    (tmp_path / METADATA).write_bytes(pickle.dumps(Metadata(state_dict_metadata={}, storage_data=index)))
+    assert load_metadata(tmp_path / METADATA).storage_data == index
 
 
 ENTRIES: dict[str, Callable[[Path, Path, Path], object]] = {

@@ -405,7 +405,7 @@ def test_table_as_text() -> None:
 
 def test_table_as_markdown() -> None:
     assert render_table({"a|b": {"text": 0.5}}, ["text"], style="markdown") == "\n".join(
-        ["| model | text | mean |", "| ----- | ---: | ---: |", "| a\\|b  | 50.0 | 50.0 |"]
+        ["| model    | text | mean |", "| -------- | ---: | ---: |", "| a&#124;b | 50.0 | 50.0 |"]
     )
 
 

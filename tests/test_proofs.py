@@ -406,6 +406,31 @@ LEAN = {"assistant": "lean", "name": "add_zero", "statement": "\u2200 n : Nat, n
         "-/ rfl",
         "theorem other : True := by trivial",
         "exact \u00aba b\u00bb",
+        'run_elab _root_.IO.FS.writeFile "x" "y"',
+        "simp\n\nrun_elab do\n  let e \u2190 getEnv\n  setEnv e",
+        "exact foo run_tacq do pure ()",
+        "rfl\nsimproc foo (_ + _) := fun e => do return .continue",
+        "rfl\nsimproc_decl foo (_) := fun e => pure .continue",
+        "rfl\nbuiltin_dsimproc foo (_) := fun e => pure .continue",
+        'rfl\nnotation3 "x" => True',
+        "rfl\nirreducible_def x := 1",
+        "rfl\nalias t := f",
+        "rfl\nregister_simp_attr x",
+        "rfl\ndeclare_aesop_rule_sets [x]",
+        "rfl\nsome_command_that_nobody_knows x",
+        "rfl\n  where x := 1",
+        "exact _root_.Lean.Elab.admitGoal",
+        "exact Foo.Lean.x",
+        "simp (config := unsafeCast 0)",
+        "simp (maxSteps := Nat.unsafeIO 0)",
+        "exact `(x)",
+        "exact \u03bbopen x",
+        "exact 'a'open x",
+        "exact 1open x",
+        "exact (x).open",
+        "exact h\u2081open",
+        "exact eval% x",
+        "rfl; initialize x : Nat \u2190 pure 1",
     ],
 )
 def test_lean_cheats_are_refused_unread(text: str) -> None:
@@ -420,6 +445,29 @@ def test_a_lean_proof_is_read() -> None:
         assert body.split() == ["intro", "n", "rfl"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "  induction n with\n  | zero => rfl\n  | succ n ih => simp [Nat.add_succ, ih]",
+        "  rcases h with \u27e8a, b\u27e9\n  \u00b7 exact a"
+        "\n  \u00b7 nlinarith [sq_nonneg (a - b),\n  mul_pos ha hb]",
+        "  have h : 0 < n := by\n    omega\n  calc a = b := by ring"
+        "\n    _ = c := by norm_num\n  <;> linarith",
+        "  obtain \u27e8k, hk\u27e9 := h\n  refine' \u27e8k, ?_\u27e9"
+        "\n  simp? at hk \u22a2\n  exact (List.prefix_append x y).trans hk",
+        "  intro x hx; rw [eval_add, Set.mem_setOf_eq]; exact_mod_cast hx.le",
+    ],
+)
+def test_usual_lean_proofs_are_read(text: str) -> None:
+    assert lean.read_body(f"```lean\n{text}\n```", "add_zero") == text
+
+
+FAKE_CHECKER = """#!/bin/sh
+[ -f CopdCandidate.olean ] && [ "$*" = "CopdCandidate CopdCheck" ] || exit 1
+while read -r line; do
+    case $line in *past*) exit 1 ;; esac
+done < CopdCandidate.olean
+"""
 FAKE_LEAN = """#!/bin/sh
 if [ "$1" = --print-prefix ]; then echo {prefix}; exit 0; fi
 while [ $# -gt 1 ]; do
@@ -436,6 +484,7 @@ while read -r line; do
     case $line in *fail*) exit 1 ;; esac
 done < "$1"
 echo "olean of $1" > "$out"
+while read -r line; do echo "$line" >> "$out"; done < "$1"
 """
 
 
@@ -450,6 +499,10 @@ def fake_lean(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         (folder / "library").mkdir()
         program.write_text(FAKE_LEAN.format(prefix=folder, more=request.param))
         program.chmod(0o755)
+        checker = program.with_name("leanchecker")
+        checker.write_text(FAKE_CHECKER)
+        checker.chmod(0o755)
+        monkeypatch.delenv(lean.CHECKER, raising=False)
         monkeypatch.setenv(lean.VARIABLE, str(program))
         monkeypatch.setenv("LEAN_PATH", str(folder / "library"))
         mounts = property(lambda self: (self.prefix, *self.path, "/bin/sh"))
@@ -463,13 +516,27 @@ def fake_lean(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
 @pytest.mark.usefixtures("fake_lean")
 @pytest.mark.parametrize(
     ("fake_lean", "body", "reward"),
-    [("", "rfl", 1.0), ("", "fail", 0.0), (", sorryAx", "rfl", 0.0)],
+    [("", "rfl", 1.0), ("", "apply fail", 0.0), (", sorryAx", "rfl", 0.0), ("", "exact past", 0.0)],
     indirect=["fake_lean"],
 )
 def test_how_lean_is_called(body: str, reward: float) -> None:
     found = lean.toolchain()
     assert found is not None and found.environment["LEAN_PATH"].startswith(".:/")
     assert verifier.proof(f"```lean\n{body}\n```", json.dumps(LEAN), {}) == reward
+
+
+@pytest.mark.usefixtures("fake_lean")
+@pytest.mark.parametrize("fake_lean", [""], indirect=True)
+def test_lean_without_a_checker_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(lean.CHECKER, "/nowhere/lean4checker")
+    lean.toolchain.cache_clear()
+    assert lean.toolchain() is None and "replays its proofs through the kernel" in lean.problem()
+    with pytest.raises(sandbox.SandboxError, match=lean.CHECKER):
+        verifier.proof("```lean\nrfl\n```", json.dumps(LEAN), {})
+    monkeypatch.setenv(lean.CHECKER, "none")
+    lean.toolchain.cache_clear()
+    found = lean.toolchain()
+    assert found is not None and found.checker is None
 
 
 @pytest.mark.skipif(

@@ -13,6 +13,7 @@ import pytest
 from copd_megatron.errors import DataError
 from copd_megatron.evaluation.show import to_json, to_markdown, to_text
 from copd_megatron.evaluation.summary import POOLED, figures_of, summarise
+from copd_megatron.evaluation.table import Accuracies, render_table
 from copd_megatron.evaluation.verdicts import PromptVerdicts, VerdictFile, verdicts_of
 from tests.support.rollouts import rollout
 
@@ -57,6 +58,7 @@ def test_a_file_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     file.append([verdicts(1, [1.0]), verdicts(2, [0.0, None], level=3)])
     with (file.folder / "verdicts.jsonl").open("a") as stream:
         stream.write('{"domain": "te')
+    file.close()
     again = VerdictFile(tmp_path, "merged", {"seed": 1})
     assert [v.prompt for v in again.read()] == ["s-000000/1", "s-000000/2"]
     again.begin(anew=False)
@@ -67,6 +69,43 @@ def test_a_file_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     (again.folder / "verdicts.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="not verdicts"):
         again.read()
+
+
+def test_two_writers_never_share_a_file(tmp_path: Path) -> None:
+    """Each would append what the other has measured already, or forget it."""
+    first, second = (VerdictFile(tmp_path, "merged", {"seed": 1}) for _ in range(2))
+    first.begin(anew=False)
+    first.append([verdicts(1, [1.0])])
+    for anew in (False, True):
+        with pytest.raises(DataError, match=r"merged-\w+: another copd eval writes it.*--out"):
+            second.begin(anew=anew)
+    assert second.read() == [verdicts(1, [1.0])], "reading goes on, and nothing is forgotten"
+    first.close()
+    second.begin(anew=False)
+    second.close()
+
+
+EVIL = "5\n\nmerged   99.9 [99.0, 100.0]\n| base | 100.0 |\t\x1b[2J<img src=x onerror=alert(1)>[a](http://b)`"
+
+
+def test_names_forge_no_rows() -> None:
+    """Metadata, models and domains come from files of others: each stays in its cell."""
+    rows = [
+        dataclasses.replace(verdicts(n, [float(n % 2)], level=EVIL if n < 3 else "1"), domain=EVIL)
+        for n in range(8)
+    ]
+    summary = summarise({EVIL: rows, "b" * 5000: rows}, by=("level",))
+    score: Accuracies = {EVIL: {EVIL: 0.5}, "b": {EVIL: 1.0}}
+    texts = [to_text(summary), render_table(score, [EVIL])]
+    pages = [to_markdown(summary), render_table(score, [EVIL], style="markdown")]
+    for text in [*texts, *pages]:
+        lines = text.split("\n")
+        assert not any(line.startswith(("merged", "| base", "5")) and "\\n" not in line for line in lines)
+        assert "\x1b" not in text and "\t" not in text and max(map(len, lines)) < 2000
+    for page in pages:
+        assert "<img" not in page and "](" not in page
+        tables = [block.split("\n") for block in page.split("\n\n") if block.startswith("|")]
+        assert tables and all(len({line.count("|") for line in table}) == 1 for table in tables)
 
 
 def test_other_settings_have_another_file(tmp_path: Path) -> None:

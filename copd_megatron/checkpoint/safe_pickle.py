@@ -1,7 +1,8 @@
 """Pickles of files that somebody else may have written: read without running anything they ask for.
 
 Unpickling calls whatever function a file names. Here only the names in a list can be called, all of them
-harmless; any other is refused, by name.
+harmless; any other is refused, by name. A scan of the operations comes first (``pickle_scan``), so that no
+short file takes hours or all memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from copd_megatron.checkpoint.manifest import CheckpointError
-from copd_megatron.untrusted.regular_file import open_regular
+from copd_megatron.checkpoint.pickle_scan import MAX_BYTES, NameRefusedError, Rules, scan_pickle
+from copd_megatron.untrusted.regular_file import read_regular
 
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 METADATA_NAMES: Final[Mapping[tuple[str, str], Any]] = {
@@ -47,15 +49,15 @@ METADATA_NAMES: Final[Mapping[tuple[str, str], Any]] = {
 }
 """What the index of ``torch.distributed.checkpoint`` is made of: (module, name) to what stands for it."""
 
+_INDEX_RULES = Rules(names=METADATA_NAMES, index=((metadata.__name__, "MetadataIndex"),))
+_OBJECT_RULES = Rules(names=None, only_texts_and_indices=False, max_weight=10_000)
+"""Of objects beside the tensors: random states are tuples of hundreds of numbers. torch checks the names."""
+
 _DAMAGE = (
     *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError),
     *(MemoryError, OverflowError, RecursionError, TypeError, ValueError),
 )
 """What unpickling raises on bytes that are no pickle, or a damaged one."""
-
-
-class _Refused(Exception):
-    """A pickle asks for a name that is not in the list."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -67,7 +69,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._allowed:
-            raise _Refused(f"{module}.{name}")
+            raise NameRefusedError(f"{module}.{name}")
         return self._allowed[module, name]
 
 
@@ -78,13 +80,15 @@ def load_metadata(path: Path) -> Any:
         CheckpointError: it is damaged, or asks for anything that such an index is not made of.
         OSError: it cannot be read.
     """
-    with open_regular(path) as file:
-        try:
-            return _Unpickler(file, METADATA_NAMES).load()
-        except _Refused as refused:
-            raise CheckpointError(refusal(path, str(refused))) from None
-        except _DAMAGE as error:
-            raise CheckpointError(f"{path} is damaged: {error!r}; copy the checkpoint again") from error
+    data = read_regular(path, MAX_BYTES)
+    try:
+        scan_pickle(data, _INDEX_RULES)
+        return _Unpickler(io.BytesIO(data), METADATA_NAMES).load()
+    except NameRefusedError as refused:
+        raise CheckpointError(refusal(path, str(refused))) from None
+    except _DAMAGE as error:
+        reason = repr(error)[:400]
+        raise CheckpointError(f"{path} is damaged: {reason}; copy the checkpoint again") from error
 
 
 def check_saved(data: bytes, where: str) -> None:
@@ -94,6 +98,8 @@ def check_saved(data: bytes, where: str) -> None:
         CheckpointError: it asks for a name that torch does not count as safe, or is damaged.
     """
     try:
+        reader = torch._C.PyTorchFileReader(io.BytesIO(data))  # the one that torch.load reads with
+        scan_pickle(reader.get_record("data.pkl"), _OBJECT_RULES)
         # Transformer Engine's bookkeeping is saved as bytes in memory
         with torch.serialization.safe_globals([io.BytesIO]):
             torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -12,7 +12,6 @@ a shard that was written again.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from copd_megatron.data.shards import ShardSet
+from copd_megatron.data.sole_writer import write_alone
 from copd_megatron.errors import DataError
 from copd_megatron.untrusted.json_text import load_object, made
 from copd_megatron.untrusted.regular_file import open_regular
@@ -199,12 +199,8 @@ class PassRateWriter:
         self._file.close()
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"pass rates {self.path}: another process writes them. Wait for it, or give another --out."
-            ) from error
+        said = f"pass rates {self.path}: another process writes them. Wait for it, or give another --out."
+        write_alone(self._file, said)
 
     def _refuse_others(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differ = [key for key in now if key != "model" and then.get(key) != now[key]]

@@ -137,6 +137,9 @@ def _settings(config: Config, domain: Domain, folder: str | Path, scoring: Scori
         "max_sequence_tokens": config.model.max_sequence_tokens,
         "system_prompt": config.model.system_prompt,
         "verifiers": list(branch.reward.verifiers),
+        "timeout_seconds": branch.reward.timeout_seconds,
+        "dtype": config.model.dtype,
+        "quantization": branch.rollout.quantization.value,
         "media": asdict(config.media) if read_model_shape(folder, "model").vision is not None else None,
         "seed": config.run.seed,
     }

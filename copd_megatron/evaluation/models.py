@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +27,7 @@ from copd_megatron.evaluation.sampling import sample_graded
 from copd_megatron.evaluation.verdicts import PromptVerdicts, VerdictFile, verdicts_of
 from copd_megatron.formats.open import open_source
 from copd_megatron.formats.tensors import TensorSource, read_whole
+from copd_megatron.hf.companions import companion_files, read_json
 from copd_megatron.hf.folder import HFFolder
 from copd_megatron.hf.model_config import read_model_shape, read_sizes
 from copd_megatron.model.shape import ModelShape
@@ -36,8 +39,9 @@ from copd_megatron.untrusted.regular_file import open_regular
 
 logger = logging.getLogger(__name__)
 
-_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
-"""Files of a model's folder that decide which tokens a prompt becomes."""
+_NOTES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Of config.json: what an engine's answers do not depend on. ``model.dtype`` decides the type."""
+_CONFIG = "config.json"
 _ENGINE_SETTINGS = (
     "tensor_parallel_size",
     "gpu_memory_utilization",
@@ -121,22 +125,24 @@ class _Job:
 
 
 def _alike(models: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Models of one shape that make the same tokens of a text, together: one engine measures them."""
-    groups: list[list[Candidate]] = []
+    """Models that differ in their weights alone, together: one engine measures them."""
+    groups: list[tuple[dict[str, str], list[Candidate]]] = []
     for model in models:
-        text = _text_digests(model)
-        group = next((g for g in groups if g[0].shape == model.shape and _text_digests(g[0]) == text), None)
+        files = _companion_digests(model)
+        group = next((g for known, g in groups if g[0].shape == model.shape and known == files), None)
         if group is None:
-            groups.append([model])
+            groups.append((files, [model]))
         else:
             group.append(model)
-    return groups
+    return [group for _, group in groups]
 
 
 def _evaluate_alike(job: _Job, models: Sequence[Candidate]) -> dict[str, list[PromptVerdicts]]:
     """As ``evaluate_models``, with the same engine for all models."""
     config, first = job.config, job.first
-    files = {model.label: VerdictFile(job.out, model.label, _settings(config, model)) for model in models}
+    # the first rank's: another machine may have fetched a remote shard at another time
+    settings = all_gather_messages({m.label: _settings_text(config, m) for m in models} if first else {})[0]
+    files = {label: VerdictFile(job.out, label, json.loads(text)) for label, text in settings.items()}
     sources = PromptSources(config, models[0].companions, models[0].shape)
     with contextlib.ExitStack() as stack:
         if sources.media is not None:
@@ -149,6 +155,7 @@ def _evaluate_alike(job: _Job, models: Sequence[Candidate]) -> dict[str, list[Pr
         }
         if first:
             for file in files.values():
+                stack.callback(file.close)
                 file.begin(anew=job.anew)
         done = _agreed({label: [(v.domain, v.prompt) for v in f.read()] for label, f in files.items()}, first)
         for rollout, domains in engines(config, validation):
@@ -240,10 +247,15 @@ def _ordered(verdicts: Sequence[PromptVerdicts], validation: dict[str, list[Prom
     return [by_prompt[domain, p.group_id] for domain, prompts in validation.items() for p in prompts]
 
 
+def _settings_text(config: Config, model: Candidate) -> str:
+    return json.dumps(_settings(config, model))
+
+
 def _settings(config: Config, model: Candidate) -> dict[str, Any]:
     """All that the verdicts depend on."""
     evaluation = config.evaluation
     rollouts = {name: branch.rollout for name, branch in config.branches.items()}
+    rewards = {name: branch.reward for name, branch in config.branches.items()}
     return {
         "model": f"{model.path.resolve()}\n{model.source.identity()}",
         "run.seed": config.run.seed,
@@ -256,31 +268,54 @@ def _settings(config: Config, model: Candidate) -> dict[str, Any]:
         "media": asdict(config.media),
         "model.dtype": config.model.dtype,
         "rollout.quantization": {name: rollout.quantization.value for name, rollout in rollouts.items()},
-        "text": _text_digests(model),
+        "data.max_prompt_tokens": {n: branch.data.max_prompt_tokens for n, branch in config.branches.items()},
+        "reward.verifiers": {name: list(reward.verifiers) for name, reward in rewards.items()},
+        "reward.timeout_seconds": {name: reward.timeout_seconds for name, reward in rewards.items()},
+        "verifiers": _verifier_digests(name for reward in rewards.values() for name in reward.verifiers),
+        "companions": _companion_digests(model),
         "data.validation": {domain.name: _states(domain.validation) for domain in all_domains(config)},
     }
 
 
-def _text_digests(model: Candidate) -> dict[str, str | None]:
-    """Digests of the files that decide which tokens a prompt becomes."""
-    return {name: _file_digest(model.companions / name) for name in _TEXT_FILES}
+def _companion_digests(model: Candidate) -> dict[str, str]:
+    """Digests of the files beside the weights: they decide which tokens a prompt and its media become, and
+    how an engine computes with the weights."""
+    digests = {path.name: _file_digest(path) for path in companion_files(model.companions)}
+    config = read_json(model.companions, _CONFIG)
+    if config is not None:
+        told = {name: value for name, value in config.items() if name not in _NOTES}
+        digests[_CONFIG] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return digests
+
+
+def _verifier_digests(names: Iterable[str]) -> dict[str, str]:
+    """Digests of the files of verifiers of the user's own."""
+    found = {}
+    for name in names:
+        spec = importlib.util.find_spec(name.partition(":")[0]) if ":" in name else None
+        if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
+            found[name] = _file_digest(Path(spec.origin))
+    return found
 
 
 def _states(patterns: Sequence[str]) -> list[list[Any]]:
-    """Shards with their size and time of change: verdicts on files that were written anew are others."""
-    states: list[list[Any]] = [[pattern] for pattern in patterns if names_remote(pattern)]
-    for path in expand_patterns(patterns, local_only=True) if patterns else ():
-        status = path.stat()
-        states.append([str(path), status.st_size, status.st_mtime_ns])
+    """Shards with their size and time of change: verdicts on files that were written anew are others. Of
+    remote shards, the content that was fetched: the time is that of this machine's copy."""
+    states: list[list[Any]] = []
+    for pattern in patterns:
+        for path in expand_patterns([pattern]):
+            status = path.stat()
+            if names_remote(pattern):
+                states.append([pattern, path.name, status.st_size, _file_digest(path)])
+            else:
+                states.append([str(path), status.st_size, status.st_mtime_ns])
     return states
 
 
-def _file_digest(path: Path) -> str | None:
-    """SHA-256 of a small file; None where there is none."""
-    if not path.is_file():
-        return None
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
     with open_regular(path) as file:
-        return hashlib.sha256(file.read()).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open(path: Path, label: str) -> Candidate:

@@ -10,11 +10,15 @@ from typing import Any
 
 from copd_megatron.evaluation.statistics import LEVEL, Estimate
 from copd_megatron.evaluation.summary import Figures, Summary
+from copd_megatron.untrusted.visible import markdown_cell, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table with a title, ready to be laid out. The first column holds names, the others figures."""
+    """A table with a title, ready to be laid out. The first column holds names, the others figures.
+
+    Names may come from samples and folders: each cell is shown on one line, cut where it is long.
+    """
 
     title: str
     header: Sequence[str]
@@ -22,15 +26,18 @@ class Table:
 
     def to_text(self) -> str:
         """Aligned columns."""
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        header, *rows = [[one_line(cell) for cell in row] for row in (self.header, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         rule = ["-" * width for width in widths]
-        return "\n".join([self.title, "", *(_line(row, widths) for row in [self.header, rule, *self.rows])])
+        lines = [_line(row, widths) for row in (header, rule, *rows)]
+        return "\n".join([one_line(self.title), "", *lines])
 
     def to_markdown(self) -> str:
         """A Markdown table under its title."""
         rule = ["---", *["---:"] * (len(self.header) - 1)]
-        lines = [[cell.replace("|", "\\|") for cell in row] for row in (self.header, rule, *self.rows)]
-        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
+        lines = [[markdown_cell(cell) for cell in row] for row in (self.header, rule, *self.rows)]
+        title = markdown_cell(self.title)
+        return "\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def tables(summary: Summary) -> list[Table]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from copd_megatron.config.domains import MEAN_COLUMN
+from copd_megatron.untrusted.visible import markdown_cell, one_line
 from copd_megatron.untrusted.whole_file import write_whole
 
 _MISSING = "-"
@@ -90,9 +91,8 @@ def render_table(
             header.append(f"{name} full marks")
     header.append(MEAN_COLUMN)
     body = [[model, *_cells(scores, columns, graded)] for model, scores in rows.items()]
-    if style == "markdown":
-        header = [cell.replace("|", "\\|") for cell in header]
-        body = [[cell.replace("|", "\\|") for cell in line] for line in body]
+    shown = markdown_cell if style == "markdown" else one_line
+    header, *body = [[shown(cell) for cell in line] for line in [header, *body]]
     widths = [max(len(line[index]) for line in [header, *body]) for index in range(len(header))]
     aligned = [
         [

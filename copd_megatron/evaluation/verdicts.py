@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from copd_megatron.data.sole_writer import write_alone
 from copd_megatron.errors import DataError
 from copd_megatron.metrics.writers import append_whole, drop_torn_line
 from copd_megatron.records import Prompt, Rollout
@@ -75,19 +78,40 @@ class VerdictFile:
         digest = hashlib.blake2b(self._text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
         self.folder = out / f"{label}-{digest}"
         self._path = self.folder / "verdicts.jsonl"
+        self._held: FileIO | None = None
 
     def begin(self, *, anew: bool) -> None:
-        """Makes the folder ready to be appended to; ``anew`` forgets what is there.
+        """Makes the folder ready to be appended to, by nobody else until ``close``; ``anew`` forgets what is
+        there.
 
         Raises:
+            DataError: another process appends to it.
             OSError: it cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._held is None:
+            self._hold()
         if anew:
-            self._path.unlink(missing_ok=True)
+            os.truncate(self._path, 0)
         write_whole(self.folder / "settings.json", self._text.encode("utf-8", "surrogatepass"))
-        open_appending(self._path).close()
         drop_torn_line(self._path)
+
+    def close(self) -> None:
+        """Lets others append."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def _hold(self) -> None:
+        file = open_appending(self._path)
+        try:
+            write_alone(
+                file, f"{self.folder}: another copd eval writes it. Wait for it, or give another --out."
+            )
+        except BaseException:
+            file.close()
+            raise
+        self._held = file
 
     def append(self, verdicts: Sequence[PromptVerdicts]) -> None:
         """Adds whole lines or, where the disk is full, nothing.

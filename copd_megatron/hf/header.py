@@ -20,6 +20,8 @@ from copd_megatron.hf.tensors import TensorSpec, cut
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """As in the safetensors library: a longer header is damage, or an attack on the reader's memory."""
+_MAX_SIZE: Final = 2**63 - 1
+"""Of a dimension, an offset and a tensor: no file holds more, and longer numbers take longer to multiply."""
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 
@@ -134,12 +136,26 @@ def _entry(name: str, entry: Any) -> tuple[int, int, TensorSpec]:
     if not isinstance(code, str) or code not in DTYPES:
         raise ValueError(f"{name} has type {code}, known are {', '.join(DTYPES)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{name} has shape {shape!r} and data_offsets {offsets!r}")
+        raise ValueError(f"{name} has shape {shape!r:.80} and data_offsets {offsets!r:.80}")
+    if not _is_storable(shape, DTYPES[code].itemsize):
+        raise ValueError(f"{name} has shape {shape!r:.80}, more than any file holds")
     return offsets[0], offsets[1], TensorSpec(name, tuple(shape), DTYPES[code])
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value <= _MAX_SIZE for value in values
+    )
+
+
+def _is_storable(shape: Sequence[int], itemsize: int) -> bool:
+    """Whether no product of the first dimensions overflows, as the safetensors library has it."""
+    total = itemsize
+    for size in shape:
+        total *= size
+        if total > _MAX_SIZE:
+            return False
+    return True
 
 
 # ---- making ----------------------------------------------------------------------------------------------

@@ -403,7 +403,7 @@ def _proof_assistants() -> Finding:
     if found:
         return _ok("proof assistants", ", ".join(found), "the verifier 'proof'")
     means = f"only for the verifier 'proof': apt-get install coq, or set {lean.VARIABLE} to Lean 4's program"
-    return _missing("proof assistants", "neither Coq nor Lean 4", means)
+    return _missing("proof assistants", f"no Coq; {lean.problem()}", means)
 
 
 def _compiler() -> Finding:

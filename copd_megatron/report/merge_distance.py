@@ -8,6 +8,7 @@ their changes add without harm.
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +31,11 @@ from copd_megatron.merge.recipe import layer_label
 from copd_megatron.merge.scratch import scratch
 from copd_megatron.report.names import figure_text
 from copd_megatron.untrusted.json_text import load_file, made
+from copd_megatron.untrusted.visible import markdown_cell, one_line
 from copd_megatron.untrusted.whole_file import replacing, write_whole
 
 TOTAL = "all"
+_LEGEND_CHARACTERS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ class DistanceReport:
 
     def to_text(self) -> str:
         """Aligned columns under a legend."""
-        rows = self.rows()
+        rows = [[one_line(cell) for cell in row] for row in self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join(
@@ -89,14 +92,15 @@ class DistanceReport:
             )
             for row in rows
         ]
-        return "\n".join([self.legend, "", *lines])
+        return "\n".join([one_line(self.legend, _LEGEND_CHARACTERS), "", *lines])
 
     def to_markdown(self) -> str:
         """A table under a legend."""
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in self.rows()]
+        rows = [[markdown_cell(cell) for cell in row] for row in self.rows()]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         rule = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
-        return "\n".join([self.legend, "", lines[0], rule, *lines[1:]])
+        legend = html.escape(one_line(self.legend, _LEGEND_CHARACTERS), quote=False)
+        return "\n".join([legend, "", lines[0], rule, *lines[1:]])
 
     def to_json(self) -> str:
         """One object per layer; numbers that do not exist are null."""

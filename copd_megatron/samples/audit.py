@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,10 +12,13 @@ from copd_megatron.errors import DataError
 from copd_megatron.rewards.audit import Audit, Case, Grade, Verdict
 from copd_megatron.samples.files import Selection, read_samples
 from copd_megatron.samples.record import MAX_TEXT_CHARACTERS, Kind, Sample
+from copd_megatron.untrusted.json_text import load
 from copd_megatron.untrusted.visible import visible
 
-_ENDS = re.compile(r"(?:<\|(?!end_of_thought)[\w ]{1,30}\|>|</s>|<eos>|<end_of_turn>|\s)+\Z")
-"""Special tokens behind a response, which a run's verifiers do not see."""
+_END = re.compile(r"(?:<\|(?!end_of_thought)[\w ]{1,30}\|>|</s>|<eos>|<end_of_turn>)\Z")
+"""A special token behind a response, which a run's verifiers do not see."""
+_END_CHARACTERS = 34
+"""The longest that ``_END`` matches."""
 _SHOWN_CHARACTERS = 600
 
 
@@ -69,7 +71,7 @@ def _of_sample(sample: Sample, verifier: str | None, terms: Mapping[str, Mapping
     return Case(
         name=f"{sample.prompt_id}, step {sample.step}, response {sample.sample_index}",
         prompt=sample.prompt,
-        response=_ENDS.sub("", sample.response),
+        response=_without_ends(sample.response),
         answer=sample.gold,
         verifier=verifier or sample.verifier,
         metadata=sample.metadata,
@@ -80,10 +82,24 @@ def _of_sample(sample: Sample, verifier: str | None, terms: Mapping[str, Mapping
     )
 
 
+def _without_ends(response: str) -> str:
+    """The response without special tokens and blanks behind it. From the end backwards: a search from the
+    start tries every run of blanks anew."""
+    stop = len(response)
+    while True:
+        while stop and response[stop - 1].isspace():
+            stop -= 1
+        start = max(0, stop - _END_CHARACTERS)
+        token = _END.search(response[start:stop])
+        if token is None:
+            return response[:stop]
+        stop = start + token.start()
+
+
 def _of_line(line: str, where: str, verifier: str | None) -> Case:
     try:
-        given = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        given = load(line)
+    except ValueError as error:
         raise DataError(f"{where} is no JSON ({error}).") from error
     answer = given.get("answer", given.get("expected")) if isinstance(given, Mapping) else None
     named = verifier or (given.get("verifier") if isinstance(given, Mapping) else None)

@@ -6,6 +6,7 @@ fill the clipboard, and signs for the direction of writing show a line in anothe
 
 from __future__ import annotations
 
+import html
 import re
 import sys
 import threading
@@ -21,6 +22,19 @@ def visible(text: str) -> str:
     """Text whose control characters, line breaks and tabs apart, are written as ``\\x1b``. Halves of
     surrogate pairs, which no terminal can be sent, are written as ``\\udc80``."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def one_line(text: str, limit: int = 120) -> str:
+    """As ``visible``, with line breaks and tabs written as ``\\n`` and ``\\t``, and cut after ``limit``
+    characters: what stands in a table's cell must not look like another row."""
+    shown = visible(text[:limit]).replace("\n", "\\n").replace("\t", "\\t")
+    return shown if len(text) <= limit and len(shown) <= limit else f"{shown[: limit - 3]}..."
+
+
+def markdown_cell(text: str, limit: int = 120) -> str:
+    """As ``one_line``, for a cell of a Markdown table: no HTML, no link, no end of the cell."""
+    shown = html.escape(one_line(text, limit), quote=False)
+    return shown.replace("|", "&#124;").replace("](", "]&#40;").replace("`", "&#96;")
 
 
 def visible_json(text: str) -> str:

@@ -9,8 +9,9 @@ A proof is checked in three runs, each in a sandbox of its own that gets nothing
    of the second proves the statement of the first, and on which axioms it rests.
 
 So nothing that the model wrote stands in a file that decides, and the statement is read before any of it is
-seen. What is refused before anything runs (``coq_script.py``, and the words in ``lean.py``) is the second
-line of defence.
+seen. What is refused before anything runs (``coq_script.py``, ``lean_words.py``) is the second line of
+defence. The third is a kernel that checks the compiled candidate again: ``coqchk``, and for Lean the program
+that ``COPD_LEAN_CHECKER`` names.
 
 ``statement.py`` reads a sample; ``coq.py`` and ``lean.py`` build the files and judge. ``compiler.py`` runs
 them, and keeps compiled statements for further responses to the same prompt.

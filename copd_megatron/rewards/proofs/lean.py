@@ -1,8 +1,10 @@
 """Lean 4: the files of a proof, the commands that compile them, and what they say.
 
 ``COPD_LEAN`` in the environment names the ``lean`` to run (default: the one on the path), and ``LEAN_PATH``
-the folders of compiled libraries such as Mathlib, which the sandbox may then read. Both belong to the
-machine, and so are no settings of a sample.
+the folders of compiled libraries such as Mathlib, which the sandbox may then read. ``COPD_LEAN_CHECKER``
+names a program that replays compiled files through Lean's kernel (``leanchecker``, ``lean4checker``): what
+Lean's elaborator accepts may have been put into the environment past the kernel. All belong to the machine,
+and so are no settings of a sample.
 """
 
 from __future__ import annotations
@@ -18,10 +20,15 @@ from pathlib import Path
 from copd_megatron.rewards import sandbox
 from copd_megatron.rewards.fenced import last_block
 from copd_megatron.rewards.proofs.compiler import Compiler, Files, check
+from copd_megatron.rewards.proofs.lean_words import check_proof_words
 from copd_megatron.rewards.proofs.statement import RejectedError, Statement
 from copd_megatron.rewards.sandbox.limits import MIB
 
 VARIABLE = "COPD_LEAN"
+CHECKER = "COPD_LEAN_CHECKER"
+UNCHECKED = "none"
+"""Of ``COPD_LEAN_CHECKER``: proofs are not replayed."""
+_CHECKERS = ("leanchecker", "lean4checker")
 STANDARD_AXIOMS = frozenset({"propext", "Classical.choice", "Quot.sound"})
 """Axioms of Lean's own logic, on which nearly every proof rests."""
 _LANGUAGES = frozenset({"", "lean", "lean4"})
@@ -30,15 +37,6 @@ _ADDRESS_BYTES = 32 * 1024 * MIB
 """Address space; Lean maps whole libraries into it."""
 _MEMORY_BYTES = 8 * 1024 * MIB
 _COMMENT = re.compile(r"/-|-/|--[^\n]*")
-_REFUSED = re.compile(
-    r"(?<![\w.'])(?:sorry|admit|axiom|theorem|lemma|example|def|abbrev|instance|opaque|structure|inductive|class"
-    r"|macro|macro_rules|syntax|notation|infix[lr]?|prefix|postfix|elab|elab_rules|declare_syntax_cat"
-    r"|run_tac|run_cmd|run_meta|by_elab|eval_expr|native_decide|unsafe|partial|attribute|set_option|open|export"
-    r"|namespace|section|end|import|universe|variable|local|scoped|private|protected|noncomputable"
-    r"|initialize|builtin_initialize|mutual|deriving|include|omit|reduce_bool|ofReduceBool|IO|Lean)(?![\w'])"
-    r"|#|@\[|\u00ab"
-)
-"""Words that begin a command, change how the rest is read, run a program, or leave the kernel out."""
 _STATED = re.compile(r"\A\s*(?:theorem|lemma|example)\s+(?P<name>[\w.']+).*?:=\s*by\b", re.DOTALL)
 _DEPENDS = re.compile(r"'copdCheck' depends on axioms: \[(?P<names>[^\]]*)\]\s*")
 _CLOSED = "'copdCheck' does not depend on any axioms"
@@ -53,11 +51,13 @@ class Toolchain:
     """The folder of the toolchain: programs, and the core library."""
     path: tuple[str, ...]
     """Folders of further compiled libraries."""
+    checker: str | None
+    """Program that replays compiled files through the kernel; None: the user does without."""
 
     @property
     def mounts(self) -> tuple[str, ...]:
         """What the sandbox may read."""
-        return (self.prefix, *self.path)
+        return (self.prefix, *self.path, *([self.checker] if self.checker else []))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -67,8 +67,25 @@ class Toolchain:
 
 @functools.cache
 def toolchain() -> Toolchain | None:
-    """The Lean that ``COPD_LEAN`` names, or that is on the path; None where there is none. A program that
-    chooses among toolchains (elan) is asked which one it takes."""
+    """The Lean that ``COPD_LEAN`` names, or that is on the path; None where there is none, or nothing that
+    replays its proofs. A program that chooses among toolchains (elan) is asked which one it takes."""
+    found = _found()
+    if found is None or (found.checker is None and os.environ.get(CHECKER) != UNCHECKED):
+        return None
+    return found
+
+
+def problem() -> str:
+    """What is missing, in words, where ``toolchain`` finds nothing."""
+    if _found() is None:
+        return f"Lean is not installed: set {VARIABLE} to its path"
+    return (
+        f"Lean is installed, but no program that replays its proofs through the kernel: set {CHECKER} to the "
+        f"path of leanchecker or lean4checker, or to {UNCHECKED!r} if a proof need not be checked again"
+    )
+
+
+def _found() -> Toolchain | None:
     command = shutil.which(os.environ.get(VARIABLE) or "lean")
     if command is None:
         return None
@@ -80,7 +97,16 @@ def toolchain() -> Toolchain | None:
     if not lean.is_file():
         return None
     listed = os.environ.get("LEAN_PATH", "").split(os.pathsep)
-    return Toolchain(str(lean), str(prefix), tuple(path for path in listed if Path(path).is_absolute()))
+    path = tuple(folder for folder in listed if Path(folder).is_absolute())
+    return Toolchain(str(lean), str(prefix), path, _checker(prefix))
+
+
+def _checker(prefix: Path) -> str | None:
+    named = os.environ.get(CHECKER)
+    if named:
+        return None if named == UNCHECKED else shutil.which(named)
+    beside = [str(prefix / "bin" / name) for name in _CHECKERS]
+    return next((found for name in (*beside, *_CHECKERS) if (found := shutil.which(name))), None)
 
 
 def judge(statement: Statement, response: str, *, seconds: float) -> None:
@@ -94,7 +120,9 @@ def judge(statement: Statement, response: str, *, seconds: float) -> None:
         candidate=_candidate(statement, body),
         check=_check_text(statement.name),
     )
-    for name in assumptions(check(_compiler(), files, seconds=seconds)):
+    checker = _installed().checker
+    replay = [[checker, "CopdCandidate", "CopdCheck"]] if checker else []
+    for name in assumptions(check(_compiler(), files, seconds=seconds, further=replay)):
         if name not in statement.axioms | STANDARD_AXIOMS:
             raise RejectedError(f"the proof rests on {name}")
 
@@ -113,10 +141,9 @@ def read_body(response: str, name: str) -> str:
         if stated["name"] != name:
             raise RejectedError(f"the proof is of {stated['name']!r:.60}, not of {name}")
         text = text[stated.end() :]
-    refused = _REFUSED.search(text)
-    if refused is not None:
-        raise RejectedError(f"{refused.group()!r} in a proof")
-    return text.removeprefix("by\n").strip("\n")
+    body = text.removeprefix("by\n").strip("\n")
+    check_proof_words(body)
+    return body
 
 
 def _without_comments(text: str) -> str:
@@ -190,5 +217,5 @@ def _compiler() -> Compiler:
 def _installed() -> Toolchain:
     found = toolchain()
     if found is None:
-        raise sandbox.SandboxError(f"Lean is not installed: set {VARIABLE} to its path.")
+        raise sandbox.SandboxError(f"{problem()}.")
     return found

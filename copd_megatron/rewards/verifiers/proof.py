@@ -16,7 +16,7 @@ from copd_megatron.rewards.registry import register
 def missing() -> str | None:
     """What this machine lacks to check proofs, None where Coq or Lean is here."""
     if coq.toolchain() is None and lean.toolchain() is None:
-        return "neither Coq (coqc and coqchk) nor Lean 4 is installed"
+        return f"Coq (coqc and coqchk) is not installed, and {lean.problem()}"
     return None
 
 
@@ -26,7 +26,8 @@ def _require() -> None:
     if problem is not None:
         raise ConfigError(
             f"the verifier 'proof' cannot work here: {problem}. Install Coq (Debian and Ubuntu: apt-get "
-            f"install coq), or set {lean.VARIABLE} to the path of Lean 4's program 'lean'."
+            f"install coq), or set {lean.VARIABLE} to the path of Lean 4's program 'lean' and {lean.CHECKER} "
+            "to that of a program that replays its proofs."
         )
 
 

@@ -38,7 +38,11 @@ class Benchmark:
     num_generations: int = 1
     """Responses per question for a stable figure: many where there are few questions."""
     identity: tuple[str, ...] = ()
-    """Metadata that no two questions share: a part given twice in place of another is found out."""
+    """Metadata that no two questions share: a part given twice in place of another is found out. Where there
+    is none, no two questions have the same text and media."""
+    max_repeats: int = 0
+    """Questions of which text and media may occur before: as many as the benchmark has in its published form
+    at the most."""
     parts: Mapping[str, int] = field(default_factory=dict)
     """Metadata key to the number of its values: tasks, subjects, versions. All have equally many
     questions."""
@@ -74,7 +78,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "zerobench_sub": Benchmark(count=334, layout=zerobench, identity=("question_id",), num_generations=5),
     # videos
     "video_holmes": Benchmark(count=1837, layout=video_holmes),
-    "mvbench": Benchmark(count=4000, layout=mvbench, parts={"task": len(MVBENCH_FOLDERS)}),
+    "mvbench": Benchmark(count=4000, layout=mvbench, parts={"task": len(MVBENCH_FOLDERS)}, max_repeats=40),
     "mmvu": Benchmark(count=1000, layout=mmvu, identity=("id",)),
     "videomathqa": Benchmark(count=420, layout=videomathqa, identity=("question_id",)),
 }

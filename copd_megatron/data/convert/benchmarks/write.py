@@ -7,6 +7,7 @@ rows.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from copd_megatron.data.convert.rows import read_rows
 from copd_megatron.data.convert.write import NewSample, existing_shards, write_shards
 from copd_megatron.data.failures import any_failure
 from copd_megatron.errors import BadSampleError, DataError
+from copd_megatron.untrusted.visible import visible
 
 _GRADED_TOGETHER = 512
 _TEXT_SHARD, _MEDIA_SHARD = 1000, 200
@@ -55,7 +57,7 @@ def convert_benchmark(
         raise DataError(f"{out} already holds {prefix}-*.tar. Choose another folder, or overwrite them.")
     media = OwnMedia(root=media_root)
     found = [
-        (where, replace(sample, media=dict.fromkeys(sample.media, b"")))
+        (where, replace(sample, media={k: hashlib.sha256(m).digest() for k, m in sample.media.items()}))
         for where, sample in _samples(name, benchmark.layout, sources, media)
     ]
     _check_whole(name, benchmark, [sample for _, sample in found], sources)
@@ -96,7 +98,8 @@ def _samples(
 def _check_whole(
     name: str, benchmark: Benchmark, samples: Sequence[NewSample], sources: Sequence[Path]
 ) -> None:
-    """Raises DataError unless the samples are as many as the benchmark has, each of them once."""
+    """Raises DataError unless the samples are as many as the benchmark has, each of them once. Media are
+    digests."""
     files = f"{sources[0]} and {len(sources) - 1} more" if len(sources) > 2 else ", ".join(map(str, sources))
     remedy = "Give all files of the split that is measured, each once, and no others."
     if len(samples) != benchmark.count:
@@ -107,6 +110,15 @@ def _check_whole(
         if times > 1:
             said = ", ".join(f"{key} {value}" for key, value in zip(benchmark.identity, most, strict=True))
             raise DataError(f"{files}: {said} occurs {times} times in {name}. {remedy}")
+    else:
+        contents = Counter((s.prompt, *sorted(s.media.items())) for s in samples)
+        (content, times) = contents.most_common(1)[0]
+        repeats = len(samples) - len(contents)
+        if repeats > benchmark.max_repeats:
+            raise DataError(
+                f"{files}: {repeats} questions of {name} occur before, {visible(content[0][:80])!r} occurs "
+                f"{times} times. {remedy}"
+            )
     for key, number in benchmark.parts.items():
         sizes = Counter(str(sample.metadata.get(key)) for sample in samples)
         expected = benchmark.count // number
