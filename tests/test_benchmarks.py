@@ -61,7 +61,7 @@ def test_no_benchmark_passes_that_is_half_of_it_twice(name: str) -> None:
             metadata=dict.fromkeys((*benchmark.identity, *benchmark.parts), f"{i}"),
             media={"mp4": b"digest"},
         )
-        for i in range(benchmark.count // 2)
+        for i in range((benchmark.count + 1) // 2)
     ]
     with pytest.raises(DataError, match="occur"):
         _check_whole(name, benchmark, [*halves, *halves][: benchmark.count], [Path("half.json")] * 2)
@@ -106,7 +106,7 @@ def test_two_files_and_parquet(tmp_path: Path) -> None:
     one = written(tmp_path / "I.jsonl", [{"question": f"{i}?", "answer": i} for i in range(15)])
     two = tmp_path / "II.parquet"
     parquet.write_table(
-        arrow.Table.from_pylist([{"question": f"{i}?", "answer": str(i)} for i in range(15)]), two
+        arrow.Table.from_pylist([{"question": f"II {i}?", "answer": str(i)} for i in range(15)]), two
     )
     found = samples(convert_benchmark("aime25", [one, two], tmp_path / "out"))
     assert [sample.answer for sample in found] == [str(i) for i in range(15)] * 2

@@ -111,7 +111,7 @@ def _check_whole(
             said = ", ".join(f"{key} {value}" for key, value in zip(benchmark.identity, most, strict=True))
             raise DataError(f"{files}: {said} occurs {times} times in {name}. {remedy}")
     else:
-        contents = Counter((s.prompt, *sorted(s.media.items())) for s in samples)
+        contents = Counter((str(s.prompt), tuple(sorted(s.media.items()))) for s in samples)
         (content, times) = contents.most_common(1)[0]
         repeats = len(samples) - len(contents)
         if repeats > benchmark.max_repeats:
