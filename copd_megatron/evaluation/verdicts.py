@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import FileIO
@@ -89,10 +88,9 @@ class VerdictFile:
             OSError: it cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self._held is None:
-            self._hold()
+        held = self._held or self._hold()
         if anew:
-            os.truncate(self._path, 0)
+            held.truncate(0)
         write_whole(self.folder / "settings.json", self._text.encode("utf-8", "surrogatepass"))
         drop_torn_line(self._path)
 
@@ -102,7 +100,7 @@ class VerdictFile:
             self._held.close()
             self._held = None
 
-    def _hold(self) -> None:
+    def _hold(self) -> FileIO:
         file = open_appending(self._path)
         try:
             write_alone(
@@ -112,6 +110,7 @@ class VerdictFile:
             file.close()
             raise
         self._held = file
+        return file
 
     def append(self, verdicts: Sequence[PromptVerdicts]) -> None:
         """Adds whole lines or, where the disk is full, nothing.
