@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _NOTES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Of config.json: what an engine's answers do not depend on. ``model.dtype`` decides the type."""
 _CONFIG = "config.json"
+_BLOCK_BYTES = 1 << 20
 _ENGINE_SETTINGS = (
     "tensor_parallel_size",
     "gpu_memory_utilization",
@@ -314,8 +315,11 @@ def _states(patterns: Sequence[str]) -> list[list[Any]]:
 
 def _file_digest(path: Path) -> str:
     """SHA-256 of a file."""
+    digest = hashlib.sha256()
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _open(path: Path, label: str) -> Candidate:
