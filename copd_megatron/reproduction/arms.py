@@ -191,7 +191,7 @@ def opcod(run: Config) -> None:
         EdgeConfig(student=a, teacher=a, context=context, peer=b)
         for a, b in ((first, second), (second, first))
     ]
-    run.opd.feedback.max_new_tokens = 16
+    run.opd.feedback.max_new_tokens = 20
 
 
 def one_way(student: int) -> Change:

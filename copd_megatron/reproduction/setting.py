@@ -161,14 +161,24 @@ SETTINGS = {
             doubt=0.3,
         ),
         Setting(
-            name="quick",
-            why="the chosen setting with one cycle instead of two, to see the tool work",
-            lengths=(3, 3, 3, 3),
+            name="tables_34",
+            why="experts were too good; beta and delta have chains of four again, and the learning rate is less",
+            lengths=(3, 4, 3, 4),
             verbose=(False, True, False, True),
             sureness=0.9,
             error_sureness=0.6,
             doubt=0.3,
-            overrides=("schedule.cycles=1",),
+            overrides=("optimizer.lr=4e-4",),
+        ),
+        Setting(
+            name="quick",
+            why="the chosen setting with one cycle instead of two, to see the tool work",
+            lengths=(3, 4, 3, 4),
+            verbose=(False, True, False, True),
+            sureness=0.9,
+            error_sureness=0.6,
+            doubt=0.3,
+            overrides=("optimizer.lr=4e-4", "schedule.cycles=1"),
         ),
         Setting(
             name="smoke",
@@ -183,7 +193,7 @@ SETTINGS = {
         ),
     )
 }
-CHOSEN = "tables_50"
+CHOSEN = "tables_34"
 """The setting of the comparison, chosen by ``criteria.py`` on the tuning seeds alone."""
 
 TUNING_SEEDS = (101, 102)
