@@ -154,6 +154,7 @@ SETTINGS = {
         Setting(
             name="tables_50",
             why="the same with 50 steps, two cycles of 15 and 10",
+            given_up="by the criteria on seed 101: experts at 86.6 and 100.0 % on their own domains",
             lengths=(3, 3, 3, 3),
             verbose=(False, True, False, True),
             sureness=0.9,
@@ -162,8 +163,19 @@ SETTINGS = {
         ),
         Setting(
             name="tables_34",
-            why="experts were too good; beta and delta have chains of four again, and the learning rate is less",
+            why="experts were too good: chains of four for beta and delta again, and a smaller learning rate",
+            given_up="by the criteria on seed 101: the expert in alpha at 99.4 % (beta: 79.4)",
             lengths=(3, 4, 3, 4),
+            verbose=(False, True, False, True),
+            sureness=0.9,
+            error_sureness=0.6,
+            doubt=0.3,
+            overrides=("optimizer.lr=4e-4",),
+        ),
+        Setting(
+            name="tables_44",
+            why="chains of four for all",
+            lengths=(4, 4, 4, 4),
             verbose=(False, True, False, True),
             sureness=0.9,
             error_sureness=0.6,
@@ -173,7 +185,7 @@ SETTINGS = {
         Setting(
             name="quick",
             why="the chosen setting with one cycle instead of two, to see the tool work",
-            lengths=(3, 4, 3, 4),
+            lengths=(4, 4, 4, 4),
             verbose=(False, True, False, True),
             sureness=0.9,
             error_sureness=0.6,
@@ -193,7 +205,7 @@ SETTINGS = {
         ),
     )
 }
-CHOSEN = "tables_34"
+CHOSEN = "tables_44"
 """The setting of the comparison, chosen by ``criteria.py`` on the tuning seeds alone."""
 
 TUNING_SEEDS = (101, 102)
