@@ -144,7 +144,7 @@ def test_verdicts_belong_to_shards_as_they_are(tmp_path: Path) -> None:
 
     shard = tmp_path / "t-000000.tar"
     shard.write_bytes(b"one")
-    before = _states([str(shard), "pipe:cat x.tar"])
-    assert before == _states([str(shard), "pipe:cat x.tar"])
+    before = _states([str(shard)])
+    assert before == _states([str(shard)])
     shard.write_bytes(b"two")
-    assert before != _states([str(shard), "pipe:cat x.tar"])
+    assert before != _states([str(shard)])
