@@ -175,12 +175,23 @@ SETTINGS = {
         Setting(
             name="tables_44",
             why="chains of four for all",
+            given_up="by the criteria on seed 101: experts at 94.6 and 96.2 %",
             lengths=(4, 4, 4, 4),
             verbose=(False, True, False, True),
             sureness=0.9,
             error_sureness=0.6,
             doubt=0.3,
             overrides=("optimizer.lr=4e-4",),
+        ),
+        Setting(
+            name="tables_44_slow",
+            why="the same with a smaller learning rate, so that fifty steps do not suffice",
+            lengths=(4, 4, 4, 4),
+            verbose=(False, True, False, True),
+            sureness=0.9,
+            error_sureness=0.6,
+            doubt=0.3,
+            overrides=("optimizer.lr=2.5e-4",),
         ),
         Setting(
             name="quick",
@@ -190,7 +201,7 @@ SETTINGS = {
             sureness=0.9,
             error_sureness=0.6,
             doubt=0.3,
-            overrides=("optimizer.lr=4e-4", "schedule.cycles=1"),
+            overrides=("optimizer.lr=2.5e-4", "schedule.cycles=1"),
         ),
         Setting(
             name="smoke",
@@ -205,7 +216,7 @@ SETTINGS = {
         ),
     )
 }
-CHOSEN = "tables_44"
+CHOSEN = "tables_44_slow"
 """The setting of the comparison, chosen by ``criteria.py`` on the tuning seeds alone."""
 
 TUNING_SEEDS = (101, 102)
