@@ -223,12 +223,13 @@ def test_evaluations_in_a_run_grade_by_the_samples_verifier(monkeypatch: pytest.
             return me.grader.grade(found, terms)
 
         monkeypatch.setattr(validation, "sample_graded", sample)
-        monkeypatch.setattr(validation, "sampling_settings", lambda *_: None)
-        monkeypatch.setattr("copd_megatron.evaluation.run.sampling_settings", lambda *_: None)
+        settings = SimpleNamespace(num_generations=1)
+        monkeypatch.setattr(validation, "sampling_settings", lambda *_: settings)
+        monkeypatch.setattr("copd_megatron.evaluation.run.sampling_settings", lambda *_: settings)
         me = SimpleNamespace(
             name="text",
             config=None,
-            engine=SimpleNamespace(llm=SimpleNamespace(reset_prefix_cache=lambda: None)),
+            engine=SimpleNamespace(llm=SimpleNamespace(reset_prefix_cache=lambda: None), num_replicas=1),
             validation={"text": [found[0].prompt]},
             samples=SimpleNamespace(write_evaluation=lambda *_: None),
             grader=grader,
