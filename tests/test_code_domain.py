@@ -76,11 +76,11 @@ def test_programs_as_the_fourth_branch(tmp_path: Path) -> None:
     branches = ["addition", "running_sums", "divisors", "programs"]
     config = {
         "run": {"dir": str(tmp_path / "run"), "device": "cpu", "collective_timeout_seconds": 300},
-        "model": {"path": str(tmp_path / "base"), "max_sequence_tokens": 128},
+        "model": {"path": str(tmp_path / "base"), "max_sequence_tokens": 192},
         "branch_defaults": {
             "num_prompts_per_step": 4,
             "num_generations_per_prompt": 4,
-            "data": {"max_prompt_tokens": 80},
+            "data": {"max_prompt_tokens": 128},
             "rollout": {"max_new_tokens": 40},
         },
         "branches": {

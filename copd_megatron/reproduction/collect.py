@@ -27,6 +27,8 @@ from copd_megatron.reproduction.scores import (
     read_scores,
 )
 
+LEAST_SEEDS = 3
+"""Fewer decide no claim."""
 Scores = dict[str, dict[int, DomainValues]]
 """Label of a model to seed to its rewards."""
 
@@ -173,18 +175,26 @@ def _claimed(
     for claim in CLAIMS:
         ours, _, theirs = claim.figure.partition(" - ")
         if ours in scores and theirs in scores and set(scores[ours]) & set(scores[theirs]):
-            figures[claim.figure] = difference(scores[ours], scores[theirs])
+            figures[claim.figure] = _told(scores[ours], scores[theirs])
     copd = scores.get("copd", {})
     home = _at_home(scores, domains)
     if copd and home:
-        figures["copd - experts at home"] = difference(copd, home)
+        figures["copd - experts at home"] = _told(copd, home)
     branches = _mean_of([scores.get(f"copd.{d}", {}) for d in domains])
     if copd and branches:
-        figures["copd - branches of copd"] = difference(copd, branches)
+        figures["copd - branches of copd"] = _told(copd, branches)
     figures |= _behaviour_figures(found["behaviour"])
     if len(points := found["distance"]) > 2:
         figures["r of gain and overlap"] = _correlation(points)
     return figures
+
+
+def _told(ours: Mapping[int, DomainValues], theirs: Mapping[int, DomainValues]) -> Estimate:
+    """The difference, as far as claims may be decided by it: below three seeds it could be anything."""
+    found = difference(ours, theirs)
+    if len(set(ours) & set(theirs)) < LEAST_SEEDS:
+        return Estimate(value=found.value, low=-1.0, high=1.0)
+    return found
 
 
 def _at_home(scores: Scores, domains: Sequence[str]) -> dict[int, DomainValues]:

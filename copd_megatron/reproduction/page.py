@@ -37,6 +37,8 @@ def page(results: Mapping[str, Any], introduction: str, figures: Sequence[str]) 
     """
     parts = [introduction.rstrip(), "## The choice of the setting", _selection(results["selection"])]
     two = results["comparisons"].get("two")
+    if not results["comparisons"]:
+        parts.append("No arm has been measured yet.")
     if two is not None and two["claims"]:
         parts += ["## What holds", _claims(two)]
     for name, title in _TABLES.items():
