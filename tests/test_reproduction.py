@@ -13,9 +13,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 
+from copd_megatron.cli.main import copd
 from copd_megatron.config import validate
 from copd_megatron.errors import ConfigError
 from copd_megatron.evaluation.statistics import Estimate
@@ -23,7 +25,7 @@ from copd_megatron.recipes.experiments.base import Task
 from copd_megatron.reproduction.arms import ARMS, COMPARISONS, INDEPENDENT
 from copd_megatron.reproduction.budget import budget_of
 from copd_megatron.reproduction.claims import FAILS, HOLDS, OPEN, Claim, decide
-from copd_megatron.reproduction.compare import SeedFolder, arms_of, measuring_jobs
+from copd_megatron.reproduction.compare import SeedFolder, arms_of, measuring_jobs, training_jobs
 from copd_megatron.reproduction.criteria import criteria
 from copd_megatron.reproduction.runner import Cost, Job, TaskFailed, run_jobs
 from copd_megatron.reproduction.scores import difference, estimate, over_seeds
@@ -142,6 +144,23 @@ def test_tasks_of_one_name_are_one_task_and_come_after_what_they_need(
         for task in folder.made(comparison, arm).tasks:
             assert known.setdefault(task.name, task) == task
             assert set(task.after) <= set(known)
+
+
+def test_every_job_is_a_command_that_there_is(tmp_path: Path) -> None:
+    """The command line takes each job's words, options included."""
+    folder = a_folder(tmp_path)
+    seen = set()
+    for job in training_jobs(folder, "two", ARMS):
+        words = list(job.command[3:])
+        command: click.Command = copd
+        while isinstance(command, click.Group):
+            name = words.pop(0)
+            found = command.get_command(click.Context(command), name)
+            assert found is not None, f"there is no command {name}"
+            command = found
+            seen.add(name)
+        command.make_context(name, words)
+    assert {"train", "merge", "to-hf"} <= seen
 
 
 def test_equal_budgets_are_equal(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def job_of(task: Task, folder: Path) -> Job:
     command: tuple[str, ...]
     if task.merge is not None:
         if len(task.merge.models) == 1:
-            command = (*_COPD, "checkpoint", "to-hf", task.merge.models[0], task.merge.out, "--overwrite")
+            command = (*_COPD, "checkpoint", "to-hf", task.merge.models[0], task.merge.out)
         else:
             command = (*_COPD, "merge", *task.merge.models, "--out", task.merge.out, "--overwrite")
         return Job(
