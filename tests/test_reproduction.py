@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -27,6 +27,7 @@ from copd_megatron.reproduction.budget import budget_of
 from copd_megatron.reproduction.claims import FAILS, HOLDS, OPEN, Claim, decide
 from copd_megatron.reproduction.compare import SeedFolder, arms_of, measuring_jobs, training_jobs
 from copd_megatron.reproduction.criteria import criteria
+from copd_megatron.reproduction.forked import Program
 from copd_megatron.reproduction.runner import Cost, Job, TaskFailed, run_jobs
 from copd_megatron.reproduction.scores import difference, estimate, over_seeds
 from copd_megatron.reproduction.setting import CHOSEN, SETTINGS
@@ -151,7 +152,7 @@ def test_every_job_is_a_command_that_there_is(tmp_path: Path) -> None:
     folder = a_folder(tmp_path)
     seen = set()
     for job in training_jobs(folder, "two", ARMS):
-        words = list(job.command[3:])
+        words = list(job.program.arguments)
         command: click.Command = copd
         while isinstance(command, click.Group):
             name = words.pop(0)
@@ -197,7 +198,7 @@ def test_arms_that_are_not_the_main_ones_have_fewer_seeds() -> None:
 def test_measuring_names_every_model_once(tmp_path: Path) -> None:
     folder = a_folder(tmp_path)
     greedy, sampled = measuring_jobs(folder, "two", arms_of("two", 1, ["base", "copd"]))
-    assert [word.partition("=")[0] for word in greedy.command[5:]] == [
+    assert [word.partition("=")[0] for word in greedy.program.arguments[2:]] == [
         "base",
         "copd",
         "copd.alpha",
@@ -209,82 +210,108 @@ def test_measuring_names_every_model_once(tmp_path: Path) -> None:
 # -- runner
 
 
-def a_job(tmp_path: Path, name: str, code: str, *after: str, cores: int = 1, digest: str = "d") -> Job:
-    command = (sys.executable, "-c", code, str(tmp_path))
-    return Job(name=name, folder=tmp_path / "jobs", command=command, after=after, cores=cores, digest=digest)
-
-
-APPEND = "import sys, pathlib; p = pathlib.Path(sys.argv[1], 'order'); p.open('a').write({!r})"
+def a_job(
+    tmp_path: Path,
+    name: str,
+    does: str,
+    *after: str,
+    words: Sequence[str] = (),
+    digest: str = "d",
+    **fields: int,
+) -> Job:
+    arguments = (does, str(tmp_path), *words)
+    program = Program(module="tests.support.small_jobs", arguments=arguments, ranks=fields.get("ranks"))
+    cores = fields.get("cores", 1)
+    return Job(name=name, folder=tmp_path / "jobs", program=program, after=after, cores=cores, digest=digest)
 
 
 def test_jobs_run_after_what_they_need_and_only_once(tmp_path: Path) -> None:
     jobs = [
-        a_job(tmp_path, "c", APPEND.format("c"), "b"),
-        a_job(tmp_path, "b", APPEND.format("b"), "a"),
-        a_job(tmp_path, "a", APPEND.format("a")),
+        a_job(tmp_path, "c", "append", "b", words="c"),
+        a_job(tmp_path, "b", "append", "a", words="b"),
+        a_job(tmp_path, "a", "append", words="a"),
     ]
     said: list[str] = []
-    costs = run_jobs(jobs, cores=2, say=said.append)
+    prepared: list[bool] = []
+    costs = run_jobs(jobs, cores=2, say=said.append, prepare=lambda: prepared.append(True))
     assert (tmp_path / "order").read_text() == "abc"
-    assert all(cost.core_seconds > 0 for cost in costs.values())
+    assert all(cost.seconds >= 0 for cost in costs.values())
     assert "[3/3]" in said[-1] and "all done" in said[-1]
-    run_jobs(jobs, cores=2, say=said.append)
+    run_jobs(jobs, cores=2, say=said.append, prepare=lambda: prepared.append(True))
     assert (tmp_path / "order").read_text() == "abc"
+    assert prepared == [True]  # nothing to start, nothing to prepare
 
 
 def test_no_more_ranks_run_at_once_than_there_are_cores(tmp_path: Path) -> None:
-    count = (
-        "import sys, time, pathlib, os; f = pathlib.Path(sys.argv[1], f'r{os.getpid()}'); f.touch();"
-        "time.sleep(0.3); n = len(list(f.parent.glob('r*'))); f.unlink(); assert n == 1, n"
-    )
-    run_jobs([a_job(tmp_path, name, count, cores=2) for name in "abc"], cores=2, say=print)
+    run_jobs([a_job(tmp_path, name, "alone", cores=2) for name in "abc"], cores=2, say=print)
 
 
 def test_a_failed_job_is_named_with_its_log_and_the_rest_goes_on_later(tmp_path: Path) -> None:
-    failing = a_job(
-        tmp_path, "bad", "import sys, pathlib; sys.exit(not pathlib.Path(sys.argv[1], 'ok').exists())"
-    )
+    failing = a_job(tmp_path, "bad", "needs_ok")
     with pytest.raises(TaskFailed, match=r"bad failed; its log: .*bad\.log"):
         run_jobs([failing], cores=1, say=print)
     (tmp_path / "ok").touch()
     assert run_jobs([failing], cores=1, say=print)
 
 
+def test_what_a_job_raises_stands_in_its_log(tmp_path: Path) -> None:
+    job = a_job(tmp_path, "bad", "raises")
+    with pytest.raises(TaskFailed):
+        run_jobs([job], cores=1, say=print)
+    assert "ValueError: of no use" in job.log.read_text()
+
+
+def test_the_ranks_of_a_job_end_when_one_fails(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    job = a_job(tmp_path, "job", "ranks", ranks=2)
+    with pytest.raises(TaskFailed):
+        run_jobs([job], cores=2, say=print)
+    assert time.monotonic() - begun < 50
+    assert "a rank ended with 1; the others are ended" in job.log.read_text()
+
+
 def test_a_job_that_was_run_with_other_settings_is_refused(tmp_path: Path) -> None:
-    run_jobs([a_job(tmp_path, "a", "pass")], cores=1, say=print)
+    run_jobs([a_job(tmp_path, "a", "nothing")], cores=1, say=print)
     with pytest.raises(ConfigError, match="a was run with other settings"):
-        run_jobs([a_job(tmp_path, "a", "pass", digest="other")], cores=1, say=print)
+        run_jobs([a_job(tmp_path, "a", "nothing", digest="other")], cores=1, say=print)
 
 
 def test_a_need_that_nothing_makes_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TaskFailed, match="a needs b, which nothing makes"):
-        run_jobs([a_job(tmp_path, "a", "pass", "b")], cores=1, say=print)
+        run_jobs([a_job(tmp_path, "a", "nothing", "b")], cores=1, say=print)
 
 
-def test_what_runs_ends_with_the_command(tmp_path: Path) -> None:
-    """SIGTERM to the command ends the whole group of every job that runs."""
-    script = tmp_path / "run.py"
+def _run_until_told(folder: Path, how: int) -> None:
+    """Sends the signal to a command with a running job; the job has to end."""
+    script = folder / "run.py"
     script.write_text(
         "import sys, signal, pathlib\n"
+        "from copd_megatron.reproduction.forked import Program\n"
         "from copd_megatron.reproduction.runner import Job, run_jobs\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        "code = \"import os, time, pathlib; p = pathlib.Path('child'); p.write_text(str(os.getpid()))\"\n"
-        'code += "; time.sleep(60)"\n'
-        "job = Job(name='a', folder=pathlib.Path('jobs'), command=(sys.executable, '-c', code), digest='d')\n"
+        "program = Program(module='tests.support.small_jobs', arguments=('sleeps', '.'))\n"
+        "job = Job(name='a', folder=pathlib.Path('jobs'), program=program, digest='d')\n"
         "run_jobs([job], cores=1, say=print)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path, env=environment)
-    child = tmp_path / "child"
+    process = subprocess.Popen([sys.executable, str(script)], cwd=folder, env=environment)
+    child = folder / "child"
     deadline = time.monotonic() + 120
-    while not (child.is_file() and child.read_text()) and time.monotonic() < deadline:
+    while not child.is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     pid = int(child.read_text())
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    process.send_signal(how)
+    assert process.wait(60) == (143 if how == signal.SIGTERM else -how)
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    assert not (tmp_path / "jobs" / "a.json").exists()
+    assert not (folder / "jobs" / "a.json").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_what_runs_ends_with_the_command(tmp_path: Path, how: int) -> None:
+    _run_until_told(tmp_path, how)
 
 
 # -- figures

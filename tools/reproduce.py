@@ -36,6 +36,7 @@ from copd_megatron.reproduction.compare import (
     measuring_jobs,
     training_jobs,
 )
+from copd_megatron.reproduction.forked import warm_up
 from copd_megatron.reproduction.runner import Job, TaskFailed, run_jobs
 from copd_megatron.tiny.tasks.tables import response_length
 from copd_megatron.untrusted.json_text import load_file
@@ -57,11 +58,13 @@ def run(folders: Sequence[SeedFolder], comparison: str, names: Sequence[str], co
         TaskFailed: a task failed.
     """
     arms = {folder.seed: arms_of(comparison, folder.seed, names) for folder in folders}
-    run_jobs([material_job(folder) for folder in folders], cores=cores, say=_say)
+    run_jobs([material_job(folder) for folder in folders], cores=cores, say=_say, prepare=warm_up)
     for folder in folders:
         jobs: list[Job] = training_jobs(folder, comparison, arms[folder.seed])
-        run_jobs(jobs, cores=cores, say=_say)
-        run_jobs(measuring_jobs(folder, comparison, arms[folder.seed]), cores=cores, say=_say)
+        run_jobs(jobs, cores=cores, say=_say, prepare=warm_up)
+        run_jobs(
+            measuring_jobs(folder, comparison, arms[folder.seed]), cores=cores, say=_say, prepare=warm_up
+        )
 
 
 def select(folders: Sequence[SeedFolder]) -> dict[str, Any]:

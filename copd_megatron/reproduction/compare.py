@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from copd_megatron.config import Config, to_yaml, validate
 from copd_megatron.errors import ConfigError
 from copd_megatron.recipes.experiments.base import Task
 from copd_megatron.reproduction.arms import COMPARISONS, Arm, Made
+from copd_megatron.reproduction.forked import Program
 from copd_megatron.reproduction.runner import Job, job_of
 from copd_megatron.reproduction.setting import FEW_SEEDS, SEEDS, Setting
 
@@ -61,15 +61,9 @@ def arms_of(comparison: str, seed: int, names: Sequence[str] = ()) -> list[Arm]:
 
 def material_job(folder: SeedFolder) -> Job:
     """Makes the base model and the shards of a seed."""
-    command = (
-        sys.executable,
-        "-m",
-        "copd_megatron.reproduction.make",
-        folder.setting.name,
-        str(folder.seed),
-        str(folder.home),
-    )
-    return Job(name="material", folder=folder.home / "jobs", command=command, digest=_digest(command[3:5]))
+    words = (folder.setting.name, str(folder.seed), str(folder.home))
+    program = Program(module="copd_megatron.reproduction.make", arguments=words)
+    return Job(name="material", folder=folder.home / "jobs", program=program, digest=_digest(words[:2]))
 
 
 def training_jobs(folder: SeedFolder, comparison: str, arms: Sequence[Arm]) -> list[Job]:
@@ -101,16 +95,10 @@ def measuring_jobs(folder: SeedFolder, comparison: str, arms: Sequence[Arm]) -> 
         path = jobs_folder / f"measure_{mode}.yaml"
         path.write_text(to_yaml(config), encoding="utf-8")
         pairs = [f"{label}={path}" for label, path in models.items()]
-        command = (
-            sys.executable,
-            "-m",
-            "copd_megatron.reproduction.measure",
-            str(path),
-            str(folder.scores(comparison, mode)),
-            *pairs,
-        )
+        words = (str(path), str(folder.scores(comparison, mode)), *pairs)
+        program = Program(module="copd_megatron.reproduction.measure", arguments=words)
         digest = _digest([*pairs, to_yaml(config)])
-        jobs.append(Job(name=f"{mode}_{digest}", folder=jobs_folder, command=command, digest=digest))
+        jobs.append(Job(name=f"{mode}_{digest}", folder=jobs_folder, program=program, digest=digest))
     return jobs
 
 

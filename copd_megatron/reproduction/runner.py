@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +15,12 @@ from pathlib import Path
 from copd_megatron.config import to_yaml
 from copd_megatron.errors import ConfigError
 from copd_megatron.recipes.experiments.base import Task
+from copd_megatron.reproduction.forked import Program, fork
 from copd_megatron.topology.layout import Layout
 from copd_megatron.untrusted.json_text import load_file
 
 Say = Callable[[str], None]
-_COPD = (sys.executable, "-m", "copd_megatron.cli")
+_COPD = "copd_megatron.cli.main"
 
 
 class TaskFailed(RuntimeError):
@@ -42,12 +41,12 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A command to be run once."""
+    """A program to be run once."""
 
     name: str
     folder: Path
     """Where its log, configuration and mark are kept, under its name."""
-    command: tuple[str, ...]
+    program: Program
     after: tuple[str, ...] = ()
     """Names of jobs of the same folder."""
     cores: int = 1
@@ -90,25 +89,26 @@ class Job:
 def job_of(task: Task, folder: Path) -> Job:
     """The job that runs a task of an arm: a training, the mean of several models, or one model out of a
     checkpoint."""
-    command: tuple[str, ...]
+    words: tuple[str, ...]
     if task.merge is not None:
         if len(task.merge.models) == 1:
-            command = (*_COPD, "checkpoint", "to-hf", task.merge.models[0], task.merge.out)
+            words = ("checkpoint", "to-hf", task.merge.models[0], task.merge.out)
         else:
-            command = (*_COPD, "merge", *task.merge.models, "--out", task.merge.out, "--overwrite")
-        return Job(
-            name=task.name, folder=folder, command=command, after=task.after, digest=_digest(command[3:])
-        )
+            words = ("merge", *task.merge.models, "--out", task.merge.out, "--overwrite")
+        program = Program(module=_COPD, arguments=words)
+        return Job(name=task.name, folder=folder, program=program, after=task.after, digest=_digest(words))
     text = to_yaml(task.config)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{task.name}.yaml"
     path.write_text(text, encoding="utf-8")
+    ranks = Layout.from_config(task.config).world_size
+    words = ("train", str(path), "run.overwrite=true")
     return Job(
         name=task.name,
         folder=folder,
-        command=(*_COPD, "train", str(path), "run.overwrite=true"),
+        program=Program(module=_COPD, arguments=words, ranks=ranks),
         after=task.after,
-        cores=Layout.from_config(task.config).world_size,
+        cores=ranks,
         digest=_digest([text]),
     )
 
@@ -117,11 +117,17 @@ def _digest(parts: Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
-def run_jobs(jobs: Sequence[Job], *, cores: int, say: Say) -> dict[tuple[Path, str], Cost]:
+def run_jobs(
+    jobs: Sequence[Job], *, cores: int, say: Say, prepare: Callable[[], None] | None = None
+) -> dict[tuple[Path, str], Cost]:
     """Runs the jobs that are not done, as many side by side as there are cores for; returns what each took.
 
     A job with more ranks than cores runs alone. After an interruption all that runs is ended, and the same
     call goes on with what is left.
+
+    Args:
+        prepare: called before the first job starts, if there is one to start. Jobs are forked from this
+            process, so what it imports no job has to.
 
     Raises:
         TaskFailed: a job failed; those that ran beside it have come to their end.
@@ -131,6 +137,8 @@ def run_jobs(jobs: Sequence[Job], *, cores: int, say: Say) -> dict[tuple[Path, s
     waiting = [job for job in jobs if job.key not in done]
     running: dict[int, tuple[Job, float]] = {}
     failed: list[Job] = []
+    if waiting and prepare is not None:
+        prepare()
     try:
         while waiting or running:
             for job in _startable(waiting, running, done, cores) if not failed else ():
@@ -188,13 +196,7 @@ def _startable(
 
 def _start(job: Job) -> int:
     job.folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
-    with job.log.open("wb") as log:
-        process = subprocess.Popen(
-            job.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    process.returncode = 0  # it is waited for by its id, with what it used
-    return process.pid
+    return fork(job.program, job.log)
 
 
 def _left(
