@@ -57,14 +57,14 @@ def run(folders: Sequence[SeedFolder], comparison: str, names: Sequence[str], co
         ConfigError: an arm's configuration is not valid, or a task was run with other settings.
         TaskFailed: a task failed.
     """
-    arms = {folder.seed: arms_of(comparison, folder.seed, names) for folder in folders}
-    run_jobs([material_job(folder) for folder in folders], cores=cores, say=_say, prepare=warm_up)
+    jobs: list[Job] = [material_job(folder) for folder in folders]
+    run_jobs(jobs, cores=cores, say=_say, prepare=warm_up)
+    jobs = []
     for folder in folders:
-        jobs: list[Job] = training_jobs(folder, comparison, arms[folder.seed])
-        run_jobs(jobs, cores=cores, say=_say, prepare=warm_up)
-        run_jobs(
-            measuring_jobs(folder, comparison, arms[folder.seed]), cores=cores, say=_say, prepare=warm_up
-        )
+        arms = arms_of(comparison, folder.seed, names)
+        training = training_jobs(folder, comparison, arms)
+        jobs += [*training, *measuring_jobs(folder, comparison, arms, after=[job.name for job in training])]
+    run_jobs(jobs, cores=cores, say=_say, prepare=warm_up)
 
 
 def select(folders: Sequence[SeedFolder]) -> dict[str, Any]:

@@ -81,8 +81,10 @@ def training_jobs(folder: SeedFolder, comparison: str, arms: Sequence[Arm]) -> l
     return [job_of(task, folder.runs(comparison) / "jobs") for task in tasks.values()]
 
 
-def measuring_jobs(folder: SeedFolder, comparison: str, arms: Sequence[Arm]) -> list[Job]:
-    """The jobs that measure all models of the arms, greedily and sampled."""
+def measuring_jobs(
+    folder: SeedFolder, comparison: str, arms: Sequence[Arm], *, after: Sequence[str] = ()
+) -> list[Job]:
+    """The jobs that measure all models of the arms, greedily and sampled, after the jobs of these names."""
     models: dict[str, str] = {}
     for arm in arms:
         models |= folder.made(comparison, arm).models
@@ -98,7 +100,8 @@ def measuring_jobs(folder: SeedFolder, comparison: str, arms: Sequence[Arm]) -> 
         words = (str(path), str(folder.scores(comparison, mode)), *pairs)
         program = Program(module="copd_megatron.reproduction.measure", arguments=words)
         digest = _digest([*pairs, to_yaml(config)])
-        jobs.append(Job(name=f"{mode}_{digest}", folder=jobs_folder, program=program, digest=digest))
+        name = f"{mode}_{digest}"
+        jobs.append(Job(name=name, folder=jobs_folder, program=program, after=tuple(after), digest=digest))
     return jobs
 
 

@@ -161,7 +161,7 @@ def run_jobs(
             job.mark(cost)
             done[job.key] = cost
             say(
-                f"[{len(done)}/{len(jobs)}] {job.folder.parent.name}/{job.name}: {cost.seconds:.0f} s, "
+                f"[{len(done)}/{len(jobs)}] {'/'.join(job.folder.parts[-3:-1])}/{job.name}: {cost.seconds:.0f} s, "
                 f"{cost.core_seconds:.0f} core-seconds; {_left(waiting, running, done, cores)}"
             )
     finally:
