@@ -160,8 +160,9 @@ def run_jobs(
             )
             job.mark(cost)
             done[job.key] = cost
+            place = "/".join(job.folder.parts[-3:-1])
             say(
-                f"[{len(done)}/{len(jobs)}] {'/'.join(job.folder.parts[-3:-1])}/{job.name}: {cost.seconds:.0f} s, "
+                f"[{len(done)}/{len(jobs)}] {place}/{job.name}: {cost.seconds:.0f} s, "
                 f"{cost.core_seconds:.0f} core-seconds; {_left(waiting, running, done, cores)}"
             )
     finally:
