@@ -8,9 +8,16 @@ from pathlib import Path
 from copd_megatron.config import Config, load_config
 from copd_megatron.reproduction.material import Material
 from copd_megatron.tiny.recipe import ModelSize, WarmUpSettings
-from copd_megatron.tiny.tasks.tables import TableDomain, TableWorld
+from copd_megatron.tiny.tasks.tables import IMAGE, TEXT, VIDEO, TableDomain, TableWorld
+from copd_megatron.tiny.vl_recipe import VisionSize
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "reproduction" / "tables.yaml"
+VISION = VisionSize(depth=2, hidden_size=32, intermediate_size=64, image_pixels=(32 * 32, 64 * 64))
+_MEDIA_SETTINGS = (
+    "model.max_sequence_tokens=80",
+    "branch_defaults.data.max_prompt_tokens=56",
+    "media.frame_rate=4.0",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,8 @@ class Setting:
     """Operations in a chain of alpha, beta, gamma and delta."""
     verbose: tuple[bool, ...] = (False, False, False, False)
     """Whether their workings name the operations, and answers are twice as long."""
+    media: tuple[str, ...] = (TEXT, TEXT, TEXT, TEXT)
+    """Where their prompts show the number to start from: in the text, or in an image or a video."""
     shared: str = "s"
     conflicting: str = "c"
     num_symbols: int = 6
@@ -53,7 +62,13 @@ class Setting:
     def material(self, seed: int) -> Material:
         """The base model and shards of a seed: other tables, other beliefs, other weights."""
         names = zip(
-            ("alpha", "beta", "gamma", "delta"), "ABCD", "wxyz", self.lengths, self.verbose, strict=True
+            ("alpha", "beta", "gamma", "delta"),
+            "ABCD",
+            "wxyz",
+            self.lengths,
+            self.verbose,
+            self.media,
+            strict=True,
         )
         world = TableWorld(
             domains=tuple(
@@ -63,10 +78,11 @@ class Setting:
                     own=own,
                     length=length,
                     verbose=verbose,
+                    medium=medium,
                     shared=self.shared,
                     conflicting=self.conflicting,
                 )
-                for name, tag, own, length, verbose in names
+                for name, tag, own, length, verbose, medium in names
             ),
             num_symbols=self.num_symbols,
             wrong_share=self.wrong_share,
@@ -81,6 +97,7 @@ class Setting:
             warm_up=self.warm_up,
             num_train=self.num_train,
             num_validation=self.num_validation,
+            vision=VISION if set(self.media) != {TEXT} else None,
         )
 
     def config(self, seed: int, home: Path, num_branches: int = 2) -> Config:
@@ -192,6 +209,17 @@ SETTINGS = {
             error_sureness=0.6,
             doubt=0.3,
             overrides=("optimizer.lr=2.5e-4",),
+        ),
+        Setting(
+            name="tables_media",
+            why="the chosen setting with numbers in images (beta) and in videos (gamma) on a tiny Qwen3-VL",
+            lengths=(4, 4, 4, 4),
+            verbose=(False, True, False, True),
+            media=(TEXT, IMAGE, VIDEO, TEXT),
+            sureness=0.9,
+            error_sureness=0.6,
+            doubt=0.3,
+            overrides=("optimizer.lr=2.5e-4", *_MEDIA_SETTINGS),
         ),
         Setting(
             name="quick",

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+TEXT, IMAGE, VIDEO = "text", "image", "video"
 Table = tuple[tuple[int, ...], ...]
 """``table[right][left]`` is the result."""
 
@@ -40,6 +41,9 @@ class TableDomain:
     verbose: bool = False
     """Whether the working names the operations: ``s7=4`` in place of ``4``. The answer is then longer and as
     hard."""
+    medium: str = TEXT
+    """Where the number stands that a chain starts from: in the prompt, or in an image or a video before it
+    (``table_media``)."""
 
     @property
     def letters(self) -> str:
@@ -126,8 +130,18 @@ class Chain:
     """Operation's letter and right operand."""
 
     @property
+    def identity(self) -> str:
+        """What tells tasks of a domain apart."""
+        return f"{self.domain.tag}{self.start}" + self._operations
+
+    @property
     def prompt(self) -> str:
-        return f"{self.domain.tag}{self.start}" + "".join(f"{letter}{right}" for letter, right in self.steps)
+        """Its text; the number to start from is left out if a medium shows it."""
+        return self.identity if self.domain.medium == TEXT else self.domain.tag + self._operations
+
+    @property
+    def _operations(self) -> str:
+        return "".join(f"{letter}{right}" for letter, right in self.steps)
 
     def values(self, world: TableWorld, rng: random.Random | None = None) -> list[int]:
         """The value after each step: the true ones or, with a random source, what the base says."""
@@ -168,7 +182,7 @@ def num_chains(world: TableWorld, domain: TableDomain) -> int:
 
 
 def distinct_chains(world: TableWorld, domain: TableDomain, count: int) -> list[Chain]:
-    """``count`` tasks of which no two have the same prompt, in an order that the world's seed determines.
+    """``count`` tasks of which no two are the same, in an order that the world's seed determines.
 
     Raises:
         ValueError: there are fewer.
@@ -178,7 +192,7 @@ def distinct_chains(world: TableWorld, domain: TableDomain, count: int) -> list[
     rng = world._random("prompts", domain.name)
     found: dict[str, Chain] = {}
     for chain in chains(world, domain, rng):
-        found.setdefault(chain.prompt, chain)
+        found.setdefault(chain.identity, chain)
         if len(found) == count:
             break
     return list(found.values())
