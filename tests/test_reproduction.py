@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import random
@@ -13,9 +14,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import av
 import click
 import numpy as np
 import pytest
+from PIL import Image
 
 from copd_megatron.cli.main import copd
 from copd_megatron.config import validate
@@ -28,10 +31,16 @@ from copd_megatron.reproduction.claims import FAILS, HOLDS, OPEN, Claim, decide
 from copd_megatron.reproduction.compare import SeedFolder, arms_of, measuring_jobs, training_jobs
 from copd_megatron.reproduction.criteria import criteria
 from copd_megatron.reproduction.forked import Program
+from copd_megatron.reproduction.material import make_base
 from copd_megatron.reproduction.runner import Cost, Job, TaskFailed, run_jobs
 from copd_megatron.reproduction.scores import difference, estimate, over_seeds
 from copd_megatron.reproduction.setting import CHOSEN, SETTINGS
+from copd_megatron.tiny.tasks import table_media
+from copd_megatron.tiny.tasks.canvas import blank, draw_digit
 from copd_megatron.tiny.tasks.tables import (
+    IMAGE,
+    TEXT,
+    VIDEO,
     Chain,
     TableDomain,
     TableWorld,
@@ -85,6 +94,59 @@ def test_a_wrong_belief_leaves_the_truth_a_chance() -> None:
     said = [world.says("s", right, left, rng) for _ in range(4000)]
     assert said.count(world.beliefs["s"][right][left]) / 4000 == pytest.approx(0.6 + 0.1 / 8, abs=0.03)
     assert said.count(world.tables["s"][right][left]) / 4000 == pytest.approx(0.3 + 0.1 / 8, abs=0.03)
+
+
+def dots_of(canvas: np.ndarray) -> str:
+    """The digit that a picture shows, by its dots."""
+    dark = canvas.min(axis=2) < 200
+    rows, columns = np.flatnonzero(dark.any(axis=1)), np.flatnonzero(dark.any(axis=0))
+    box = dark[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    for digit in "0123456789":
+        plain = blank(table_media.SIZE, table_media.SIZE)
+        draw_digit(plain, digit, "black", 0, 0, table_media.SCALE)
+        shape = plain.min(axis=2) < 200
+        shape = shape[shape.any(axis=1)][:, shape.any(axis=0)]
+        if shape.shape == box.shape and (shape == box).all():
+            return digit
+    raise AssertionError("no digit")
+
+
+@pytest.mark.parametrize("start", range(6))
+def test_a_medium_shows_the_number_to_start_from(start: int) -> None:
+    plain = TableDomain(name="b", tag="B", own="x", length=2)
+    rng, steps = random.Random(start), (("s", 1), ("x", 2))
+
+    def chain(medium: str) -> Chain:
+        return Chain(domain=dataclasses.replace(plain, medium=medium), start=start, steps=steps)
+
+    assert chain(TEXT).prompt == f"B{start}s1x2" == chain(TEXT).identity
+    assert table_media.medium_of(chain(TEXT), 6, rng) == {}
+    for medium in (IMAGE, VIDEO):
+        assert chain(medium).prompt == "Bs1x2"
+        assert chain(medium).identity == chain(TEXT).identity
+    picture = table_media.medium_of(chain(IMAGE), 6, rng)["png"]
+    assert dots_of(np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))) == str(start)
+    with av.open(io.BytesIO(table_media.medium_of(chain(VIDEO), 6, rng)["mp4"])) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    shown = [dots_of(frame) for frame in frames]
+    assert shown[2:] == [str(start)] * 2
+    assert shown[0] == shown[1] != str(start)
+
+
+def test_a_base_with_vision_learns_from_text_images_and_videos(tmp_path: Path) -> None:
+    """The loss falls, and the folder holds what a vision-language model needs."""
+    material = SETTINGS["tables_media"].material(1)
+    short = dataclasses.replace(material.warm_up, num_steps=8, batch_size=8)
+    losses: list[float] = []
+    make_base(
+        tmp_path / "base",
+        dataclasses.replace(material, warm_up=short),
+        progress=lambda step, total, loss: losses.append(loss),
+    )
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3VLForConditionalGeneration"]
+    assert (tmp_path / "base" / "processor_config.json").is_file()
 
 
 def test_values_follow_the_tables_of_the_domain() -> None:
