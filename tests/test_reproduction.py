@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -25,8 +26,9 @@ from copd_megatron.config import validate
 from copd_megatron.errors import ConfigError
 from copd_megatron.evaluation.statistics import Estimate
 from copd_megatron.recipes.experiments.base import Task
+from copd_megatron.report.history import RunHistory
 from copd_megatron.reproduction.arms import ARMS, COMPARISONS, INDEPENDENT
-from copd_megatron.reproduction.budget import budget_of
+from copd_megatron.reproduction.budget import budget_of, trained_tokens
 from copd_megatron.reproduction.claims import FAILS, HOLDS, OPEN, Claim, decide
 from copd_megatron.reproduction.compare import SeedFolder, arms_of, measuring_jobs, training_jobs
 from copd_megatron.reproduction.criteria import criteria
@@ -453,17 +455,17 @@ def test_the_criteria_read_experts_and_mixed_training_alone() -> None:
 
 
 def test_a_budget_counts_what_was_taken_of_the_experts(tmp_path: Path) -> None:
+    """A distillation has cross rows alone, whose lengths stand under the edge."""
     folder = a_folder(tmp_path)
     runs = folder.runs("two")
-    for task, names, steps in (
-        (INDEPENDENT, ("alpha", "beta"), 50),
-        ("static_alpha", ("alpha",), 20),
-        ("static_beta", ("beta",), 20),
+    for task, lengths, steps in (
+        (INDEPENDENT, {"alpha": "alpha/train", "beta": "beta/train"}, 50),
+        ("static_alpha", {"alpha": "alpha/cross/beta"}, 20),
+        ("static_beta", {"beta": "beta/cross/alpha"}, 20),
     ):
         (runs / task).mkdir(parents=True)
-        row = {
-            f"{n}/train/{key}": v for n in names for key, v in (("num_rows", 10.0), ("response_length", 2.0))
-        }
+        row = {f"{name}/train/num_rows": 10.0 for name in lengths}
+        row |= {f"{place}/response_length": 2.0 for place in lengths.values()}
         lines = [json.dumps({"step": step, "phase": "rlvr", **row}) for step in range(1, steps + 1)]
         (runs / task / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     arm = next(arm for arm in ARMS if arm.name == "static")
@@ -474,6 +476,22 @@ def test_a_budget_counts_what_was_taken_of_the_experts(tmp_path: Path) -> None:
     assert found.steps == 2 * 30 + 2 * 20
     assert found.tokens == 20 * found.steps
     assert found.core_seconds == pytest.approx(5 * 10 + 30)
+
+
+def test_native_and_cross_rows_have_lengths_of_their_own() -> None:
+    nan = math.nan
+    history = RunHistory(
+        name="run",
+        steps=(1, 2, 3),
+        phases=("rlvr", "opd", "opd"),
+        series={
+            "a/train/num_rows": (256.0, 512.0, 256.0),
+            "a/train/response_length": (7.0, 7.0, nan),
+            "a/cross/b/response_length": (nan, 16.0, 10.0),
+        },
+    )
+    assert trained_tokens(history, "a", 256) == 256 * (7 + 7 + 16 + 10)
+    assert trained_tokens(history, "a", 256, last=1) == 256 * 7
 
 
 # -- the whole way

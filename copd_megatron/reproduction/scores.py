@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -102,13 +103,22 @@ def over_seeds(means: Sequence[float], arrays: Sequence[Sequence[Float64Array]] 
 
 def _drawn(arrays: Sequence[Float64Array], seed: int = 0) -> Float64Array:
     """[draws] means over the domains, prompts drawn with replacement."""
-    rng = np.random.default_rng(seed + 1)
     means = []
-    for array in arrays:
-        counts = rng.multinomial(len(array), np.full(len(array), 1 / len(array)), size=_DRAWS)
-        means.append(counts @ array / len(array))
+    for place, array in enumerate(arrays):
+        counts = _counts(len(array), seed, place)
+        means.append(counts.astype(np.float64) @ array / len(array))
     found: Float64Array = np.mean(means, axis=0)
     return found
+
+
+@cache
+def _counts(num_prompts: int, seed: int, place: int) -> npt.NDArray[np.uint16]:
+    """[draws, prompts]: how often each prompt of a domain is drawn. All figures share these draws."""
+    rng = np.random.default_rng((seed, place))
+    chosen = rng.integers(num_prompts, size=(_DRAWS, num_prompts))
+    chosen += np.arange(_DRAWS)[:, None] * num_prompts
+    counted = np.bincount(chosen.ravel(), minlength=_DRAWS * num_prompts)
+    return counted.reshape(_DRAWS, num_prompts).astype(np.uint16)
 
 
 def _interval(draws: Float64Array, value: float) -> Estimate:
