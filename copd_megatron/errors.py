@@ -44,14 +44,15 @@ class BadSampleError(DataError):
     def __init__(self, where: str, reason: str, problem: str, remedy: str) -> None:
         super().__init__(f"{where}: {problem}. {remedy}")
         self.reason = reason
-        self._told = (where, reason, problem, remedy)
+        self.told: Final = (where, reason, problem, remedy)
+        """What it was made of."""
 
     def __reduce__(self) -> tuple[type[BadSampleError], tuple[str, str, str, str]]:
-        return BadSampleError, self._told
+        return BadSampleError, self.told
 
     def again(self) -> BadSampleError:
         """An equal error without traceback and cause, which would keep what the failed calls held."""
-        return BadSampleError(*self._told)
+        return BadSampleError(*self.told)
 
 
 HOPELESS: Final = (ConfigError, DataError, DivergedError, CheckpointError, RunStorageError)

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from copd_megatron.data.convert.write import NewSample, write_shards
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.media import MediaMismatchError, MediaPlace, content_hash, place_of
 from copd_megatron.data.media_prompts import MediaPrompts
+from copd_megatron.data.media_share import MediaShare
 from copd_megatron.data.processing import MultimodalProcessor
 from copd_megatron.records import Prompt
 from copd_megatron.tiny.tasks.encode import png
+from copd_megatron.topology.messages import decode, encode
 from tests.support.hostile_media import clip, picture, without_decoder
 from tests.support.models_vl import MEDIA
 
@@ -328,3 +331,73 @@ def test_media_can_be_shipped(tmp_path: Path, hf_processor: Any, processor: Mult
         with pytest.raises(DataError, match="no media source"):
             teacher.encoded(ref)
         assert place_of(ref).ref(ref.content_hash) == ref
+
+
+# ---- ranks share the decoding ---------------------------------------------------------------------------
+
+
+class _Branch:
+    """Threads in place of ranks: ``exchange`` brings together what each of them gives."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size)
+        self.given: list[Any] = [None] * size
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.given[rank] = encode(value)
+        self.barrier.wait(60)
+        everything = [decode(data) for data in self.given]
+        self.barrier.wait(60)
+        return everything
+
+
+def test_ranks_decode_their_share_and_draw_the_same_prompts(
+    tmp_path: Path, hf_processor: Any, processor: MultimodalProcessor
+) -> None:
+    """Four ranks in two engines. A medium that cannot be used is skipped by all of them."""
+    media = many(11)
+    media[4] = {"0.png": b"no image"}
+    shards = shards_of(tmp_path, media)
+    quiet = dataclasses.replace(MEDIA, num_workers=0)
+    with MediaLoader(processor, quiet) as loader:
+        alone = stream_over(loader, shards, hf_processor)
+        expected = [alone.next(4), alone.next(4), alone.next(4)]
+        decoded_alone = loader.counters()["decoded"] + loader.counters()["failed"]
+    assert decoded_alone == 11
+    branch = _Branch(4)
+
+    def rank(number: int) -> tuple[list[list[Prompt]], Mapping[str, int], float, float]:
+        share = MediaShare(
+            index=number // 2,
+            count=2,
+            sends=number % 2 == 0,
+            exchange=lambda value: branch.exchange(number, value),
+        )
+        with MediaLoader(processor, quiet) as loader:
+            reader = PromptReader(
+                shards,
+                hf_processor.tokenizer,
+                domain="image",
+                max_prompt_tokens=500,
+                media=MediaPrompts(loader, "image/train", shards, share),
+            )
+            stream = PromptStream(reader, seed=3)
+            drawn = [stream.next(4), stream.next(4), stream.next(4)]
+            decoded = loader.counters()["decoded"] + loader.counters()["failed"]
+            for prompts in drawn:  # what its engine samples (before the first one that is skipped)
+                for prompt in share.mine(prompts):
+                    loader.features(prompt.media)
+            return drawn, stream.skipped, decoded, loader.counters()["decoded"]
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(rank, range(4)))
+    for drawn, skipped, *_ in results:
+        assert skipped == alone.skipped and sum(skipped.values()) >= 1
+        for mine, theirs in zip(drawn, expected, strict=True):
+            assert len(mine) == len(theirs) and all(map(same, mine, theirs))
+    decoded = [counted for *_, counted, _ in results]
+    assert decoded[1] == decoded[3] == 0, "the second rank of an engine is told"
+    # two prompts of the second epoch may be the other engine's this time
+    assert 11 <= decoded[0] + decoded[2] <= 13
+    assert max(decoded[0], decoded[2]) <= 8, "alone, a rank decodes 11"
+    assert all(after <= 8 for *_, after in results), "sampling needs little beyond a rank's own share"

@@ -273,3 +273,37 @@ def test_one_token_prompt_is_scored_from_its_only_state() -> None:
     text = Text(token_ids=np.asarray([7, 8], dtype=np.int32), prompt_length=1)
     batch = build_micro_batch([0], [text], device=torch.device("cpu"))
     assert (batch.hidden_index_n.tolist(), batch.targets_n.tolist()) == ([0], [8])
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 40), st.sampled_from([None, "a", "b", "c", "d"])), min_size=1),
+    num_ranks=st.integers(2, 4),
+    budget=st.integers(1, 90),
+    multiple=st.integers(1, 3),
+)
+def test_rows_that_show_the_same_media_are_on_one_rank(
+    rows: list[tuple[int, str | None]], num_ranks: int, budget: int, multiple: int
+) -> None:
+    lengths, keys = [length for length, _ in rows], [key for _, key in rows]
+    plan = plan_packed(
+        lengths,
+        num_ranks=num_ranks,
+        budget_tokens=budget,
+        cost=CostModel(quadratic=0.01),
+        multiple=multiple,
+        together=keys,
+    )
+    assert sorted(row for rank in plan for part in rank for row in part) == list(range(len(rows)))
+    assert len({len(rank) for rank in plan}) == 1 and len(plan[0]) % multiple == 0
+    for part in (part for rank in plan for part in rank):
+        assert len(part) < 2 or sum(lengths[row] for row in part) <= budget
+    for key in {key for key in keys if key is not None}:
+        members = {row for row, its in enumerate(keys) if its == key}
+        assert sum(bool(members & {row for part in rank for row in part}) for rank in plan) == 1
+
+
+def test_groups_are_spread_over_ranks_by_what_they_cost() -> None:
+    keys = [group for group in range(6) for _ in range(4)]
+    lengths = [{0: 30, 1: 20, 2: 20}.get(group, 10) for group in keys]
+    plan = plan_packed(lengths, num_ranks=2, budget_tokens=60, cost=CostModel(quadratic=0.0), together=keys)
+    assert [sum(lengths[row] for part in rank for row in part) for rank in plan] == [200, 200]

@@ -14,6 +14,7 @@ from copd_megatron.config import Config
 from copd_megatron.config.graph import Edge, build_graph
 from copd_megatron.config.schema import BranchConfig
 from copd_megatron.data.loader import MediaLoader
+from copd_megatron.data.media_share import MediaShare
 from copd_megatron.data.sources import PromptSources
 from copd_megatron.hf.model_config import read_model_shape
 from copd_megatron.launch.lock import RunLock
@@ -83,8 +84,9 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
     edges = graph.into(name)
     objectives = objectives_of(config, name, edges)
     model_path = settings.model_path or config.model.path
-    with world.watch.operation("startup.data"), waiting("reading the data"):
-        sources = PromptSources(config, model_path, read_model_shape(model_path))
+    with world.watch.operation("startup.data"):
+        shape = read_model_shape(model_path)
+        sources = PromptSources(config, model_path, shape, share=_media_share(world, settings))
         verifiers = [v for branch in config.branches.values() for v in branch.reward.verifiers]
         # the other ranks wait for the grades: hanging verifiers must not take them to their limit
         max_seconds = config.run.collective_timeout_seconds * _GRADING_SHARE
@@ -137,6 +139,19 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
             writes=world.is_branch_first,
         ),
         reference=actor.snapshot() if config.loss.kl_coefficient or config.opd.extrapolation != 1 else None,
+    )
+
+
+def _media_share(world: World, settings: BranchConfig) -> MediaShare | None:
+    """Each rollout replica decodes what it will sample; None where there is only one."""
+    size = settings.rollout.tensor_parallel_size
+    if world.branch_size <= size:
+        return None
+    return MediaShare(
+        index=world.branch_rank // size,
+        count=world.branch_size // size,
+        sends=world.branch_rank % size == 0,
+        exchange=lambda found: world.branch_gather(found, "data.media"),
     )
 
 

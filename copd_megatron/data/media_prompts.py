@@ -7,6 +7,7 @@ from typing import Any
 
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.media import MediaPlace, kind_of, media_members
+from copd_megatron.data.media_share import Found, MediaShare, Outline
 from copd_megatron.data.processing import media_named_in
 from copd_megatron.data.samples import Sample, SampleRef
 from copd_megatron.data.shards import ShardSet
@@ -21,8 +22,13 @@ class MediaPrompts:
     the references.
     """
 
-    def __init__(self, loader: MediaLoader, source: str, shards: ShardSet) -> None:
+    def __init__(
+        self, loader: MediaLoader, source: str, shards: ShardSet, share: MediaShare | None = None
+    ) -> None:
+        """``share``: this rank decodes only this part of a batch that is announced by ``prepare``."""
         loader.register(source, shards)
+        self._share = share
+        self._outlines: dict[MediaPlace, Found] = {}
         self._loader = loader
         self._source = source
         self._members = {index.name: index.samples for index in shards.indexes}
@@ -39,9 +45,37 @@ class MediaPrompts:
         kinds = [str(kind_of(extension)) for extension in members]
         messages = processor.parts(sample.prompt, kinds, where)
         chosen = _assign(messages, members, where)
-        loaded = [self._loader.get(self._place(sample.ref, extension)) for extension in chosen]
-        token_ids = processor.encode(messages, [item for _, item in loaded], where, system_prompt)
-        return token_ids, tuple(ref for ref, _ in loaded)
+        places = [self._place(sample.ref, extension) for extension in chosen]
+        outlines = [self._outline(place) for place in places]
+        token_ids = processor.encode(messages, outlines, where, system_prompt)
+        return token_ids, tuple(p.ref(o.digest) for p, o in zip(places, outlines, strict=True))
+
+    def prepare(self, samples: Sequence[SampleRef]) -> None:
+        """Announces the samples that are encoded next. Where ranks share the decoding, they do it now;
+        collective over them, with the same samples on each."""
+        if self._share is None:
+            return
+        order = [place for ref in samples for place in self._places(ref)]
+        self._outlines = {}
+        if not order:
+            return
+        mine = [place for ref in self._share.mine(samples) for place in self._places(ref)]
+        found = {place: self._found(place) for place in mine} if self._share.sends else {}
+        self._outlines = self._share.tell(found, order)
+
+    def _outline(self, place: MediaPlace) -> Outline:
+        """Raises BadSampleError, DataError: see ``MediaLoader.get``."""
+        found = self._outlines.get(place) or self._found(place)
+        if isinstance(found, BadSampleError):
+            raise found.again()
+        return found
+
+    def _found(self, place: MediaPlace) -> Found:
+        try:
+            ref, item = self._loader.get(place)
+        except BadSampleError as error:
+            return error.again()
+        return Outline(ref.content_hash, item.kind, item.replacement_ids)
 
     def refuse_lone_placeholders(self, sample: Sample, token_ids: IntArray, where: str) -> None:
         """Raises BadSampleError (``media_mismatch``) if a sample without media shows one nevertheless."""
@@ -57,17 +91,14 @@ class MediaPrompts:
             )
 
     def prefetch(self, samples: Iterable[SampleRef]) -> None:
-        """Announce samples whose prompts will be asked for, in that order."""
-        self._loader.prefetch(
-            [
-                self._place(ref, extension)
-                for ref in samples
-                for extension in media_members(
-                    member.extension for member in self._members[ref.shard][ref.key]
-                )
-            ],
-            owner=self,
-        )
+        """Announce samples whose prompts will be asked for, in that order, so that this rank's share is
+        decoded meanwhile."""
+        mine = samples if self._share is None else self._share.mine(samples)
+        self._loader.prefetch([place for ref in mine for place in self._places(ref)], owner=self)
+
+    def _places(self, ref: SampleRef) -> list[MediaPlace]:
+        members = media_members(member.extension for member in self._members[ref.shard][ref.key])
+        return [self._place(ref, extension) for extension in members]
 
     def _place(self, ref: SampleRef, extension: str) -> MediaPlace:
         return MediaPlace(self._source, ref.shard, ref.key, extension)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +75,15 @@ def pixel_hash(pixel_values: FloatArray, grid_thw: npt.NDArray[Any]) -> str:
     digest.update(np.asarray(grid_thw, dtype=np.int64).tobytes())
     digest.update(np.ascontiguousarray(pixel_values, dtype=np.float32).data)
     return digest.hexdigest()
+
+
+class Placed(Protocol):
+    """What a prompt's text is made of, of a medium; see ``ItemFeatures``."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def replacement_ids(self) -> IntArray: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +314,7 @@ class MultimodalProcessor:
     def encode(
         self,
         messages: Sequence[Mapping[str, Any]],
-        items: Sequence[ItemFeatures],
+        items: Sequence[Placed],
         where: str,
         system_prompt: str | None = None,
     ) -> IntArray:

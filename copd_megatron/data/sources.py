@@ -21,6 +21,7 @@ from copd_megatron.data import (
 from copd_megatron.data.difficulty import load_difficulty
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.media_prompts import MediaPrompts
+from copd_megatron.data.media_share import MediaShare
 from copd_megatron.data.processing import MultimodalProcessor
 from copd_megatron.data.seeds import sample_seed
 from copd_megatron.model.shape import ModelShape
@@ -36,8 +37,17 @@ class PromptSources:
     ``<domain>/validation``.
     """
 
-    def __init__(self, config: Config, model_path: str | Path, shape: ModelShape) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model_path: str | Path,
+        shape: ModelShape,
+        *,
+        share: MediaShare | None = None,
+    ) -> None:
+        """``share``: this rank's part in decoding, where the ranks of a branch draw the same prompts."""
         self.config = config
+        self._share = share
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
         self.media: MediaLoader | None = None
         if shape.vision is not None:
@@ -99,7 +109,7 @@ class PromptSources:
         if name not in self._open:
             patterns = domain.train if part == "train" else domain.validation
             shards = check_shards(patterns, self.config.branches[domain.branch].reward.verifiers)
-            media = None if self.media is None else MediaPrompts(self.media, name, shards)
+            media = None if self.media is None else MediaPrompts(self.media, name, shards, self._share)
             self._open[name] = (shards, media)
         return self._open[name]
 

@@ -53,6 +53,8 @@ class MediaEncoder(Protocol):
 
     def prefetch(self, samples: Iterable[SampleRef]) -> None: ...
 
+    def prepare(self, samples: Sequence[SampleRef]) -> None: ...
+
 
 class PromptSequence(Protocol):
     """What a step draws its prompts from: a ``PromptStream``, or several in a ``mix.PromptMix``."""
@@ -161,6 +163,12 @@ class PromptReader:
         """Announce samples that will be read, in that order, so that their media are decoded meanwhile."""
         if self._media is not None:
             self._media.prefetch(self.shards.refs[index] for index in indices)
+
+    def prepare(self, indices: Iterable[int]) -> None:
+        """Announce the samples that will be read next; ranks that share the decoding of media do it now, all
+        of them together."""
+        if self._media is not None:
+            self._media.prepare([self.shards.refs[index] for index in indices])
 
     def read(self, index: int) -> Prompt | None:
         """The prompt of sample ``index``, or None if it cannot be used.
@@ -291,14 +299,19 @@ class PromptStream:
         Raises DataError if a whole epoch holds no usable sample.
         """
         prompts: list[Prompt] = []
-        attempts_without_prompt = 0
+        attempts_without_prompt = num_prepared = 0
         while len(prompts) < num_prompts:
             if self._position == len(self._order):
                 self._epoch += 1
                 self._position = 0
                 self._order = self._order_of(self._epoch)
+            if not num_prepared:
+                batch = self._order[self._position :][: num_prompts - len(prompts)].tolist()
+                self.reader.prepare(batch)
+                num_prepared = len(batch)
             prompt = self.reader.read(int(self._order[self._position]))
             self._position += 1
+            num_prepared -= 1
             if prompt is not None:
                 prompts.append(prompt)
                 attempts_without_prompt = 0
@@ -372,8 +385,10 @@ def load_validation(reader: PromptReader, *, max_prompts: int | None = None) -> 
     """
     total = len(reader.shards)
     wanted = total if max_prompts is None else min(max_prompts, total)
-    reader.prefetch(i * total // wanted for i in range(wanted))
-    prompts = [prompt for i in range(wanted) if (prompt := reader.read(i * total // wanted)) is not None]
+    chosen = [i * total // wanted for i in range(wanted)]
+    reader.prefetch(chosen)
+    reader.prepare(chosen)
+    prompts = [prompt for i in chosen if (prompt := reader.read(i)) is not None]
     if reader.skipped:
         logger.warning("%s: skipped %s of %d validation samples", reader.domain, dict(reader.skipped), wanted)
     if not prompts:

@@ -50,6 +50,7 @@ _PHASE_OF = (
     ("evaluate.gather", "wait"),
     ("all_gather_objects", "wait"),
     ("branch_gather", "wait"),
+    ("data.media", "wait"),
     ("update", "train"),
     ("policy.forward_backward", "train"),
     ("policy.optimizer_step", "train"),

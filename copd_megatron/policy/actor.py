@@ -447,7 +447,12 @@ class MegatronActor:
         if self.arrangement.packed:
             budget *= self.parallel.context_parallel_size
             plan = plan_packed(
-                lengths, num_ranks=ranks, budget_tokens=budget, cost=self.cost, multiple=self._round
+                lengths,
+                num_ranks=ranks,
+                budget_tokens=budget,
+                cost=self.cost,
+                multiple=self._round,
+                together=[getattr(sequence, "media", ()) or None for sequence in sequences],
             )
         else:
             plan = plan_micro_batches(lengths, num_ranks=ranks, budget_tokens=budget)

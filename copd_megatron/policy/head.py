@@ -37,11 +37,16 @@ class VocabShard:
         return tensor
 
 
-def _chunk_logits(hidden_nh: Tensor, weight_vh: Tensor, shard: VocabShard, temperature: float) -> Tensor:
-    """Float32 logits [n, Vp] of a chunk; padding rows at -inf."""
+def _chunk_logits(
+    hidden_nh: Tensor, weight_vh: Tensor, shard: VocabShard, temperature: float, memory: Tensor | None = None
+) -> Tensor:
+    """Float32 logits [n, Vp] of a chunk; padding rows at -inf. ``memory`` [at least n, Vp] float32 may become
+    theirs."""
     if hidden_nh.is_cuda and hidden_nh.dtype is not torch.float32:
         # sums are float32 anyway: rounded to bfloat16, a logit of 16 would be off by up to 0.06
         logits = torch.mm(hidden_nh, weight_vh.t(), out_dtype=torch.float32)
+    elif memory is not None and hidden_nh.dtype is torch.float32:
+        logits = torch.mm(hidden_nh, weight_vh.t(), out=memory[: hidden_nh.shape[0]])
     else:
         logits = torch.matmul(hidden_nh, weight_vh.t()).float()
     if temperature != 1.0:
@@ -66,7 +71,17 @@ def _local_targets(targets: Tensor, shard: VocabShard, width: int) -> tuple[Tens
     return local.masked_fill(~here, 0), here
 
 
+def _chunk_memory(hidden_nh: Tensor, weight_vh: Tensor, chunk_tokens: int) -> Tensor:
+    """[chunk, Vp] float32 for one chunk's values after another: fresh memory costs a page fault every 4 KiB,
+    which on a CPU takes as long as a pass over it."""
+    rows = min(chunk_tokens, hidden_nh.shape[0])
+    return torch.empty(rows, weight_vh.shape[0], dtype=torch.float32, device=hidden_nh.device)
+
+
 class _LinearLogProbs(torch.autograd.Function):
+    """With a = logits - max, w = exp(a), S = sum w and T = sum w a: log Z = max + log S and entropy =
+    log S - T / S, so that one exponential serves both. The backward pass has log Z from the forward pass."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -79,45 +94,80 @@ class _LinearLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         num = hidden_nh.shape[0]
         logprobs = torch.empty(num, dtype=torch.float32, device=hidden_nh.device)
-        entropy = torch.empty_like(logprobs)
+        entropy, log_z = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        memory, powers = (_chunk_memory(hidden_nh, weight_vh, chunk_tokens) for _ in range(2))
         for begin in range(0, num, chunk_tokens):
             part = slice(begin, begin + chunk_tokens)
-            logits = _chunk_logits(hidden_nh[part], weight_vh, shard, temperature)
-            log_z = _log_normaliser(logits, shard)
+            logits = _chunk_logits(hidden_nh[part], weight_vh, shard, temperature, memory)
+            top = shard.all_reduce(logits.amax(dim=-1, keepdim=True), dist.ReduceOp.MAX)
             column, here = _local_targets(targets_n[part], shard, logits.shape[1])
-            picked = logits.gather(1, column[:, None]).squeeze(1).masked_fill(~here, 0.0)
-            log_p = logits.sub_(log_z)
-            p_log_p = torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p).sum(dim=-1)
-            both = shard.all_reduce(torch.stack([picked, p_log_p]))
-            logprobs[part] = both[0] - log_z.squeeze(1)
-            entropy[part] = -both[1]
-        ctx.save_for_backward(hidden_nh, weight_vh, targets_n, entropy)
+            below = logits.sub_(top)
+            picked = below.gather(1, column[:, None]).squeeze(1).masked_fill_(~here, 0.0)
+            power = torch.exp(below, out=powers[: len(below)])
+            total = power.sum(dim=-1)
+            # the padding's -inf times its 0 would be no number
+            below[:, max(0, shard.vocab_size - shard.start) :] = 0.0
+            weighted = power.mul_(below).sum(dim=-1)
+            picked, total, weighted = shard.all_reduce(torch.stack([picked, total, weighted]))
+            log_total = total.log()
+            logprobs[part] = picked - log_total
+            entropy[part] = log_total - weighted / total
+            log_z[part] = top.squeeze(1) + log_total
+        ctx.save_for_backward(hidden_nh, weight_vh, targets_n, entropy, log_z)
         ctx.settings = (shard, temperature, chunk_tokens)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = grads
-        hidden_nh, weight_vh, targets_n, entropy_n = ctx.saved_tensors
+        hidden_nh, weight_vh, targets_n, entropy_n, log_z_n = ctx.saved_tensors
         shard, temperature, chunk_tokens = ctx.settings
         grad_hidden = torch.empty_like(hidden_nh)
         grad_weight = torch.zeros_like(weight_vh, dtype=torch.float32)
+        memory = _chunk_memory(hidden_nh, weight_vh, chunk_tokens)
+        # a GPU would have to be waited for to know
+        of_entropy = grad_entropy.is_cuda or bool(grad_entropy.any())
         for begin in range(0, hidden_nh.shape[0], chunk_tokens):
             part = slice(begin, begin + chunk_tokens)
-            logits = _chunk_logits(hidden_nh[part], weight_vh, shard, temperature)
-            log_p = logits.sub_(_log_normaliser(logits, shard))
-            p = log_p.exp()
+            logits = _chunk_logits(hidden_nh[part], weight_vh, shard, temperature, memory)
+            column, here = _local_targets(targets_n[part], shard, logits.shape[1])
+            log_p = logits.sub_(log_z_n[part, None])
             # d logprob / d logits = onehot - p;  d entropy / d logits = -p * (log p + entropy)
-            g_ent = grad_entropy[part, None]
-            inner = torch.where(log_p.isneginf(), 0.0, log_p).add_(entropy_n[part, None])
-            grad_logits = p * (-grad_logprobs[part, None] - g_ent * inner)
-            column, here = _local_targets(targets_n[part], shard, p.shape[1])
+            if of_entropy:
+                p = log_p.exp()
+                inner = torch.where(log_p.isneginf(), 0.0, log_p).add_(entropy_n[part, None])
+                grad_logits = p.mul_(
+                    inner.mul_(grad_entropy[part, None]).add_(grad_logprobs[part, None]).neg_()
+                )
+            else:
+                grad_logits = log_p.exp_().mul_(-grad_logprobs[part, None])
             grad_logits.scatter_add_(1, column[:, None], (grad_logprobs[part] * here)[:, None])
-            grad_logits = grad_logits.div_(temperature).to(hidden_nh.dtype)
-            grad_hidden[part] = torch.matmul(grad_logits, weight_vh)
-            grad_weight += torch.matmul(grad_logits.t(), hidden_nh[part]).float()
+            _add_products(
+                grad_logits, temperature, hidden_nh[part], weight_vh, grad_hidden[part], grad_weight
+            )
         shard.all_reduce(grad_hidden)
         return grad_hidden, grad_weight.to(weight_vh.dtype), None, None, None, None
+
+
+def _add_products(
+    grad_logits: Tensor,
+    temperature: float,
+    hidden_nh: Tensor,
+    weight_vh: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+) -> None:
+    """From a chunk's gradient with respect to logits / temperature: sets ``grad_hidden`` [n, H] and adds to
+    ``grad_weight`` [Vp, H] float32. ``grad_logits`` is used up."""
+    if temperature != 1.0:
+        grad_logits.div_(temperature)
+    if hidden_nh.dtype is torch.float32:
+        torch.mm(grad_logits, weight_vh, out=grad_hidden)
+        grad_weight.addmm_(grad_logits.t(), hidden_nh)
+        return
+    grad_logits = grad_logits.to(hidden_nh.dtype)
+    grad_hidden.copy_(torch.matmul(grad_logits, weight_vh))
+    grad_weight += torch.matmul(grad_logits.t(), hidden_nh).float()
 
 
 def linear_logprobs(
@@ -176,9 +226,9 @@ class _LinearDivergence(torch.autograd.Function):
                 student, values = _chunk_divergence(log_p, targets[part], measure, shard)
                 (slope,) = torch.autograd.grad(values, student, grads[0][part])
             grad_logits = _softmax_backward(log_p, slope, targets[part].ids, shard)
-            grad_logits = grad_logits.div_(temperature).to(hidden_nh.dtype)
-            grad_hidden[part] = torch.matmul(grad_logits, weight_vh)
-            grad_weight += torch.matmul(grad_logits.t(), hidden_nh[part]).float()
+            _add_products(
+                grad_logits, temperature, hidden_nh[part], weight_vh, grad_hidden[part], grad_weight
+            )
         shard.all_reduce(grad_hidden)
         return grad_hidden, grad_weight.to(weight_vh.dtype), *[None] * 5
 

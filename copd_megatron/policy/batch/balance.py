@@ -12,7 +12,7 @@ collectives inside them run in step.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 
@@ -39,7 +39,13 @@ class CostModel:
 
 
 def plan_packed(
-    lengths: Sequence[int], *, num_ranks: int, budget_tokens: int, cost: CostModel, multiple: int = 1
+    lengths: Sequence[int],
+    *,
+    num_ranks: int,
+    budget_tokens: int,
+    cost: CostModel,
+    multiple: int = 1,
+    together: Sequence[Hashable] | None = None,
 ) -> list[list[list[int]]]:
     """Assigns rows to ``plan[rank][micro_batch] = [row, ...]``; each row appears exactly once.
 
@@ -50,11 +56,23 @@ def plan_packed(
     fewer rows than ranks. Each rank's number of micro-batches is a multiple of ``multiple``. Deterministic,
     and the same on every rank.
 
+    Rows with one key in ``together`` (None: no key) go to one rank, which then is the only one that needs the
+    media that they show.
+
     Raises:
         ValueError: no rows, or a non-positive rank count or budget.
     """
     if num_ranks < 1 or budget_tokens < 1 or not lengths:
         raise ValueError(f"cannot plan {len(lengths)} rows on {num_ranks} ranks at {budget_tokens} tokens")
+    if together is not None and num_ranks > 1 and any(key is not None for key in together):
+        return _plan_together(
+            lengths,
+            together,
+            num_ranks=num_ranks,
+            budget_tokens=budget_tokens,
+            cost=cost,
+            multiple=multiple,
+        )
     step = num_ranks * multiple
     count = _round_up(-(-sum(lengths) // budget_tokens), step)
     while (bins := _fill(lengths, count, budget_tokens, cost)) is None:
@@ -68,6 +86,40 @@ def plan_packed(
         )
         plan[rank].append(bins[i])
         load[rank] += costs[i]
+    return plan
+
+
+def _plan_together(
+    lengths: Sequence[int],
+    keys: Sequence[Hashable],
+    *,
+    num_ranks: int,
+    budget_tokens: int,
+    cost: CostModel,
+    multiple: int,
+) -> list[list[list[int]]]:
+    """Groups of rows go, dearest first, to the rank that has least to do; each rank then fills its own
+    micro-batches."""
+    groups: dict[Hashable, list[int]] = {}
+    for row, key in enumerate(keys):
+        groups.setdefault(("row", row) if key is None else ("key", key), []).append(row)
+    costs = [cost(length) for length in lengths]
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    least = [(0.0, rank) for rank in range(num_ranks)]
+    for rows in sorted(groups.values(), key=lambda rows: (-sum(costs[row] for row in rows), rows)):
+        load, rank = heapq.heappop(least)
+        shares[rank] += rows
+        heapq.heappush(least, (load + sum(costs[row] for row in rows), rank))
+    largest = max(sum(lengths[row] for row in rows) for rows in shares)
+    count = _round_up(max(1, -(-largest // budget_tokens)), multiple)
+    while None in (
+        filled := [_fill([lengths[row] for row in rows], count, budget_tokens, cost) for rows in shares]
+    ):
+        count += multiple
+    plan = []
+    for rows, parts in zip(shares, filled, strict=True):
+        bins = [[rows[i] for i in part] for part in parts or ()]
+        plan.append(sorted(bins, key=lambda part: (-sum(costs[row] for row in part), part)))
     return plan
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from copd_megatron.policy.batch.context import context_shard
+from copd_megatron.policy.megatron.media_sequences import MediaSeqParams
 
 
 class PackedAttention(MegatronModule):
@@ -71,10 +73,10 @@ class PackedAttention(MegatronModule):
         if packed_seq_params is None:
             rows = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
             return self._attend(*rows).permute(2, 0, 1, 3).flatten(2)
-        boundaries = packed_seq_params.cu_seqlens_q.tolist()
+        plan = LengthGroups.of(packed_seq_params)
         if self.cp_group.size() == 1:
-            return self._packed(query, key, value, boundaries)
-        return self._context_parallel(query, key, value, boundaries)
+            return self._packed(query, key, value, plan)
+        return self._context_parallel(query, key, value, plan)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[b, n, s, d] from [b, n, s, d] and twice [b, g, s, d]."""
@@ -82,25 +84,18 @@ class PackedAttention(MegatronModule):
             query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
         )
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, boundaries: Sequence[int]) -> Tensor:
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, plan: LengthGroups) -> Tensor:
         """[t, n, d]; sequences of similar length are computed together, padded to the longest of them."""
-        pieces, places = [], []
-        for index, valid in _length_groups(boundaries):
-            rows = torch.from_numpy(index)
-            gathered = [x[rows].transpose(1, 2) for x in (query, key, value)]  # [b, heads, s, d]
-            output = self._attend(*gathered).transpose(1, 2)
-            pieces.append(output[torch.from_numpy(valid)])
-            places.append(index[valid])
-        order = np.argsort(np.concatenate(places))
-        return torch.cat(pieces)[torch.from_numpy(order)]
+        groups = zip(*(plan.spread(values) for values in (query, key, value)), strict=True)
+        return plan.collect(
+            [self._attend(*(rows.transpose(1, 2) for rows in group)).transpose(1, 2) for group in groups]
+        )
 
-    def _context_parallel(
-        self, query: Tensor, key: Tensor, value: Tensor, boundaries: Sequence[int]
-    ) -> Tensor:
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, plan: LengthGroups) -> Tensor:
         """As ``_packed``, of this rank's tokens. Every rank gathers and computes the whole: right, not fast.
         Transformer Engine's ring attention is what a GPU runs."""
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        shards = [context_shard(boundaries, size, r) for r in range(size)]
+        shards = [context_shard(plan.boundaries, size, r) for r in range(size)]
         back = torch.from_numpy(np.argsort(np.concatenate(shards)))
 
         def whole(values: Tensor) -> Tensor:
@@ -109,8 +104,91 @@ class PackedAttention(MegatronModule):
             )
             return gathered[back]
 
-        attended = self._packed(whole(query), whole(key), whole(value), boundaries)
+        attended = self._packed(whole(query), whole(key), whole(value), plan)
         return attended[torch.from_numpy(shards[rank])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthGroups:
+    """How the sequences of a pack are brought into rows of similar length, and back."""
+
+    boundaries: Sequence[int]
+    """[sequences + 1] of the pack."""
+    shapes: Sequence[tuple[int, int]]
+    """(rows, length) of each group; the groups have M places together."""
+    index: Tensor
+    """[M] int64: the token at each place."""
+    places: Tensor
+    """[t] int64: the place of each token."""
+    unused: Tensor | None
+    """[M] bool: places that repeat a token to fill up a row; None where there are none."""
+    as_it_is: bool
+    """The pack's order is that of the places: nothing needs to be moved."""
+
+    @classmethod
+    def of(cls, packed: PackedSeqParams) -> LengthGroups:
+        """Those of a pack; made for its first layer, and kept with it for the others."""
+        kept: LengthGroups | None = getattr(packed, "groups", None)
+        if kept is None:
+            kept = cls.at(packed.cu_seqlens_q.tolist())
+            if isinstance(packed, MediaSeqParams):
+                packed.groups = kept
+        return kept
+
+    @classmethod
+    def at(cls, boundaries: Sequence[int]) -> LengthGroups:
+        """Those of sequences that begin and end at ``boundaries``."""
+        groups = _length_groups(boundaries)
+        index = np.concatenate([rows.ravel() for rows, _ in groups])
+        valid = np.concatenate([used.ravel() for _, used in groups])
+        places = np.flatnonzero(valid)
+        places = places[np.argsort(index[valid])]
+        return cls(
+            boundaries=boundaries,
+            shapes=[(rows.shape[0], rows.shape[1]) for rows, _ in groups],
+            index=torch.from_numpy(index),
+            places=torch.from_numpy(places),
+            unused=None if valid.all() else torch.from_numpy(~valid),
+            as_it_is=len(index) == len(places) and bool((index == np.arange(len(index))).all()),
+        )
+
+    def spread(self, values: Tensor) -> list[Tensor]:
+        """[t, heads, d] to each group's [rows, length, heads, d]."""
+        if not self.as_it_is:
+            values = _Moved.apply(values, self.index, self.places, None)
+        parts = values.split([rows * length for rows, length in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def collect(self, groups: Sequence[Tensor]) -> Tensor:
+        """The inverse of ``spread``: [t, heads, d]."""
+        values = (
+            torch.cat([group.flatten(0, 1) for group in groups])
+            if len(groups) > 1
+            else groups[0].flatten(0, 1)
+        )
+        return values if self.as_it_is else _Moved.apply(values, self.places, self.index, self.unused)
+
+
+class _Moved(torch.autograd.Function):
+    """Rows of a tensor, chosen by index. The backward pass chooses as well, where torch would add row by row:
+    ``back`` says which row of the result has a source's gradient, ``nothing`` which sources have none.
+
+    That is the whole gradient for ``spread``, since what only fills up a row is seen by no other token under
+    causal attention, and what it becomes is dropped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, back: Tensor, nothing: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, nothing)
+        return values.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        back, nothing = ctx.saved_tensors
+        grad = grads[0].index_select(0, back)
+        if nothing is not None:
+            grad[nothing] = 0.0
+        return grad, None, None, None
 
 
 def _length_groups(boundaries: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:

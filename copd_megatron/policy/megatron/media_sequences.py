@@ -20,6 +20,8 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from copd_megatron.policy.megatron.few_passes import Turn
+
 
 @dataclass(frozen=True, kw_only=True)
 class Deepstack:
@@ -39,6 +41,10 @@ class MediaSeqParams(PackedSeqParams):
     """None: no media, or not on this pipeline stage."""
     angles: Tensor | None = None
     """[t, 1, 1, head_dim] of this rank's tokens; None: the layers have them from Megatron."""
+    turn: Turn | None = None
+    """The same as cosines and sines; made by the first layer that turns without a fused kernel."""
+    groups: Any = None
+    """What attention without a fused kernel has worked out of the boundaries (``attention.LengthGroups``)."""
 
 
 @cache
@@ -51,10 +57,15 @@ def turning(attention: type[Any]) -> type[Any]:
         ) -> Any:
             """``query`` [t, n, d] and ``key`` [t, g, d] of a pack; otherwise as they are."""
             if packed_seq_params is not None:
-                query, key = (self.turned(heads, packed_seq_params.angles) for heads in (query, key))
+                query, key = (self.turned(heads, packed_seq_params) for heads in (query, key))
             return super().forward(query, key, *args, packed_seq_params=packed_seq_params, **kwargs)
 
-        def turned(self, heads: Tensor, angles: Tensor) -> Tensor:
-            return apply_rotary_pos_emb(heads.unsqueeze(1), angles, config=self.config).squeeze(1)
+        def turned(self, heads: Tensor, packed: MediaSeqParams) -> Tensor:
+            assert packed.angles is not None
+            if self.config.apply_rope_fusion:
+                return apply_rotary_pos_emb(heads.unsqueeze(1), packed.angles, config=self.config).squeeze(1)
+            if packed.turn is None:
+                packed.turn = Turn.by(packed.angles.squeeze(2), heads.dtype)
+            return packed.turn(heads)
 
     return Turning

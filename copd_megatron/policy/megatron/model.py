@@ -7,6 +7,8 @@ spec, bfloat16, NCCL).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from copd_megatron.config.schema import ParallelConfig, PrecisionConfig, Trainin
 from copd_megatron.hf.companions import read_json
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.policy.megatron.attention import PackedAttention
+from copd_megatron.policy.megatron.few_passes import Swiglu
 from copd_megatron.policy.megatron.media_sequences import turning
 from copd_megatron.policy.megatron.norm import RMSNorm
 from copd_megatron.policy.megatron.settings import (
@@ -139,6 +142,8 @@ def transformer_config(
             "bias_dropout_fusion": False,
             "persist_layer_norm": False,
             "apply_rope_fusion": False,
+            # Megatron's way to an activation function that takes both halves; a mixture's takes one
+            "use_te_activation_func": dims.num_experts is None,
         }
     return TransformerConfig(**settings)
 
@@ -183,6 +188,9 @@ def layer_spec(
     attention.core_attention = turning(PackedAttention)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts is None:
+        parts = layer.mlp.keywords["submodules"]
+        layer.mlp = partial(layer.mlp.func, submodules=replace(parts, activation_func=Swiglu))
     if config.num_moe_experts is not None:  # there is no linear layer for the norm's weight to hide in
         layer.sharded_state_dict_keys_map = {
             key: value

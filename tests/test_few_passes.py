@@ -1,0 +1,89 @@
+"""The layers that are written out for the CPU, against the plain formulas and torch's own gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _values_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [values.clone().requires_grad_() for values in inputs]
+    output = function(*leaves)
+    slope = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, leaves, slope)]
+
+
+def _same(one: Callable[..., Tensor], other: Callable[..., Tensor], *inputs: Tensor) -> None:
+    for mine, theirs in zip(
+        _values_and_gradients(one, *inputs), _values_and_gradients(other, *inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_swiglu() -> None:
+    from copd_megatron.policy.megatron.few_passes import Swiglu
+
+    def plain(halves: Tensor) -> Tensor:
+        gate, up = halves.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    _same(Swiglu(config=None), plain, _random(7, 1, 10))
+
+
+@pytest.mark.parametrize("shape", [(7, 1, 6), (5, 3, 6)])
+def test_rms_norm(shape: tuple[int, ...]) -> None:
+    from copd_megatron.policy.megatron.few_passes import rms_norm
+
+    def plain(values: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(values, (6,), weight, 1e-3)
+
+    _same(lambda x, w: rms_norm(x, w, 1e-3), plain, _random(*shape), _random(6, seed=1))
+
+
+def test_turn() -> None:
+    from copd_megatron.policy.megatron.few_passes import Turn
+
+    half = _random(7, 1, 4, seed=2)
+    angles = torch.cat([half, half], dim=-1)
+
+    def plain(heads: Tensor) -> Tensor:
+        first, second = heads.chunk(2, dim=-1)
+        return heads * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+
+    _same(Turn.by(angles, torch.float64), plain, _random(7, 3, 8))
+
+
+@pytest.mark.parametrize(
+    "lengths", [[5], [4, 4, 4], [1, 2, 3, 9, 8, 1], [3, 4, 0, 4, 17], [8, 7, 4, 16]], ids=str
+)
+def test_sequences_of_a_pack_are_attended_to_each_on_its_own(lengths: list[int]) -> None:
+    from copd_megatron.policy.megatron.attention import LengthGroups
+
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    plan = LengthGroups.at([0, *ends])
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (rows.transpose(-3, -2) for rows in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(
+            -3, -2
+        )
+
+    def grouped(*packed: Tensor) -> Tensor:
+        return plan.collect([attend(*rows) for rows in zip(*map(plan.spread, packed), strict=True)])
+
+    def one_by_one(*packed: Tensor) -> Tensor:
+        parts = zip(*(values.split(lengths) for values in packed), strict=True)
+        return torch.cat([attend(*(rows.unsqueeze(0) for rows in part)).squeeze(0) for part in parts])
+
+    total = ends[-1]
+    inputs = (_random(total, 4, 8), _random(total, 2, 8, seed=1), _random(total, 2, 8, seed=2))
+    _same(grouped, one_by_one, *inputs)
+    assert plan.as_it_is == (len(set(lengths)) == 1)
