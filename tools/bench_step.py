@@ -10,7 +10,7 @@ Float32 on the CPU, random weights, 25 tokens of prompt and 48 of response. In t
 * ours: the training loop of ``copd train``, one branch, as one rank and as one rank a thread
 * TRL: GRPOTrainer with generation by transformers, in an environment of its own that this script makes
 * transformers: forward, backward and AdamW on as many rows, which is the least that an actor does
-* vLLM: offline, without seeds and log-probabilities, which is the least that sampling does
+* vLLM: offline, text only; and for RL, with the seeds and log-probabilities that a step needs
 * floor: the step's floating-point operations at the rate of a matrix product in the same turn
 
 Everything is loaded before the first turn, and waits without work while the others have theirs. Ratios are
@@ -191,6 +191,7 @@ def runners(folder: Path, size: Size, python: Path | None, options: argparse.Nam
     commands["TRL"] = {"command": [python, peers, "trl", work[1]], **shared, **alone}
     commands["transformers"] = {"command": [python, peers, "actor", work[1]], **shared, **alone}
     commands["vLLM"] = {"command": [sys.executable, ours, "vllm", work[1]], **shared}
+    commands["vLLM for RL"] = {"command": [sys.executable, ours, "vllm_for_rl", work[1]], **shared}
     found = []
     try:
         for name, settings in commands.items():
@@ -281,7 +282,7 @@ def _ratios(turns: dict[str, list[dict[str, float]]], floors: list[dict[str, flo
     """How many times as fast as each peer ours is, turn by turn."""
     lines = ["peer's seconds / ours, turn by turn: above 1 ours is faster"]
     pairs = [("TRL", phase) for phase in ("step", "sampling", "update")]
-    pairs += [("transformers", "update"), ("vLLM", "sampling")]
+    pairs += [("transformers", "update"), ("vLLM", "sampling"), ("vLLM for RL", "sampling")]
     pairs += [("floor", phase) for phase in ("step", "sampling", "update")]
     for name in (name for name in turns if name.startswith("ours")):
         for peer, phase in pairs:

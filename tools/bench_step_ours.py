@@ -1,6 +1,6 @@
 """What ``bench_step.py`` measures of this package's side: the training loop itself, and vLLM without it.
 
-python tools/bench_step_ours.py ours|vllm WORK.json        each rank of ours, with a launcher's variables
+`bench_step_ours.py ours|vllm|vllm_for_rl WORK.json`; each rank of ours has a launcher's variables.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _phases(run_dir: Path) -> dict[str, float]:
     return {phase: timing[name] for phase, name in named.items()}
 
 
-def vllm(work: dict[str, Any], gate: Gate) -> None:
-    """Offline vLLM as its documentation shows it: no seeds, no log-probabilities, text decoded."""
+def vllm(work: dict[str, Any], gate: Gate, **wanted: Any) -> None:
+    """Offline vLLM as its documentation shows it: text, unless more is ``wanted``."""
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM, SamplingParams
 
@@ -83,7 +83,7 @@ def vllm(work: dict[str, Any], gate: Gate) -> None:
         kv_cache_memory_bytes=int(work["kv_gib"] * 2**30),
         enforce_eager=not work["compile"],
     )
-    sampling = SamplingParams(n=work["generations"], max_tokens=work["response"], ignore_eos=True)
+    sampling = SamplingParams(n=work["generations"], max_tokens=work["response"], ignore_eos=True, **wanted)
 
     def step() -> dict[str, float]:
         llm.reset_prefix_cache()
@@ -96,5 +96,12 @@ def vllm(work: dict[str, Any], gate: Gate) -> None:
     gate.serve(step)
 
 
+def vllm_for_rl(work: dict[str, Any], gate: Gate) -> None:
+    """Offline vLLM asked for what a step needs: a seed for each response, its tokens' log-probabilities."""
+    vllm(work, gate, seed=1, logprobs=0)
+
+
 if __name__ == "__main__":
-    {"ours": ours, "vllm": vllm}[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()), Gate())
+    {"ours": ours, "vllm": vllm, "vllm_for_rl": vllm_for_rl}[sys.argv[1]](
+        json.loads(Path(sys.argv[2]).read_text()), Gate()
+    )
