@@ -119,7 +119,8 @@ def _plan_together(
     plan = []
     for rows, parts in zip(shares, filled, strict=True):
         bins = [[rows[i] for i in part] for part in parts or ()]
-        plan.append(sorted(bins, key=lambda part: (-sum(costs[row] for row in part), part)))
+        # rows with the same media come one after another, while the media are still in the cache
+        plan.append(sorted(bins, key=lambda part: sorted(part)))
     return plan
 
 
