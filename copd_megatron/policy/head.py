@@ -78,6 +78,11 @@ def _chunk_memory(hidden_nh: Tensor, weight_vh: Tensor, chunk_tokens: int) -> Te
     return torch.empty(rows, weight_vh.shape[0], dtype=torch.float32, device=hidden_nh.device)
 
 
+def _logits_memory(hidden_nh: Tensor, weight_vh: Tensor, chunk_tokens: int) -> Tensor | None:
+    """``_chunk_memory`` for ``_chunk_logits``; None where it has no use for it."""
+    return _chunk_memory(hidden_nh, weight_vh, chunk_tokens) if hidden_nh.dtype is torch.float32 else None
+
+
 class _LinearLogProbs(torch.autograd.Function):
     """With a = logits - max, w = exp(a), S = sum w and T = sum w a: log Z = max + log S and entropy =
     log S - T / S, so that one exponential serves both. The backward pass has log Z from the forward pass."""
@@ -95,7 +100,8 @@ class _LinearLogProbs(torch.autograd.Function):
         num = hidden_nh.shape[0]
         logprobs = torch.empty(num, dtype=torch.float32, device=hidden_nh.device)
         entropy, log_z = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        memory, powers = (_chunk_memory(hidden_nh, weight_vh, chunk_tokens) for _ in range(2))
+        memory = _logits_memory(hidden_nh, weight_vh, chunk_tokens)
+        powers = _chunk_memory(hidden_nh, weight_vh, chunk_tokens)
         for begin in range(0, num, chunk_tokens):
             part = slice(begin, begin + chunk_tokens)
             logits = _chunk_logits(hidden_nh[part], weight_vh, shard, temperature, memory)
@@ -124,7 +130,7 @@ class _LinearLogProbs(torch.autograd.Function):
         shard, temperature, chunk_tokens = ctx.settings
         grad_hidden = torch.empty_like(hidden_nh)
         grad_weight = torch.zeros_like(weight_vh, dtype=torch.float32)
-        memory = _chunk_memory(hidden_nh, weight_vh, chunk_tokens)
+        memory = _logits_memory(hidden_nh, weight_vh, chunk_tokens)
         # a GPU would have to be waited for to know
         of_entropy = grad_entropy.is_cuda or bool(grad_entropy.any())
         for begin in range(0, hidden_nh.shape[0], chunk_tokens):
