@@ -49,9 +49,10 @@ STEP = 1e4
 """Adam's first update is lr * g / (|g| + eps): with both at 1e4 it is the gradient, to 1e-4 relative."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Media:
-    """Processed media of one row, made up."""
+    """Processed media of one row, made up. Rows with the same media are planned together, so media have a
+    hash: here that of the object, since arrays have none."""
 
     pixel_values: FloatArray | None = None
     image_grid_thw: IntArray | None = None
