@@ -98,9 +98,9 @@ def test_small_budget_makes_many_micro_batches(
 def test_loss_and_grad_norm_do_not_depend_on_the_layout(
     outcomes: dict[Any, list[Outcome]], kind: str, layout: tuple[int, int, int]
 ) -> None:
-    """A loss is a difference of terms of order one, so its rounding is measured against those: the tied model's
-    second one is -0.065, and each layout is up to 6e-7 off the float64 reference there. The head's plain
-    formula (log-sum-exp, then p log p) is as far off as the one with a single exponential."""
+    """A loss is a difference of terms of order one, so its rounding is measured against those: the tied
+    model's second loss is -0.065, and each layout is up to 6e-7 off the float64 reference there. The head's
+    plain formula (log-sum-exp, then p log p) is as far off as the one with a single exponential."""
     alone = outcomes[kind, (1, 1, 1)][0]
     for rank in outcomes[kind, layout]:
         for (mine, stepped), (other, other_stepped) in zip(rank.steps, alone.steps, strict=True):
