@@ -84,7 +84,7 @@ def _build(config: Config, world: World, run_dir: Path) -> Branch:
     edges = graph.into(name)
     objectives = objectives_of(config, name, edges)
     model_path = settings.model_path or config.model.path
-    with world.watch.operation("startup.data"):
+    with world.watch.operation("startup.data"), waiting("reading the data"):
         shape = read_model_shape(model_path)
         sources = PromptSources(config, model_path, shape, share=_media_share(world, settings))
         verifiers = [v for branch in config.branches.values() for v in branch.reward.verifiers]
