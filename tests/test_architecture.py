@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewards": {"config", "errors", "records", "untrusted"},
     "metrics": {"config", "errors", "untrusted"},
     "topology": {"config", "errors", "untrusted"},
-    "planner": {"config", "errors", "model", "records"},
+    "planner": {"config", "errors", "model", "records", "untrusted"},
     # what a branch is made of
     "data": {"config", "errors", "model", "records", "rewards", "untrusted"},
     "samples": {"config", "data", "errors", "records", "rewards", "untrusted"},

@@ -22,8 +22,8 @@ from copd_megatron.cli.main import main
 from copd_megatron.cli.output import say
 from copd_megatron.config import Config, ConfigError, load_config, to_yaml
 from copd_megatron.config.schema import BranchConfig
-from copd_megatron.data.convert.media import MAX_BYTES, MediaSource, load_medium
-from copd_megatron.data.media import IMAGE, VIDEO, content_hash
+from copd_megatron.data.convert.media import MediaSource, load_medium
+from copd_megatron.data.media import IMAGE, MAX_BYTES, VIDEO, content_hash
 from copd_megatron.errors import BadSampleError
 from copd_megatron.merge.recipe import read_recipe
 from copd_megatron.metrics.rank_log import ConsoleFormatter, RankFormatter, RankPlace
@@ -33,6 +33,7 @@ from copd_megatron.rewards.mathematics.notation import _plain_letters
 from copd_megatron.rewards.parsing.magnitude import is_evaluable
 from copd_megatron.rewards.parsing.symbolic import formula, sympy
 from copd_megatron.rewards.parsing.syntax import NotUnderstoodError
+from copd_megatron.rewards.verifiers.math import math
 from copd_megatron.untrusted.unicode_text import nfkc
 from copd_megatron.untrusted.visible import show_traceback, visible, visible_json
 from copd_megatron.untrusted.yaml_text import load_yaml
@@ -211,6 +212,42 @@ def test_formulas_in_use_still_work() -> None:
     assert formula("(x + 1)**200") == (x + 1) ** 200
     assert is_evaluable((x + 1) ** 200 * (x + 2) ** 20)
     assert not is_evaluable((x + 1) ** 900 * (x + sympy().Symbol("y")) ** 900)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"\binom{1000000}{500000}",
+        r"\binom{10^9}{999 \cdot 999}",
+        r"\binom{2^{30}}{\binom{30}{10}}",
+        r"\prod_{n=1}^{10000000} n",
+        "+".join(f"x_{{{number}}}" for number in range(400)),
+        "+".join(rf"\sin({number}x)" for number in range(300)),
+        "(" * 45 + "1" + ")" * 45,
+        "|x|" * 400,
+        "x^" * 1900 + "2",
+        "x²³" * 1000,
+    ],
+    ids=range(10),
+)
+def test_no_answer_costs_the_parser_many_seconds(answer: str) -> None:
+    for gold in ("2", "x+1"):
+        assert within(5.0, lambda: math(rf"\boxed{{{answer}}}", gold, {})) == 0.0  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("252", r"\binom{10}{5}"),
+        ("4999950000", r"\binom{100000}{2}"),
+        ("120", r"\prod_{n=1}^{5} n"),
+        ("x_{1}+x_{2}", "x_{2}+x_{1}"),
+        ("3", "((((((((3))))))))"),
+        ("|x-1|+|x+2|", "|x+2|+|x-1|"),
+    ],
+)
+def test_answers_in_use_are_still_read(gold: str, answer: str) -> None:
+    assert math(rf"\boxed{{{answer}}}", gold, {}) == 1.0
 
 
 # ---- own media -------------------------------------------------------------------------------------------

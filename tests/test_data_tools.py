@@ -316,6 +316,15 @@ def test_fields_that_nothing_asks_for_are_named(tmp_path: Path, caplog: pytest.L
     assert "source" not in caplog.text.split("nothing asks for")[1] and "images" not in caplog.text
 
 
+def test_repeats_of_validation_prompts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "a.jsonl"
+    lines = [{"prompt": f"{n % 3}?", "answer": str(n), "verifier": "exact"} for n in range(30)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written = convert_jsonl([source], tmp_path / "out", "m", FieldMap(), num_validation=1)
+    assert (written.num_train, written.num_validation) == (20, 1)
+    assert "left out 9 line(s) that repeat" in caplog.text
+
+
 def test_media_that_are_kept_on_purpose_are_metadata(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", {**GOOD, "images": ["a.png"]})
     written = convert_jsonl([source], tmp_path / "out", "m", FieldMap(extra_metadata=("images",)))

@@ -18,14 +18,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from copd_megatron.checkpoint.distcp import METADATA, check_items, read_metadata
 from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, _digest, read_manifest
 from copd_megatron.checkpoint.safe_pickle import check_saved, load_metadata
 from copd_megatron.cli.main import main
 from copd_megatron.config.schema import ParallelConfig
-from copd_megatron.formats.megatron_reader import megatron_tensors_of
+from copd_megatron.formats.megatron_reader import MegatronTensors, megatron_tensors_of
 from copd_megatron.formats.open import open_source
 from copd_megatron.merge.convert import hf_to_megatron, megatron_to_hf
 from copd_megatron.merge.engine import run_merge
@@ -402,3 +408,45 @@ def test_a_branch_of_a_manifest_is_a_folder_beside_it(
     checkpoint = joint_checkpoint(tmp_path, {"a": converted}, family[0])
     manifest = read_manifest(checkpoint)
     assert replace(manifest, step=5) != manifest and list(manifest.branches) == ["a"]
+
+
+# ---- what is missing, and what overlaps ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["missing", "short"])
+def test_a_folder_without_its_files_is_not_called_whole(
+    kind: str, converted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["checkpoint", "inspect", str(converted)]) == 0
+    (file,) = converted.glob("*.distcp")
+    if kind == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main(["checkpoint", "inspect", str(converted)]) == 1
+    told = capsys.readouterr().out
+    assert "DAMAGED" in told and str(file) in told
+    assert main(["checkpoint", "inspect", str(converted), "--json"]) == 1
+    assert main(["checkpoint", "inspect", str(converted), "--verify"]) == 1
+    assert "compares with a manifest" in capsys.readouterr().err
+
+
+def test_parts_that_overlap_and_leave_a_hole_are_no_tensor(converted: Path) -> None:
+    index = read_metadata(converted)
+    key, entry = next(
+        (key, entry)
+        for key, entry in index.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and key.startswith("embedding")
+    )
+    (chunk,) = entry.chunks
+    rows, width = entry.size
+    first = next(place for place in index.storage_data if place.fqn == key)
+    second = MetadataIndex(key, torch.Size([rows // 2, 0]))
+    entry.size = torch.Size([2 * rows, width])
+    entry.chunks = [chunk, ChunkStorageMetadata(offsets=second.offset, sizes=chunk.sizes)]  # type: ignore[arg-type]
+    index.storage_data[second] = index.storage_data[first]
+    (converted / METADATA).write_bytes(pickle.dumps(index))
+    tensors = MegatronTensors(converted)
+    with pytest.raises(CheckpointError, match=f"the parts of {key} overlap or leave a hole"):
+        tensors.read_rows(key, (), 0, torch.empty(2 * rows, width))

@@ -20,6 +20,7 @@ from copd_megatron.merge.check import MismatchError, NotFiniteError
 from copd_megatron.merge.convert import hf_to_megatron, megatron_to_hf
 from copd_megatron.merge.engine import run_merge
 from copd_megatron.merge.mean import merge_mean
+from copd_megatron.merge.parameters import check_setting
 from copd_megatron.merge.recipe import MergeRecipe, ModelInput, read_recipe
 from tests.support.merge_folders import joint_checkpoint, make_family, tensors_of, write_folder
 
@@ -363,3 +364,36 @@ def test_a_report_replaces_reports_only(folders: list[Path], tmp_path: Path) -> 
     assert config.read_bytes() == before
     for _ in range(2):
         assert CliRunner().invoke(merge_command, [*words, str(tmp_path / "moved")]).exit_code == 0
+
+
+def test_weights_beyond_all_numbers_make_no_model_of_zeros(folders: list[Path], tmp_path: Path) -> None:
+    for method, base in (("linear", None), ("task_arithmetic", str(folders[0]))):
+        models = tuple(ModelInput(path=str(f), parameters={"weight": 1e308}) for f in folders[1:3])
+        recipe = MergeRecipe(method=method, models=models, base=base, parameters={"normalize": True})
+        with pytest.raises(ValueError, match="sum to more than a number can be"):
+            run_merge(recipe, tmp_path / method)
+        assert not (tmp_path / method).exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_taken"),
+    [
+        (r"layers\.[0-3]\.", True),
+        (r"layers\.\d+\.mlp\..*weight", True),
+        (r"^(model|visual)\.(a|b)?x", True),
+        (r"[(]a*[)]+", True),
+        (r"\(a\)+", True),
+        (r"(a+)+$", False),
+        (r"(a|a)*b", False),
+        (r"((a{1,30}){1,30}){1,30}b", False),
+        (r"(?:a.){9}", False),
+        (".*" * 5, False),
+        ("a" * 2000, False),
+    ],
+)
+def test_no_filter_searches_for_ever(pattern: str, is_taken: bool) -> None:
+    if is_taken:
+        check_setting("weight", [{"filter": f"re:{pattern}", "value": 1}], "r")
+        return
+    with pytest.raises(ConfigError, match="may search for ever"):
+        check_setting("weight", [{"filter": f"re:{pattern}", "value": 1}], "r")

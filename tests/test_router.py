@@ -278,6 +278,12 @@ def test_the_crc_covers_lengths_as_well_as_ids() -> None:
         ({"prompt_length": 10_000}, "prompt_length is 10000 in a row of"),
         ({"ask": Ask(positions=(-1,))}, r"asked positions \[-1\] must lie in 0 .."),
         ({"ask": Ask(positions=(900,))}, r"asked positions \[900\]"),
+        ({"ask": Ask(samples=1 << 40)}, "nobody can answer"),
+        ({"ask": Ask(samples=-1)}, "nobody can answer"),
+        ({"ask": Ask(samples=1, max_new_tokens=1 << 40)}, "nobody can answer"),
+        ({"ask": Ask(top_k=-1)}, "likeliest -1 ids"),
+        ({"ask": Ask(temperature=0.0)}, "at temperature 0 "),
+        ({"ask": Ask(temperature=float("nan"))}, "at temperature nan"),
     ],
 )
 def test_rows_that_no_teacher_could_score_are_refused_before_they_leave(

@@ -6,14 +6,35 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
+from copd_megatron.errors import ConfigError
+from copd_megatron.untrusted.regular_file import open_regular
 from copd_megatron.untrusted.visible import visible
 
 
 def say(text: object = "", *, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
     """Prints text, whoever wrote parts of it: control characters are shown, not sent to the terminal."""
     print(visible(str(text)), file=file, end=end, flush=flush)
+
+
+def refuse_other(path: Path, begin: bytes, what: str) -> None:
+    """Raises ConfigError if something else than an older output is at a path that a command would replace.
+
+    Args:
+        begin: what all such outputs begin with.
+        what: their name.
+    """
+    try:
+        with open_regular(path) as file:
+            known = file.read(len(begin)) in (begin, b"")
+    except FileNotFoundError:
+        return
+    except OSError:
+        known = False
+    if not known:
+        raise ConfigError(f"{path} is there already and is no {what}: it is left alone; give another name")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from copd_megatron.cli.group import Command
-from copd_megatron.cli.output import say
+from copd_megatron.cli.output import refuse_other, say
 from copd_megatron.cli.parameters import COUNT, PATH
 from copd_megatron.untrusted.whole_file import write_whole
 
@@ -43,8 +43,10 @@ def command(
     RUN_DIR/report.png. RUN_DIR is a run directory, during the run or after it.
     """
     from copd_megatron.report.curves import write_report
-    from copd_megatron.report.page import PageOptions, read_shown, write_page
+    from copd_megatron.report.page import BEGIN, PageOptions, read_shown, write_page
 
+    target = out or run_dirs[0] / "report.html"
+    refuse_other(target, BEGIN, "page of copd report")
     if distances:
         for run_dir in run_dirs:
             _measure(run_dir)
@@ -54,7 +56,6 @@ def command(
         table = read_shown(run_dirs[0] / "evaluation.txt")
         parts = [table] if table else []
         parts += [*([behaviour, ""] if behaviour else []), f"curves: {picture}"]
-    target = out or run_dirs[0] / "report.html"
     options = PageOptions(num_samples=num_samples, refresh_seconds=follow)
     write_page(run_dirs, target, options)
     say("\n".join([*parts, f"page: {target}"]), flush=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from copd_megatron.cli.group import Command
-from copd_megatron.cli.output import say
+from copd_megatron.cli.output import refuse_other, say
 from copd_megatron.cli.parameters import PATH, step_range
-from copd_megatron.metrics.timeline import write_trace
+from copd_megatron.metrics.timeline import BEGIN, write_trace
 
 EXAMPLES = """
     copd train my.yaml profiling.timeline=true       record it
@@ -28,6 +28,8 @@ def command(run_dir: Path, steps: str | None, out: Path | None) -> int:
     Prints a table and writes one Chrome trace for all ranks. RUN_DIR is the directory of a run with
     profiling.timeline=true, during the run or after it.
     """
+    if out is not None:
+        refuse_other(out, BEGIN, "trace of copd timeline")
     path, summary = write_trace(
         run_dir, out, steps=step_range("--steps", steps) if steps is not None else None
     )

@@ -19,6 +19,11 @@ from copd_megatron.records import MediaRef
 IMAGE = "image"
 VIDEO = "video"
 
+MAX_BYTES = {IMAGE: 256 << 20, VIDEO: 2 << 30}
+"""Largest file that is read. It is held in memory as a whole by each rank that decodes it, and a tar may
+announce any size: an image of the default pixel limit has less than a tenth of this, uncompressed, and a long
+video a fraction."""
+
 _KINDS = {
     **dict.fromkeys(("png", "jpg", "jpeg", "jpe", "jfif", "webp"), IMAGE),
     **dict.fromkeys(("mp4", "m4v", "mov", "mkv", "webm", "avi"), VIDEO),
@@ -61,6 +66,15 @@ def place_of(ref: MediaRef) -> MediaPlace:
 def kind_of(extension: str) -> str | None:
     """``image`` or ``video``, from the last part of a member's extension; None for anything else."""
     return _KINDS.get(_suffix(extension))
+
+
+def refuse_large(extension: str, num_bytes: int, where: str) -> None:
+    """Raises BadSampleError (``too_large``) for a medium that is too large to be read."""
+    limit = MAX_BYTES[kind_of(extension) or VIDEO]
+    if num_bytes > limit:
+        raise BadSampleError(
+            where, "too_large", f"member .{extension} has {num_bytes} bytes", f"Keep it below {limit}."
+        )
 
 
 def media_members(extensions: Iterable[str]) -> tuple[str, ...]:

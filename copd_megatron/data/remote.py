@@ -16,19 +16,23 @@ import hashlib
 import logging
 import os
 import re
-import shutil
+import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from copd_megatron.data.tar_scan import TarDamageError, scan_tar
+from copd_megatron.data.tar_scan import TarDamageError, scan_open_tar
 from copd_megatron.errors import DataError
+from copd_megatron.untrusted.whole_file import open_appending, replacing
 
 logger = logging.getLogger(__name__)
 
 _SCHEME = re.compile(r"(pipe|https?|sftp|ftps|scp|gs|hf|ais):")
 _NAME = re.compile(r"([\w.-]+)\.tar\b")
 _CHUNK_BYTES = 1 << 20
+_SILENCE_SECONDS = 600.0
+"""For which a source may send nothing. Other ranks wait for the one that fetches."""
 
 
 def is_remote(pattern: str) -> bool:
@@ -70,7 +74,7 @@ def _folder() -> Path:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process, and one thread of it, at a time; the lock ends with the process that holds it."""
-    with open(folder / ".lock", "w") as lock:
+    with open_appending(folder / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -79,16 +83,28 @@ def _fetch_to(path: Path, source: str) -> None:
     from webdataset.gopen import gopen  # here, because it imports torch
 
     logger.info("fetching shard %s to %s", source, path)
-    arriving = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with open(arriving, "wb") as file, gopen(source, "rb") as stream:  # its end checks the exit status
-            shutil.copyfileobj(stream, file, _CHUNK_BYTES)
-        for _ in scan_tar(arriving):
-            pass
-        os.replace(arriving, path)
+        with replacing(path) as file:
+            with gopen(source, "rb") as stream:  # its end checks the exit status
+                for chunk in _arriving(stream):
+                    file.write(chunk)
+            file.flush()
+            for _ in scan_open_tar(file.fileno()):
+                pass
     except TarDamageError as error:
         raise DataError(
             f"shard {source}: what arrived is not a whole tar ({error}). Fetch it again."
         ) from error
-    finally:
-        arriving.unlink(missing_ok=True)
+
+
+def _arriving(stream: Any) -> Iterator[bytes]:
+    """What webdataset's ``Pipe`` reads from its program. Raises OSError if nothing comes for too long."""
+    pipe = stream.stream
+    while True:
+        if not select.select([pipe], [], [], _SILENCE_SECONDS)[0]:
+            stream.ignore_errors = True  # its end is our doing
+            stream.proc.kill()  # else closing would wait for it
+            raise TimeoutError(f"nothing has arrived for {_SILENCE_SECONDS:.0f} s")
+        if not (chunk := pipe.read1(_CHUNK_BYTES)):
+            return
+        yield chunk

@@ -71,12 +71,17 @@ def parse_sample(
 
     Raises BadSampleError: not JSON, or as ``sample_from_record``.
     """
-    if len(raw) > MAX_BYTES:
-        raise BadSampleError(
-            where, "not_json", f"the .json member has {len(raw)} bytes", f"Keep it below {MAX_BYTES}."
-        )
+    refuse_large(len(raw), where)
     record = load_json(raw, where, "the .json member is not valid JSON", _WRITE_AGAIN)
     return sample_from_record(record, ref, where, media=media, verifiers=verifiers)
+
+
+def refuse_large(num_bytes: int, where: str) -> None:
+    """Raises BadSampleError (``not_json``) for a JSON member that is too large to be read."""
+    if num_bytes > MAX_BYTES:
+        raise BadSampleError(
+            where, "not_json", f"the .json member has {num_bytes} bytes", f"Keep it below {MAX_BYTES}."
+        )
 
 
 def load_json(raw: bytes, where: str, problem: str, remedy: str) -> Any:

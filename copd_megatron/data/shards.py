@@ -25,18 +25,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from copd_megatron.data.braces import MAX_ALTERNATIVES, alternatives
+from copd_megatron.data.globs import Budget, names_like
+from copd_megatron.data.media import refuse_large as refuse_large_medium
 from copd_megatron.data.remote import fetch, is_remote
-from copd_megatron.data.samples import Sample, SampleRef, parse_sample
+from copd_megatron.data.samples import Sample, SampleRef, parse_sample, refuse_large
 from copd_megatron.data.tar_scan import BLOCK_BYTES, TarDamageError, scan_tar
 from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.untrusted.regular_file import open_regular
 
-_MEMBER = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
+_MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _REWRITE = "Write it again: the program that made it was probably interrupted."
 
 
-def expand_patterns(patterns: Sequence[str], *, local_only: bool = False) -> list[Path]:
+def expand_patterns(
+    patterns: Sequence[str], *, local_only: bool = False, budget: Budget | None = None
+) -> list[Path]:
     """Shard files that paths, globs and brace ranges (``train-{000000..000007}.tar``) name, in order.
 
     The matches of each pattern are sorted by name; a file named twice is taken once. ``~`` is expanded.
@@ -45,19 +49,21 @@ def expand_patterns(patterns: Sequence[str], *, local_only: bool = False) -> lis
     Args:
         local_only: leave addresses and pipes out. Nothing is fetched and no command runs, whatever the
             patterns say.
+        budget: names that may be looked at; None: as many as these patterns may need.
 
     Raises DataError for an empty list, a pattern that matches nothing, a member of a brace range that does
-    not exist, too many names, or a shard that cannot be fetched.
+    not exist, too many names, too many names to look at, or a shard that cannot be fetched.
     """
     if not patterns:
         raise DataError("no shards are named. List paths, globs or brace ranges of .tar files.")
     found: dict[Path, None] = {}
+    looking = budget or Budget()
     for pattern, alternative in _alternatives(patterns):
         if is_remote(alternative):
             if not local_only:
                 found[fetch(alternative).absolute()] = None
         else:
-            found.update((path, None) for path in _matches(alternative, pattern))
+            found.update((path, None) for path in _matches(alternative, pattern, looking))
     return list(found)
 
 
@@ -83,11 +89,15 @@ def _alternatives(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield pattern, alternative
 
 
-def _matches(alternative: str, pattern: str) -> list[Path]:
+def _matches(alternative: str, pattern: str, budget: Budget) -> list[Path]:
     """The files that one name or glob matches."""
     if os.path.isdir(alternative):
         raise DataError(f"{alternative} is a folder, not a shard. Did you mean {alternative}/*.tar?")
-    matches = [alternative] if os.path.isfile(alternative) else sorted(glob.glob(alternative))
+    try:
+        is_file = os.path.isfile(alternative)
+        matches = [alternative] if is_file else sorted(names_like(alternative, budget))
+    except ValueError as error:
+        raise DataError(f"shard pattern {pattern!r:.200}: {error}. Name folders without *.") from error
     if not matches:
         of = f" (from {pattern!r})" if alternative != pattern else ""
         raise DataError(f"no shard matches {alternative!r}{of}. {_nothing_there(alternative)}")
@@ -149,7 +159,7 @@ def index_shard(path: Path, name: str | None = None) -> ShardIndex:
     samples: dict[str, dict[str, Member]] = {}
     try:
         for entry in scan_tar(path):
-            match = _MEMBER.match(entry.name)
+            match = _MEMBER.fullmatch(entry.name)
             if match is None:
                 continue
             key, extension = match.group(1), sys.intern(match.group(2).lower())
@@ -263,13 +273,15 @@ class ShardSet:
             raise BadSampleError(
                 where, "no_json", f"no .json member (it has {held})", "Add <key>.json or drop the sample."
             )
+        refuse_large(member.size, where)
         media = tuple(other.extension for other in index.samples[ref.key] if other is not member)
         return parse_sample(self._read(index, member), ref, where, media=media, verifiers=verifiers)
 
     def read_member(self, ref: SampleRef, extension: str) -> bytes:
         """Bytes of one member, such as ``0.png``.
 
-        Raises BadSampleError if the sample has no such member, DataError as ``read`` does.
+        Raises BadSampleError if the sample has no such member or one that is too large, DataError as ``read``
+        does.
         """
         index = self._index_of(ref)
         member = index.find(ref.key, extension)
@@ -281,6 +293,7 @@ class ShardSet:
                 f"no .{extension} member (it has {held})",
                 "Write the shard again.",
             )
+        refuse_large_medium(extension, member.size, self.where(ref))
         return self._read(index, member)
 
     def _index_of(self, ref: SampleRef) -> ShardIndex:

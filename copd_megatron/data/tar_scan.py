@@ -22,12 +22,16 @@ BLOCK_BYTES = 512
 
 _ZEROS = bytes(BLOCK_BYTES)
 _REGULAR = frozenset(b"0\x007")
-_PAX, _GNU_LONG_NAME = b"xL"
+_PAX, _PAX_OF_ALL, _GNU_LONG_NAME, _GNU_LONG_LINK = b"xgLK"
+_NO_MEMBERS = frozenset(b"3456V")
+"""Devices, folders, FIFOs, and an archive's label: nothing in them is lost."""
 _WITHOUT_BYTES = {ord("1"): "a hard link", ord("2"): "a symbolic link", ord("S"): "a sparse file"}
 _OCTAL = re.compile(rb" *([0-7]*) *(?:\0|$)")
 _MAX_NAME_BYTES = 1 << 20
 """Of a pax header or a GNU long name. Linux allows paths of 4,096 bytes."""
 _MAX_SIZE_DIGITS = 20
+_MAX_PADDING_BYTES = 1 << 20
+"""Of zeros behind the last member: tar fills its records, which have at most so many bytes."""
 
 
 class TarDamageError(Exception):
@@ -44,44 +48,73 @@ class TarEntry(NamedTuple):
 def scan_tar(path: Path) -> Iterator[TarEntry]:
     """Regular files of a tar, in order. Reads headers only.
 
-    Raises TarDamageError (not a tar, cut off, damaged, a member that is a link or a sparse file), OSError.
+    Raises TarDamageError (not a tar, cut off, damaged, a member that is no plain file, something behind its
+    end), OSError.
     """
     with open_regular(path, buffered=False) as file:
-        descriptor = file.fileno()
-        total = os.fstat(descriptor).st_size
-        position = 0
-        long_name: str | None = None
-        long_size: int | None = None
-        while True:
-            header = os.pread(descriptor, BLOCK_BYTES, position)
-            if len(header) < BLOCK_BYTES:
-                raise TarDamageError(f"cut off at byte {total}")
-            if header == _ZEROS:
-                return
-            if not _checksum_holds(header):
-                raise TarDamageError(f"damaged header at byte {position}" if position else "not a tar")
-            kind = header[156]
-            data = position + BLOCK_BYTES
-            size = _number(header[124:136])
-            name = _name(header) if long_name is None else long_name
-            if kind in _WITHOUT_BYTES:
-                raise TarDamageError(
-                    f"member {name!r} is {_WITHOUT_BYTES[kind]}; only plain files can be read. tar's options "
-                    "--hard-dereference and --dereference store the files themselves"
-                )
-            if kind in _REGULAR and long_size is not None:
-                size = long_size
-            if data + size > total:
-                raise TarDamageError(f"cut off at byte {total}, within the member at byte {position}")
-            if kind == _PAX:
-                long_name, long_size = _pax(_extended(descriptor, size, data, position), position)
-            elif kind == _GNU_LONG_NAME:
-                long_name = _text(_extended(descriptor, size, data, position).rstrip(b"\0"))
-            else:
-                if kind in _REGULAR:
-                    yield TarEntry(name, data, size)
-                long_name = long_size = None
-            position = data + -(-size // BLOCK_BYTES) * BLOCK_BYTES
+        yield from scan_open_tar(file.fileno())
+
+
+def scan_open_tar(descriptor: int) -> Iterator[TarEntry]:
+    """As ``scan_tar``, of an open file."""
+    total = os.fstat(descriptor).st_size
+    position = 0
+    long_name: str | None = None
+    long_size: int | None = None
+    while True:
+        header = os.pread(descriptor, BLOCK_BYTES, position)
+        if len(header) < BLOCK_BYTES:
+            raise TarDamageError(f"cut off at byte {total}")
+        if header == _ZEROS:
+            _refuse_what_follows(descriptor, position, total)
+            return
+        if not _checksum_holds(header):
+            raise TarDamageError(f"damaged header at byte {position}" if position else "not a tar")
+        kind = header[156]
+        data = position + BLOCK_BYTES
+        size = _number(header[124:136])
+        name = _name(header) if long_name is None else long_name
+        _refuse_kind(kind, name)
+        if kind in _REGULAR and long_size is not None:
+            size = long_size
+        if data + size > total:
+            raise TarDamageError(f"cut off at byte {total}, within the member at byte {position}")
+        if kind == _PAX:
+            long_name, long_size = _pax(_extended(descriptor, size, data, position), position)
+        elif kind == _PAX_OF_ALL:
+            if _pax(_extended(descriptor, size, data, position), position) != (None, None):
+                raise TarDamageError(f"the header at byte {position} gives all members one name or size")
+        elif kind == _GNU_LONG_NAME:
+            long_name = _text(_extended(descriptor, size, data, position).rstrip(b"\0"))
+        else:
+            if kind in _REGULAR:
+                yield TarEntry(name, data, size)
+            long_name = long_size = None
+        position = data + -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def _refuse_kind(kind: int, name: str) -> None:
+    """Members that hold something which cannot be read here: leaving them out would lose it."""
+    if kind in _WITHOUT_BYTES:
+        raise TarDamageError(
+            f"member {name!r} is {_WITHOUT_BYTES[kind]}; only plain files can be read. tar's options "
+            "--hard-dereference and --dereference store the files themselves"
+        )
+    if kind not in _REGULAR | _NO_MEMBERS | {_PAX, _PAX_OF_ALL, _GNU_LONG_NAME, _GNU_LONG_LINK}:
+        raise TarDamageError(f"member {name!r} is of kind {chr(kind)!r}; only plain files can be read")
+
+
+def _refuse_what_follows(descriptor: int, position: int, total: int) -> None:
+    """Whatever stands behind the first block of zeros, which ends a tar, would be lost."""
+    rest = os.pread(descriptor, _MAX_PADDING_BYTES, position)
+    if rest.strip(b"\0"):
+        begin = position + len(rest) - len(rest.lstrip(b"\0"))
+        raise TarDamageError(
+            f"it ends at byte {position}, but something follows at byte {begin}: two tars one after the "
+            "other are no tar (tar --concatenate joins them)"
+        )
+    if total - position > _MAX_PADDING_BYTES:
+        raise TarDamageError(f"it ends at byte {position}, and {total - position} bytes follow")
 
 
 def _checksum_holds(header: bytes) -> bool:

@@ -333,7 +333,7 @@ def _open(path: Path, label: str) -> Candidate:
     if companions is None:
         raise ConfigError(
             f"{path}: the checkpoint does not know where its model's config.json and tokenizer are; make a "
-            "Hugging Face folder of it with copd checkpoint to-hf --model-path"
+            "Hugging Face folder of it with copd checkpoint to-hf --model FOLDER"
         )
     return Candidate(
         label=label, path=path, companions=companions, shape=read_sizes(companions), source=source

@@ -20,7 +20,7 @@ from copd_megatron.checkpoint.manifest import (
     read_manifest,
     size_problems,
 )
-from copd_megatron.formats.megatron_reader import find_folder, megatron_tensors_of
+from copd_megatron.formats.megatron_reader import find_folder, megatron_tensors_of, storage_problems
 
 Record = dict[str, Any]
 
@@ -50,7 +50,8 @@ def describe_checkpoint(folder: Path, *, verify: bool = False, threads: int = 4)
 
 
 def describe_folder(folder: Path, *, files: bool = False) -> Record:
-    """A folder in Megatron's format, without what a manifest would say.
+    """A folder in Megatron's format, without what a manifest would say. ``problems``: files that its index
+    names and that are missing or too short.
 
     Args:
         files: list every file, and compute its SHA-256.
@@ -66,6 +67,7 @@ def describe_folder(folder: Path, *, files: bool = False) -> Record:
         "num_files": len(paths),
         "num_bytes": sum(path.stat().st_size for path in paths),
         "tensors": _totals(folder),
+        "problems": storage_problems(folder),
     }
     if files:
         record["files"] = {
@@ -165,7 +167,9 @@ def checkpoint_lines(record: Record, *, files: bool = False) -> Iterator[str]:
 
 def folder_lines(record: Record) -> Iterator[str]:
     """A record of ``describe_folder``."""
-    yield f"{record['folder']}: {record['num_files']} files, {_size(record['num_bytes'])}"
+    state = ", DAMAGED" if record["problems"] else ""
+    yield f"{record['folder']}: {record['num_files']} files, {_size(record['num_bytes'])}{state}"
+    yield from (f"  {problem}" for problem in record["problems"])
     yield from _total_lines(record["tensors"])
     yield from _file_lines(record.get("files", {}))
 

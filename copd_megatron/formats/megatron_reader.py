@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 import os
 import struct
 import zipfile
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -160,6 +163,11 @@ class MegatronTensors:
         of them, so those are looked up."""
         depth = len(at)
         if (key, depth) not in self._near:
+            if not _tile(self.info[key].shape, self._chunks.get(key, [])):
+                raise CheckpointError(
+                    f"{self.folder / METADATA} is damaged: the parts of {key} overlap or leave a hole; copy "
+                    "the checkpoint again"
+                )
             near = _Near(by_place={}, others=[])
             for chunk in self._chunks.get(key, []):
                 if all(size == 1 for size in chunk.sizes[:depth]):
@@ -202,6 +210,18 @@ class MegatronTensors:
                 )
             chunk.position = position
         return chunk.position
+
+
+def _tile(shape: tuple[int, ...], chunks: Sequence[_Chunk]) -> bool:
+    """Whether chunks fill a tensor, every element once. Corners of boxes, counted with alternating signs,
+    cancel where boxes meet; those of the whole are left exactly if the boxes tile it."""
+    left: Counter[tuple[int, ...]] = Counter()
+    boxes = [((0,) * len(shape), shape, -1), *((chunk.offsets, chunk.sizes, 1) for chunk in chunks)]
+    for offsets, sizes, sign in boxes:
+        for upper in itertools.product((False, True), repeat=len(shape)):
+            corner = tuple(o + s * u for o, s, u in zip(offsets, sizes, upper, strict=True))
+            left[corner] += -sign if sum(upper) % 2 else sign
+    return not any(left.values())
 
 
 class _Window(io.RawIOBase):
@@ -262,6 +282,25 @@ def megatron_tensors_of(folder: Path) -> dict[str, MegatronTensorInfo]:
         FileNotFoundError, CheckpointError: there is no such checkpoint, or its index is damaged.
     """
     return _tensors_of(read_metadata(folder))
+
+
+def storage_problems(folder: Path) -> list[str]:
+    """Files that a folder's index names and that are missing or too short.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as ``megatron_tensors_of``.
+    """
+    ends: dict[str, int] = {}
+    for place in read_metadata(folder).storage_data.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    found = []
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif path.stat().st_size < end:
+            found.append(f"{path} has {path.stat().st_size} bytes, its index needs {end}")
+    return found
 
 
 def find_folder(path: Path, branch: str | None = None) -> Path:

@@ -158,7 +158,8 @@ def _model_of(folder: Path, manifest: Manifest | None) -> tuple[ModelShape | Non
         return None, None
     source = Path(entry.model_path)
     try:
-        return shape_from_record(entry.dims), source if source.is_dir() else None
+        is_model = (source / "config.json").is_file()  # else a received manifest would have any folder read
+        return shape_from_record(entry.dims), source if is_model else None
     except TypeError as error:
         raise CheckpointError(
             f"{folder.parent / MANIFEST}: the sizes of {folder.name} are not those of a model ({error}); use "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,22 +13,26 @@ def partial_of(target: Path) -> Path:
 
 
 def appear(partial: Path, target: Path) -> None:
-    """Renames a finished folder. What has stood under its name is deleted only afterwards.
+    """Renames a finished folder. What has stood under its name is deleted only afterwards: a folder, a file
+    or a link, but not what a link leads to.
 
     Raises:
         OSError: the folder cannot be renamed.
     """
-    if not target.exists():
+    if not os.path.lexists(target):
         partial.rename(target)
         return
     old = _unused(target.with_name(target.name + ".old"))
     target.rename(old)
     partial.rename(target)
-    shutil.rmtree(old)
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old)
+    else:
+        old.unlink()
 
 
 def _unused(path: Path) -> Path:
     number = 0
-    while (found := path.with_name(f"{path.name}{number or ''}")).exists():
+    while os.path.lexists(found := path.with_name(f"{path.name}{number or ''}")):
         number += 1
     return found

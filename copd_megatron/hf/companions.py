@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from copd_megatron.untrusted.regular_file import read_regular
+from copd_megatron.untrusted.regular_file import open_regular, read_regular
+from copd_megatron.untrusted.whole_file import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +117,25 @@ def write_index(folder: Path, where: Mapping[str, str], total_bytes: int) -> Non
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies everything but the weights: configuration, tokenizer, processor, template."""
+    """Copies everything but the weights: configuration, tokenizer, processor, template.
+
+    What is written is published, and a received folder may hold links to private files of the reader's.
+
+    Raises:
+        OSError: a file is a link out of the folder (of Hugging Face's cache, out of the model's part of it),
+            or too large.
+    """
     for path in companion_files(source):
-        shutil.copyfile(path, target / path.name)
+        read = open_regular(path, max_bytes=MAX_SMALL_BYTES, inside=_whole_of(source))
+        with read as file, replacing(target / path.name) as copy:
+            shutil.copyfileobj(file, copy)
+
+
+def _whole_of(folder: Path) -> Path:
+    """The folder, or what it is a part of in Hugging Face's cache, whose snapshots are links to blobs."""
+    snapshots = folder.resolve().parent
+    is_cached = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    return snapshots.parent if is_cached else folder
 
 
 def companion_files(folder: Path) -> list[Path]:

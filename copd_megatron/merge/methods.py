@@ -105,6 +105,10 @@ class Linear:
                 f"merge: the weights of {spec.name} sum to 0, so their mean does not exist; "
                 "change them or set normalize: false"
             )
+        if not math.isfinite(total):
+            raise ValueError(
+                f"merge: the weights of {spec.name} sum to more than a number can be; change them"
+            )
         self._weights = [weight / total for weight in settings.weights]
         wide = torch.float64 if spec.dtype in (torch.float32, torch.float64) else torch.float32
         self._type = settings.arithmetic or wide
@@ -138,6 +142,10 @@ class TaskVectors:
         elect_signs: bool,
         sparsifier: Callable[[int], Sparsifier],
     ) -> None:
+        if not math.isfinite(sum(settings.weights)):
+            raise ValueError(
+                f"merge: the weights of {spec.name} sum to more than a number can be; change them"
+            )
         self._settings, self._elect_signs = settings, elect_signs
         self._type = settings.arithmetic or _float_type(spec.dtype)
         self._sparsifiers = [sparsifier(k) for k in range(len(settings.weights))]

@@ -26,6 +26,8 @@ from copd_megatron.errors import ConfigError
 Scalar = bool | float
 
 _SWITCHES = {"normalize", "rescale", "int8_mask"}
+_MAX_PATTERN = 1000
+_MAX_REPEATS = 4
 
 
 def check_setting(key: str, setting: Any, where: str) -> None:
@@ -111,8 +113,21 @@ def _check_filter(pattern: Any, where: str) -> None:
     if isinstance(pattern, str) and pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(f"{where}: not a regular expression: {error}") from error
+        if len(pattern) > _MAX_PATTERN or _may_search_for_ever(pattern[3:]):
+            raise ConfigError(
+                f"{where}: this regular expression may search for ever: repeat no groups, and use * and + at "
+                f"most {_MAX_REPEATS} times"
+            )
+
+
+def _may_search_for_ever(pattern: str) -> bool:
+    """Whether a pattern repeats a group, or repeats so often that names of some hundred letters take long.
+    A merge recipe may be a stranger's."""
+    plain = re.sub(r"\[\^?\]?(?:\\.|[^\]\\])*\]", "x", re.sub(r"\\[^\]]", "x", pattern))
+    repeats = re.findall(r"[*+]|\{\d*,\d*\}", plain)
+    return len(repeats) > _MAX_REPEATS or re.search(r"\)(?:[*+]|\{\d+\}|\{\d*,\d*\})", plain) is not None
 
 
 def _fits(pattern: str | None, name: str) -> bool:

@@ -27,8 +27,12 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 from copd_megatron.errors import ConfigError
+from copd_megatron.untrusted.whole_file import replacing
 
 logger = logging.getLogger(__name__)
+
+_READABLE: Final = 0o644
+"""The collector runs as another user, who must never see a file it cannot read."""
 
 MAX_CLIENTS: Final = 8
 """Connections that are answered at once, and so threads of the endpoint."""
@@ -140,15 +144,10 @@ class PrometheusTextfile:
 
     def _replace(self) -> None:
         # node_exporter reads *.prom, so the unfinished file has another ending
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
-            partial.write_bytes(generate_latest(self._step))
-            partial.chmod(
-                0o644
-            )  # the collector runs as another user, who must never see a file it cannot read
-            partial.replace(self.path)
+            with replacing(self.path, mode=_READABLE) as file:
+                file.write(generate_latest(self._step))
         except OSError as error:
-            partial.unlink(missing_ok=True)
             if not self._failed:
                 logger.warning("metrics are not written to %s: %s; the run goes on", self.path, error)
             self._failed = True

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import yaml
 
 from copd_megatron.errors import ConfigError, is_hopeless
 from copd_megatron.untrusted.regular_file import open_regular, read_regular
 from copd_megatron.untrusted.visible import show_traceback, visible
+from copd_megatron.untrusted.whole_file import open_appending
 from copd_megatron.untrusted.yaml_text import load_yaml
 
 LOGS = "logs"
@@ -35,11 +35,15 @@ CONFIG = "config.yaml"
 """The resolved configuration in a run directory."""
 
 _MAX_CONFIG_BYTES = 16 << 20
-_MAX_LINE_LETTERS = 1 << 20
+_MAX_LINE_BYTES = 1 << 20
+"""Of what is handled as one line; an endless one comes in parts."""
+_PIECE_BYTES = 1 << 14
+"""Read of a rank's file at once: there may be thousands."""
 _LINE = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}) (?P<level>[A-Z]+) +"
     r"\[(?P<branch>[^\s,]+)( \d+/\d+)?, rank (?P<rank>\d+)\]"
 )
+_NAME = re.compile(r"rank_\d{1,9}\.log", re.ASCII)
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S.%f"
 """Of the time at the beginning of a line in a file."""
 _OURS = "copd_megatron"
@@ -101,9 +105,13 @@ class ConsoleFormatter(logging.Formatter):
 
 class _RankFile(logging.FileHandler):
     """A file whose failure (a full disk, for example) is reported once; records still reach other
-    handlers."""
+    handlers. A link, a FIFO or a device in its place is refused: a received run directory may hold one."""
 
     _told = False
+
+    def _open(self) -> io.TextIOWrapper:
+        file = open_appending(self.baseFilename, anew=self.mode == "w")
+        return io.TextIOWrapper(io.BufferedWriter(file), encoding=self.encoding)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Called while the exception is handled."""
@@ -125,7 +133,7 @@ def start_logging(place: RankPlace, level: str, *, folder: Path | None, append: 
         append: continue the file of an earlier start of the run.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or is a link or no regular file.
     """
     number = logging.getLevelNamesMapping()[level.upper()]
     shown = logging.StreamHandler(sys.stderr)
@@ -235,35 +243,24 @@ def follow(
     Lines that arrive within one poll are sorted by time; lines that arrive later come after them.
     """
     chosen = selection or Selection()
-    opened: dict[Path, IO[str]] = {}
-    rest: dict[Path, str] = {}
-    when: dict[Path, str] = {}
-    try:
-        while True:
-            last = stop()
-            batch = []
-            for number, path in enumerate(_files(folder)):
-                if path not in opened:
-                    opened[path] = _open(path)
-                    rest[path] = when[path] = ""
-                text = rest[path] + opened[path].read()
-                *lines, rest[path] = text.split("\n")
-                for line in lines:
-                    when[path] = max(_time_of(line), when[path])
-                    batch.append((when[path], number, line))
-            for _, _, line in sorted(batch, key=lambda item: item[:2]):
-                if chosen.takes(line):
-                    yield line
-            if last:
-                return
+    readers: dict[Path, _Reader] = {}
+    while True:
+        last = stop()
+        batch: list[tuple[str, int, str]] = []
+        for number, path in enumerate(_files(folder)):
+            reader = readers.setdefault(path, _Reader(path))
+            batch += [(when, number, line) for when, line in reader.read()]
+        for _, _, line in sorted(batch, key=lambda item: item[:2]):
+            if chosen.takes(line):
+                yield line
+        if last and not batch:
+            return
+        if not batch:
             time.sleep(poll_seconds)
-    finally:
-        for file in opened.values():
-            file.close()
 
 
 def _files(folder: Path) -> list[Path]:
-    paths = sorted((folder / LOGS).glob("rank_*.log"))
+    paths = sorted(path for path in (folder / LOGS).glob("rank_*.log") if _NAME.fullmatch(path.name))
     if not paths:
         raise FileNotFoundError(
             f"{folder / LOGS} has no rank_*.log; give the directory of a run with logging.rank_files=true"
@@ -271,20 +268,10 @@ def _files(folder: Path) -> list[Path]:
     return paths
 
 
-def _open(path: Path) -> IO[str]:
-    return io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace")
-
-
-def _lines(file: IO[str]) -> Iterator[str]:
-    """The file's lines; an endless one in parts."""
-    while line := file.readline(_MAX_LINE_LETTERS):
-        yield line
-
-
 def _branch_of(path: Path) -> str | None:
     """The branch that a rank's lines name; None before its first line."""
-    with _open(path) as file:
-        return next((match["branch"] for line in _lines(file) if (match := _LINE.match(line))), None)
+    lines = (line for _, _, line in _timed(path, 0))
+    return next((match["branch"] for line in lines if (match := _LINE.match(line))), None)
 
 
 def _configured_branches(folder: Path) -> list[str]:
@@ -296,14 +283,40 @@ def _configured_branches(folder: Path) -> list[str]:
         return []
 
 
+class _Reader:
+    """A file that is read piece by piece, and not held open: a run may have more ranks than a process may
+    have open files."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._place, self._when = path, 0, ""
+
+    def read(self, *, unfinished: bool = False) -> list[tuple[str, str]]:
+        """The next lines with their times, some thousands of bytes; none at the end. A line without a time
+        (printed by something else, or torn) takes that of the line before it.
+
+        Args:
+            unfinished: also a last line that has no end yet.
+        """
+        found, size = [], 0
+        with open_regular(self._path) as file:
+            file.seek(self._place)
+            while size < _PIECE_BYTES and (line := file.readline(_MAX_LINE_BYTES)):
+                if not (unfinished or line.endswith(b"\n") or len(line) == _MAX_LINE_BYTES):
+                    break
+                size += len(line)
+                text = line.decode("utf-8", "replace").rstrip("\r\n")
+                self._when = max(_time_of(text), self._when)
+                found.append((self._when, text))
+        self._place += size
+        return found
+
+
 def _timed(path: Path, number: int) -> Iterator[tuple[str, int, str]]:
-    """Lines with their times. A line without one (printed by something else, or torn) takes that of the line
-    before it."""
-    when = ""
-    with _open(path) as file:
-        for line in _lines(file):
-            when = max(_time_of(line), when)
-            yield when, number, line.rstrip("\n")
+    """Lines with their times."""
+    reader = _Reader(path)
+    while piece := reader.read(unfinished=True):
+        for when, line in piece:
+            yield when, number, line
 
 
 def _time_of(line: str) -> str:

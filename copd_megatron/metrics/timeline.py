@@ -32,6 +32,8 @@ from copd_megatron.untrusted.whole_file import open_appending, write_whole
 logger = logging.getLogger(__name__)
 
 FOLDER = "timeline"
+BEGIN = b'{"traceEvents": '
+"""Of a trace."""
 
 PHASES = ("sample", "grade", "route", "score", "wait", "train", "sync", "save", "load", "export", "other")
 

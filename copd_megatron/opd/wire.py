@@ -20,6 +20,7 @@ What arrives is checked whatever its CRC says: the sender may run other code, or
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -44,6 +45,8 @@ _ENTROPY: Final = 2
 _TEMPERATURES: Final = 10**9
 _MAX_PAYLOAD_BYTES: Final = 1 << 40
 """Above every exchange, so that a wrong length is told before memory is asked for."""
+_MAX_SAMPLES: Final = 1 << 16
+_MAX_TOKENS: Final = 1 << 24
 _LOGPROB_ROUNDING: Final = 0.01
 """How far above 0 a log-probability may come out of a sum in low precision, in nats."""
 
@@ -363,6 +366,14 @@ def check_request(request: ScoreRequest, origin: str = "") -> None:
             f"{origin}row {request.row_id}: asked positions {list(positions)} must lie in 0 .. "
             f"{request.response_length - 1}, as they count response tokens"
         )
+    ask = request.ask
+    if not (
+        0 <= ask.samples <= _MAX_SAMPLES and 0 <= ask.max_new_tokens <= _MAX_TOKENS and ask.top_k >= 0
+    ) or not (0 < ask.temperature < math.inf):
+        raise RouterError(
+            f"{origin}row {request.row_id}: {ask.samples} samples of {ask.max_new_tokens} tokens, the "
+            f"likeliest {ask.top_k} ids at temperature {ask.temperature:g} are asked for: nobody can answer"
+        )
     ids = request.support_ids
     if request.ask.support != (ids is not None) or (
         ids is not None and (ids.ndim != 2 or len(ids) != request.response_length or not ids.shape[1])
@@ -422,8 +433,13 @@ def _answers_to(request: ScoreRequest) -> tuple[int, int, int, int]:
 
 
 def check_ids(rows: Sequence[ScoreRequest | TeacherScore], vocab_size: int, origin: str) -> None:
-    """Raises ``RouterError`` for a token id that a vocabulary does not have."""
+    """Raises ``RouterError`` for a token id that a vocabulary does not have, or for more ids than it has."""
     for row in rows:
+        if isinstance(row, ScoreRequest) and row.ask.top_k > vocab_size:
+            raise RouterError(
+                f"{origin}: row {row.row_id} asks for the likeliest {row.ask.top_k} ids, the vocabulary has "
+                f"{vocab_size}; all branches need the same tokenizer"
+            )
         for what, ids, least in _ids_of(row):
             if ids.size and not (ids.min() >= least and ids.max() < vocab_size):
                 raise RouterError(
@@ -451,7 +467,8 @@ def _first_impossible(score: TeacherScore) -> tuple[int, float] | None:
     told.append(None if score.top is None else score.top.logprobs)
     found = [_first(array, ~(array <= _LOGPROB_ROUNDING)) for array in told if _may_be_wrong(array)]
     if score.entropy is not None:
-        found.append(_first(score.entropy, ~np.isfinite(score.entropy)))
+        possible = np.isfinite(score.entropy) & (score.entropy >= -_LOGPROB_ROUNDING)
+        found.append(_first(score.entropy, ~possible))
     return min((place for place in found if place is not None), default=None)
 
 

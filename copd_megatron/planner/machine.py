@@ -11,6 +11,8 @@ from typing import Any, Final
 import yaml
 
 from copd_megatron.errors import ConfigError
+from copd_megatron.untrusted.whole_file import write_whole
+from copd_megatron.untrusted.yaml_text import load_yaml
 
 MACHINES: Final = Path(__file__).with_name("machines.yaml")
 GIGA: Final = 1e9
@@ -77,8 +79,8 @@ def read_machine(name: str, path: Path | None = None) -> Machine:
     """
     source = path or MACHINES
     try:
-        content = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        content = load_yaml(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{source} cannot be read: {error}") from error
     if not isinstance(content, dict) or name not in content:
         known = ", ".join(map(str, content)) if isinstance(content, dict) else "none"
@@ -87,9 +89,11 @@ def read_machine(name: str, path: Path | None = None) -> Machine:
 
 
 def _machine(name: str, content: Mapping[str, Any], source: Path) -> Machine:
-    given = dict(content[name] or {})
+    if not isinstance(content[name], dict):
+        raise ConfigError(f"{source}: {name} has no figures; {MACHINES.name} shows them")
+    given = dict(content[name])
     parent = given.pop("like", None)
-    if parent is not None and not isinstance(content.get(parent), dict):
+    if parent is not None and not (isinstance(parent, str) and isinstance(content.get(parent), dict)):
         raise ConfigError(f"{source}: {name}: like: {parent}: there is no such machine")
     values = {**(dict(content[parent]) if parent is not None else {}), **given}
     unknown, missing = sorted(set(values) - set(_NUMBERS)), sorted(set(_NUMBERS) - set(values))
@@ -108,9 +112,20 @@ def _machine(name: str, content: Mapping[str, Any], source: Path) -> Machine:
 
 
 def write_machine(machine: Machine, path: Path) -> None:
-    """Writes a file that ``read_machine`` reads back, with this machine alone."""
+    """Writes a file that ``read_machine`` reads back, with this machine alone.
+
+    Raises:
+        ConfigError: there is a file that holds something else.
+    """
+    if path.exists():
+        try:
+            read_machine(machine.name, path)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{path} is there already and is left alone ({error}); give another name"
+            ) from error
     record = {machine.name: {key: getattr(machine, key) for key in _NUMBERS}}
-    path.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(record, sort_keys=False))
 
 
 def with_figures(machine: Machine, figures: Mapping[str, float]) -> Machine:

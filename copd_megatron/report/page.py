@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from copd_megatron.config import load_config
 from copd_megatron.config.domains import MEAN_COLUMN
@@ -30,6 +30,8 @@ from copd_megatron.untrusted.regular_file import read_regular
 from copd_megatron.untrusted.visible import visible
 from copd_megatron.untrusted.whole_file import write_whole
 
+BEGIN: Final = b"<!doctype html>"
+"""Of a page."""
 _SHADES = 5
 """Strengths of a token's colour."""
 _STRONGEST = 2.5

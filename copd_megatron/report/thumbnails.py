@@ -16,6 +16,7 @@ from copd_megatron.config.schema import MediaConfig
 from copd_megatron.data.decode.image import decode_image
 from copd_megatron.data.decode.limits import PixelArray
 from copd_megatron.data.decode.video import decode_video
+from copd_megatron.data.globs import Budget
 from copd_megatron.data.media import VIDEO, content_hash
 from copd_megatron.data.shards import ShardIndex, expand_patterns, index_shard, read_bytes
 from copd_megatron.errors import BadSampleError, DataError
@@ -34,9 +35,10 @@ class Thumbnails:
 
     def __init__(self, config: Config) -> None:
         self._paths: dict[tuple[str, str], Path] = {}
+        budget = Budget()
         for domain in all_domains(config):
             for part, patterns in (("train", domain.train), ("validation", domain.validation)):
-                self._paths |= {(f"{domain.name}/{part}", p.stem): p for p in _local(patterns)}
+                self._paths |= {(f"{domain.name}/{part}", p.stem): p for p in _local(patterns, budget)}
         self._known: dict[str, str | None] = {}
         self._indexes: dict[Path, ShardIndex] = {}
 
@@ -73,13 +75,13 @@ class Thumbnails:
         return self._indexes[path]
 
 
-def _local(patterns: Sequence[str]) -> list[Path]:
+def _local(patterns: Sequence[str], budget: Budget) -> list[Path]:
     """The shards that are files of this machine. Nothing is fetched: the configuration came with the run, and
     may be a stranger's."""
     found = []
     for pattern in patterns:
         try:
-            found += expand_patterns([pattern], local_only=True)
+            found += expand_patterns([pattern], local_only=True, budget=budget)
         except DataError:
             continue
     return found

@@ -44,7 +44,10 @@ def read_cases(
             if (case := _of_sample(sample, verifier, terms))
         ]
     else:
-        lines = source.read_text(encoding="utf-8").split("\n")
+        try:
+            lines = source.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source} is no text in UTF-8 ({error}).") from error
         cases = [
             _of_line(line, f"{source}, line {number}", verifier)
             for number, line in enumerate(lines, start=1)
@@ -112,6 +115,9 @@ def _of_line(line: str, where: str, verifier: str | None) -> Case:
     label = given.get("label", given.get("reward"))
     if label is not None and not isinstance(label, bool | int | float):
         raise DataError(f"{where}: label and reward are true, false or a number, not {label!r:.40}.")
+    truncated = given.get("truncated", False)
+    if not isinstance(truncated, bool):
+        raise DataError(f"{where}: truncated is true or false, not {truncated!r:.40}.")
     metadata = given.get("metadata") or {}
     if not isinstance(metadata, Mapping):
         raise DataError(f"{where}: metadata is no object.")
@@ -123,7 +129,7 @@ def _of_line(line: str, where: str, verifier: str | None) -> Case:
         verifier=named,
         metadata=metadata,
         label=None if label is None else float(label),
-        truncated=bool(given.get("truncated", False)),
+        truncated=truncated,
     )
 
 

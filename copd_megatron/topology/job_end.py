@@ -26,6 +26,7 @@ from copd_megatron.errors import EXIT_HOPELESS
 from copd_megatron.topology.rank_table import read_table
 from copd_megatron.topology.who_waits import JOB_ENDS, RankState, format_report
 from copd_megatron.untrusted.visible import visible
+from copd_megatron.untrusted.whole_file import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -216,8 +217,8 @@ class JobEnd:
             path = self._report_dir / f"stuck_rank_{rank:05d}.txt"
             try:
                 self._report_dir.mkdir(parents=True, exist_ok=True)
-                with path.open("w") as file:
-                    file.write(f"{text}\n\nstacks:\n")
+                with replacing(path) as file:  # opens nothing that is there: a FIFO would wait for ever
+                    file.write(f"{text}\n\nstacks:\n".encode("utf-8", "replace"))
                     file.flush()
                     faulthandler.dump_traceback(file=file, all_threads=True)
                 text += f"\nstacks of every rank: {self._report_dir}/stuck_rank_*.txt"

@@ -32,21 +32,25 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes, *, durable: 
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[BinaryIO]:
+def replacing(
+    path: str | os.PathLike[str], *, durable: bool = False, mode: int | None = None
+) -> Iterator[BinaryIO]:
     """A new, empty file that takes the place of ``path`` when the block ends, and vanishes if it raises.
 
-    A link at ``path`` is replaced; what it leads to is left alone. An older file's permissions are kept.
+    A link at ``path`` is replaced; what it leads to is left alone.
 
     Args:
         durable: a crash of the machine, too, leaves the old file or the new one.
+        mode: permissions; None: those of an older file, else the usual ones.
 
     Raises:
         OSError: it cannot be written, or ``path`` is a folder, a FIFO or a device.
     """
     target = Path(path)
-    mode = _mode_of(target)
+    older = _mode_of(target)
+    mode = older if mode is None else mode
     partial = target.with_name(f".{target.name[:_NAME_LETTERS]}.{secrets.token_hex(6)}.partial")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     file = os.fdopen(os.open(partial, flags, 0o666), "wb")
     try:
         with file:

@@ -36,7 +36,7 @@ def command(path: Path, verify: bool, files: bool, tensors: bool, threads: int, 
 
     PATH is a run directory, one of its checkpoints, a branch's folder in one, or a folder in Megatron's
     format. Sizes are always compared with the manifest, hashes with --verify. A folder without a manifest is
-    shown as it is. Exit status: 0 whole, 1 damaged or unfinished.
+    shown as it is: its files are compared with its own index. Exit status: 0 whole, 1 damaged or unfinished.
     """
     from copd_megatron.formats import inspection
 
@@ -47,9 +47,14 @@ def command(path: Path, verify: bool, files: bool, tensors: bool, threads: int, 
             return 0
         folders = _checkpoints(path)
         if not folders:
+            if verify:
+                raise CheckpointError(
+                    f"{path}: --verify compares with a manifest, and there is none here: give the whole "
+                    "checkpoint, the folder with manifest.json"
+                )
             record = inspection.describe_folder(path, files=files)
             _print(record, inspection.folder_lines(record), as_json)
-            return 0
+            return 1 if record["problems"] else 0
         status = 0
         for folder in folders:
             try:

@@ -125,7 +125,7 @@ def convert_jsonl(
             "train on. Ask for fewer, or check the source."
         )
     chosen = set(sorted(ranked)[:num_validation])
-    counts = {"train": 0, "validation": 0}
+    counts = {"train": 0, "validation": 0, "repeats": 0}
 
     def part(split: str) -> Iterator[NewSample]:
         taken: set[str] = set()
@@ -133,6 +133,8 @@ def convert_jsonl(
             if line.place in survey.bad or isinstance(line.sample, BadSampleError):
                 continue
             rank = _rank(seed, line.sample, line.media_hashes)
+            if split == "validation" and rank in taken:
+                counts["repeats"] += 1
             if (rank in chosen) != (split == "validation") or rank in taken:
                 continue
             if split == "validation":
@@ -150,6 +152,11 @@ def convert_jsonl(
         )
     else:
         remove_validation(out, name)
+    if counts["repeats"]:
+        logger.warning(
+            "left out %d line(s) that repeat the prompt or the media of a validation sample",
+            counts["repeats"],
+        )
     return WrittenDomain(
         train=train, validation=validation, num_train=counts["train"], num_validation=counts["validation"]
     )

@@ -15,15 +15,12 @@ from copd_megatron.data.decode.containers import video_container
 from copd_megatron.data.decode.image import decode_image, storable_image
 from copd_megatron.data.decode.video import decode_video
 from copd_megatron.data.failures import name_and_text
-from copd_megatron.data.media import IMAGE, VIDEO, content_hash, kind_of
+from copd_megatron.data.media import IMAGE, MAX_BYTES, VIDEO, content_hash, kind_of
 from copd_megatron.data.samples import texts_and_media
 from copd_megatron.errors import BadSampleError
 from copd_megatron.untrusted.regular_file import read_regular
 
 _LIMITS = MediaConfig()
-MAX_BYTES = {IMAGE: 256 << 20, VIDEO: 2 << 30}
-"""Largest file that is read. A file is held in memory as a whole, here and by each rank that decodes it: an
-image of the default pixel limit has less than a tenth of this, uncompressed, and a long video a fraction."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ def write_shards(
             f"{out} already holds {len(old)} shard(s) named {prefix}-*.tar. "
             "Choose another name or folder, or ask for overwriting."
         )
+    if others := [path for path in old if not path.is_file()]:
+        raise DataError(f"{others[0]} is in the place of a shard and is no file. Move it.")
     out.mkdir(parents=True, exist_ok=True)
     written: list[_TarWriter] = []
     try:
@@ -129,8 +132,9 @@ class _TarWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._tar = tarfile.open(self._temporary, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        self._file = open(self._temporary, "xb")  # noqa: SIM115
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def add(self, key: str, sample: NewSample) -> None:
         prompt = sample.prompt if isinstance(sample.prompt, str) else [dict(part) for part in sample.prompt]
@@ -163,6 +167,7 @@ class _TarWriter:
     def close(self) -> None:
         """Completes the file. Raises OSError, on a full disk for example."""
         self._tar.close()
+        self._file.close()
 
     def publish(self) -> None:
         os.replace(self._temporary, self.path)
@@ -170,6 +175,8 @@ class _TarWriter:
     def abandon(self) -> None:
         with contextlib.suppress(OSError):  # a full disk, which is perhaps why it is abandoned
             self._tar.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

@@ -19,6 +19,8 @@ _TOWER = re.compile(r"(?<!\d)(\d{1,400})" + _OPEN + r"(\d{1,400})" + _OPEN + r"(
 _POWER = re.compile(r"(?<!\d)\d{1,400}" + _OPEN + r"\d{7}")
 _EXPONENT = re.compile(r"\d[eE][+-]?\d{4}")
 _FACTORIAL = re.compile(r"\d{6}[\s)}]{0,3}!")
+_BINOMIAL = re.compile(r"\\binom\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|[^{}\s])\s*\{[^{}]*(?:\d{5}|[\^!*\\])")
+"""Choosing more than some thousand. Some parsers work that out while they read."""
 
 
 def is_tall(text: str) -> bool:
@@ -27,7 +29,7 @@ def is_tall(text: str) -> bool:
     Some parsers compare what they have read (the ends of an interval) before anybody can look at it. What
     this does not see, ``is_evaluable`` does.
     """
-    if _POWER.search(text) or _EXPONENT.search(text) or _FACTORIAL.search(text):
+    if _POWER.search(text) or _EXPONENT.search(text) or _FACTORIAL.search(text) or _BINOMIAL.search(text):
         return True
     towers = (map(int, found) for found in _TOWER.findall(text))
     return any(_log2(base) * middle ** min(top, 64) > MAX_BITS for base, middle, top in towers if middle > 1)
@@ -96,6 +98,8 @@ def _bits(node: Any, budget: list[int]) -> float:
     elif kind in ("factorial", "factorial2", "subfactorial", "gamma", "RisingFactorial", "FallingFactorial"):
         value = _value_of(max(parts))
         bits = value * max(1.0, math.log2(max(value, 2.0)))
+    elif kind == "Product":
+        bits = max(parts, default=2.0) * _num_factors(node)
     elif kind == "binomial":
         bits = _value_of(max(parts))
     else:
@@ -103,6 +107,15 @@ def _bits(node: Any, budget: list[int]) -> float:
     if bits > MAX_BITS:
         raise _TooLargeError
     return bits
+
+
+def _num_factors(node: Any) -> float:
+    """Factors of a product over ranges; ranges without two numbers as ends count as one."""
+    count = 1.0
+    for _, low, high in node.limits:
+        if getattr(low, "is_Integer", False) and getattr(high, "is_Integer", False):
+            count *= max(float(min(int(high) - int(low) + 1, 2**64)), 1.0)
+    return count
 
 
 def _bits_of_power(node: Any, parts: list[float]) -> float:

@@ -25,8 +25,15 @@ from copd_megatron.rewards.registry import register
 _LETTER = re.compile(r"\(?\s*([A-J])\s*(?:[).:]|$)")
 _MAX_CHARACTERS = 4_000
 """Longest final answer that is read."""
-_MAX_DEPTH = 50
-"""Nested brackets; the parser takes seconds to see that hundreds of them hold nothing."""
+_MAX_DEPTH = 25
+"""Nested brackets; the parser takes a tenth of a second for each."""
+_SLOW = re.compile(
+    r"[\^_\u00b2\u00b3\u00b9\u2070-\u209c]|\\(?:sin|cos|tan|cot|sec|csc|arc|log|ln|exp|lim|sum|prod|int)"
+)
+_MAX_SLOW = 150
+"""Powers, indices and functions, which take the parser some hundredths of a second each."""
+_MAX_BARS = 24
+"""Bars, of which the parser tries every pairing."""
 _TYPICAL = (
     *(r"\frac{1}{2}\sqrt{3}", "x^{2}+2x+1", r"2\pi", r"\sin(x)+\log_2(8)", "|x-1|", r"\binom{5}{2}", "3!"),
     *(r"e^{2}", r"\sqrt[3]{2}", "(x+1)(x-1)", "1+2i"),
@@ -55,17 +62,20 @@ def math(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     Refused: several values where the gold answer is one ("1 or 2", two boxes side by side), a sentence that
     breaks off, denies or doubts, arithmetic left undone where the gold answer is a number (``6 \cdot 7``),
     and with ``question`` in the metadata, a formula that merely repeats a part of the question. What is not
-    understood as a whole scores 0. Numbers of more than 60,000 digits are not evaluated.
+    understood as a whole scores 0, and so does what no answer needs: hundreds of powers and functions, or
+    dozens of nested brackets. Numbers of more than 60,000 digits are not evaluated.
 
     Raises ValueError if the gold answer cannot be read.
     """
     found = _final(response)
     written = answer_text(found)
-    if not written or len(written) > _MAX_CHARACTERS or _depth(written) > _MAX_DEPTH:
+    if not written or len(written) > _MAX_CHARACTERS:
         return 0.0
     gold = _gold(answer)
     if normalize(written, case_sensitive=True) == normalize(answer, case_sensitive=True) != "":
         return 1.0
+    if _is_costly(written):
+        return 0.0
     text = canonical(written)
     if is_tall(text) or is_tall(canonical(answer)):
         return float(bare(text) == bare(canonical(answer)))
@@ -86,6 +96,12 @@ def _final(response: str) -> FinalAnswer:
     found = final_answer(response)
     text = found.text[-_MAX_CHARACTERS:] if found.source is Source.last_line else found.text
     return FinalAnswer(text, found.source)
+
+
+def _is_costly(text: str) -> bool:
+    """Whether a text would take the parser many seconds, which no answer needs."""
+    is_wide = len(_SLOW.findall(text)) > _MAX_SLOW or text.count("|") > _MAX_BARS
+    return is_wide or _depth(text) > _MAX_DEPTH
 
 
 def _depth(text: str) -> int:
