@@ -390,6 +390,7 @@ MAY_WRITE = {
     "planner/recorded.py": "a folder that it has just made",
     "reproduction/compare.py": "its own folder",
     "reproduction/figures.py": "its own folder",
+    "reproduction/forked.py": "its own folder",
     "reproduction/measure.py": "its own folder",
     "reproduction/runner.py": "its own folder",
     "rewards/processes.py": "a folder that it has just made",

@@ -46,7 +46,8 @@ def command(
     from copd_megatron.report.page import BEGIN, PageOptions, read_shown, write_page
 
     target = out or run_dirs[0] / "report.html"
-    refuse_other(target, BEGIN, "page of copd report")
+    if out is not None:
+        refuse_other(out, BEGIN, "page of copd report")
     if distances:
         for run_dir in run_dirs:
             _measure(run_dir)
