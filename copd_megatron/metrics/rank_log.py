@@ -244,8 +244,9 @@ def follow(
     """
     chosen = selection or Selection()
     readers: dict[Path, _Reader] = {}
+    last = False
     while True:
-        last = stop()
+        last = last or stop()
         batch: list[tuple[str, int, str]] = []
         for number, path in enumerate(_files(folder)):
             reader = readers.setdefault(path, _Reader(path))
