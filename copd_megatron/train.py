@@ -38,14 +38,14 @@ def train(config: Config) -> int:
         for step in steps(config.schedule, progress.steps_done):
             observer.begin(step)
             batch = Batch()
-            for stage in recipe.stages:  # CoPD: native, cross, update, sync
+            for stage in recipe.stages:  # CoPD: answer, native, cross, update, sync
                 batch = stage(me, step, batch)
             accuracies = each_branch(me) if evaluation_due(config, step) else None
             if accuracies:
                 observer.validation(accuracies)
             if accuracies and config.evaluation.merged:
                 observer.merged(mean_as_it_is(me))
-            alone = len(config.branches) > 1 and not recipe.exchanges(config, step)
+            alone = len(config.branches) > 1 and not recipe.in_step(config, step)
             observer.step(step, alone=alone)
             if checkpoints.after(step, accuracies, alone=alone):
                 return EXIT_PREEMPTED

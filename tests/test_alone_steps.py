@@ -102,8 +102,8 @@ def test_what_crosses_is_known_beforehand(tmp_path: Path) -> None:
     rlvr, copd = RECIPES.load("rlvr", "recipe"), RECIPES.load("copd", "recipe")
     due = [exchange_due(config, step) for step in steps(config.schedule)]
     assert due == [False] * 8 + [True] * 8
-    assert [copd.exchanges(config, step) for step in steps(config.schedule)] == due
-    assert not any(rlvr.exchanges(config, step) for step in steps(config.schedule))
+    assert [copd.in_step(config, step) for step in steps(config.schedule)] == due
+    assert not any(rlvr.in_step(config, step) for step in steps(config.schedule))
     config.opd.behaviour.num_states, config.opd.behaviour.every_steps = 4, 3
     assert [exchange_due(config, step) for step in steps(config.schedule)][:8] == [
         index % 3 == 0 for index in range(8)

@@ -17,12 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
+from copd_megatron.branch.lessons import from_bytes, to_bytes
 from copd_megatron.branch.observer import Observer
 from copd_megatron.branch.schedule import Step, num_steps
 from copd_megatron.branch.state import Branch
 from copd_megatron.branch.validation import conditions
 from copd_megatron.checkpoint.compatible import check_compatible
-from copd_megatron.checkpoint.joint import JointSaver, Saved, find_checkpoint, load_checkpoint
+from copd_megatron.checkpoint.joint import JointSaver, Saved, find_checkpoint, load_asked, load_checkpoint
 from copd_megatron.checkpoint.manifest import step_folder
 from copd_megatron.checkpoint.stop import StopSignals, deadline, must_save_now
 from copd_megatron.config import to_yaml
@@ -111,6 +112,8 @@ class Checkpoints:
         state, me.teacher = load_checkpoint(me.world, me.actor, me.run_dir, manifest)
         try:
             self._restore(state, str(folder))
+            asked = load_asked(me.world, me.run_dir, manifest)
+            me.ahead = None if asked is None else from_bytes(asked, me.graph.into(me.name))
         except DataError:
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -141,8 +144,8 @@ class Checkpoints:
 
         Args:
             accuracies: of every branch, if they were measured after this step.
-            alone: nothing crossed between the branches in this step. Then they do not wait for each other
-                here, unless it is time to save, and stop one step later than they would otherwise.
+            alone: the branches do not end this step together. Then they do not wait for each other here,
+                unless it is time to save, and stop one step later than they would otherwise.
 
         Returns:
             Whether the run must stop now, because a signal came or its time is nearly up. It has been saved.
@@ -193,6 +196,9 @@ class Checkpoints:
         notes: list[_Note] = []
         if world.is_branch_first:
             self._notes.leave(step.index, branch)
+            if self.me.config.opd.max_teacher_lag:
+                ahead = not self._notes.are_there(step.index)
+                self.me.metrics.maximum("perf/steps_ahead", float(ahead))
             if before is not None:
                 notes = [note for part in self._notes.read(before) for note in part]
             self._notes.take_away(step.index - _READ_BY_ALL, own=True)
@@ -211,6 +217,7 @@ class Checkpoints:
         return Saved(
             step=done,
             loop_state=self._loop_state(done),
+            asked=None if me.ahead is None else to_bytes(me.ahead),
             teacher=me.teacher,
             config=to_yaml(me.config),
             model_path=str(Path(me.settings.model_path or me.config.model.path).resolve()),

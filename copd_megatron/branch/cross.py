@@ -8,6 +8,12 @@ they are for. A branch that is its own teacher answers itself: nothing of that c
 What changes rows on the way, each off by default: a context that only the teacher reads (``privileged``), a
 gate that closes where the teacher is no better (``gate``), and what the responses' verdicts say of the
 teacher's scores (``objectives/calibration``).
+
+With ``opd.max_teacher_lag=1`` a step's questions are asked in the step before, within a phase. They come from
+the weights of that step, which the importance ratio of their rows accounts for; teachers answer at the
+beginning of the step that learns from the answers, with the weights that they would use without the lag. What
+is asked, by which weights it is sampled and by which it is scored follows from the schedule alone, so all
+numbers stay those of the seed, whatever the branches' speeds; only who waits for whom depends on time.
 """
 
 from __future__ import annotations
@@ -18,10 +24,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from copd_megatron.branch.gate import open_rollouts
+from copd_megatron.branch.lessons import Asked, Lesson
 from copd_megatron.branch.privileged import privileged_prompts
-from copd_megatron.branch.probes import Probe, behaviour_metrics, choose_probes, score_probes
+from copd_megatron.branch.probes import behaviour_metrics, choose_probes, score_probes
 from copd_megatron.branch.sampling import reward_metrics, sample_and_grade
-from copd_megatron.branch.schedule import Phase, Step, exchange_due
+from copd_megatron.branch.schedule import Phase, Step, asked_ahead, exchange_due
 from copd_megatron.branch.scoring import reference_logprobs, refresh_teacher, score, teach
 from copd_megatron.branch.state import Batch, Branch
 from copd_megatron.config.graph import Edge
@@ -34,20 +41,6 @@ from copd_megatron.records import Ask, FloatArray, IntArray, Rollout, TrainRow
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Lesson:
-    """What an edge's rows are made of."""
-
-    rollouts: Sequence[Rollout]
-    own: Sequence[SequenceScore] | None
-    """What the student's own actor says of them; None: it has not been asked yet."""
-    prompts: Sequence[IntArray | None]
-    """[P'] what the teacher reads instead of each rollout's prompt; None: nothing, and the rollout teaches
-    nothing."""
-    is_open: Sequence[bool]
-    """Whether the teacher may teach on it."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Answers:
     """What an edge's teacher said."""
 
@@ -56,27 +49,65 @@ class _Answers:
     probes: Sequence[TeacherScore]
 
 
+def answer(me: Branch, step: Step, batch: Batch) -> Batch:
+    """Stage of a step, before anything is sampled: answers as a teacher what was asked in the step before.
+    Collective over all branches. Without ``opd.max_teacher_lag`` nothing was, and it does nothing."""
+    if me.ahead is None:
+        return batch
+    if not me.router.is_open:  # it was asked before the run stopped
+        me.router.post(_requests(me, me.ahead))
+    if not me.router.is_taught:
+        refresh_teacher(me, step)
+        me.router.teach(lambda edge, wanted: teach(me, wanted, step))
+    return batch
+
+
 def cross(me: Branch, step: Step, batch: Batch) -> Batch:
     """Stage of a step: adds the rows of every edge into this branch. Collective over all branches.
 
     Samples on the edges' prompts, asks the teachers, scores the samples with the branch's own weights while
-    the questions are on their way, answers as a teacher, and has each edge's objective make rows of it.
+    the questions are on their way, answers as a teacher, and has each edge's objective make rows of it. With
+    ``opd.max_teacher_lag`` what it samples and asks is the next step's, besides this step's in the first of a
+    phase.
     """
-    refresh_teacher(me, step)
-    sampled = _sample_edges(me, step)
-    # without rows of its own, a branch is compared on the states that it visits on its teachers' prompts
-    visited = batch.native or [rollout for rollouts in sampled.values() for rollout in rollouts]
-    probes = choose_probes(me, step, visited)
-    lessons = _lessons(me, step, sampled)
-    asked = _ask_teachers(me, step, lessons, probes)
-    lessons = {edge: _with_own(me, edge, lesson) for edge, lesson in lessons.items()}
-    probed = score_probes(me, probes)
-    answers = _answers_of(me, step, asked)
-    rows = [row for edge in lessons for row in _rows(me, step, edge, lessons[edge], answers[edge].rollouts)]
+    answer(me, step, batch)  # unless the recipe has done so
+    asked, me.ahead = me.ahead, None
+    crosses = asked is not None or exchange_due(me.config, step)
+    if asked is None:
+        refresh_teacher(me, step)
+        asked = _ask(me, step, batch.native)
+    following = asked_ahead(me.config, step)
+    if following is not None:
+        me.ahead = _ask(me, following, batch.native)
+    probed = score_probes(me, asked.probes)
+    answers = _answers_of(me, step, asked, crosses=crosses)
+    rows = []
+    for edge, lesson in asked.lessons.items():
+        reward_metrics(me, f"cross/{edge.teacher}/", lesson.rollouts)
+        rows += _rows(me, step, edge, lesson, answers[edge].rollouts)
     for edge in me.graph.into(me.name):
         if not edge.is_self:
             behaviour_metrics(me, edge, probed, answers[edge].probes)
     return replace(batch, rows=[*batch.rows, *rows])
+
+
+def _ask(me: Branch, step: Step, native: Sequence[Rollout]) -> Asked:
+    """Samples what a step learns from and sends the questions off; scores the samples meanwhile.
+
+    Args:
+        step: this one, or the next.
+        native: this branch's own rollouts of this step, some of which are probes.
+    """
+    sampled = _sample_edges(me, step)
+    # without rows of its own, a branch is compared on the states that it visits on its teachers' prompts
+    visited = native or [rollout for rollouts in sampled.values() for rollout in rollouts]
+    probes = choose_probes(me, step, visited)
+    asked = Asked(lessons=_lessons(me, step, sampled), probes=probes)
+    if exchange_due(me.config, step):
+        me.router.post(_requests(me, asked))
+    return replace(
+        asked, lessons={edge: _with_own(me, edge, lesson) for edge, lesson in asked.lessons.items()}
+    )
 
 
 def _sample_edges(me: Branch, step: Step) -> dict[Edge, list[Rollout]]:
@@ -86,17 +117,15 @@ def _sample_edges(me: Branch, step: Step) -> dict[Edge, list[Rollout]]:
         return sampled
     grade = me.config.opd.grade_responses
     for edge in me.graph.into(me.name):
-        if not edge.weight:
-            continue
-        prompts = me.edge_prompts[edge].next(edge.num_prompts)
-        sampled[edge] = sample_and_grade(
-            me, prompts, edge.num_generations, step, purpose=edge.name, grade=grade
-        )
-        reward_metrics(me, f"cross/{edge.teacher}/", sampled[edge])
+        if edge.weight:
+            prompts = me.edge_prompts[edge].next(edge.num_prompts)
+            sampled[edge] = sample_and_grade(
+                me, prompts, edge.num_generations, step, purpose=edge.name, grade=grade
+            )
     return sampled
 
 
-def _lessons(me: Branch, step: Step, sampled: Mapping[Edge, Sequence[Rollout]]) -> dict[Edge, _Lesson]:
+def _lessons(me: Branch, step: Step, sampled: Mapping[Edge, Sequence[Rollout]]) -> dict[Edge, Lesson]:
     """The rollouts with what their teachers may read and teach, and with the student's own scores where the
     question is about them. Collective over all branches where a gate is on or peers give feedback."""
     if step.phase is not Phase.opd:
@@ -104,7 +133,7 @@ def _lessons(me: Branch, step: Step, sampled: Mapping[Edge, Sequence[Rollout]]) 
     privileged = privileged_prompts(me, step, sampled)
     is_open = open_rollouts(me, step, sampled)
     lessons = {
-        edge: _Lesson(
+        edge: Lesson(
             rollouts=rollouts,
             own=None,
             prompts=privileged.get(edge, [rollout.prompt.token_ids for rollout in rollouts]),
@@ -118,7 +147,7 @@ def _lessons(me: Branch, step: Step, sampled: Mapping[Edge, Sequence[Rollout]]) 
     }
 
 
-def _with_own(me: Branch, edge: Edge, lesson: _Lesson) -> _Lesson:
+def _with_own(me: Branch, edge: Edge, lesson: Lesson) -> Lesson:
     """The lesson with the student's own scores."""
     if lesson.own is not None:
         return lesson
@@ -126,59 +155,51 @@ def _with_own(me: Branch, edge: Edge, lesson: _Lesson) -> _Lesson:
     return replace(lesson, own=score(me, lesson.rollouts, top_k=top_k))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What is asked in an exchange."""
-
-    questions: Mapping[Edge, Sequence[ScoreRequest]]
-    """About the rollouts that teach, by edge into this branch."""
-    requests: Mapping[Edge, Sequence[ScoreRequest]]
-    """What crosses: questions and probes, of all edges but those from the branch to itself."""
-
-
-def _ask_teachers(me: Branch, step: Step, lessons: Mapping[Edge, _Lesson], probes: Sequence[Probe]) -> _Asked:
-    """Begins an exchange: this branch's questions go out. Where no ``exchange_due``, nobody asks."""
-    asked = {edge: _questions(me, edge, lessons.get(edge)) for edge in me.graph.into(me.name)}
-    requests = {
-        edge: [
-            *questions,
-            *(
+def _requests(me: Branch, asked: Asked) -> dict[Edge, list[ScoreRequest]]:
+    """What crosses: questions about rollouts, then probes, of all edges but those from the branch to
+    itself."""
+    requests: dict[Edge, list[ScoreRequest]] = {}
+    for edge in me.graph.into(me.name):
+        if not edge.is_self:
+            questions = _questions(me, edge, asked.lessons.get(edge))
+            requests[edge] = questions + [
                 _request(len(questions) + i, p.rollout, p.ask, p.rollout.prompt.token_ids)
-                for i, p in enumerate(probes)
-            ),
-        ]
-        for edge, questions in asked.items()
-        if not edge.is_self
-    }
-    if exchange_due(me.config, step):
-        me.router.post(requests)
-    return _Asked(questions=asked, requests=requests)
+                for i, p in enumerate(asked.probes)
+            ]
+    return requests
 
 
-def _answers_of(me: Branch, step: Step, posted: _Asked) -> dict[Edge, _Answers]:
-    """Ends an exchange: students' questions are answered, teachers' answers come in."""
-    asked, requests = posted.questions, posted.requests
-    scores: dict[Edge, list[TeacherScore]] = {edge: [] for edge in requests}
-    if exchange_due(me.config, step):
-        scores = me.router.answer(lambda edge, wanted: teach(me, wanted, step))
-    scores |= {edge: _teach_itself(me, edge, asked[edge], step) for edge in asked if edge.is_self}
+def _answers_of(me: Branch, step: Step, asked: Asked, *, crosses: bool) -> dict[Edge, _Answers]:
+    """Ends this step's exchange, if it has one: students' questions are answered, teachers' answers come
+    in."""
+    scores: dict[Edge, list[TeacherScore]] = {}
+    if crosses and me.router.is_taught:
+        scores |= me.router.collect()
+    elif crosses:
+        scores |= me.router.answer(lambda edge, wanted: teach(me, wanted, step))
+    edges = me.graph.into(me.name)
+    scores |= {edge: _teach_itself(me, edge, asked, step) for edge in edges if edge.is_self}
     if me.media is not None:
         me.media.drop_encoded()
-    for edge in requests if exchange_due(me.config, step) else ():
-        traffic = me.router.traffic[edge]
-        me.metrics.total(f"copd/router_bytes/{edge.name}", traffic.sent_bytes + traffic.received_bytes)
-    return {
-        edge: _Answers(rollouts=scores[edge][: len(asked[edge])], probes=scores[edge][len(asked[edge]) :])
-        for edge in asked
-    }
+    for edge in edges if crosses else ():
+        if not edge.is_self:
+            traffic = me.router.traffic[edge]
+            me.metrics.total(f"copd/router_bytes/{edge.name}", traffic.sent_bytes + traffic.received_bytes)
+    found = {}
+    for edge in edges:
+        said, lesson = scores.get(edge, []), asked.lessons.get(edge)
+        count = 0 if lesson is None else len(lesson.taught)
+        found[edge] = _Answers(rollouts=said[:count], probes=said[count:])
+    return found
 
 
-def _teach_itself(me: Branch, edge: Edge, asked: Sequence[ScoreRequest], step: Step) -> list[TeacherScore]:
+def _teach_itself(me: Branch, edge: Edge, asked: Asked, step: Step) -> list[TeacherScore]:
+    questions = _questions(me, edge, asked.lessons.get(edge))
     with me.world.watch.operation(f"opd.score {edge.name}", ranks=me.world.branch_ranks[me.name]):
-        return teach(me, asked, step)
+        return teach(me, questions, step)
 
 
-def _questions(me: Branch, edge: Edge, lesson: _Lesson | None) -> list[ScoreRequest]:
+def _questions(me: Branch, edge: Edge, lesson: Lesson | None) -> list[ScoreRequest]:
     """What an edge's objective asks about every rollout that teaches."""
     if lesson is None:
         return []
@@ -212,15 +233,17 @@ def _request(
 
 
 def _rows(
-    me: Branch, step: Step, edge: Edge, lesson: _Lesson, answers: Sequence[TeacherScore]
+    me: Branch, step: Step, edge: Edge, lesson: Lesson, answers: Sequence[TeacherScore]
 ) -> list[TrainRow]:
     """An edge's training rows: of the rollouts that its teacher has something to say about."""
     objective = me.objectives[edge.component]
     assert lesson.own is not None
-    taught = [i for i, prompt in enumerate(lesson.prompts) if prompt is not None]
+    taught = lesson.taught
     if not taught:
         return []
     rollouts, own = [lesson.rollouts[i] for i in taught], [lesson.own[i] for i in taught]
+    if me.config.opd.max_teacher_lag:
+        _note_versions(me, edge, rollouts, answers)
     material = _material(me, step, edge, rollouts, own, answers)
     calibrated = None
     if material.teacher_logprobs is not None and material.old_logprobs is not None:
@@ -246,6 +269,15 @@ def _rows(
         )
         for i, row, mask in zip(taught, rows, masks, strict=True)
     ]
+
+
+def _note_versions(
+    me: Branch, edge: Edge, rollouts: Sequence[Rollout], answers: Sequence[TeacherScore]
+) -> None:
+    """How many updates of the student old its samples are, and which of the teacher's weights scored them."""
+    ages = [me.actor.version - rollout.weight_version for rollout in rollouts]
+    me.metrics.mean(f"copd/sample_lag/{edge.name}", float(sum(ages)), len(ages))
+    me.metrics.value(f"copd/teacher_version/{edge.name}", float(answers[0].weight_version))
 
 
 def _material(

@@ -84,9 +84,9 @@ class Observer:
         """Writes everything collected since the last call; collective over the branch.
 
         Args:
-            alone: nothing crossed between the branches in this step. Then this branch does not wait for
-                those that are slower: it leaves its figures to the first rank, which writes the step when it
-                has those of all branches.
+            alone: the branches do not end this step together. Then this branch does not wait for those that
+                are slower: it leaves its figures to the first rank, which writes the step when it has those
+                of all branches.
         """
         self._write_samples()
         me = self.me

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from copd_megatron.branch.lessons import Probe
 from copd_megatron.branch.schedule import Step, probes_due
 from copd_megatron.branch.scoring import score
 from copd_megatron.branch.state import Branch
@@ -19,14 +19,6 @@ from copd_megatron.policy.actor import SequenceScore
 from copd_megatron.records import Ask, Rollout
 
 _STATES_PER_PROBE = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """A rollout, and what a teacher is asked about it."""
-
-    rollout: Rollout
-    ask: Ask
 
 
 def choose_probes(me: Branch, step: Step, visited: Sequence[Rollout]) -> list[Probe]:

@@ -44,6 +44,20 @@ def exchange_due(config: Config, step: Step) -> bool:
     return step.phase is Phase.opd or probes_due(config, step)
 
 
+def asked_ahead(config: Config, step: Step) -> Step | None:
+    """The next step, if its questions to teachers are asked in this one: with ``opd.max_teacher_lag``, within
+    a phase. At the first step of a phase no question is open, so the branches meet there."""
+    following = next(steps(config.schedule, step.index + 1), None)
+    if not config.opd.max_teacher_lag or following is None or following.index_in_phase == 0:
+        return None
+    return following if exchange_due(config, following) else None
+
+
+def in_step(config: Config, step: Step) -> bool:
+    """Whether the branches end a step together, because something crosses between them in it."""
+    return exchange_due(config, step) and not config.opd.max_teacher_lag
+
+
 def steps(config: ScheduleConfig, start: int = 0) -> Iterator[Step]:
     """Steps ``start`` .. end: N cycles of S_RL Phase-I steps, then S_OPD Phase-II steps (Alg. 1)."""
     cycle_length = config.rlvr_steps + config.opd_steps

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from copd_megatron.branch.lessons import Asked
 from copd_megatron.config import Config
 from copd_megatron.config.graph import Edge, Graph
 from copd_megatron.config.schema import BranchConfig
@@ -75,6 +76,8 @@ class Branch:
     """What this rank's time goes into."""
     begun: list[Group] = field(default_factory=list)
     """Native groups that the last step left unfinished (``rollout.partial_rollouts``)."""
+    ahead: Asked | None = None
+    """What the teachers were asked for the next step (``opd.max_teacher_lag``)."""
     solved: dict[str, frozenset[str]] = field(default_factory=dict)
     """Ids of the validation prompts that the branch solved at its last evaluation, by domain."""
     first_sizes: dict[str, float] = field(default_factory=dict)

@@ -63,10 +63,10 @@ def _train(me: Branch, rows: Sequence[TrainRow], step: Step, ranks: Sequence[int
         me.metrics.mean("train/grad_norm", stepped["grad_norm"])
         me.metrics.value("train/lr", stepped["lr"])
         if number == 0:  # later mini-batches no longer have the weights that sampled
-            me.metrics.value("train/gen_kl_error", statistics.mean("gen_kl_error"))
+            me.metrics.value("train/gen_kl_error", statistics.gen_kl_error)
             me.metrics.value("train/gen_logprob_error_max", statistics.max_gen_logprob_error)
         for name, total in statistics.sums.items():
-            if name not in ("num_tokens", "gen_kl_error"):
+            if name not in ("num_tokens", "gen_tokens", "gen_kl_error"):
                 me.metrics.mean(f"train/{name}", total, statistics.sums["num_tokens"])
     me.actor.finish_update()
 

@@ -3,6 +3,7 @@
     run_dir/checkpoints/step_000004/
         text/   __0_0.distcp __1_0.distcp .metadata metadata.json    Megatron's distributed format
                 loop.json                                            data positions, counters, table so far
+                asked.bin                                            open questions to teachers, if any
         image/  ...
         manifest.json                                                written last
 

@@ -51,10 +51,12 @@ from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
 from copd_megatron.topology.collectives import gather_messages
 from copd_megatron.topology.world import World
 from copd_megatron.untrusted.json_text import load_file, made
+from copd_megatron.untrusted.regular_file import read_regular
 
 logger = logging.getLogger(__name__)
 
 LOOP_STATE = "loop.json"
+ASKED = "asked.bin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class Saved:
     """Steps done."""
     loop_state: Mapping[str, Any]
     """The branch's, JSON types; the same on all its ranks."""
+    asked: bytes | None = None
+    """The branch's questions to its teachers that are open (``branch/lessons.py``); None: there are none."""
     teacher: WeightSnapshot | None
     config: str
     """YAML"""
@@ -236,6 +240,8 @@ class JointSaver:
                 files += write_metadata(folder, pending.writer.metadata, places)
             state = json.dumps(saved.loop_state, indent=1).encode()
             files.append(write_durably(folder / LOOP_STATE, state))
+            if saved.asked is not None:
+                files.append(write_durably(folder / ASKED, saved.asked))
         except OSError as error:
             return None, f"{folder}: {error.strerror or error}"
         return (
@@ -405,6 +411,23 @@ def load_checkpoint(
     if teacher is not None and version is not None:
         teacher = WeightSnapshot(version=version, tensors=teacher.tensors)
     return state, teacher
+
+
+def load_asked(world: World, run_dir: Path, manifest: Manifest) -> bytes | None:
+    """The branch's ``Saved.asked``, as ``load_checkpoint`` found the rest.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    name = f"{world.branch}/{ASKED}"
+    entry = next((file for file in manifest.branches[world.branch].files if file.path == name), None)
+    if entry is None:
+        return None
+    path = step_folder(run_dir, manifest.step) / name
+    try:
+        return read_regular(path, entry.num_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}; use an older checkpoint") from error
 
 
 @dataclass(frozen=True)

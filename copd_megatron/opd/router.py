@@ -1,15 +1,20 @@
 """The executor of the exchange plan: students' rows out, teachers' scores back.
 
 One exchange per OPD step, called by every rank of every branch, sees each branch both as student (of
-``graph.into``) and as teacher (of ``graph.out_of``). ``post`` is step 1, ``answer`` the others; what a branch
-computes in between hides the way of its rows, and how late the others are. ``exchange`` is both:
+``graph.into``) and as teacher (of ``graph.out_of``). It has three parts:
 
-1. Each lane's source posts its requests (no waiting) and each end posts the receives of its headers.
-2. For each edge in which it teaches, in the graph's order, a branch receives the lanes' rows, shares them
-   among its ranks, scores them on all ranks at once, and lane owners post the scores' way back.
-3. For each edge in which it learns, a branch receives the scores and shares them among its ranks.
+1. ``post``: each lane's source posts its requests (no waiting) and each end posts the receives of its
+   headers.
+2. ``teach``: for each edge in which it teaches, in the graph's order, a branch receives the lanes' rows,
+   shares them among its ranks, scores them on all ranks at once, and lane owners post the scores' way back.
+3. ``collect``: for each edge in which it learns, a branch receives the scores and shares them among its
+   ranks.
 
-Sends never wait before step 3 is done, and step 2 needs nothing but what step 1 posted, so no order of edges
+``answer`` is parts 2 and 3, ``exchange`` all three. What a branch computes between the parts hides the way of
+its rows, and how late the others are. Exchanges end in the order in which they were posted, and the next one
+may be posted before one has ended: its rows wait until their teacher comes to them.
+
+Sends never wait before part 3 is done, and part 2 needs nothing but what part 1 posted, so no order of edges
 can deadlock. Between branches every byte crosses once (see ``plan``); inside a branch, lanes are broadcast by
 their owners over the default group's Gloo part. Payload buffers and sends stay alive until their wait.
 """
@@ -17,8 +22,9 @@ their owners over the default group's Gloo part. Payload buffers and sends stay 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -71,6 +77,30 @@ class EdgeTraffic:
     """In the score function (teacher only)."""
 
 
+@dataclass(kw_only=True)
+class _Exchange:
+    """An exchange that has been posted and has not ended."""
+
+    number: int
+    asked: dict[Edge, list[ScoreRequest]]
+    """The rows of each edge into this branch."""
+    traffic: dict[Edge, EdgeTraffic]
+    lanes_of: dict[Edge, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """Which of these rows go over which lane."""
+    headers: dict[tuple[Lane, int], tuple[dist.Work, torch.Tensor]] = field(default_factory=dict)
+    taught: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """A send whose wait is still to come."""
+
+    exchange: int
+    kind: int
+    work: dist.Work
+    buffer: torch.Tensor
+
+
 class Router:
     """Carries rows and scores between branches. One per process; collective over the world.
 
@@ -106,12 +136,20 @@ class Router:
         self._index = {edge: i for i, edge in enumerate(graph.edges)}
         self._max_lanes = max((len(lanes) for lanes in self.plan.lanes.values()), default=1)
         self._exchange = 0
-        self._asked: dict[Edge, list[ScoreRequest]] = {}
-        """What is posted in this exchange."""
-        self._lanes_of: dict[Edge, tuple[tuple[int, ...], ...]] = {}
-        """Which rows of it go over which lane."""
-        self._sends: list[tuple[dist.Work, torch.Tensor]] = []
-        self._headers: dict[tuple[Lane, int], tuple[dist.Work, torch.Tensor]] = {}
+        """The number of the exchange that was posted last."""
+        self._open: deque[_Exchange] = deque()
+        """Those that have not ended, in their order."""
+        self._sends: list[_Sent] = []
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an exchange has been posted and has not ended."""
+        return bool(self._open)
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether this branch has scored the rows of the oldest open exchange."""
+        return bool(self._open) and self._open[0].taught
 
     def exchange(
         self, outgoing: Mapping[Edge, Sequence[ScoreRequest]], score: ScoreFunction
@@ -128,8 +166,14 @@ class Router:
                 with no rows, has nothing scored.
 
         Raises:
-            RouterError: an edge that is none of this branch's, or rows that cannot be sent.
+            RouterError: an edge that is none of this branch's, rows that cannot be sent, or two exchanges
+                that are open already.
         """
+        if len(self._open) == _PARITIES:
+            raise RouterError(
+                f"branch {self.world.branch} posts a third exchange while {self._open[0].number} and "
+                f"{self._open[1].number} are open; collect the answers of the first before"
+            )
         learning, teaching = self.graph.into(self.world.branch), self.graph.out_of(self.world.branch)
         if foreign := [edge.name for edge in outgoing if edge not in learning]:
             raise RouterError(
@@ -137,41 +181,86 @@ class Router:
                 f"{[edge.name for edge in learning]}"
             )
         self._exchange += 1
-        self.traffic = {edge: EdgeTraffic() for edge in (*learning, *teaching)}
-        self._asked = {edge: list(outgoing.get(edge, ())) for edge in learning}
-        with self._watch.operation(f"opd.post {self._exchange}"):
-            self._post_headers()
-            self._lanes_of = {edge: self._send_requests(edge, self._asked[edge]) for edge in learning}
+        this = _Exchange(
+            number=self._exchange,
+            asked={edge: list(outgoing.get(edge, ())) for edge in learning},
+            traffic={edge: EdgeTraffic() for edge in (*learning, *teaching)},
+        )
+        self._open.append(this)
+        with self._watch.operation(f"opd.post {this.number}"):
+            self._post_headers(this)
+            this.lanes_of = {edge: self._send_requests(this, edge) for edge in learning}
 
     def answer(self, score: ScoreFunction) -> dict[Edge, list[TeacherScore]]:
-        """Scores the rows that this branch teaches, and waits for the scores of those that it has posted.
+        """``teach(score)`` and ``collect()`` of the oldest open exchange, in which nothing of it stays under
+        way."""
+        this = self._open[0]
+        with self._watch.operation(f"opd.exchange {this.number}"):
+            self._teach_all(this, score)
+            scores = self._collect_all(this)
+            self._wait_for_sends(this.number)
+        return scores
+
+    def teach(self, score: ScoreFunction) -> None:
+        """Scores the rows that this branch teaches in the oldest open exchange; waits for the rows.
 
         Args:
             score: called for each edge out of this branch that has rows.
-
-        Returns:
-            For every edge into this branch, on all of its ranks, the scores in the rows' order.
 
         Raises:
             RouterError: a row or a score that cannot be right, or ranks that are not in the same exchange.
             CollectiveError: another rank died.
         """
-        asked, lanes = self._asked, self._lanes_of
-        with self._watch.operation(f"opd.exchange {self._exchange}"):
-            for edge in self.graph.out_of(self.world.branch):
-                self._teach(edge, score)
-            scores = {edge: self._receive_scores(edge, asked[edge], lanes[edge]) for edge in asked}
-            with self._watch.operation("opd.wait for sends"):
-                for work, _ in self._sends:
-                    work.wait()
-        self._sends.clear()
+        this = self._open[0]
+        with self._watch.operation(f"opd.exchange {this.number}"):
+            self._teach_all(this, score)
+
+    def collect(self) -> dict[Edge, list[TeacherScore]]:
+        """Waits for the scores of the rows that this branch has posted in the oldest open exchange, which
+        ends. The scores that it has sent in it may still be under way: it does not wait for its students.
+
+        Returns:
+            For every edge into this branch, on all of its ranks, the scores in the rows' order.
+
+        Raises:
+            RouterError, CollectiveError: as ``teach``.
+        """
+        this = self._open[0]
+        assert this.taught, "a branch that waits for answers has given its own"
+        with self._watch.operation(f"opd.exchange {this.number}"):
+            scores = self._collect_all(this)
+            self._wait_for_sends(this.number, but_scores=True)
         return scores
+
+    def _teach_all(self, this: _Exchange, score: ScoreFunction) -> None:
+        for edge in self.graph.out_of(self.world.branch):
+            self._teach(this, edge, score)
+        this.taught = True
+
+    def _collect_all(self, this: _Exchange) -> dict[Edge, list[TeacherScore]]:
+        scores = {edge: self._receive_scores(this, edge) for edge in this.asked}
+        self.traffic = this.traffic
+        self._open.popleft()
+        return scores
+
+    def _wait_for_sends(self, number: int, *, but_scores: bool = False) -> None:
+        """Waits until what was sent up to this exchange has left; ``but_scores``: not for its scores."""
+
+        def stays(sent: _Sent) -> bool:
+            return sent.exchange > number or (but_scores and (sent.exchange, sent.kind) == (number, SCORES))
+
+        with self._watch.operation("opd.wait for sends"):
+            for sent in self._sends:
+                if not stays(sent):
+                    sent.work.wait()
+        self._sends = [sent for sent in self._sends if stays(sent)]
 
     # Student.
 
-    def _send_requests(self, edge: Edge, requests: Sequence[ScoreRequest]) -> tuple[tuple[int, ...], ...]:
+    def _send_requests(self, this: _Exchange, edge: Edge) -> tuple[tuple[int, ...], ...]:
         """Post this rank's lanes of an edge; which rows go over which lane."""
-        self.traffic[edge].num_rows = len(requests)
+        requests = this.asked[edge]
+        this.traffic[edge].num_rows = len(requests)
         lanes = self.plan.lanes[edge]
         rows_of = split_rows([len(request.token_ids) for request in requests], len(lanes))
         for lane, positions in zip(lanes, rows_of, strict=True):
@@ -179,20 +268,19 @@ class Router:
                 message = pack_requests(
                     requests,
                     positions,
-                    exchange=self._exchange,
+                    exchange=this.number,
                     edge=self._index[edge],
                     lane=lane.index,
                     encoded=self._encoded,
                 )
-                self._send(lane, message, lane.destination)
+                self._send(this, lane, message, lane.destination)
         return rows_of
 
-    def _receive_scores(
-        self, edge: Edge, requests: Sequence[ScoreRequest], rows_of: tuple[tuple[int, ...], ...]
-    ) -> list[TeacherScore]:
+    def _receive_scores(self, this: _Exchange, edge: Edge) -> list[TeacherScore]:
+        requests, rows_of = this.asked[edge], this.lanes_of[edge]
         by_position: dict[int, TeacherScore] = {}
         with self._operation("opd.receive scores", edge):
-            messages = self._receive(edge, SCORES)
+            messages = self._receive(this, edge, SCORES)
         for lane, message, positions in zip(self.plan.lanes[edge], messages, rows_of, strict=True):
             origin = self._origin("scores", lane, lane.destination)
             # Every rank checks against its own rows, so ranks that hold other rows are found here.
@@ -212,10 +300,10 @@ class Router:
 
     # Teacher.
 
-    def _teach(self, edge: Edge, score: ScoreFunction) -> None:
-        lanes, traffic = self.plan.lanes[edge], self.traffic[edge]
+    def _teach(self, this: _Exchange, edge: Edge, score: ScoreFunction) -> None:
+        lanes, traffic = self.plan.lanes[edge], this.traffic[edge]
         with self._operation("opd.receive rows", edge):
-            messages = self._receive(edge, REQUESTS)
+            messages = self._receive(this, edge, REQUESTS)
         by_position: dict[int, ScoreRequest] = {}
         rows_of = []
         for lane, message in zip(lanes, messages, strict=True):
@@ -240,10 +328,10 @@ class Router:
         for lane, message, positions in zip(lanes, messages, rows_of, strict=True):
             if lane.destination == self.world.rank:
                 answer = pack_scores(
-                    scores, positions, exchange=self._exchange, edge=self._index[edge], lane=lane.index,
+                    scores, positions, exchange=this.number, edge=self._index[edge], lane=lane.index,
                     crc=message.header.ids_crc,
                 )  # fmt: skip
-                self._send(lane, answer, lane.source)
+                self._send(this, lane, answer, lane.source)
 
     def _check_ids(self, rows: Sequence[ScoreRequest | TeacherScore], origin: str) -> None:
         if self._vocab_size is not None:
@@ -251,27 +339,26 @@ class Router:
 
     # Transport.
 
-    def _post_headers(self) -> None:
-        """Post the receives of all headers that this rank will get in this exchange."""
-        self._headers = {}
+    def _post_headers(self, this: _Exchange) -> None:
+        """Post the receives of all headers that this rank will get in an exchange."""
         expected = [(lane, REQUESTS, lane.source) for lane in self.plan.receives_of(self.world.rank)]
         expected += [(lane, SCORES, lane.destination) for lane in self.plan.sends_of(self.world.rank)]
         for lane, kind, peer in expected:
             buffer = torch.empty(HEADER_FIELDS, dtype=torch.int64)
-            work = self.world.router.recv([buffer], peer, self._tag(lane, kind, 0))
-            self._headers[lane, kind] = (work, buffer)
+            work = self.world.router.recv([buffer], peer, self._tag(this, lane, kind, 0))
+            this.headers[lane, kind] = (work, buffer)
 
-    def _send(self, lane: Lane, message: Message, peer: int) -> None:
+    def _send(self, this: _Exchange, lane: Lane, message: Message, peer: int) -> None:
         kind = message.header.kind
         parts = [torch.from_numpy(message.header.pack())]
         if message.header.payload_bytes:
             parts.append(torch.from_numpy(message.payload))
         for part, buffer in enumerate(parts):
-            work = self.world.router.send([buffer], peer, self._tag(lane, kind, part))
-            self._sends.append((work, buffer))
-        self.traffic[lane.edge].sent_bytes += HEADER_BYTES + message.header.payload_bytes
+            work = self.world.router.send([buffer], peer, self._tag(this, lane, kind, part))
+            self._sends.append(_Sent(exchange=this.number, kind=kind, work=work, buffer=buffer))
+        this.traffic[lane.edge].sent_bytes += HEADER_BYTES + message.header.payload_bytes
 
-    def _receive(self, edge: Edge, kind: int) -> list[Message]:
+    def _receive(self, this: _Exchange, edge: Edge, kind: int) -> list[Message]:
         """All lanes' messages of one direction of an edge, by lane, on every rank of this branch."""
         start = time.perf_counter()
         lanes = self.plan.lanes[edge]
@@ -281,29 +368,29 @@ class Router:
         headers = torch.empty(len(lanes), HEADER_FIELDS, dtype=torch.int64)
         payload: torch.Tensor | None = None
         if own is not None:
-            headers[own], payload = self._receive_own(lanes[own], kind)
+            headers[own], payload = self._receive_own(this, lanes[own], kind)
         self._share(list(headers), owners)
         messages = []
         for i, lane in enumerate(lanes):
-            header = self._header(headers[i], lane, kind)
+            header = self._header(this, headers[i], lane, kind)
             mine = payload is not None and i == own
             buffer = payload if mine else torch.empty(header.payload_bytes, dtype=torch.uint8)
             assert buffer is not None
             messages.append((header, buffer))
         self._share([buffer for _, buffer in messages], owners)
-        self.traffic[edge].wait_seconds += time.perf_counter() - start
+        this.traffic[edge].wait_seconds += time.perf_counter() - start
         return [Message(header=header, payload=buffer.numpy()) for header, buffer in messages]
 
-    def _receive_own(self, lane: Lane, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _receive_own(self, this: _Exchange, lane: Lane, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Header and payload of the lane that this rank owns."""
-        work, header_buffer = self._headers.pop((lane, kind))
+        work, header_buffer = this.headers.pop((lane, kind))
         work.wait()
-        header = self._header(header_buffer, lane, kind)
+        header = self._header(this, header_buffer, lane, kind)
         payload = torch.empty(header.payload_bytes, dtype=torch.uint8)
         if header.payload_bytes:
             peer = lane.source if kind == REQUESTS else lane.destination
-            self.world.router.recv([payload], peer, self._tag(lane, kind, 1)).wait()
-        self.traffic[lane.edge].received_bytes += HEADER_BYTES + header.payload_bytes
+            self.world.router.recv([payload], peer, self._tag(this, lane, kind, 1)).wait()
+        this.traffic[lane.edge].received_bytes += HEADER_BYTES + header.payload_bytes
         return header_buffer, payload
 
     def _share(self, buffers: Sequence[torch.Tensor], owners: Sequence[int]) -> None:
@@ -321,18 +408,18 @@ class Router:
             assert work is not None
             work.wait()
 
-    def _header(self, values: torch.Tensor, lane: Lane, kind: int) -> Header:
+    def _header(self, this: _Exchange, values: torch.Tensor, lane: Lane, kind: int) -> Header:
         what, peer = ("rows", lane.source) if kind == REQUESTS else ("scores", lane.destination)
         return Header.unpack(
-            values.numpy(), self._origin(what, lane, peer), kind=kind, exchange=self._exchange,
+            values.numpy(), self._origin(what, lane, peer), kind=kind, exchange=this.number,
             edge=self._index[lane.edge], lane=lane.index,
         )  # fmt: skip
 
-    def _tag(self, lane: Lane, kind: int, part: int) -> int:
+    def _tag(self, this: _Exchange, lane: Lane, kind: int, part: int) -> int:
         """Unique among the messages that two ranks can have under way: an exchange overlaps only with the
         next."""
         tag = self._index[lane.edge] * self._max_lanes + lane.index
-        return ((tag * _KINDS + kind) * _PARTS + part) * _PARITIES + self._exchange % _PARITIES
+        return ((tag * _KINDS + kind) * _PARTS + part) * _PARITIES + this.number % _PARITIES
 
     def _operation(self, what: str, edge: Edge) -> Operation:
         ranks = (*self.world.branch_ranks[edge.student], *self.world.branch_ranks[edge.teacher])

@@ -387,7 +387,7 @@ class MegatronActor:
                 for name, value in values.items():
                     tally.add(prefix + name, value)
             tally.add("loss", result.loss)
-            tally_mismatch(tally, placed, rows, logprobs.detach())
+            tally_mismatch(tally, placed, rows, logprobs.detach(), self.version)
             return result.loss
 
         for module in self.modules:

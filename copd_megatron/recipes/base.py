@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from copd_megatron.branch.schedule import Step, exchange_due
+from copd_megatron.branch.schedule import Step, in_step
 from copd_megatron.branch.state import Batch, Branch
 from copd_megatron.config import Config
 from copd_megatron.config.graph import build_graph
@@ -28,9 +28,9 @@ class Recipe:
     distils: bool = True
     """Whether a stage makes rows of the graph's edges, or asks other branches anything."""
 
-    def exchanges(self, config: Config, step: Step) -> bool:
-        """Whether anything crosses between branches in a step, so that each waits for the others."""
-        return self.distils and exchange_due(config, step)
+    def in_step(self, config: Config, step: Step) -> bool:
+        """Whether the branches end a step together. Otherwise they go on, and agree one step later."""
+        return self.distils and in_step(config, step)
 
     def check(self, config: Config) -> None:
         """Refuses a configuration whose edges no stage would use.

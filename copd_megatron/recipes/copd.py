@@ -5,9 +5,9 @@ frozen expert), distillation from several teachers into one student, and one-way
 12 of Algorithm 1.
 """
 
-from copd_megatron.branch.cross import cross
+from copd_megatron.branch.cross import answer, cross
 from copd_megatron.branch.native import native
 from copd_megatron.branch.update import sync, update
 from copd_megatron.recipes.base import Recipe
 
-RECIPE = Recipe(stages=(native, cross, update, sync))
+RECIPE = Recipe(stages=(answer, native, cross, update, sync))

@@ -84,6 +84,7 @@ def panels(runs: Sequence[RunHistory]) -> list[Panel]:
             from_zero=True,
         ),
         _plain(runs, "grad_norm", "gradient norm before clipping", "", log=True),
+        _ahead(runs),
         *_times(runs),
     ]
     return [panel for panel in found if panel.curves]
@@ -254,6 +255,16 @@ def _plain(
 ) -> Panel:
     named = [run.named("", f"/train/{metric}") for run in runs]
     return Panel(title=title, curves=combined(runs, named), help=note, log=log, from_zero=from_zero)
+
+
+def _ahead(runs: Sequence[RunHistory]) -> Panel:
+    """Only of runs with ``opd.max_teacher_lag``."""
+    return Panel(
+        title="steps ahead of the slowest branch",
+        curves=combined(runs, [run.named("", "/perf/steps_ahead") for run in runs]),
+        help="At the beginning of the step. A branch that is always ahead is the faster one.",
+        from_zero=True,
+    )
 
 
 def _times(runs: Sequence[RunHistory]) -> list[Panel]:

@@ -32,6 +32,7 @@ def problems(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
     yield from _objectives_fit(config, graph)
     yield from _verdicts(config, graph)
     yield from _peers_sample(config, graph)
+    yield from _lag(config, graph)
     yield from _ids(config, graph, shapes)
 
 
@@ -169,6 +170,49 @@ def _peers_sample(config: Config, graph: Graph) -> Iterator[str]:
             yield (
                 f"opd.gate.scope: {config.opd.gate.scope.value}, but teacher {edge.teacher!r} is frozen and "
                 f"cannot answer the prompts it would teach on; set opd.gate.scope=none"
+            )
+
+
+_MOST_LAG = 1
+
+
+def _lag(config: Config, graph: Graph) -> Iterator[str]:
+    """Teachers that may lag have something to answer, and nothing is asked that cannot wait for a step."""
+    opd, lag = config.opd, config.opd.max_teacher_lag
+    if not lag:
+        return
+    if lag > _MOST_LAG:
+        yield (
+            f"opd.max_teacher_lag: {lag} is more than {_MOST_LAG}: with 1, each branch can already be half a "
+            f"step ahead at any time; more makes the samples older and hides hardly more waiting; use 1"
+        )
+    if lag > config.training.max_weight_lag:
+        yield (
+            f"opd.max_teacher_lag: {lag} trains on responses that weights {lag} update older have sampled, "
+            f"training.max_weight_lag={config.training.max_weight_lag} forbids it; set "
+            f"training.max_weight_lag={lag}"
+        )
+    if not graph.links.edges:
+        yield (
+            f"opd.max_teacher_lag: {lag}, but nothing crosses between branches here, so nobody waits for a "
+            f"teacher; set opd.max_teacher_lag=0"
+        )
+    schedule = config.schedule
+    if max(schedule.opd_steps, schedule.rlvr_steps if opd.behaviour.num_states else 0) < 2:
+        yield (
+            f"opd.max_teacher_lag: {lag} has no effect with schedule.opd_steps={schedule.opd_steps}: "
+            f"branches meet at the first step of a phase, and can be apart from its second step on; set "
+            f"opd.max_teacher_lag=0, or longer phases"
+        )
+    waits = {
+        f"opd.gate.scope={opd.gate.scope.value}": opd.gate.scope is not Gate.none,
+        "opd.edges[].peer": any(edge.peer is not None for edge in graph.edges),
+    }
+    for setting, is_on in waits.items():
+        if is_on:
+            yield (
+                f"opd.max_teacher_lag: {lag} with {setting}, which has other branches write in the same step "
+                f"and waits for them, so nobody can be ahead; set opd.max_teacher_lag=0, or switch it off"
             )
 
 

@@ -143,6 +143,15 @@ class OPDConfig:
     """Share of the live weights in each step's average with ``ema``."""
     snapshot_every_steps: PositiveInt = 1
     """OPD steps between renewals with ``every_n_steps``."""
+    max_teacher_lag: NonNegativeInt = 0
+    """Steps by which a branch may be ahead of another within a phase, 0 or 1. 0: branches that exchange
+    anything end every step together. 1: the responses to be taught (and the probes of ``behaviour``) are
+    sampled and sent to the teachers one step before they are learned from; the teachers score them at the
+    beginning of the step that learns, with the weights that ``teacher_mode`` says, as of that step. So
+    branches of equal speed wait less for whoever happens to be slow in a step, and a frozen teacher scores
+    while its student goes on; a branch that is always faster still waits for the others at the end of the
+    phase. The rows are one update old, which the importance ratio accounts for, and the numbers depend on
+    the seed alone, not on speed. Needs ``training.max_weight_lag`` of at least 1."""
     behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
     """How alike the branches stay, as metrics."""
 

@@ -103,7 +103,7 @@ class TrainingConfig:
     save memory."""
     max_weight_lag: NonNegativeInt = 0
     """Steps by which the weights that sampled a response may lie behind those that train on it. 0: none;
-    partial rollouts need more."""
+    partial rollouts and ``opd.max_teacher_lag`` need more."""
     max_grad_norm: PositiveFloat | None = None
     """Skip an update whose gradient norm, before clipping, is above this; weights and optimizer stay as they
     were. Null: no bound. Updates with a NaN or an infinity are skipped always."""

@@ -23,10 +23,15 @@ class BatchStatistics:
     terms: dict[str, float]
     sums: dict[str, float]
     """As in ``objectives.base.LossOutput.statistics``, with the key ``num_tokens``; and ``gen_kl_error``, the
-    k3 estimate of KL(rollout engine || trainer), which means something only while the weights are those
-    that sampled."""
+    k3 estimate of KL(rollout engine || trainer) over the ``gen_tokens`` of rows that the batch's version of
+    the weights sampled. Once an update has changed these it means nothing."""
     max_gen_logprob_error: float
-    """Largest |log-probability under the trainer - under the rollout engine| of an unmasked token."""
+    """Largest |log-probability under the trainer - under the rollout engine| of one of these tokens."""
+
+    @property
+    def gen_kl_error(self) -> float:
+        """Mean over ``gen_tokens``."""
+        return self.sums.get("gen_kl_error", math.nan) / max(self.sums.get("gen_tokens", 0.0), 1.0)
 
     def mean(self, name: str) -> float:
         """Mean over unmasked tokens."""
@@ -72,13 +77,20 @@ def _read(values: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
 
-def tally_mismatch(tally: Tally, batch: MicroBatchRows, rows: Sequence[TrainRow], logprobs: Tensor) -> None:
-    """How far the trainer's log-probabilities are from the rollout engine's, on one micro-batch."""
+def tally_mismatch(
+    tally: Tally, batch: MicroBatchRows, rows: Sequence[TrainRow], logprobs: Tensor, version: int
+) -> None:
+    """How far the trainer's log-probabilities are from the rollout engine's, on one micro-batch.
+
+    Rows that other weights than ``version`` sampled are left out: they differ for another reason.
+    """
     known = [row.rollout_logprobs for row in rows]
     if not batch.rows or any(value is None for value in known):
         return
-    mask = flatten(batch.rows, [row.loss_mask for row in rows], logprobs.device) > 0
+    masks = [row.loss_mask * (row.weight_version == version) for row in rows]
+    mask = flatten(batch.rows, masks, logprobs.device) > 0
     rollout = flatten(batch.rows, [value for value in known if value is not None], logprobs.device)
     difference = torch.where(mask, logprobs - rollout, 0.0)
+    tally.add("sum/gen_tokens", mask.sum())
     tally.add("sum/gen_kl_error", (torch.expm1(difference) - difference).sum())
     tally.maximum("gen_logprob_error", difference.abs().max())
