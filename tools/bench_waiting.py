@@ -12,9 +12,11 @@ which nothing crosses, and steps of Phase II with rows both ways.
 
 ``together``: the order of work that keeps the branches in step: figures gathered in every step, questions
 sent after the branch's own scoring. ``apart``: the trainer's: nobody waits where nothing crosses, questions
-sent before. ``waiting`` is the share of a branch's time that it neither computes nor packs; ``link`` is what
+sent before. ``lag 1``: the trainer's with ``opd.max_teacher_lag=1``: questions sent a step before they are
+learned from. ``waiting`` is the share of a branch's time that it neither computes nor packs; ``link`` is what
 the link adds to the time of the run. With branches of unequal speed and equally many steps, the faster one
 waits for the difference whatever the order; the slower one's share is what the order is to blame for.
+``frozen``: the second branch only teaches, which takes ``--frozen-teaching`` of the student's step.
 
 The link is a pair of tunnel devices in network namespaces, with a process between them that holds every
 packet back: it needs neither ``tc netem`` nor anything from the kernel but namespaces and /dev/net/tun.
@@ -45,9 +47,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 NAMES = ("hub", "spoke")
+ORDERS = ("together", "apart", "lag 1")
+SPEEDS = {"1 : 1": 1.0, "1 : 2": 0.5, "frozen": 1.0}
+"""How long the second branch takes for what the first one does in a second."""
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
-PARTS = {"sampling": 0.45, "own": 0.1, "teaching": 0.1, "update": 0.35}
-"""Shares of a Phase II step. Phase I has neither ``own`` nor ``teaching``."""
+PARTS = {"native": 0.225, "cross": 0.225, "own": 0.1, "teaching": 0.1, "update": 0.35}
+"""Shares of a Phase II step: sampling of both kinds of rows, scoring, teaching, update. Phase I has neither
+``own`` nor ``teaching``."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=64, help="per direction and step")
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
     parser.add_argument("--response", type=int, default=512, help="tokens")
+    parser.add_argument("--frozen-teaching", type=float, default=0.5, help="share of the student's step")
     parser.add_argument("--link", action="store_true", help="also over an emulated link")
     parser.add_argument("--mbit", type=float, default=100.0, help="of the link, each way")
     parser.add_argument("--round-trip-ms", type=float, default=50.0, help="of the link")
@@ -82,21 +89,28 @@ def branch_of(settings: dict[str, Any]) -> dict[str, float]:
 
     config = load_config(ROOT / "configs/two_branch_tiny.yaml")
     config.branches = dict(zip(NAMES, config.branches.values(), strict=True))
+    config.branches[NAMES[1]].frozen = settings["frozen"]
     ranks = {name: [number] for number, name in enumerate(NAMES)}
     found: dict[str, float] = {}
     with init_world(ranks, device="cpu", timeout_seconds=120, run_id="bench") as world:
-        router, notes, clock = Router(world, build_graph(config)), Notes(world, "metrics"), StepClock()
+        router, clock = Router(world, build_graph(config)), StepClock()
         work = Work(settings, world.rank)
+        notes = {phase: Notes(world, f"metrics {phase}") for phase in ("rlvr", "opd")}
         world.watch.recorder = clock.operation
         world.barrier("begin")
-        for phase in ("rlvr", "opd"):
+        for phase in notes:
+            work.begin_phase()
             clock.restart()
             for number in range(settings["steps"]):
-                work.do("sampling")
-                if phase == "opd":
-                    _exchange(router, work, together=settings["together"])
+                if phase == "rlvr":
+                    work.sample(number, "native", "cross")
+                elif settings["order"] == "lag 1":
+                    _ahead(router, work, number, settings["steps"])
+                else:
+                    _exchange(router, work, number, together=settings["order"] == "together")
                 work.do("update")
-                _hand_over(world, notes, number, apart=phase == "rlvr" and not settings["together"])
+                gathers = settings["order"] == "together" or (phase, settings["order"]) == ("opd", "apart")
+                _hand_over(world, notes[phase], number, gathers=gathers)
             world.barrier("end of the phase")
             seconds, parts = clock.lap()
             found |= {phase: seconds, f"{phase} computing": work.taken()}
@@ -110,13 +124,26 @@ class Work:
     def __init__(self, settings: dict[str, Any], rank: int) -> None:
         self._rng = random.Random(rank)
         self._step = settings["step_seconds"] * settings["speeds"][rank]
-        self._spread = settings["spread"]
+        self._steps, self._spread = settings["steps"], settings["spread"]
+        self._parts = dict(PARTS)
+        if settings["frozen"]:
+            only = {"teaching": settings["frozen_teaching"]} if rank else PARTS | {"teaching": 0.0}
+            self._parts = dict.fromkeys(PARTS, 0.0) | only
+        self._chances: list[float] = []
         self._seconds = 0.0
         self.rows, self.prompt, self.response = (settings[k] for k in ("rows", "prompt", "response"))
 
-    def do(self, part: str) -> None:
-        chance = self._rng.uniform(1 - self._spread, 1 + self._spread) if part == "sampling" else 1.0
-        seconds = self._step * PARTS[part] * chance
+    def begin_phase(self) -> None:
+        """Draws how long sampling takes in each of its steps: the same in every order of work."""
+        self._chances = [self._rng.uniform(1 - self._spread, 1 + self._spread) for _ in range(self._steps)]
+
+    def sample(self, number: int, *kinds: str) -> None:
+        """Samples rows of these kinds for a step."""
+        for kind in kinds:
+            self.do(kind, self._chances[number])
+
+    def do(self, part: str, chance: float = 1.0) -> None:
+        seconds = self._step * self._parts[part] * chance
         time.sleep(seconds)
         self._seconds += seconds
 
@@ -126,38 +153,65 @@ class Work:
         return seconds
 
 
-def _exchange(router: Any, work: Work, *, together: bool) -> None:
-    """The cross rows of a step, one edge each way."""
+def _exchange(router: Any, work: Work, number: int, *, together: bool) -> None:
+    """Sampling and the cross rows of a step, one edge each way."""
+    work.sample(number, "native", "cross")
+    if together:
+        work.do("own")
+    _post(router, work)
+    if not together:
+        work.do("own")
+    router.answer(_teacher(work))
+
+
+def _ahead(router: Any, work: Work, number: int, steps: int) -> None:
+    """The same with ``opd.max_teacher_lag=1``: the cross rows are those of the next step."""
+    if number:
+        router.teach(_teacher(work))
+    work.sample(number, "native")
+    for asked in (number, number + 1) if number == 0 else (number + 1,):
+        if asked < steps:
+            work.sample(asked, "cross")
+            _post(router, work)
+            work.do("own")
+    if number:
+        router.collect()
+    else:
+        router.answer(_teacher(work))
+
+
+def _post(router: Any, work: Work) -> None:
     import numpy as np
 
-    from copd_megatron.opd.records import ScoreRequest, TeacherScore
+    from copd_megatron.opd.records import ScoreRequest
     from copd_megatron.records import Ask
 
     ids = np.zeros(work.prompt + work.response, dtype=np.int32)
+    ask = Ask(tokens=True)
     rows = [
-        ScoreRequest(
-            row_id=i, token_ids=ids, prompt_length=work.prompt, weight_version=0, ask=Ask(tokens=True)
-        )
+        ScoreRequest(row_id=i, token_ids=ids, prompt_length=work.prompt, weight_version=0, ask=ask)
         for i in range(work.rows)
     ]
+    router.post(dict.fromkeys(router.graph.into(router.world.branch), rows))
+
+
+def _teacher(work: Work) -> Any:
+    import numpy as np
+
+    from copd_megatron.opd.records import TeacherScore
 
     def teach(edge: Any, asked: list[Any]) -> list[Any]:
         work.do("teaching")
         said = np.zeros(work.response, dtype=np.float32)
         return [TeacherScore(row_id=r.row_id, weight_version=0, logprobs=said) for r in asked]
 
-    if together:
-        work.do("own")
-    router.post(dict.fromkeys(router.graph.into(router.world.branch), rows))
-    if not together:
-        work.do("own")
-    router.answer(teach)
+    return teach
 
 
-def _hand_over(world: Any, notes: Any, number: int, *, apart: bool) -> None:
+def _hand_over(world: Any, notes: Any, number: int, *, gathers: bool) -> None:
     """A step's figures: to all at once, or left for those who come later."""
     figures = {f"{world.branch}/figure/{i}": float(i) for i in range(60)}
-    if not apart:
+    if gathers:
         world.all_gather_objects(figures, "metrics.gather")
         world.all_gather_objects((None, False, True), "checkpoint.agree")
         return
@@ -242,10 +296,11 @@ def _forward(spaces: list[str], bytes_per_second: float, delay: float, *, ready:
 # ---- all runs --------------------------------------------------------------------------------------------
 
 
-def run(options: argparse.Namespace, *, together: bool, ratio: float, spaces: list[str] | None) -> Any:
+def run(options: argparse.Namespace, *, order: str, speeds: str, spaces: list[str] | None) -> Any:
     """Both branches' figures of one run."""
-    settings = {name: getattr(options, name) for name in ("steps", "spread", "rows", "prompt", "response")}
-    settings |= {"step_seconds": options.step_seconds, "speeds": [1.0, ratio], "together": together}
+    names = ("steps", "spread", "rows", "prompt", "response", "step_seconds", "frozen_teaching")
+    settings = {name: getattr(options, name) for name in names}
+    settings |= {"speeds": [1.0, SPEEDS[speeds]], "order": order, "frozen": speeds == "frozen"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -271,18 +326,17 @@ def run(options: argparse.Namespace, *, together: bool, ratio: float, spaces: li
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All runs, ``together`` and ``apart`` in turn."""
+    """All runs, the orders of work in turn."""
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         places: dict[str, list[str] | None] = {"none": None}
         if options.link:
             places["slow"] = stack.enter_context(link(options.mbit, options.round_trip_ms / 2000))
-        for ratio in (1.0, 0.5):
+        for speeds in SPEEDS:
             for where, spaces in places.items():
-                for together in (True, False):
-                    found = run(options, together=together, ratio=ratio, spaces=spaces)
-                    order = "together" if together else "apart"
-                    rows.append({"speeds": f"1 : {1 / ratio:g}", "link": where, "order": order} | _row(found))
+                for order in ORDERS:
+                    found = run(options, order=order, speeds=speeds, spaces=spaces)
+                    rows.append({"speeds": speeds, "link": where, "order": order} | _row(found))
     for row in rows:
         for phase in ("rlvr", "opd"):
             near = next(
