@@ -17,6 +17,7 @@ from copd_megatron.evaluation.table import save_table
 from copd_megatron.report.behaviour import behaviour_lines, sparkline
 from copd_megatron.report.curves import save_plots, write_report
 from copd_megatron.report.history import RunHistory, read_run
+from copd_megatron.report.panels import panels as all_panels
 
 
 def write_run(folder: Path, num_steps: int = 20, extra: Mapping[str, Sequence[float]] | None = None) -> Path:
@@ -46,6 +47,15 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
     gap = history.series["copd/teacher_gap/text<-image"]
     assert all(map(math.isnan, gap[:10])) and set(gap[10:]) == {-0.1}
     assert history.accuracy["merged"]["text"] == 0.75 and history.domains == ("text",)
+
+
+def test_steps_ahead_are_shown_where_a_run_lets_branches_be_ahead(tmp_path: Path) -> None:
+    plain = read_run(write_run(tmp_path / "plain", 4))
+    lagging = write_run(tmp_path / "lag", 4, {"text/perf/steps_ahead": [0.0, 1.0, 1.0, 0.0]})
+    title = "steps ahead of the slowest branch"
+    assert title not in [panel.title for panel in all_panels([plain])]
+    (panel,) = (panel for panel in all_panels([read_run(lagging)]) if panel.title == title)
+    assert [(curve.label, curve.values) for curve in panel.curves] == [("text", (0.0, 1.0, 1.0, 0.0))]
 
 
 def test_a_step_that_was_run_again_counts_once_as_written_last(tmp_path: Path) -> None:

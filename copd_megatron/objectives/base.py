@@ -53,13 +53,13 @@ class Material:
     component: str
     """Name that the rows get."""
     old_logprobs: Sequence[FloatArray] | None = None
-    """[R] each, under the learning branch's actor at the start of the step; None: not computed."""
+    """[R] each, under the learning branch's actor as it sampled them; None: not computed."""
     reference_logprobs: Sequence[FloatArray] | None = None
     """[R] each, under the base model; None: there is no KL term."""
     teacher_logprobs: Sequence[FloatArray] | None = None
     """[R] each, under the teacher; None: no teacher was asked for them."""
     own_top: Sequence[TopK] | None = None
-    """[R, k] each, the learning branch's likeliest ids at the start of the step (``asks_own.top_k``)."""
+    """[R, k] each, the learning branch's likeliest ids as it sampled them (``asks_own.top_k``)."""
     teacher_top: Sequence[TopK] | None = None
     """[R, k] each, the teacher's likeliest ids (``asks.top_k``)."""
     teacher_on_support: Sequence[FloatArray] | None = None

@@ -187,8 +187,8 @@ def cross_rows(
     Args:
         rollouts: sampled by the student; rewards are not read and may be missing.
         teacher_logprobs: one [R] per rollout, under ``teacher``.
-        student_logprobs: one [R] per rollout, under the student's actor at the start of the step; they
-            become the rows' ``old_logprobs``.
+        student_logprobs: one [R] per rollout, under the student's actor as it sampled them; they become the
+            rows' ``old_logprobs``.
         component: name that the rows get.
         teacher: the branch that scored, for messages.
         beta: the edge's strength.
