@@ -67,25 +67,31 @@ def run(folders: Sequence[SeedFolder], comparison: str, names: Sequence[str], co
     run_jobs(jobs, cores=cores, say=_say, prepare=warm_up)
 
 
-def select(folders: Sequence[SeedFolder]) -> dict[str, Any]:
-    """The criteria's figures on what was measured of the tuning seeds."""
+def criteria_of(folders: Sequence[SeedFolder]) -> list[dict[str, Any]]:
+    """The criteria's figures on the seeds of which all needed models were measured."""
     from copd_megatron.reproduction.criteria import criteria
     from copd_megatron.reproduction.scores import read_scores
 
     first = folders[0]
     domains = list(first.config("two").branches)
-    world = first.setting.material(first.seed).world
-    lengths = {d.name: response_length(d) for d in world.domains}
+    lengths = {d.name: response_length(d) for d in first.setting.material(first.seed).world.domains}
     labels = ["base", "mixed_longer", *(f"expert.{d}" for d in domains)]
-    seeds = [{label: read_scores(f.scores("two", "greedy"), label) for label in labels} for f in folders]
-    found = criteria(domains, seeds, lengths)
-    for criterion in found:
-        met = "met" if criterion.met else "NOT MET" if criterion.required else "not met (no condition)"
-        _say(f"{criterion.text}: {criterion.figures}: {met}")
+    places = [folder.scores("two", "greedy") for folder in folders]
+    whole = [place for place in places if all((place / f"{label}.json").is_file() for label in labels)]
+    seeds = [{label: read_scores(place, label) for label in labels} for place in whole]
+    return [asdict(criterion) for criterion in criteria(domains, seeds, lengths)] if seeds else []
+
+
+def select(folders: Sequence[SeedFolder]) -> dict[str, Any]:
+    """The criteria's figures on what was measured of the tuning seeds."""
+    found = criteria_of(folders)
+    for each in found:
+        met = "met" if each["met"] else "NOT MET" if each["required"] else "not met (no condition)"
+        _say(f"{each['text']}: {each['figures']}: {met}")
     return {
-        "why": first.setting.why,
+        "why": folders[0].setting.why,
         "seeds": [folder.seed for folder in folders],
-        "criteria": [asdict(criterion) for criterion in found],
+        "criteria": found,
     }
 
 
@@ -99,6 +105,7 @@ def write_page(root: Path, setting: settings.Setting, room: Path) -> None:
     results: dict[str, Any] = {
         "setting": asdict(setting),
         "selection": _read(root / "selection.json"),
+        "criteria": criteria_of(folders),
         "machine": f"{os.cpu_count()} cores of {platform.machine()}",
         "core_seconds": sum(load_file(path)["core_seconds"] for path in root.glob("*/seed_*/**/jobs/*.json")),
         "comparisons": {},

@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from copd_megatron.reproduction.arms import COMPARISONS
+from copd_megatron.reproduction.claims import FAILS, HOLDS, OPEN
 from copd_megatron.reproduction.setting import SETTINGS
 
 _TABLES = {
-    "two": "Two branches (the paper's Table 1)",
+    "two": "Two branches (the paper's Tables 1 and 3)",
     "three": "Three branches (the paper's Table 2)",
     "four": "Four branches",
 }
+_BY_SEED = (
+    "Seed by seed, mean of the domains, greedy. Seeds differ more than arms do, so compare along columns."
+)
 _CAPTIONS = {
     "arms.svg": "Two branches: all arms, mean of the domains, greedy, with 95 % intervals.",
     "likeness.svg": "Overlap and symmetric KL between the branches by step (the paper's Fig. 4). Lines: mean "
@@ -36,14 +40,20 @@ def page(results: Mapping[str, Any], introduction: str, figures: Sequence[str]) 
         figures: file names in ``figures/``.
     """
     parts = [introduction.rstrip(), "## The choice of the setting", _selection(results["selection"])]
-    two = results["comparisons"].get("two")
+    if results.get("criteria"):
+        parts += ["The same criteria on the seeds of the comparison:", _criteria(results["criteria"])]
     if not results["comparisons"]:
         parts.append("No arm has been measured yet.")
-    if two is not None and two["claims"]:
-        parts += ["## What holds", _claims(two)]
+    claimed = {name: found for name, found in results["comparisons"].items() if found["claims"]}
+    if claimed:
+        parts.append("## What holds")
+    for name in _TABLES:
+        if name in claimed:
+            parts += [f"### {_TABLES[name]}", _in_short(claimed[name]), _claims(claimed[name])]
     for name, title in _TABLES.items():
         if name in results["comparisons"]:
-            parts += [f"## {title}", _table(name, results["comparisons"][name])]
+            found = results["comparisons"][name]
+            parts += [f"## {title}", _table(name, found), _BY_SEED, _by_seed(name, found)]
     if figures:
         parts += [
             "## Figures",
@@ -64,17 +74,30 @@ def _selection(selection: Mapping[str, Any]) -> str:
             "",
             f"**{name}** (seeds {seeds}): {found['why']}.",
             "",
-            "| criterion | found | met |",
-            "|---|---|---|",
-            *(f"| {c['text']} | {c['figures']} | {_met(c)} |" for c in found["criteria"]),
+            _criteria(found["criteria"]),
         ]
     return "\n".join(lines)
+
+
+def _criteria(found: Sequence[Mapping[str, Any]]) -> str:
+    rows = [f"| {c['text']} | {c['figures']} | {_met(c)} |" for c in found]
+    return "\n".join(["| criterion | found | met |", "|---|---|---|", *rows])
 
 
 def _met(criterion: Mapping[str, Any]) -> str:
     if criterion["met"]:
         return "yes"
     return "no" if criterion["required"] else "no (no condition)"
+
+
+def _in_short(comparison: Mapping[str, Any]) -> str:
+    """How many claims came out which way, and which."""
+    lines = []
+    for verdict in (HOLDS, FAILS, OPEN):
+        texts = [c["claim"]["text"] for c in comparison["claims"] if c["verdict"] == verdict]
+        if texts:
+            lines.append(f"- **{verdict}** ({len(texts)}): {'; '.join(texts)}")
+    return "\n".join(lines)
 
 
 def _claims(comparison: Mapping[str, Any]) -> str:
@@ -109,6 +132,18 @@ def _table(name: str, comparison: Mapping[str, Any]) -> str:
     ]
     rows += [_row(comparison, label, f"{label} (not merged)", domains) for label in others]
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows])
+
+
+def _by_seed(name: str, comparison: Mapping[str, Any]) -> str:
+    arms = [arm for arm in COMPARISONS[name] if arm.name in comparison["models"]]
+    seeds = sorted({seed for arm in arms for seed in comparison["models"][arm.name]["seeds"]})
+    rows = []
+    for arm in arms:
+        per = comparison["models"][arm.name]["per_seed"]
+        cells = [f"{100 * per[str(s)]['mean']:.1f}" if str(s) in per else "" for s in seeds]
+        rows.append(f"| {comparison['titles'][arm.name]} | " + " | ".join(cells) + " |")
+    head = "| arm | " + " | ".join(f"seed {seed}" for seed in seeds) + " |"
+    return "\n".join([head, "|---" * (len(seeds) + 1) + "|", *rows])
 
 
 def _row(comparison: Mapping[str, Any], label: str, title: str, domains: Sequence[str]) -> str:
