@@ -119,7 +119,10 @@ def write_page(root: Path, setting: settings.Setting, room: Path) -> None:
     (room / "results.json").write_text(text + "\n", encoding="utf-8")
     drawn = draw_all(results, room / "figures")
     introduction = (ROOM / "introduction.md").read_text(encoding="utf-8")
-    (room / "README.md").write_text(page(results, introduction, drawn), encoding="utf-8")
+    words = room / "findings.md"  # of the results that were there when somebody read them
+    findings = words.read_text(encoding="utf-8") if words.is_file() else ""
+    text = page(results, introduction, drawn, findings=findings)
+    (room / "README.md").write_text(text, encoding="utf-8")
     _say(f"written: {room / 'README.md'}, results.json, {len(drawn)} figures")
 
 

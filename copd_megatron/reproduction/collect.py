@@ -46,6 +46,7 @@ def collect(comparison: str, folders: Sequence[SeedFolder]) -> dict[str, Any]:
             label: {
                 "seeds": sorted(seeds),
                 **{mode: _figures(scores[mode].get(label, {}), domains) for mode in MODES},
+                "against_copd": _against(greedy, label),
                 "per_seed": {
                     str(s): {d: macro(v, d) for d in [*domains, MEAN]} for s, v in sorted(seeds.items())
                 },
@@ -75,6 +76,14 @@ def _scores(comparison: str, folders: Sequence[SeedFolder], mode: str) -> Scores
 def _figures(seeds: Mapping[int, DomainValues], domains: Sequence[str]) -> dict[str, Any]:
     values = [seeds[seed] for seed in sorted(seeds)]
     return {domain: asdict(estimate(values, domain)) for domain in [*domains, MEAN]} if values else {}
+
+
+def _against(scores: Scores, label: str) -> dict[str, float] | None:
+    """How much a model solves more than CoPD's, mean of the domains, on the seeds that both have."""
+    copd = scores.get("copd", {})
+    if label == "copd" or not set(copd) & set(scores[label]):
+        return None
+    return asdict(difference(scores[label], copd))
 
 
 def _budgets(comparison: str, folders: Sequence[SeedFolder], names: Mapping[str, str]) -> dict[str, Any]:

@@ -15,9 +15,12 @@ _TABLES = {
     "three": "Three branches (the paper's Table 2)",
     "four": "Four branches",
 }
-_BY_SEED = (
-    "Seed by seed, mean of the domains, greedy. Seeds differ more than arms do, so compare along columns."
+_READING = (
+    "Percent of held-out prompts answered rightly, greedily unless it says sampled, with 95 % intervals. "
+    "Seeds differ far more than arms do, and not all arms have all seeds. So arms are compared by the "
+    "column of differences, seed by seed and prompt by prompt."
 )
+_BY_SEED = "Seed by seed, mean of the domains, greedy:"
 _CAPTIONS = {
     "arms.svg": "Two branches: all arms, mean of the domains, greedy, with 95 % intervals.",
     "likeness.svg": "Overlap and symmetric KL between the branches by step (the paper's Fig. 4). Lines: mean "
@@ -31,13 +34,14 @@ _CAPTIONS = {
 }
 
 
-def page(results: Mapping[str, Any], introduction: str, figures: Sequence[str]) -> str:
+def page(results: Mapping[str, Any], introduction: str, figures: Sequence[str], *, findings: str = "") -> str:
     """The page as Markdown.
 
     Args:
         results: as ``tools/reproduce.py page`` writes them.
         introduction: what stands before the results.
         figures: file names in ``figures/``.
+        findings: what its authors make of these results, in words.
     """
     parts = [introduction.rstrip(), "## The choice of the setting", _selection(results["selection"])]
     if results.get("criteria"):
@@ -47,13 +51,16 @@ def page(results: Mapping[str, Any], introduction: str, figures: Sequence[str]) 
     claimed = {name: found for name, found in results["comparisons"].items() if found["claims"]}
     if claimed:
         parts.append("## What holds")
+        if findings:
+            parts.append(findings.strip())
     for name in _TABLES:
         if name in claimed:
             parts += [f"### {_TABLES[name]}", _in_short(claimed[name]), _claims(claimed[name])]
     for name, title in _TABLES.items():
         if name in results["comparisons"]:
             found = results["comparisons"][name]
-            parts += [f"## {title}", _table(name, found), _BY_SEED, _by_seed(name, found)]
+            tables = [_READING, _table(name, found), _BY_SEED, _by_seed(name, found)]
+            parts += [f"## {title}", *tables, _branches(name, found)]
     if figures:
         parts += [
             "## Figures",
@@ -112,26 +119,38 @@ def _claims(comparison: Mapping[str, Any]) -> str:
 
 def _figure(claim: Mapping[str, Any], figure: Mapping[str, float]) -> str:
     if " - " in claim["figure"]:
-        return (
-            f"{100 * figure['value']:+.1f} points ({100 * figure['low']:+.1f} to {100 * figure['high']:+.1f})"
-        )
+        return f"{_points(figure)} points"
     return f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
 
 
 def _table(name: str, comparison: Mapping[str, Any]) -> str:
     domains = [*comparison["domains"], "mean"]
-    head = ["arm", "seeds", *domains, "mean, sampled", "steps", "thousand tokens", "core-minutes"]
+    spent = ["steps", "thousand tokens", "core-minutes"]
+    head = ["arm", "seeds", *domains, "mean, sampled", "mean against CoPD, same seeds", *spent]
     rows = [
         _row(comparison, arm.name, comparison["titles"][arm.name], domains)
         for arm in COMPARISONS[name]
         if arm.name in comparison["models"]
     ]
+    return _lines(head, rows)
+
+
+def _branches(name: str, comparison: Mapping[str, Any]) -> str:
+    """The models that arms end with before they are merged, folded away."""
     shown = {arm.name for arm in COMPARISONS[name]}
-    others = [
+    labels = [
         label for label in comparison["models"] if label not in shown and not label.startswith("distance")
     ]
-    rows += [_row(comparison, label, f"{label} (not merged)", domains) for label in others]
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows])
+    domains = [*comparison["domains"], "mean"]
+    head = ["model", "seeds", *domains, "mean, sampled", "mean against CoPD, same seeds"]
+    rows = [_row(comparison, label, label, domains)[: len(head)] for label in labels]
+    summary = "<summary>Experts, and branches before their merge</summary>"
+    return f"<details>{summary}\n\n{_lines(head, rows)}\n\n</details>"
+
+
+def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([cells[0], "|---" * len(head) + "|", *cells[1:]])
 
 
 def _by_seed(name: str, comparison: Mapping[str, Any]) -> str:
@@ -146,23 +165,37 @@ def _by_seed(name: str, comparison: Mapping[str, Any]) -> str:
     return "\n".join([head, "|---" * (len(seeds) + 1) + "|", *rows])
 
 
-def _row(comparison: Mapping[str, Any], label: str, title: str, domains: Sequence[str]) -> str:
+def _row(comparison: Mapping[str, Any], label: str, title: str, domains: Sequence[str]) -> list[str]:
     model = comparison["models"][label]
     budget = comparison["budgets"].get(label)
     spent = (
-        [f"{budget['steps']:.0f}", f"{budget['tokens'] / 1000:.0f}", f"{budget['core_seconds'] / 60:.0f}"]
+        [f"{budget['steps']:.0f}", f"{budget['tokens'] / 1000:.0f}", f"{budget['core_seconds'] / 60:.1f}"]
         if budget
         else ["", "", ""]
     )
     sampled = _percent(model["sampled"]["mean"]) if model["sampled"] else "-"
-    cells = [title, len(model["seeds"]), *(_percent(model["greedy"][d]) for d in domains), sampled, *spent]
-    return "| " + " | ".join(map(str, cells)) + " |"
+    against = model["against_copd"]
+    figures = [_percent(model["greedy"][d]) for d in domains]
+    return [
+        title,
+        str(len(model["seeds"])),
+        *figures,
+        sampled,
+        "" if against is None else _points(against),
+        *spent,
+    ]
 
 
 def _percent(figure: Mapping[str, float]) -> str:
+    """A share of right answers. Student's t knows no bounds, so an interval may pass 0 and 100: cut there."""
     if not math.isfinite(figure["low"]):
         return f"{100 * figure['value']:.1f}"
-    return f"{100 * figure['value']:.1f} ({100 * figure['low']:.0f} to {100 * figure['high']:.0f})"
+    low, high = max(0.0, figure["low"]), min(1.0, figure["high"])
+    return f"{100 * figure['value']:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def _points(figure: Mapping[str, float]) -> str:
+    return f"{100 * figure['value']:+.1f} ({100 * figure['low']:+.1f} to {100 * figure['high']:+.1f})"
 
 
 def _cost(results: Mapping[str, Any]) -> str:
