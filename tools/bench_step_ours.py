@@ -69,8 +69,9 @@ def _phases(run_dir: Path) -> dict[str, float]:
     return {phase: timing[name] for phase, name in named.items()}
 
 
-def vllm(work: dict[str, Any], gate: Gate, **wanted: Any) -> None:
-    """Offline vLLM as its documentation shows it: text, unless more is ``wanted``."""
+def vllm(work: dict[str, Any], gate: Gate, engine: dict[str, Any] | None = None, **wanted: Any) -> None:
+    """Offline vLLM as its documentation shows it: text, unless more is ``wanted``; with further settings of
+    the ``engine``."""
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM, SamplingParams
 
@@ -82,6 +83,7 @@ def vllm(work: dict[str, Any], gate: Gate, **wanted: Any) -> None:
         max_num_seqs=rows,
         kv_cache_memory_bytes=int(work["kv_gib"] * 2**30),
         enforce_eager=not work["compile"],
+        **engine or {},
     )
     sampling = SamplingParams(n=work["generations"], max_tokens=work["response"], ignore_eos=True, **wanted)
 
@@ -98,7 +100,10 @@ def vllm(work: dict[str, Any], gate: Gate, **wanted: Any) -> None:
 
 def vllm_for_rl(work: dict[str, Any], gate: Gate) -> None:
     """Offline vLLM asked for what a step needs: a seed for each response, its tokens' log-probabilities."""
-    vllm(work, gate, seed=1, logprobs=0)
+    rows, length = work["prompts"] * work["generations"], work["prompt"] + work["response"]
+    # after a part of a prompt it rewinds the seeded generator by an offset, which those of a CPU do not have
+    whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": rows * length}
+    vllm(work, gate, whole_prompts, seed=1, logprobs=0)
 
 
 if __name__ == "__main__":
