@@ -23,7 +23,6 @@ from tests.support.checkpoint_runs import (
     until,
     write_config,
 )
-from tests.support.uneven_recipe import SECONDS
 from tests.support.warm_runs import train_warm
 
 pytestmark = pytest.mark.slow
@@ -80,6 +79,8 @@ def test_a_run_goes_on_from_any_step_to_the_same_numbers(config: Path, whole: Pa
 def test_numbers_do_not_depend_on_who_is_slow(
     config: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from tests.support.uneven_recipe import SECONDS
+
     monkeypatch.setenv(SECONDS, "1.5")
     uneven = _run(config, "uneven", "recipe=tests.support.uneven_recipe:RECIPE", "evaluation.every_steps=0")
     plain = _run(config, "even", "evaluation.every_steps=0")
