@@ -230,8 +230,11 @@ def _behaviour_figures(behaviour: Mapping[str, Any]) -> dict[str, Estimate]:
     if INDEPENDENT in behaviour:
         ours = _per_seed(behaviour["copd"]["symmetric_kl"], lambda values: values[-1])
         theirs = _per_seed(behaviour[INDEPENDENT]["symmetric_kl"], lambda values: values[-1])
-        both = sorted(set(ours) & set(theirs))
-        figures["symmetric KL, copd : independent"] = over_seeds([ours[s] / theirs[s] for s in both])
+        # branches that never learned are no measure of how far learning drives them apart
+        apart = sorted(seed for seed in set(ours) & set(theirs) if theirs[seed] > 0)
+        if apart:
+            ratios = [ours[seed] / theirs[seed] for seed in apart]
+            figures["symmetric KL, copd : independent"] = over_seeds(ratios)
     return figures
 
 
