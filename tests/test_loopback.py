@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ipaddress
 import json
 import os
@@ -17,6 +18,8 @@ from copd_megatron.config import load_config
 from copd_megatron.launch import torchrun
 from copd_megatron.topology import store
 from copd_megatron.topology.store import serve_store
+
+PACKAGE = Path(torchrun.__file__).parents[1]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,6 +83,18 @@ def test_a_store_listens_on_the_address_it_is_given_and_no_other() -> None:
     assert served.get("a") == b"b"
     with socket.socket() as other, pytest.raises(ConnectionRefusedError):
         other.connect(("127.0.0.2", served.port))
+
+
+def test_stores_are_served_in_one_place() -> None:
+    """torch's own serves on all interfaces, whatever host it is given."""
+    served = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("TCPStore"):
+                is_master = [*node.args[3:4], *(k.value for k in node.keywords if k.arg == "is_master")]
+                if not is_master or ast.unparse(is_master[0]) != "False":
+                    served.append(str(path.relative_to(PACKAGE)))
+    assert served == ["topology/store.py"]
 
 
 def test_a_taken_port_and_a_foreign_address_are_errors() -> None:

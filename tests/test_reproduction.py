@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import click
@@ -29,7 +30,8 @@ from copd_megatron.recipes.experiments.base import Task
 from copd_megatron.report.history import RunHistory
 from copd_megatron.reproduction.arms import ARMS, COMPARISONS, INDEPENDENT
 from copd_megatron.reproduction.budget import budget_of, trained_tokens
-from copd_megatron.reproduction.claims import FAILS, HOLDS, OPEN, Claim, decide
+from copd_megatron.reproduction.claims import CLAIMS, FAILS, HOLDS, OPEN, Claim, decide
+from copd_megatron.reproduction.collect import _behaviour_figures
 from copd_megatron.reproduction.compare import SeedFolder, arms_of, measuring_jobs, training_jobs
 from copd_megatron.reproduction.criteria import criteria
 from copd_megatron.reproduction.forked import Program
@@ -334,6 +336,10 @@ def test_the_ranks_of_a_job_end_when_one_fails(tmp_path: Path) -> None:
     assert "a rank ended with 1; the others are ended" in job.log.read_text()
 
 
+def test_the_ranks_of_a_job_are_out_of_reach_of_other_machines(tmp_path: Path) -> None:
+    assert run_jobs([a_job(tmp_path, "job", "out_of_reach", ranks=2)], cores=2, say=print)
+
+
 def test_a_job_that_was_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     run_jobs([a_job(tmp_path, "a", "nothing")], cores=1, say=print)
     with pytest.raises(ConfigError, match="a was run with other settings"):
@@ -492,6 +498,23 @@ def test_native_and_cross_rows_have_lengths_of_their_own() -> None:
     )
     assert trained_tokens(history, "a", 256) == 256 * (7 + 7 + 16 + 10)
     assert trained_tokens(history, "a", 256, last=1) == 256 * 7
+
+
+@pytest.mark.parametrize(("num_seeds", "is_told"), [(2, False), (3, True)])
+def test_fewer_than_three_seeds_decide_nothing_of_how_alike_branches_are(
+    num_seeds: int, is_told: bool
+) -> None:
+    def curves(value: float) -> dict[str, Any]:
+        return {"a-b": {str(seed): [[1, value], [2, value]] for seed in range(num_seeds)}}
+
+    figures = _behaviour_figures(
+        {
+            "copd": {"overlap": curves(0.95), "symmetric_kl": curves(0.1)},
+            INDEPENDENT: {"overlap": curves(0.5), "symmetric_kl": curves(1.0)},
+        }
+    )
+    found = [decide(claim, figures[claim.figure]) for claim in CLAIMS if claim.figure in figures]
+    assert found == [HOLDS if is_told else OPEN] * 2
 
 
 # -- the whole way

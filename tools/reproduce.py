@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import signal
@@ -114,7 +115,7 @@ def write_page(root: Path, setting: settings.Setting, room: Path) -> None:
         measured = [folder for folder in folders if folder.scores(name, "greedy").is_dir()]
         if measured:
             results["comparisons"][name] = collect(name, measured)
-    text = json.dumps(results, indent=1, sort_keys=True, default=str)
+    text = json.dumps(_finite(results), indent=1, sort_keys=True, default=str)
     room.mkdir(parents=True, exist_ok=True)
     (room / "results.json").write_text(text + "\n", encoding="utf-8")
     drawn = draw_all(results, room / "figures")
@@ -133,6 +134,15 @@ def show(folders: Sequence[SeedFolder], comparison: str, names: Sequence[str]) -
             for task in folder.made(comparison, arm).tasks:
                 what = to_yaml(task.config) if task.trains else f"merge: {task.merge}\n"
                 _say(f"# {arm.name}, seed {folder.seed}, task {task.name}\n{what}")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities: an end that an interval does not have is null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(path: Path) -> dict[str, Any]:

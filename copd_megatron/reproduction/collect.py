@@ -199,11 +199,15 @@ def _claimed(
 
 
 def _told(ours: Mapping[int, DomainValues], theirs: Mapping[int, DomainValues]) -> Estimate:
-    """The difference, as far as claims may be decided by it: below three seeds it could be anything."""
-    found = difference(ours, theirs)
-    if len(set(ours) & set(theirs)) < LEAST_SEEDS:
-        return Estimate(value=found.value, low=-1.0, high=1.0)
-    return found
+    """The difference, as far as claims may be decided by it."""
+    return _decided(difference(ours, theirs), len(set(ours) & set(theirs)))
+
+
+def _decided(found: Estimate, num_seeds: int) -> Estimate:
+    """The figure, which of too few seeds could be anything."""
+    if num_seeds >= LEAST_SEEDS:
+        return found
+    return Estimate(value=found.value, low=-math.inf, high=math.inf)
 
 
 def _at_home(scores: Scores, domains: Sequence[str]) -> dict[int, DomainValues]:
@@ -226,7 +230,7 @@ def _behaviour_figures(behaviour: Mapping[str, Any]) -> dict[str, Estimate]:
     if "copd" not in behaviour:
         return {}
     least = _per_seed(behaviour["copd"]["overlap"], lambda values: min(values))
-    figures = {"least overlap of copd": over_seeds(list(least.values()))}
+    figures = {"least overlap of copd": _decided(over_seeds(list(least.values())), len(least))}
     if INDEPENDENT in behaviour:
         ours = _per_seed(behaviour["copd"]["symmetric_kl"], lambda values: values[-1])
         theirs = _per_seed(behaviour[INDEPENDENT]["symmetric_kl"], lambda values: values[-1])
@@ -234,7 +238,7 @@ def _behaviour_figures(behaviour: Mapping[str, Any]) -> dict[str, Estimate]:
         apart = sorted(seed for seed in set(ours) & set(theirs) if theirs[seed] > 0)
         if apart:
             ratios = [ours[seed] / theirs[seed] for seed in apart]
-            figures["symmetric KL, copd : independent"] = over_seeds(ratios)
+            figures["symmetric KL, copd : independent"] = _decided(over_seeds(ratios), len(ratios))
     return figures
 
 
@@ -261,7 +265,6 @@ def _correlation(points: Sequence[Mapping[str, float]]) -> Estimate:
 
     value = r_of(seeds)
     draws = [r_of(rng.choice(seeds, len(seeds)).tolist()) for _ in range(2000)]
-    if len(seeds) < 2:
-        return Estimate(value=value, low=-1.0, high=1.0)
     low, high = np.nanquantile(draws, [0.025, 0.975])
-    return Estimate(value=value, low=min(float(low), value), high=max(float(high), value))
+    found = Estimate(value=value, low=min(float(low), value), high=max(float(high), value))
+    return _decided(found, len(seeds))

@@ -12,10 +12,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
+
+from copd_megatron.topology.loopback import only_this_machine, rank_environment
 
 _MODULES = (
     "copd_megatron.policy.actor",
@@ -36,6 +39,7 @@ ENVIRONMENT = {
 }
 """Of every job: one thread a process, on the CPU."""
 _PR_SET_PDEATHSIG = 1
+_STORE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +90,10 @@ def fork(program: Program, log: Path) -> int:
 def _lead(program: Program) -> int:
     if program.ranks is None:
         return _run(program)
-    import torch.distributed as dist
+    from copd_megatron.topology.store import serve_store
 
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    os.environ |= only_this_machine()
+    store = serve_store("127.0.0.1", 0, timedelta(seconds=_STORE_SECONDS))
     leader = os.getpid()
     ranks: list[int] = []
     for rank in range(program.ranks):
@@ -97,7 +102,7 @@ def _lead(program: Program) -> int:
             status = 1
             try:
                 _end_with(leader)
-                os.environ.update(_variables(rank, program.ranks, store.port))
+                os.environ.update(rank_environment(rank, program.ranks, store.port))
                 status = _run(program)
             except BaseException:
                 traceback.print_exc()
@@ -143,16 +148,3 @@ def _end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-
-
-def _variables(rank: int, world_size: int, port: int) -> Mapping[str, str]:
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }

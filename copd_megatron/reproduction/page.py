@@ -120,6 +120,8 @@ def _claims(comparison: Mapping[str, Any]) -> str:
 def _figure(claim: Mapping[str, Any], figure: Mapping[str, float]) -> str:
     if " - " in claim["figure"]:
         return f"{_points(figure)} points"
+    if not math.isfinite(figure["low"]):
+        return f"{figure['value']:.2f}"
     return f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
 
 
@@ -195,6 +197,8 @@ def _percent(figure: Mapping[str, float]) -> str:
 
 
 def _points(figure: Mapping[str, float]) -> str:
+    if not math.isfinite(figure["low"]):
+        return f"{100 * figure['value']:+.1f}"
     return f"{100 * figure['value']:+.1f} ({100 * figure['low']:+.1f} to {100 * figure['high']:+.1f})"
 
 

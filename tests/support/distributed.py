@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from copd_megatron.topology.loopback import rank_environment
 from tests.support.megatron_server import megatron_server
 from tests.support.ranks import Ended, Launch, run_ranks
 
@@ -110,7 +111,7 @@ def launch_distributed(
         launch = Launch(
             call=pickle.dumps((fn, tuple(args))),
             environments=[
-                {**common, **_torchrun(rank, world_size, port, agent_store), **(env or {})}
+                {**common, **rank_environment(rank, world_size, port, agent_store=agent_store), **(env or {})}
                 for rank in range(world_size)
             ],
             folder=Path(name),
@@ -120,19 +121,6 @@ def launch_distributed(
         with _variables(common):
             ended = megatron_server().run_ranks(launch) if megatron else run_ranks(_forkserver, launch)
         return [_outcome(rank, end, launch.folder / str(rank)) for rank, end in enumerate(ended)]
-
-
-def _torchrun(rank: int, world_size: int, port: int, agent_store: bool) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": str(agent_store),
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
 
 
 def _outcome(rank: int, ended: Ended, stem: Path) -> RankOutcome:

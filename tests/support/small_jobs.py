@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +42,15 @@ def ranks(folder: Path) -> int:
     if rank == "0":
         time.sleep(60)
     return 1
+
+
+def out_of_reach(folder: Path) -> int:
+    """Fails if the ranks' store can be reached at another address than the loopback address itself."""
+    with socket.socket() as other:
+        refused = other.connect_ex(("127.0.0.2", int(os.environ["MASTER_PORT"]))) == errno.ECONNREFUSED
+    with socket.socket() as own:
+        reached = own.connect_ex(("127.0.0.1", int(os.environ["MASTER_PORT"]))) == 0
+    return 0 if refused and reached and os.environ["GLOO_SOCKET_IFNAME"] == "lo" else 1
 
 
 def sleeps(folder: Path) -> int:
