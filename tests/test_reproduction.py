@@ -36,7 +36,7 @@ from copd_megatron.reproduction.compare import SeedFolder, arms_of, measuring_jo
 from copd_megatron.reproduction.criteria import criteria
 from copd_megatron.reproduction.forked import Program
 from copd_megatron.reproduction.material import make_base
-from copd_megatron.reproduction.runner import Cost, Job, TaskFailed, run_jobs
+from copd_megatron.reproduction.runner import Cost, Job, TaskFailed, run_jobs, what_is_set
 from copd_megatron.reproduction.scores import difference, estimate, over_seeds
 from copd_megatron.reproduction.setting import CHOSEN, SETTINGS
 from copd_megatron.tiny.tasks import table_media
@@ -344,6 +344,18 @@ def test_a_job_that_was_run_with_other_settings_is_refused(tmp_path: Path) -> No
     run_jobs([a_job(tmp_path, "a", "nothing")], cores=1, say=print)
     with pytest.raises(ConfigError, match="a was run with other settings"):
         run_jobs([a_job(tmp_path, "a", "nothing", digest="other")], cores=1, say=print)
+
+
+def test_settings_at_their_defaults_do_not_make_another_task(tmp_path: Path) -> None:
+    """Else every version that has a new setting would do all work again."""
+    config = a_folder(tmp_path).config("two")
+    before = json.loads(what_is_set(config))
+    assert "max_teacher_lag" not in before["opd"] and "evaluation" in before
+    assert before["optimizer"]["lr"] == config.optimizer.lr and before["branches"]["alpha"]["data"]["train"]
+    config.opd.max_teacher_lag = 1
+    after = json.loads(what_is_set(config))
+    assert after["opd"].pop("max_teacher_lag") == 1
+    assert after == before
 
 
 def test_a_need_that_nothing_makes_is_an_error(tmp_path: Path) -> None:

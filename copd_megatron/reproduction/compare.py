@@ -12,7 +12,7 @@ from copd_megatron.errors import ConfigError
 from copd_megatron.recipes.experiments.base import Task
 from copd_megatron.reproduction.arms import COMPARISONS, Arm, Made
 from copd_megatron.reproduction.forked import Program
-from copd_megatron.reproduction.runner import Job, job_of
+from copd_megatron.reproduction.runner import Job, job_of, what_is_set
 from copd_megatron.reproduction.setting import FEW_SEEDS, SEEDS, Setting
 
 MODES: Mapping[str, tuple[int, float]] = {"greedy": (1, 0.0), "sampled": (4, 1.0)}
@@ -99,7 +99,7 @@ def measuring_jobs(
         pairs = [f"{label}={path}" for label, path in models.items()]
         words = (str(path), str(folder.scores(comparison, mode)), *pairs)
         program = Program(module="copd_megatron.reproduction.measure", arguments=words)
-        digest = _digest([*pairs, to_yaml(config)])
+        digest = _digest([*pairs, what_is_set(config)])
         name = f"{mode}_{digest}"
         jobs.append(Job(name=name, folder=jobs_folder, program=program, after=tuple(after), digest=digest))
     return jobs

@@ -9,10 +9,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
-from copd_megatron.config import to_yaml
+from copd_megatron.config import Config, to_yaml
+from copd_megatron.config.load import plain
 from copd_megatron.errors import ConfigError
 from copd_megatron.recipes.experiments.base import Task
 from copd_megatron.reproduction.forked import Program, fork
@@ -109,8 +111,32 @@ def job_of(task: Task, folder: Path) -> Job:
         program=Program(module=_COPD, arguments=words, ranks=ranks),
         after=task.after,
         cores=ranks,
-        digest=_digest([text]),
+        digest=_digest([what_is_set(task.config)]),
     )
+
+
+def what_is_set(config: Config) -> str:
+    """The settings that differ from their defaults, as JSON: a setting that is new in a later version, and
+    left at its default, makes no other task."""
+    return json.dumps(_set(config), sort_keys=True)
+
+
+def _set(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _set(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_set(inner) for inner in value]
+    if not is_dataclass(value):
+        return plain(value)
+    return {
+        field.name: _set(given)
+        for field in fields(value)
+        if (given := getattr(value, field.name)) != _default(field)
+    }
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _digest(parts: Sequence[str]) -> str:
