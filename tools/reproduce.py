@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import signal
@@ -38,6 +37,7 @@ from copd_megatron.reproduction.compare import (
     training_jobs,
 )
 from copd_megatron.reproduction.forked import warm_up
+from copd_megatron.reproduction.kept import read_results, with_kept, write_results
 from copd_megatron.reproduction.runner import Job, TaskFailed, run_jobs
 from copd_megatron.tiny.tasks.tables import response_length
 from copd_megatron.untrusted.json_text import load_file
@@ -97,7 +97,8 @@ def select(folders: Sequence[SeedFolder]) -> dict[str, Any]:
 
 
 def write_page(root: Path, setting: settings.Setting, room: Path) -> None:
-    """Writes results.json, figures and README.md into ``room`` from all that is below ``root``."""
+    """Writes results.json, figures and README.md into ``room`` from all that is below ``root``, and from what
+    results.json says of comparisons that were run elsewhere."""
     from copd_megatron.reproduction.collect import collect
     from copd_megatron.reproduction.figures import draw_all
     from copd_megatron.reproduction.page import page
@@ -108,16 +109,15 @@ def write_page(root: Path, setting: settings.Setting, room: Path) -> None:
         "selection": _read(root / "selection.json"),
         "criteria": criteria_of(folders),
         "machine": f"{os.cpu_count()} cores of {platform.machine()}",
-        "core_seconds": sum(load_file(path)["core_seconds"] for path in root.glob("*/seed_*/**/jobs/*.json")),
         "comparisons": {},
     }
     for name in COMPARISONS:
         measured = [folder for folder in folders if folder.scores(name, "greedy").is_dir()]
         if measured:
             results["comparisons"][name] = collect(name, measured)
-    text = json.dumps(_finite(results), indent=1, sort_keys=True, default=str)
     room.mkdir(parents=True, exist_ok=True)
-    (room / "results.json").write_text(text + "\n", encoding="utf-8")
+    results = with_kept(results, read_results(room / "results.json"))
+    write_results(room / "results.json", results)
     drawn = draw_all(results, room / "figures")
     introduction = (ROOM / "introduction.md").read_text(encoding="utf-8")
     words = room / "findings.md"  # of the results that were there when somebody read them
@@ -134,15 +134,6 @@ def show(folders: Sequence[SeedFolder], comparison: str, names: Sequence[str]) -
             for task in folder.made(comparison, arm).tasks:
                 what = to_yaml(task.config) if task.trains else f"merge: {task.merge}\n"
                 _say(f"# {arm.name}, seed {folder.seed}, task {task.name}\n{what}")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinities: an end that an interval does not have is null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(path: Path) -> dict[str, Any]:

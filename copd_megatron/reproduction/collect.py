@@ -26,6 +26,7 @@ from copd_megatron.reproduction.scores import (
     over_seeds,
     read_scores,
 )
+from copd_megatron.untrusted.json_text import load_file
 
 LEAST_SEEDS = 3
 """Fewer decide no claim."""
@@ -56,6 +57,7 @@ def collect(comparison: str, folders: Sequence[SeedFolder]) -> dict[str, Any]:
         "budgets": _budgets(comparison, folders, titles),
         "behaviour": _behaviour(comparison, folders),
         "distance": _distance(folders, greedy) if comparison == "two" else [],
+        "core_seconds": _core_seconds(comparison, folders),
     }
     figures = _claimed(comparison, greedy, domains, found)
     found["claims"] = [
@@ -118,6 +120,12 @@ def _costs(folder: SeedFolder, comparison: str, tasks: Sequence[Task]) -> dict[s
             return None
         costs[INDEPENDENT] = cost
     return costs
+
+
+def _core_seconds(comparison: str, folders: Sequence[SeedFolder]) -> float:
+    """Of all training and measuring; without the bases, which serve other comparisons, too."""
+    places = [path for folder in folders for path in (folder.runs(comparison) / "jobs").glob("*.json")]
+    return math.fsum(float(load_file(path)["core_seconds"]) for path in places)
 
 
 def _behaviour(comparison: str, folders: Sequence[SeedFolder]) -> dict[str, Any]:

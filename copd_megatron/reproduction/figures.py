@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from copd_megatron.reproduction.arms import COMPARISONS
+
 _STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "copd", "font.size": 9, "axes.spines.top": False}
 _STYLE |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 _SIZE = (6.4, 3.4)
@@ -58,8 +60,7 @@ def _error(figures: Sequence[Mapping[str, float]]) -> Any:
 
 def _arms(axes: Any, two: Mapping[str, Any]) -> bool:
     """Table 1 as bars: mean over domains, greedy."""
-    names = [name for name in two["titles"] if name in two["models"]]
-    names = [name for name in names if len(two["models"][name]["seeds"]) > 0]
+    names = [arm.name for arm in COMPARISONS["two"] if two["models"].get(arm.name, {}).get("seeds")]
     figures = [two["models"][name]["greedy"]["mean"] for name in names]
     places = np.arange(len(names))[::-1]
     colors = ["#e0783a" if name == "copd" else "#3b82c4" for name in names]

@@ -36,8 +36,6 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import
 Report = Callable[[int, float], None]
 """Called with a step of the warm-up and its loss."""
 VERIFIER = "exact"
-PICTURES_OF_A_NUMBER = 40
-"""Images or videos of every number that the warm-up shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +50,8 @@ class Material:
     num_validation: int
     vision: VisionSize | None = None
     """Of the vision tower; None: a model of text alone."""
+    num_pictures: int = 40
+    """Images or videos of every number that the warm-up shows, in each domain that has them."""
 
 
 def make_shards(out: Path, material: Material) -> bool:
@@ -161,7 +161,11 @@ def _visual_batches(material: Material, processor: MultimodalProcessor) -> Itera
 
     world = material.world
     rng = random.Random(f"{world.seed}/pool")
-    pools = {d.name: _pool(world, d, processor, rng) for d in world.domains if d.medium != TEXT}
+    pools = {
+        d.name: _pool(world, d, processor, rng, material.num_pictures)
+        for d in world.domains
+        if d.medium != TEXT
+    }
     for rows in _demonstrations(material):
         batch: dict[str, list[Example]] = {domain.name: [] for domain in world.domains}
         for chain, said in rows:
@@ -181,15 +185,17 @@ def _visual_batches(material: Material, processor: MultimodalProcessor) -> Itera
 
 
 def _pool(
-    world: TableWorld, domain: TableDomain, processor: MultimodalProcessor, rng: random.Random
+    world: TableWorld,
+    domain: TableDomain,
+    processor: MultimodalProcessor,
+    rng: random.Random,
+    num_pictures: int,
 ) -> list[list[ItemFeatures]]:
     """Encoded images or videos by the number that they show."""
     found = []
     for number in range(world.num_symbols):
         chain = Chain(domain=domain, start=number, steps=())
-        media = [
-            next(iter(_medium(chain, world.num_symbols, rng).values())) for _ in range(PICTURES_OF_A_NUMBER)
-        ]
+        media = [next(iter(_medium(chain, world.num_symbols, rng).values())) for _ in range(num_pictures)]
         found.append([processor.decode_and_process(domain.medium, data, domain.name) for data in media])
     return found
 

@@ -75,7 +75,8 @@ def _selection(selection: Mapping[str, Any]) -> str:
     for setting in SETTINGS.values():
         if setting.given_up:
             lines += ["", f"**{setting.name}**: {setting.why}. Given up: {setting.given_up}."]
-    for name, found in selection.items():
+    for name in (name for name in SETTINGS if name in selection):
+        found = selection[name]
         seeds = ", ".join(map(str, found["seeds"]))
         lines += [
             "",
@@ -203,9 +204,10 @@ def _points(figure: Mapping[str, float]) -> str:
 
 
 def _cost(results: Mapping[str, Any]) -> str:
-    hours = results["core_seconds"] / 3600
+    hours = {name: found["core_seconds"] / 3600 for name, found in results["comparisons"].items()}
+    each = ", ".join(f"{spent:.1f} with {name} branches" for name, spent in hours.items())
     return (
-        f"All that was trained and measured so far took {hours:.1f} core-hours on {results['machine']}. "
+        f"Training and measuring took {sum(hours.values()):.1f} core-hours on {results['machine']}: {each}. "
         "Every run's configuration, log, metrics and samples are in the folder of its seed, "
         "`runs/reproduction/<setting>/seed_<n>/<comparison>/<task>`. `python tools/reproduce.py show ARM "
         "--seeds N` prints an arm's configurations without running anything."
