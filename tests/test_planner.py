@@ -185,6 +185,17 @@ def test_a_step_of_phase_two_waits_for_the_hub_which_learns_and_teaches_most() -
     assert plan.phases["opd"].waiting["image"] > plan.phases["opd"].waiting["text"]
 
 
+def test_with_a_lag_a_step_takes_what_the_slowest_branch_needs() -> None:
+    plans = {}  # image samples longest, in small batches; text learns longest
+    for lag in (0, 1):
+        few = "branches.image.rollout.max_num_seqs=24"
+        plans[lag] = make_plan(inputs_of(FOUR, f"opd.max_teacher_lag={lag}", few))
+    phase = plans[1].phases["opd"]
+    assert phase.step_seconds == max(b.steps["opd"].seconds.total for b in plans[1].branches)
+    assert min(phase.waiting.values()) == 0
+    assert phase.step_seconds < plans[0].phases["opd"].step_seconds
+
+
 @settings(max_examples=6, deadline=None)
 @given(st.sampled_from(list(Topology)[:3]), st.integers(1, 5))
 def test_router_bytes_grow_with_the_edges(topology: Topology, copies: int) -> None:

@@ -211,9 +211,13 @@ def _phase(inputs: Inputs, branches: tuple[BranchPlan, ...], phase: str, count: 
 
 
 def exchanges(config: Config, phase: str) -> bool:
-    """Whether branches wait for each other within a step of this phase, and not only at its end."""
+    """Whether branches wait for each other within a step of this phase, and not only at its end.
+
+    With ``opd.max_teacher_lag`` they hardly do: what a teacher is asked was sent a step ago, so that a step
+    takes what the slowest branch needs. The first step of a phase still waits, and counts like the others.
+    """
     graph = build_graph(config)
-    if not graph.edges:
+    if not graph.edges or config.opd.max_teacher_lag:
         return False
     return phase == "opd" or config.opd.behaviour.num_states > 0
 
