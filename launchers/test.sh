@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Sets up, then runs the linter, the type checker and the tests. Arguments go to pytest.
 #
-#   launchers/test.sh                          all but the slow tests, about 20 minutes on two cores
+#   launchers/test.sh                          all but the slow tests, about 15 minutes on two cores
 #   launchers/test.sh tests/test_config.py     some
 #   launchers/test.sh -m slow                  only the slow ones
+#   launchers/test.sh -n 0 -x --pdb            one after the other, in one process, as a debugger needs it
 #
+# Two files of tests run side by side. Each may have up to four ranks at work and take some GB of memory, so more than
+# two at once (-n 4) need a larger machine.
 # Tests that need a GPU skip themselves, with the reason, where there is none.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -27,5 +30,6 @@ mypy || failed+=("mypy")
 if [ ${#failed[@]} -gt 0 ]; then
     echo "test.sh: ${failed[*]} failed (see above); the tests run anyway" >&2
 fi
-python -m pytest -m "not slow" "$@" || failed+=("pytest")
+# What tests of a file share (models, a base, a SLURM) is made once, since a file stays in one process.
+python -m pytest -n 2 --dist loadfile -m "not slow" "$@" || failed+=("pytest")
 [ ${#failed[@]} -eq 0 ]
