@@ -204,7 +204,8 @@ def _points(figure: Mapping[str, float]) -> str:
 
 
 def _cost(results: Mapping[str, Any]) -> str:
-    hours = {name: found["core_seconds"] / 3600 for name, found in results["comparisons"].items()}
+    found = results["comparisons"]
+    hours = {name: found[name]["core_seconds"] / 3600 for name in _TABLES if name in found}
     each = ", ".join(f"{spent:.1f} with {name} branches" for name, spent in hours.items())
     return (
         f"Training and measuring took {sum(hours.values()):.1f} core-hours on {results['machine']}: {each}. "
