@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from copd_megatron.errors import DataError
 from copd_megatron.rewards.audit import Audit, Case, Grade, Verdict, audit
 from copd_megatron.samples.audit import _without_ends, as_json, as_lines, read_cases
 from copd_megatron.samples.files import FOLDER, write_samples
-from copd_megatron.samples.record import Kind, Sample
+from copd_megatron.samples.record import MAX_TEXT_CHARACTERS, Kind, Sample
 from tests.support.commands import ROOT
 from tests.support.rollouts import COMMAND
 
@@ -70,7 +73,7 @@ def sample(**fields: Any) -> Sample:
 
 
 def test_labels_against_verdicts(tmp_path: Path) -> None:
-    result = audit(read_cases(jsonl(tmp_path, LINES)))
+    result = audit(read_cases(jsonl(tmp_path, LINES)).cases)
     assert dict(result.table) == {
         (Grade.right, Grade.right): 1,
         (Grade.wrong, Grade.wrong): 1,
@@ -88,7 +91,7 @@ def test_labels_against_verdicts(tmp_path: Path) -> None:
 
 
 def test_another_verifier_for_all(tmp_path: Path) -> None:
-    cases = read_cases(jsonl(tmp_path, LINES[:3]), verifier="exact")
+    cases = read_cases(jsonl(tmp_path, LINES[:3]), verifier="exact").cases
     assert {case.verifier for case in cases} == {"exact"}
     assert [one.reward for one in audit(cases).verdicts] == [1.0, 0.0, 0.0]
 
@@ -115,12 +118,55 @@ def test_the_samples_of_a_run(tmp_path: Path) -> None:
         sample(reward=None),
         sample(num_left_out=3, cut_at=1),
         sample(metadata={"left_out": "9999 characters"}),
+        sample(gold="4" * MAX_TEXT_CHARACTERS),
     ]
     write_samples(tmp_path / FOLDER / "text", "train", 3, kept)
-    cases = read_cases(tmp_path)
+    found = read_cases(tmp_path)
+    cases = found.cases
     assert [case.response for case in cases] == ["hm</think>Answer: 4"] * 2
     assert cases[0].opens_thinking
+    assert [(one.name, one.reason) for one in found.left_out] == [
+        ("s-000000/7, step 3, response 1", "the run did not grade it"),
+        ("s-000000/7, step 3, response 1", "the run kept only a part of the response"),
+        ("s-000000/7, step 3, response 1", "the run did not keep the prompt's metadata"),
+        ("s-000000/7, step 3, response 1", "the run kept only a part of the gold answer"),
+    ]
     assert [one.case.label for one in audit(cases).disagreements] == [0.0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from(["whole", "cut", "ungraded", "gold", "metadata"]), min_size=1, max_size=12),
+    st.none() | st.integers(1, 12),
+)
+def test_what_is_graded_and_what_is_left_out_add_up(kinds: list[str], limit: int | None) -> None:
+    fields: dict[str, dict[str, Any]] = {
+        "whole": {},
+        "cut": {"num_left_out": 3, "cut_at": 1},
+        "ungraded": {"reward": None},
+        "gold": {"gold": "4" * MAX_TEXT_CHARACTERS},
+        "metadata": {"metadata": {"left_out": "9999 characters"}},
+    }
+    kept = [sample(prompt_id=f"p/{n}", **fields[kind]) for n, kind in enumerate(kinds)]
+    with tempfile.TemporaryDirectory() as folder:
+        write_samples(Path(folder) / FOLDER / "text", "train", 3, kept)
+        if "whole" not in kinds:
+            with pytest.raises(DataError, match=f"Left out: {kinds.count(kinds[0])}, the run .*p/0"):
+                read_cases(Path(folder))
+            return
+        found = read_cases(Path(folder)).first(limit)
+    assert len(found.cases) == min(kinds.count("whole"), limit or len(kinds))
+    names = [one.name for one in (*found.cases, *found.left_out)]
+    assert sorted(names) == sorted(f"p/{n}, step 3, response 1" for n in range(len(kinds)))
+    told = as_json(Audit([]), found.left_out)
+    assert len(told["left_out"]) == len(found.left_out)
+    text = "\n".join(as_lines(Audit([]), found.left_out))
+    assert text.endswith("0 cases, 0 disagree; ms per verdict: p50 0.00  p90 0.00  p99 0.00") == (
+        not found.left_out
+    )
+    for reason in {one.reason for one in found.left_out}:
+        count = sum(one.reason == reason for one in found.left_out)
+        assert f"  {count}, {reason} (p/" in text
 
 
 @pytest.mark.parametrize(
@@ -179,6 +225,13 @@ def test_the_tool(tmp_path: Path) -> None:
     found = subprocess.run([*command, str(jsonl(tmp_path, LINES)), "--json"], capture_output=True, text=True)
     assert found.returncode == 1, found.stderr
     assert len(json.loads(found.stdout)["disagreements"]) == 2
+    few = subprocess.run(
+        [*command, str(jsonl(tmp_path, LINES)), "--limit", "4"], capture_output=True, text=True
+    )
+    assert "2 of 6 responses are left out:\n  2, beyond the limit of 4 (line 5; line 6)" in few.stdout
+    for option in ("--limit=-1", "--limit=0", "--timeout=nan", "--timeout=inf", "--timeout=-1"):
+        bad = subprocess.run([*command, str(tmp_path), option], capture_output=True, text=True)
+        assert bad.returncode == 2 and option.split("=")[0] in bad.stderr and "Traceback" not in bad.stderr
     refused = subprocess.run([*command, str(tmp_path / "none.jsonl")], capture_output=True, text=True)
     assert refused.returncode == 2 and "none.jsonl" in refused.stderr
 
@@ -198,10 +251,10 @@ def test_a_run_with_terms_is_graded_as_it_was(tmp_path: Path) -> None:
     told = sample(kind=Kind.validation, model="text", reward=1.0, **thought)
     write_samples(tmp_path / FOLDER / "text", "text", 3, [told])
     write_samples(tmp_path / FOLDER / "more", "train", 3, [sample(model="more", reward=1.0, **thought)])
-    result = audit(read_cases(tmp_path))
+    result = audit(read_cases(tmp_path).cases)
     assert [one.reward for one in result.verdicts] == [1.0, 1.0, 0.75, 0.25], [
         o.case for o in result.verdicts
     ]
     assert not result.disagreements
-    (alone,) = {one.case.verifier for one in audit(read_cases(tmp_path, verifier="exact")).verdicts}
+    (alone,) = {one.case.verifier for one in audit(read_cases(tmp_path, verifier="exact").cases).verdicts}
     assert alone == "exact"

@@ -3,6 +3,8 @@ tools that are other names for its commands."""
 
 from __future__ import annotations
 
+import argparse
+import ast
 import os
 import re
 import shlex
@@ -20,6 +22,7 @@ from copd_megatron.checkpoint.manifest import CheckpointError
 from copd_megatron.cli import main as cli
 from copd_megatron.cli.group import Command, LazyGroup
 from copd_megatron.cli.main import main
+from copd_megatron.cli.parameters import Finite
 from copd_megatron.config import load_config
 from copd_megatron.errors import EXIT_HOPELESS, ConfigError, DataError, DivergedError, RunStorageError
 from tests.support.watched_copd import watched_copd
@@ -99,6 +102,47 @@ def test_every_option_has_a_text(path: tuple[str, ...]) -> None:
     assert silent == []
 
 
+NUMBERS = [
+    pytest.param(option, id=" ".join([*path, option.opts[0]]))
+    for path in COMMANDS
+    for option in command_of(path).params
+    if isinstance(option.type, click.types.IntParamType | click.types.FloatParamType)
+]
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+def test_every_number_has_a_range_and_is_finite(option: click.Option) -> None:
+    """Refused with the option's name and a range or a kind; what it takes is no more than 64 bits hold."""
+    context = click.Context(click.Command("it", params=[option]))
+    for text in ("nan", "inf", "-inf", "1e999", "9" * 400, "-" + "9" * 400, "x", ""):
+        with pytest.raises(click.BadParameter, match=r"range|finite|valid") as raised:
+            option.type_cast_value(context, (text,) if option.multiple else text)
+        assert option.opts[0] in raised.value.format_message()
+    assert isinstance(option.type, click.IntRange | Finite)
+    assert not isinstance(option.type, click.IntRange) or (option.type.max or 2**64) < 2**63
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_number_of_a_tool_has_a_range(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    options = [call for call in calls if getattr(call.func, "attr", "") == "add_argument"]
+    kinds = {ast.unparse(word.value) for call in options for word in call.keywords if word.arg == "type"}
+    assert kinds <= {"Path", "count", "count_or_none", "amount"}
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e999", "9" * 400, "x", "", "-0.5"])
+def test_numbers_of_tools(text: str) -> None:
+    from _numbers import amount, count, count_or_none
+
+    for kind in (amount, count, count_or_none):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"at least|from"):
+            kind(text)
+    assert (amount("0"), amount("2.5"), count("1"), count_or_none("0")) == (0.0, 2.5, 1, 0)
+    with pytest.raises(argparse.ArgumentTypeError):
+        count("0")
+
+
 def examples() -> list[str]:
     """Every shell line of every help that calls ``copd``, continued lines joined."""
     found = set()
@@ -155,7 +199,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "a.yaml", "--dry-rn"], "Did you mean '--dry-run'?"),
         (["merge", "a", "--shard-size", "5X"], "'--shard-size': '5X' is not a size; write 500MB or 2GiB"),
         (["data", "convert", "a.json", "--layout", "nope"], "'nope' is not one of 'mmfinereason'"),
-        (["data", "jsonl-to-shards", "a", "--out", "b", "--name", "c", "--shard-size", "0"], "x>=1"),
+        (["data", "jsonl-to-shards", "a", "--out", "b", "--name", "c", "--shard-size", "0"], "1<=x"),
         (["logs", "run", "--level", "LOUD"], "'--level': 'LOUD' is not one of"),
         (["timeline", "run", "--steps", "x"], "--steps x: write 3, or 3-5. Try: copd timeline --help"),
     ],

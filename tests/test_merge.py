@@ -250,8 +250,11 @@ def test_empty_and_scalar_tensors(method: str) -> None:
 
 def test_weights_that_cancel() -> None:
     values = tensors(1, (5,), torch.float32)
-    with pytest.raises(ValueError, match="sum to 0"):
-        merge_tensors("linear", values, Settings(weights=(1.0, -1.0), normalize=True))
+    for weights in ((1.0, -1.0), (0.3, -0.1 - 0.2), (0.0, 0.0), (1e200, -1e200)):
+        with pytest.raises(ValueError, match="sum to 0"):
+            merge_tensors("linear", values, Settings(weights=weights, normalize=True))
+    for weights in ((1e-300, 1e-300), (1.0, -0.999)):  # small or close, but no rounding
+        merge_tensors("linear", values, Settings(weights=weights, normalize=True))
     merged = merge_tensors("linear", values, Settings(weights=(1.0, -1.0)))
     torch.testing.assert_close(merged, values[0] - values[1])
 

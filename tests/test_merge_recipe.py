@@ -153,7 +153,23 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"parameters": {"lamda": 1.0}}, r"did you mean 'parameters\.lambda'"),
     ({"parameters": {"t": 1.0}}, r"unknown key 'parameters\.t'"),
     ({"parameters": {"density": 1.5}}, "not in 0 .. 1"),
+    ({"parameters": {"density": -0.1}}, "not in 0 .. 1"),
+    ({"parameters": {"density": [0.5, 2]}}, "not in 0 .. 1"),
+    ({"parameters": {"density": [{"filter": "mlp", "value": 7}]}}, r"density\[0\]\.value: .* not in 0 .. 1"),
     ({"parameters": {"density": "half"}}, "not a number"),
+    ({"parameters": {"lambda": float("inf")}}, "finite"),
+    ({"parameters": {"lambda": float("nan")}}, "finite"),
+    ({"parameters": {"lambda": 10**400}}, "not a number"),
+    ({"models": two(weight=float("nan"))}, r"models\[0\]\.parameters\.weight: nan is not a finite"),
+    ({"models": two(weight=[1, float("inf")])}, "finite"),
+    ({"models": two(weight=True)}, "finite"),
+    *(
+        (
+            {"merge_method": "slerp", "models": two()[:1], "parameters": {"t": t}},
+            r"parameters\.t.* 0 \.\. 1, the way",
+        )
+        for t in (5, -0.1, 1.0001, [0.2, 1.5], [{"filter": "mlp", "value": 2}, {"value": 0.5}])
+    ),
     ({"parameters": {"density": float("nan")}}, "finite"),
     ({"parameters": {"normalize": 1}}, "not true or false"),
     ({"parameters": {"density": []}}, "no number"),
@@ -254,6 +270,12 @@ def test_slerp_by_flags() -> None:
         (("a", "b", "--density", "0.5"), r"unknown key 'models\[0\]\.parameters\.density'"),
         (("a", "b", "--method", "slerp", "--weights", "1,1"), "takes --t"),
         (("recipe.yaml", "--method", "ties"), "the recipe recipe.yaml says how to merge"),
+        (("a", "b", "--weights", "nan,1"), r"models\[0\]\.parameters\.weight.* nan is not a finite number"),
+        (("a", "b", "--weights", "1,1e999"), r"models\[1\]\.parameters\.weight.* inf is not a finite number"),
+        (
+            ("a", "b", "--base", "c", "--method", "ties", "--density", "5"),
+            "5.0 is not in 0 .. 1",
+        ),
     ],
 )
 def test_flags_that_cannot_be(flags: tuple[str, ...], message: str) -> None:

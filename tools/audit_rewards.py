@@ -6,7 +6,8 @@
 
 A JSONL file has an object a line: response, answer (or expected), verifier, and where they are known
 prompt, metadata, and label (true, false or a number) or reward. Responses of which a run kept only a part are
-left out. Training samples of a branch with reward.terms are graded by all terms, as the run did.
+left out, and so is what lies beyond --limit; the output counts and names them. Training samples of a
+branch with reward.terms are graded by all terms, as the run did.
 Ends with status 1 where a verdict disagrees.
 """
 
@@ -17,6 +18,7 @@ import json
 from pathlib import Path
 
 import _tree  # noqa: F401  (puts this tree on the path)
+from _numbers import amount, count
 
 from copd_megatron.errors import ConfigError, DataError
 from copd_megatron.rewards import UnknownVerifierError
@@ -30,20 +32,21 @@ def main() -> int:
     parser.add_argument("source", type=Path, help="a run directory, or a JSONL file")
     parser.add_argument("--verifier", help="grades all responses, whatever they name")
     parser.add_argument("--branch", help="of a run: the branch that sampled")
-    parser.add_argument("--limit", type=int, help="grade so many at most")
-    parser.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="for each response")
+    parser.add_argument("--limit", type=count, help="grade so many at most")
+    parser.add_argument("--timeout", type=amount, default=10.0, metavar="SECONDS", help="for each response")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     try:
         selection = Selection(branch=arguments.branch)
-        cases = read_cases(arguments.source, verifier=arguments.verifier, selection=selection)
-        result = audit(cases[: arguments.limit], timeout_seconds=arguments.timeout)
+        found = read_cases(arguments.source, verifier=arguments.verifier, selection=selection)
+        taken = found.first(arguments.limit)
+        result = audit(taken.cases, timeout_seconds=arguments.timeout)
     except (ConfigError, DataError, OSError, UnknownVerifierError, ValueError) as error:
         parser.error(str(error))
     if arguments.json:
-        print(json.dumps(as_json(result), indent=2, ensure_ascii=True))
+        print(json.dumps(as_json(result, taken.left_out), indent=2, ensure_ascii=True))
     else:
-        print("\n".join(as_lines(result)).encode("utf-8", "backslashreplace").decode("utf-8"))
+        print("\n".join(as_lines(result, taken.left_out)).encode("utf-8", "backslashreplace").decode("utf-8"))
     return 1 if result.disagreements else 0
 
 

@@ -34,6 +34,7 @@ from typing import Any
 import _tree
 import numpy as np
 import torch
+from _numbers import count
 
 from copd_megatron.config import Config, load_config, read_model_sizes
 from copd_megatron.config.graph import Edge, Graph, build_graph
@@ -198,10 +199,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--branches", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16])
-    parser.add_argument("--rows", type=int, default=64, help="of an edge")
-    parser.add_argument("--tokens", type=int, default=2048, help="of a row")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--branches", type=count, nargs="+", default=[2, 3, 4, 6, 8, 12, 16])
+    parser.add_argument("--rows", type=count, default=64, help="of an edge")
+    parser.add_argument("--tokens", type=count, default=2048, help="of a row")
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
     rows, records = [HEADER], []

@@ -32,6 +32,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from _numbers import amount
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -186,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("config", help="YAML file of a run on this machine")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--limit", type=float, default=1.0, metavar="PERCENT")
+    parser.add_argument("--limit", type=amount, default=1.0, metavar="PERCENT")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     return parser.parse_intermixed_args()
 

@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from _numbers import count
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from copd_megatron.rewards import sandbox
@@ -53,8 +55,8 @@ def measure(verdicts: int, cases: int) -> tuple[list[float], list[float]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--verdicts", type=int, default=200)
-    parser.add_argument("--cases", type=int, default=1, help="test cases per verdict")
+    parser.add_argument("--verdicts", type=count, default=200)
+    parser.add_argument("--cases", type=count, default=1, help="test cases per verdict")
     arguments = parser.parse_args()
     sandbox.require()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

@@ -30,6 +30,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from _numbers import amount, count
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,12 +74,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size-gb", type=float, action="append", help="of each checkpoint; default 1 and 4")
-    parser.add_argument("--models", type=int, default=3, help="branches, K")
+    parser.add_argument("--size-gb", type=amount, action="append", help="of each checkpoint; default 1 and 4")
+    parser.add_argument("--models", type=count, default=3, help="branches, K")
     parser.add_argument("--methods", default="linear,task_arithmetic,ties", help="of both programs")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--shard-gb", type=float, default=2.0, help="size of the inputs' and outputs' files")
-    parser.add_argument("--threads", type=int, help="ours; default all cores (mergekit: torch's default)")
+    parser.add_argument("--repeats", type=count, default=3)
+    parser.add_argument("--shard-gb", type=amount, default=2.0, help="size of the inputs' and outputs' files")
+    parser.add_argument("--threads", type=count, help="ours; default all cores (mergekit: torch's default)")
     parser.add_argument(
         "--folder", type=Path, help="where to work, on the disk to measure; default the system's"
     )

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from _numbers import count, count_or_none
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -48,11 +50,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, help="Hugging Face folder of a text model")
-    parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--prompt", type=int, default=24, help="tokens of a prompt")
-    parser.add_argument("--response", type=int, default=48, help="tokens of a response")
-    parser.add_argument("--top-k", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=count, default=128)
+    parser.add_argument("--prompt", type=count_or_none, default=24, help="tokens of a prompt")
+    parser.add_argument("--response", type=count, default=48, help="tokens of a response")
+    parser.add_argument("--top-k", type=count, default=16)
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     return parser.parse_args(arguments)
 

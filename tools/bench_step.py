@@ -36,6 +36,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from _numbers import count
+
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
 sys.path[:0] = [str(ROOT), str(TOOLS)]
@@ -53,9 +55,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--sizes", nargs="+", choices=[*SIZES], default=[*SIZES])
     parser.add_argument(
-        "--threads", type=int, default=2, help="of every compared thing, in all its processes"
+        "--threads", type=count, default=2, help="of every compared thing, in all its processes"
     )
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=count, default=7)
     parser.add_argument("--quick", action="store_true", help="two repeats")
     parser.add_argument("--without", nargs="+", default=[], help="names of rows to leave out")
     parser.add_argument("--compile", action="store_true", help="let plain vLLM compile (its default)")

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _tree  # noqa: F401  (puts this tree on the path)
+from _numbers import count
 
 from copd_megatron.rewards.audit import audit
 from copd_megatron.samples.audit import read_cases
@@ -39,7 +40,7 @@ def describe(run_dir: Path, branch: str, steps: Sequence[dict[str, float]], limi
 
     graded = f"{branch}/rewards/graded"
     responses = (steps[-1][graded] - steps[0][graded]) / (len(steps) - 1)
-    verdicts = audit(read_cases(run_dir, selection=Selection(branch=branch))[:limit]).verdicts
+    verdicts = audit(read_cases(run_dir, selection=Selection(branch=branch)).cases[:limit]).verdicts
     seconds = statistics.median(verdict.seconds for verdict in verdicts)
     return (
         f"{run_dir.name}/{branch}: step_seconds={mean('step'):.2f} responses={responses:.0f} "
@@ -51,7 +52,7 @@ def describe(run_dir: Path, branch: str, steps: Sequence[dict[str, float]], limi
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="directories of runs of at least two steps")
-    parser.add_argument("--limit", type=int, default=200, help="grade so many samples of a branch at most")
+    parser.add_argument("--limit", type=count, default=200, help="grade so many samples of a branch at most")
     arguments = parser.parse_args()
     for run_dir in arguments.runs:
         steps = steps_of(run_dir)

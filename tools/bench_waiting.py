@@ -43,6 +43,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from _numbers import amount, count, count_or_none
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -60,16 +62,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--step-seconds", type=float, default=2.0, help="of computing, of the slower branch")
-    parser.add_argument("--spread", type=float, default=0.2, help="of sampling: 0.2 is 80 to 120 %%")
-    parser.add_argument("--steps", type=int, default=6, help="of each phase")
-    parser.add_argument("--rows", type=int, default=64, help="per direction and step")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens")
-    parser.add_argument("--response", type=int, default=512, help="tokens")
-    parser.add_argument("--frozen-teaching", type=float, default=0.5, help="share of the student's step")
+    parser.add_argument("--step-seconds", type=amount, default=2.0, help="of computing, of the slower branch")
+    parser.add_argument("--spread", type=amount, default=0.2, help="of sampling: 0.2 is 80 to 120 %%")
+    parser.add_argument("--steps", type=count, default=6, help="of each phase")
+    parser.add_argument("--rows", type=count, default=64, help="per direction and step")
+    parser.add_argument("--prompt", type=count_or_none, default=256, help="tokens")
+    parser.add_argument("--response", type=count, default=512, help="tokens")
+    parser.add_argument("--frozen-teaching", type=amount, default=0.5, help="share of the student's step")
     parser.add_argument("--link", action="store_true", help="also over an emulated link")
-    parser.add_argument("--mbit", type=float, default=100.0, help="of the link, each way")
-    parser.add_argument("--round-trip-ms", type=float, default=50.0, help="of the link")
+    parser.add_argument("--mbit", type=amount, default=100.0, help="of the link, each way")
+    parser.add_argument("--round-trip-ms", type=amount, default=50.0, help="of the link")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--rank", help=argparse.SUPPRESS)  # one process of a run: its settings as JSON
     return parser.parse_args(arguments)

@@ -31,6 +31,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from _numbers import amount, count
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -41,16 +43,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size-mib", type=int, default=400, help="weights, in the type they are held in")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=16384)
+    parser.add_argument("--size-mib", type=count, default=400, help="weights, in the type they are held in")
+    parser.add_argument("--hidden", type=count, default=1024)
+    parser.add_argument("--vocab", type=count, default=16384)
     parser.add_argument("--tied", action="store_true", help="tie the output head to the embedding")
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--dp", type=int, default=1)
-    parser.add_argument("--rollout-tp", type=int, nargs="+", default=None, help="default: 1 and all ranks")
-    parser.add_argument("--bucket-mib", type=float, default=32.0)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tp", type=count, default=2)
+    parser.add_argument("--pp", type=count, default=1)
+    parser.add_argument("--dp", type=count, default=1)
+    parser.add_argument("--rollout-tp", type=count, nargs="+", default=None, help="default: 1 and all ranks")
+    parser.add_argument("--bucket-mib", type=amount, default=32.0)
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--folder", type=Path, help="where to put the models; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)

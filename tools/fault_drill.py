@@ -32,6 +32,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import _tree  # noqa: F401 - the code beside this folder
+from _numbers import amount, count_or_none
 from torch.distributed import DistError, PrefixStore, TCPStore
 
 from copd_megatron.checkpoint.compare import compare_runs, metrics_of
@@ -423,10 +424,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="determines what is killed, and when")
+    parser.add_argument("--kills", type=count_or_none, default=10)
+    parser.add_argument("--seed", type=count_or_none, default=0, help="determines what is killed, and when")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="start nothing more after this; default: no limit"
+        "--seconds",
+        type=amount,
+        default=float("inf"),
+        help="start nothing more after this; default: none",
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for both runs, the logs and the report"

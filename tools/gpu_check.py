@@ -50,6 +50,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _numbers import amount, count
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -85,10 +87,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", nargs="+", help="shapes of training: tiny, text-0.6b, text-4b, vl-4b ...")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="default: those of this GPU")
     parser.add_argument("--kinds", nargs="+", choices=("text", "vl", "moe", "fp8"), help="of scores and sync")
-    parser.add_argument("--cycles", type=int, default=50, help="steps: turns whose leftovers are measured")
-    parser.add_argument("--minutes", type=float, help="limit of one part; default: 2.5 times its estimate")
+    parser.add_argument("--cycles", type=count, default=50, help="steps: turns whose leftovers are measured")
+    parser.add_argument("--minutes", type=amount, help="limit of one part; default: 2.5 times its estimate")
     parser.add_argument(
-        "--total-minutes", type=float, help="parts that do not fit are left out; default: 9.5 (cpu: none)"
+        "--total-minutes", type=amount, help="parts that do not fit are left out; default: 9.5 (cpu: none)"
     )
     parser.add_argument("--work", type=Path, default=Path("/tmp/gpu_check"), help="models are kept here")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))

@@ -25,6 +25,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from _numbers import count, count_or_none
+
 from copd_megatron.config import to_yaml
 from copd_megatron.errors import ConfigError, DataError
 from copd_megatron.reproduction import setting as settings
@@ -148,8 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("arm", nargs="?", help="for show: an arm")
     parser.add_argument("--comparison", choices=COMPARISONS, default="two", help="number of branches")
     parser.add_argument("--arms", nargs="+", default=[], help="only these")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only these")
-    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="ranks that run at once")
+    parser.add_argument("--seeds", nargs="+", type=count_or_none, default=[], help="only these")
+    parser.add_argument("--cores", type=count, default=os.cpu_count() or 1, help="ranks that run at once")
     parser.add_argument("--setting", choices=settings.SETTINGS, help=f"default: {settings.CHOSEN}")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduction"), help="folder of all runs")
     parser.add_argument("--room", type=Path, default=ROOM, help="folder of the page")

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import _tree  # noqa: F401 - the code beside this folder
+from _numbers import count
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every client would say that "lo" has no name
 import torch
@@ -332,10 +333,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--branches", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=16)
-    parser.add_argument("--gather", type=int, default=256, help="most ranks that gather messages")
+    parser.add_argument("--ranks", type=count, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--branches", type=count, default=3)
+    parser.add_argument("--processes", type=count, default=16)
+    parser.add_argument("--gather", type=count, default=256, help="most ranks that gather messages")
     parser.add_argument("--eager", action="store_true", help="full meshes, whatever the size")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

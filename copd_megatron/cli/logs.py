@@ -8,7 +8,7 @@ import click
 
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import reader_may_leave, say
-from copd_megatron.cli.parameters import PATH
+from copd_megatron.cli.parameters import COUNT_OR_NONE, PATH
 from copd_megatron.metrics.rank_log import Selection, check_selection, follow, merged
 
 EXAMPLES = """
@@ -21,7 +21,7 @@ EXAMPLES = """
 @click.command("logs", cls=Command, examples=EXAMPLES)
 @click.argument("run_dir", type=PATH)
 @click.option("--branch", help="Only the ranks of this branch.")
-@click.option("--rank", type=int, help="Only this global rank.")
+@click.option("--rank", type=COUNT_OR_NONE, help="Only this global rank.")
 @click.option(
     "--level",
     type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], case_sensitive=False),

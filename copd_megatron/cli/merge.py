@@ -14,7 +14,7 @@ import click
 
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import say
-from copd_megatron.cli.parameters import COUNT, Size, log_plainly
+from copd_megatron.cli.parameters import SEED, WORKERS, Finite, Size, log_plainly
 from copd_megatron.cli.progress import byte_bar
 from copd_megatron.errors import ConfigError
 from copd_megatron.merge.flags import MergeFlags, recipe_from
@@ -67,8 +67,8 @@ class _Work:
     metavar="[PATTERN=]D[,D,...]",
     help="ties, dare: share of each task vector that is kept; one number for all models, or one per model.",
 )
-@click.option("--lambda", "scale", type=float, help="Factor on the combined task vectors.")
-@click.option("--t", type=float, help="slerp: 0 gives the first model, 1 the second.")
+@click.option("--lambda", "scale", type=Finite(), help="Factor on the combined task vectors.")
+@click.option("--t", type=Finite(0, 1), help="slerp: 0 gives the first model, 1 the second.")
 @click.option("--normalize/--no-normalize", default=None, help="Divide by the sum of the weights.")
 @click.option("--rescale/--no-rescale", default=None, help="Keep the L1 norm of task vectors.")
 @click.option("--dtype", help="Type that inputs are cast to before merging; default: their own.")
@@ -76,7 +76,7 @@ class _Work:
 @click.option(
     "--tokenizer-source", default="base", show_default=True, help="Input whose tokenizer files are copied."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="dare: root of the random masks.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="dare: root of the random masks.")
 @click.option("--shard-size", type=Size(), default="2GiB", show_default=True, help="Largest output file.")
 @click.option(
     "--format",
@@ -86,8 +86,10 @@ class _Work:
     help="Of the result: safetensors, or Megatron's distributed format.",
 )
 @click.option("--verify", is_flag=True, help="First compare joint checkpoints with their recorded digests.")
-@click.option("--processes", type=COUNT, default=1, show_default=True, help="Each takes whole output files.")
-@click.option("--threads", type=COUNT, help="Per process; default: all cores.")
+@click.option(
+    "--processes", type=WORKERS, default=1, show_default=True, help="Each takes whole output files."
+)
+@click.option("--threads", type=WORKERS, help="Per process; default: all cores.")
 @click.option(
     "--allow", multiple=True, metavar="KEY", help="Key in which config.json may differ; repeatable."
 )

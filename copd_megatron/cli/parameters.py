@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,42 @@ _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KIB": 2**10, "MIB"
 PATH: click.Path = click.Path(path_type=Path)
 """A file or folder; whoever opens it says when it is not there, and what should be."""
 
-COUNT = click.IntRange(min=1)
+COUNT = click.IntRange(1, 2**31 - 1)
+
+COUNT_OR_NONE = click.IntRange(0, 2**31 - 1)
+
+WORKERS = click.IntRange(1, 1024)
+"""Processes or threads: more than a machine has cores is waste, thousands more take it down."""
+
+SEED = click.IntRange(0, 2**63 - 1)
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 """Settings in place of the file's, before or behind options."""
+
+
+class Finite(click.FloatRange):
+    """A number in a range. click's own takes NaN into every range, and infinity into an open one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; a usage error when it is none, or not in the range."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+class _TopK(click.IntRange):
+    """So many of the most probable tokens, or -1 for all."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number; a usage error for 0 tokens."""
+        number = int(super().convert(value, param, ctx))
+        if number == 0:
+            self.fail("0 tokens leave nothing to sample; give 1 or more, or -1 for all.", param, ctx)
+        return number
+
+
+TOP_K = _TopK(-1, 2**31 - 1)
 
 
 class Size(click.ParamType):
@@ -61,6 +94,12 @@ def step_range(option: str, text: str) -> tuple[int, int]:
     """``3`` or ``3-5`` as first and last step; a usage error when it is neither."""
     first, _, last = text.partition("-")
     try:
-        return int(first), int(last or first)
+        found = int(first), int(last or first)
     except ValueError:
         raise click.UsageError(f"{option} {text}: write 3, or 3-5.", click.get_current_context()) from None
+    if found[0] > found[1]:
+        raise click.UsageError(
+            f"{option} {text}: the first step lies behind the last; write {found[1]}-{found[0]}.",
+            click.get_current_context(),
+        )
+    return found

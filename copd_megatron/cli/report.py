@@ -9,7 +9,7 @@ import click
 
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import refuse_other, say
-from copd_megatron.cli.parameters import COUNT, PATH
+from copd_megatron.cli.parameters import COUNT, COUNT_OR_NONE, PATH
 from copd_megatron.untrusted.whole_file import write_whole
 
 EXAMPLES = """
@@ -25,7 +25,7 @@ EXAMPLES = """
 @click.option(
     "--samples",
     "num_samples",
-    type=click.IntRange(min=0),
+    type=COUNT_OR_NONE,
     default=24,
     show_default=True,
     help="Responses on the page.",

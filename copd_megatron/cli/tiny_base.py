@@ -11,7 +11,7 @@ import click
 
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import say
-from copd_megatron.cli.parameters import COUNT, PATH
+from copd_megatron.cli.parameters import COUNT, PATH, SEED
 from copd_megatron.cli.progress import StepLines
 
 if TYPE_CHECKING:  # read when the command runs, so that the list of commands is there at once
@@ -35,7 +35,7 @@ EXAMPLES = """
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the model.")
 @click.option("--data", type=PATH, help="Folder of the shards; default: OUT_data.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Of the model and its warm-up.")
+@click.option("--seed", type=SEED, default=1, show_default=True, help="Of the model and its warm-up.")
 @click.option("--steps", type=COUNT, help="Warm-up steps, instead of the recipe's.")
 def command(kind: str, out: Path, data: Path | None, seed: int, steps: int | None) -> int:
     """Make the quickstart's model and data.

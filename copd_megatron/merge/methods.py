@@ -36,6 +36,9 @@ from copd_megatron.hf.tensors import TensorSpec, block_range
 from copd_megatron.merge.scratch import scratch
 from copd_megatron.merge.sparsify import Keep, Magnitude, RandomMask, Sparsifier
 
+_LEAST_SUM = 1e-12
+"""Of weights, beside the sum of their magnitudes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -100,14 +103,15 @@ class Linear:
 
     def __init__(self, spec: TensorSpec, settings: Settings) -> None:
         total = sum(settings.weights) if settings.normalize else 1.0
-        if total == 0:
-            raise ValueError(
-                f"merge: the weights of {spec.name} sum to 0, so their mean does not exist; "
-                "change them or set normalize: false"
-            )
         if not math.isfinite(total):
             raise ValueError(
                 f"merge: the weights of {spec.name} sum to more than a number can be; change them"
+            )
+        # 0.1 + 0.2 - 0.3 is no 0: what is left of weights that cancel is rounding.
+        if settings.normalize and abs(total) <= _LEAST_SUM * sum(map(abs, settings.weights)):
+            raise ValueError(
+                f"merge: the weights of {spec.name} sum to 0, so their mean does not exist; "
+                "change them or set normalize: false"
             )
         self._weights = [weight / total for weight in settings.weights]
         wide = torch.float64 if spec.dtype in (torch.float32, torch.float64) else torch.float32

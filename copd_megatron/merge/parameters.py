@@ -26,6 +26,12 @@ from copd_megatron.errors import ConfigError
 Scalar = bool | float
 
 _SWITCHES = {"normalize", "rescale", "int8_mask"}
+_SHARES = {
+    "density": "the share of elements that is kept",
+    "t": "the way from the first model to the second; beyond them, use task_arithmetic with a lambda",
+}
+"""Parameters between 0 and 1, and what they are. Weights and lambda may be any finite number: a negative one
+takes a task away (arXiv 2212.04089), and weights may count samples."""
 _MAX_PATTERN = 1000
 _MAX_REPEATS = 4
 
@@ -101,10 +107,8 @@ def _check_value(key: str, value: Any, where: str) -> None:
         raise ConfigError(f"{where}: {value!r} is not a number") from error
     if isinstance(value, bool) or not math.isfinite(number):
         raise ConfigError(f"{where}: {value!r} is not a finite number")
-    if key == "density" and not 0 <= number <= 1:
-        raise ConfigError(
-            f"{where}: a density of {value} is not in 0 .. 1, the share of elements that is kept"
-        )
+    if key in _SHARES and not 0 <= number <= 1:
+        raise ConfigError(f"{where}: a {key} of {value} is not in 0 .. 1, {_SHARES[key]}")
 
 
 def _check_filter(pattern: Any, where: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,33 @@ _END = re.compile(r"(?:<\|(?!end_of_thought)[\w ]{1,30}\|>|</s>|<eos>|<end_of_tu
 _END_CHARACTERS = 34
 """The longest that ``_END`` matches."""
 _SHOWN_CHARACTERS = 600
+_SHOWN_NAMES = 3
 
 
-def read_cases(
-    source: Path, *, verifier: str | None = None, selection: Selection | None = None
-) -> list[Case]:
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A response that is not graded again."""
+
+    name: str
+    reason: str
+
+
+@dataclass(kw_only=True)
+class Cases:
+    """What is graded again, and what is not: together, all that the source holds and the selection takes."""
+
+    cases: list[Case] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def first(self, limit: int | None) -> Cases:
+        """The first so many cases; those behind them are left out."""
+        if limit is None:
+            return self
+        more = [LeftOut(name=case.name, reason=f"beyond the limit of {limit}") for case in self.cases[limit:]]
+        return Cases(cases=self.cases[:limit], left_out=[*self.left_out, *more])
+
+
+def read_cases(source: Path, *, verifier: str | None = None, selection: Selection | None = None) -> Cases:
     """The cases of a run directory, or of a JSONL file with an object a line: ``response``, ``answer`` (or
     ``expected``), ``verifier``, and where they are known ``prompt``, ``metadata``, ``truncated``, and
     ``label`` (a person's verdict: true, false or a number) or ``reward`` (a recorded one).
@@ -36,26 +60,28 @@ def read_cases(
 
     Raises DataError: a line that is none of this, or no case at all. FileNotFoundError.
     """
+    found = Cases()
     if source.is_dir():
         terms = {} if verifier else _terms(source)
-        cases = [
-            case
-            for sample in read_samples(source, selection)
-            if (case := _of_sample(sample, verifier, terms))
-        ]
+        for sample in read_samples(source, selection):
+            if reason := _why_not(sample):
+                found.left_out.append(LeftOut(name=_name(sample), reason=reason))
+            else:
+                found.cases.append(_of_sample(sample, verifier, terms))
     else:
         try:
             lines = source.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise DataError(f"{source} is no text in UTF-8 ({error}).") from error
-        cases = [
+        found.cases = [
             _of_line(line, f"{source}, line {number}", verifier)
             for number, line in enumerate(lines, start=1)
             if line.strip()
         ]
-    if not cases:
-        raise DataError(f"{source} holds no response that can be graded again.")
-    return cases
+    if not found.cases:
+        why = "".join(f" Left out: {line}." for line in _reasons(found.left_out))
+        raise DataError(f"{source} holds no response that can be graded again.{why}")
+    return found
 
 
 def _terms(run_dir: Path) -> dict[str, Mapping[str, float]]:
@@ -66,13 +92,24 @@ def _terms(run_dir: Path) -> dict[str, Mapping[str, float]]:
     return {name: branch.reward.terms for name, branch in load_config(settings).branches.items()}
 
 
-def _of_sample(sample: Sample, verifier: str | None, terms: Mapping[str, Mapping[str, float]]) -> Case | None:
-    """The case; None where the run kept only a part of the response, of the gold answer or its settings."""
-    is_cut = len(sample.gold) >= MAX_TEXT_CHARACTERS or set(sample.metadata) == {"left_out"}
-    if sample.num_left_out or is_cut or sample.reward is None:
-        return None
+def _why_not(sample: Sample) -> str | None:
+    """Why a sample cannot be graded again as it was; None: it can."""
+    if sample.num_left_out:
+        return "the run kept only a part of the response"
+    if len(sample.gold) >= MAX_TEXT_CHARACTERS:
+        return "the run kept only a part of the gold answer"
+    if set(sample.metadata) == {"left_out"}:
+        return "the run did not keep the prompt's metadata"
+    return "the run did not grade it" if sample.reward is None else None
+
+
+def _name(sample: Sample) -> str:
+    return f"{sample.prompt_id}, step {sample.step}, response {sample.sample_index}"
+
+
+def _of_sample(sample: Sample, verifier: str | None, terms: Mapping[str, Mapping[str, float]]) -> Case:
     return Case(
-        name=f"{sample.prompt_id}, step {sample.step}, response {sample.sample_index}",
+        name=_name(sample),
         prompt=sample.prompt,
         response=_without_ends(sample.response),
         answer=sample.gold,
@@ -133,10 +170,12 @@ def _of_line(line: str, where: str, verifier: str | None) -> Case:
     )
 
 
-def as_json(audit: Audit) -> dict[str, Any]:
-    """The audit as JSON: counts by label and verdict, times, and every disagreement with its texts."""
+def as_json(audit: Audit, left_out: Sequence[LeftOut] = ()) -> dict[str, Any]:
+    """The audit as JSON: counts by label and verdict, what was left out, times, and every disagreement with
+    its texts."""
     return {
         "cases": len(audit.verdicts),
+        "left_out": [{"case": one.name, "reason": one.reason} for one in left_out],
         "table": [
             {"label": label.value, "verdict": verdict.value, "cases": count}
             for (label, verdict), count in sorted(audit.table.items(), key=str)
@@ -159,7 +198,15 @@ def _disagreement(one: Verdict) -> dict[str, Any]:
     }
 
 
-def as_lines(audit: Audit) -> Iterator[str]:
+def _reasons(left_out: Sequence[LeftOut]) -> Iterator[str]:
+    """How many were left out for each reason, and the first of them by name."""
+    for reason, count in Counter(one.reason for one in left_out).items():
+        names = [visible(one.name) for one in left_out if one.reason == reason]
+        shown = "; ".join(names[:_SHOWN_NAMES]) + ("; ..." if count > _SHOWN_NAMES else "")
+        yield f"{count}, {reason} ({shown})"
+
+
+def as_lines(audit: Audit, left_out: Sequence[LeftOut] = ()) -> Iterator[str]:
     """The audit for a terminal."""
     verdicts = [grade for grade in Grade if any(one.grade is grade for one in audit.verdicts)]
     yield "label    " + "".join(f"{grade.value:>10}" for grade in verdicts)
@@ -169,6 +216,9 @@ def as_lines(audit: Audit) -> Iterator[str]:
             yield f"{label.value:9}" + "".join(f"{count:10}" for count in counts)
     times = "  ".join(f"p{percent} {audit.milliseconds(percent):.2f}" for percent in (50, 90, 99))
     yield f"{len(audit.verdicts)} cases, {len(audit.disagreements)} disagree; ms per verdict: {times}"
+    if left_out:
+        yield f"{len(left_out)} of {len(audit.verdicts) + len(left_out)} responses are left out:"
+        yield from (f"  {line}" for line in _reasons(left_out))
     for one in audit.disagreements:
         verdict = "fails" if one.failed else f"says {one.reward:g}"
         yield ""

@@ -13,7 +13,7 @@ import click
 from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, step_folders
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import reader_may_leave, say
-from copd_megatron.cli.parameters import COUNT, PATH
+from copd_megatron.cli.parameters import PATH, WORKERS
 
 EXAMPLES = """
     copd checkpoint inspect runs/copd                                       the run's checkpoints
@@ -29,7 +29,7 @@ EXAMPLES = """
 @click.option("--verify", is_flag=True, help="Compare the SHA-256 of every file with the manifest's.")
 @click.option("--files", is_flag=True, help="List every file with its size and SHA-256.")
 @click.option("--tensors", is_flag=True, help="List every tensor of a branch's folder.")
-@click.option("--threads", type=COUNT, default=4, show_default=True, help="Files hashed at once.")
+@click.option("--threads", type=WORKERS, default=4, show_default=True, help="Files hashed at once.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def command(path: Path, verify: bool, files: bool, tensors: bool, threads: int, as_json: bool) -> int:
     """Show what a checkpoint holds and whether it is whole.

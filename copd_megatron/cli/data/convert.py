@@ -10,7 +10,7 @@ import click
 from copd_megatron.cli.data.options import shard_options
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import say
-from copd_megatron.cli.parameters import COUNT, PATH, log_plainly
+from copd_megatron.cli.parameters import COUNT, PATH, WORKERS, log_plainly
 from copd_megatron.data.convert.public import Conversion, convert_public
 from copd_megatron.data.convert.public_sets import LAYOUTS
 
@@ -31,7 +31,7 @@ EXAMPLES = """
 @click.option("--instruction", help="Put after every question; default: by kind of answer.")
 @click.option("--limit", type=COUNT, help="Stop after this many usable rows.")
 @click.option(
-    "--workers", type=COUNT, default=2, show_default=True, help="Processes that check gold answers."
+    "--workers", type=WORKERS, default=2, show_default=True, help="Processes that check gold answers."
 )
 def command(
     sources: tuple[Path, ...],

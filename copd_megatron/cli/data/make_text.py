@@ -10,6 +10,7 @@ import click
 from copd_megatron.cli.data.options import shard_options
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import say
+from copd_megatron.cli.parameters import COUNT
 from copd_megatron.tiny.tasks.text import AUTO_VERIFIER, Family, family_options, write_domain
 
 EXAMPLES = """
@@ -32,7 +33,7 @@ Several families, mixed 3 to 1, with settings for each:
     help="reasoning-gym family, or FAMILY:WEIGHT; repeatable.",
 )
 @click.option("--set", "settings", multiple=True, help="SETTING=VALUE, or FAMILY.SETTING=VALUE; repeatable.")
-@click.option("--train", "num_train", type=int, required=True, help="Number of training samples.")
+@click.option("--train", "num_train", type=COUNT, required=True, help="Number of training samples.")
 @click.option(
     "--verifier", default=AUTO_VERIFIER, show_default=True, help="auto, exact, numeric, reasoning_gym, ..."
 )

@@ -12,6 +12,7 @@ import click
 from copd_megatron.cli.data.options import shard_options
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import say
+from copd_megatron.cli.parameters import COUNT
 from copd_megatron.tiny.tasks.families import families as known_families
 from copd_megatron.tiny.tasks.text import family_options
 from copd_megatron.tiny.tasks.visual import VisualShare, write_visual_domain
@@ -48,7 +49,7 @@ def _list(context: click.Context, option: click.Parameter, asked: bool) -> None:
     "--family", "families", multiple=True, required=True, help="Family, or FAMILY:WEIGHT; repeatable."
 )
 @click.option("--set", "settings", multiple=True, help="SETTING=VALUE, or FAMILY.SETTING=VALUE; repeatable.")
-@click.option("--train", "num_train", type=int, required=True, help="Number of training samples.")
+@click.option("--train", "num_train", type=COUNT, required=True, help="Number of training samples.")
 @click.option("--prompt-suffix", default="", help="Put after every prompt.")
 def command(
     out: Path, name: str, families: tuple[str, ...], settings: tuple[str, ...], **options: Any

@@ -7,7 +7,7 @@ from functools import reduce
 
 import click
 
-from copd_megatron.cli.parameters import COUNT, PATH
+from copd_megatron.cli.parameters import COUNT, COUNT_OR_NONE, PATH, SEED
 
 _SHARDS = (
     click.option("--out", type=PATH, required=True, help="Folder for the shards."),
@@ -15,12 +15,12 @@ _SHARDS = (
     click.option(
         "--validation",
         "num_validation",
-        type=click.IntRange(min=0),
+        type=COUNT_OR_NONE,
         default=0,
         show_default=True,
         help="Number of samples for validation.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same shards."),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same shards."),
     click.option("--shard-size", type=COUNT, default=1000, show_default=True, help="Samples in one shard."),
     click.option("--overwrite", is_flag=True, help="Replace shards of this name."),
 )

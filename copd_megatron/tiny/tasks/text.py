@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,15 +61,19 @@ def family_options(
         settings: ``family.setting=value``, or ``setting=value`` if there is one family; values are JSON or
             text.
 
-    Raises DataError for a weight that is not a number and a setting of no family.
+    Raises DataError for a weight that is no number above 0, a family named twice, and a setting of no family.
     """
     weights: dict[str, float] = {}
     for text in families:
         name, _, weight = text.partition(":")
+        if name in weights:
+            raise DataError(f"--family {text}: {name} is named twice. Name it once, with its weight.")
         try:
             weights[name] = float(weight or 1)
         except ValueError as error:
             raise DataError(f"--family {text}: {weight!r} is not a weight. Write family:2.") from error
+        if not 0 < weights[name] < math.inf:
+            raise DataError(f"--family {text}: a weight is a finite number above 0. Write family:2.")
     values: dict[str, dict[str, Any]] = {name: {} for name in weights}
     for text in settings:
         name, equals, value = text.partition("=")
