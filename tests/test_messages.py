@@ -67,6 +67,23 @@ def test_arrays_come_back_bit_for_bit(dtype: str, shape: tuple[int, ...]) -> Non
     after["a"][...] = 0  # writable, and nobody else's
 
 
+@settings(deadline=None, max_examples=300)
+@given(
+    st.text("<>|=biufcOSUVMm,()[]'{}:;0123456789 x\n")
+    | st.text()
+    | st.sampled_from(["f8,", "(2,)f8", "f8=1"])
+)
+def test_no_other_type_is_given_to_numpy(dtype: str) -> None:
+    """numpy reads some names of types as Python's syntax, and others as structures or objects."""
+    text = json.dumps({"array": [dtype, [1], 8]}).encode()
+    message = len(text).to_bytes(8, "little") + text + bytes(8)
+    try:
+        array = decode(message)
+    except MessageError:
+        return
+    assert array.dtype == dtype and array.dtype.kind in "biuf" and array.nbytes == 8
+
+
 def test_registered_dataclasses_and_paths_travel() -> None:
     value = (_Report(step=3, parts=("a", "b")), Path("runs/a"), np.float32(0.1), np.int64(7))
     assert decode(encode(value)) == (

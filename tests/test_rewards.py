@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -188,6 +189,30 @@ def test_numeric() -> None:
 )
 def test_last_number_in_latex(text: str, number: float | None) -> None:
     assert last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "metadata", "reward"),
+    [
+        ("4" * 360, "-0.5", {"rel_tol": 1e-3}, 0.0),
+        ("4" * 360, "4" * 359 + "5", {"rel_tol": 1e-3}, 1.0),
+        ("4" * 360, "5" * 360, {"rel_tol": 1e-3}, 0.0),
+        ("4" * 360, "4" * 359 + "5", {}, 0.0),
+        ("-" + "4" * 360, "4" * 360, {"abs_tol": 1.0}, 0.0),
+        ("1/" + "9" * 360, "0", {}, 0.0),  # no float holds the denominator
+    ],
+)
+def test_numeric_where_no_float_reaches(
+    answer: str, gold: str, metadata: dict[str, Any], reward: float
+) -> None:
+    assert registry.get("numeric").verify(f"Answer: {answer}", gold, metadata) == reward
+
+
+@pytest.mark.parametrize("tolerance", [math.inf, math.nan, -1.0])
+def test_tolerances_that_are_none(tolerance: float) -> None:
+    for name in ("rel_tol", "abs_tol"):
+        with pytest.raises(ValueError, match="finite and at least 0"):
+            registry.get("numeric").verify("Answer: 1.5", "1", {name: tolerance})
 
 
 def test_is_number() -> None:

@@ -14,6 +14,7 @@ else.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path, PurePath
@@ -24,6 +25,8 @@ import numpy as np
 _LENGTH_BYTES: Final = 8
 _PLAIN_ARRAYS: Final = "biuf"
 """Kinds of numpy types that are numbers: no objects, no strings."""
+_PLAIN_TYPE: Final = re.compile(rf"[<>|][{_PLAIN_ARRAYS}]\d{{1,2}}")
+"""How numpy names them. It is given no other names: it reads those of structures as Python's syntax."""
 
 _registered: dict[str, type[Any]] = {}
 
@@ -126,9 +129,9 @@ class _Reader:
         return _registered[kind](**{name: self.value(item) for name, item in content.items()})
 
     def _array(self, dtype: str, shape: list[int], size: int) -> np.ndarray:
+        if not _PLAIN_TYPE.fullmatch(dtype) or size < 0 or size > self.rest:
+            raise ValueError(f"an array of {size} bytes of {dtype!r:.40}, {self.rest} bytes are left")
         kind = np.dtype(dtype)
-        if kind.kind not in _PLAIN_ARRAYS or size < 0 or size > self.rest:
-            raise ValueError(f"an array of {size} bytes of {dtype!r}, {self.rest} bytes are left")
         part = self._buffers[self._offset : self._offset + size]
         self._offset += size
         return np.frombuffer(part, dtype=kind).reshape(shape).copy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from copd_megatron.rewards.final_answer import final_answer, normalize
@@ -60,7 +61,7 @@ def numeric(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     -3/4, 2.5e-3, ``\frac{3}{4}``, ``3 \times 10^5``, a unit or sign of currency or percent beside the number
     (ignored). A number that is part of a formula (the 2 of ``\sqrt{2}``) is not an answer.
 
-    Raises ValueError if the gold answer holds no number.
+    Raises ValueError if the gold answer holds no number, or a tolerance is none.
     """
     gold = last_number(answer)
     if gold is None:
@@ -73,7 +74,19 @@ def numeric(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
         return float(gold == found)
     rel_tol = float(setting(metadata, "rel_tol", _DEFAULT_REL_TOL))
     abs_tol = float(setting(metadata, "abs_tol", 0.0))
-    return float(math.isclose(gold, found, rel_tol=rel_tol, abs_tol=abs_tol))
+    if not (0 <= rel_tol < math.inf and 0 <= abs_tol < math.inf):
+        raise ValueError(f"rel_tol {rel_tol} and abs_tol {abs_tol} must be finite and at least 0")
+    return float(_close(gold, found, rel_tol, abs_tol))
+
+
+def _close(gold: int | float, found: int | float, rel_tol: float, abs_tol: float) -> bool:
+    """``math.isclose``, of whole numbers too that no float holds."""
+    try:
+        return math.isclose(gold, found, rel_tol=rel_tol, abs_tol=abs_tol)
+    except OverflowError:
+        ours, theirs = Fraction(gold), Fraction(found)
+    reach = max(Fraction(rel_tol) * max(abs(ours), abs(theirs)), Fraction(abs_tol))
+    return abs(ours - theirs) <= reach
 
 
 def last_number(text: str) -> int | float | None:
@@ -114,7 +127,8 @@ def _value(sign: str, digits: str, exponent: str | None, denominator: str | None
         return int(sign + digits)
     value = float(sign + digits + (exponent or ""))
     if denominator is not None:
-        if int(denominator) == 0:
+        divisor = float(denominator)
+        if divisor == 0 or math.isinf(divisor):
             return None
-        value /= float(denominator)
+        value /= divisor
     return (int(value) if value.is_integer() else value) if math.isfinite(value) else None
