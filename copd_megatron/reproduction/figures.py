@@ -179,6 +179,8 @@ def _branches(axes: Any, comparisons: Mapping[str, Any]) -> bool:
                 label=label,
             )
             drawn = True
+    axes.set_xticks([2, 3, 4])
+    axes.set_ylim(0, 100)  # Student's t knows no bounds
     axes.set_xlabel("branches")
     axes.set_ylabel("% right, mean of the domains")
     if drawn:
