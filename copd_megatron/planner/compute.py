@@ -76,24 +76,27 @@ def largest_micro_batch(
 ) -> MicroBatch | None:
     """The fullest micro-batch of the steps that these works describe, in one rank's tokens; None: no rows.
 
-    Micro-batches are made equal, so that one is the rows' tokens over the number of micro-batches.
+    Micro-batches are made equal, so that one is the rows' tokens over the number of micro-batches. Where a
+    branch learns, those of its updates count: only they keep what the backward pass needs.
     """
-    found = []
-    for work in works:
-        for rows in (sums(work.trained), sums(work.scored), sums(work.taught)):
-            parts = config.training.num_mini_batches if rows == sums(work.trained) else 1
-            parallel = branch.parallel
-            count = micro_batches(config, branch, rows) * parallel.data_parallel_size
-            share = max(count, parts) * parallel.context_parallel_size
-            if rows.count:
-                found.append(
-                    MicroBatch(
-                        tokens=rows.tokens / share,
-                        row_tokens=rows.squares / rows.tokens,
-                        response_tokens=rows.response_tokens / share,
-                    )
-                )
+    trained = [sums(work.trained) for work in works]
+    others = [sums(rows) for work in works for rows in (work.scored, work.taught)]
+    found = [
+        _micro_batch(config, branch, rows, config.training.num_mini_batches) for rows in trained if rows.count
+    ]
+    found = found or [_micro_batch(config, branch, rows, 1) for rows in others if rows.count]
     return max(found, key=lambda batch: batch.tokens, default=None)
+
+
+def _micro_batch(config: Config, branch: BranchConfig, rows: RowSums, num_mini_batches: int) -> MicroBatch:
+    parallel = branch.parallel
+    count = micro_batches(config, branch, rows) * parallel.data_parallel_size
+    share = max(count, num_mini_batches) * parallel.context_parallel_size
+    return MicroBatch(
+        tokens=rows.tokens / share,
+        row_tokens=rows.squares / rows.tokens,
+        response_tokens=rows.response_tokens / share,
+    )
 
 
 def bubble(branch: BranchConfig, num_micro_batches: int) -> float:

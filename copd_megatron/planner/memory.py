@@ -16,7 +16,7 @@ max_sequence_tokens.
                                                     optimizer.precision_aware; minus the part that
                                                     optimizer.cpu_offload_fraction keeps in host memory
     layer   = b T (4 h / s + (4 q + 4 g + 4 f) / t)  activations of a decoder layer for the backward pass;
-                                                    s = t with sequence parallelism, else 1; on a CPU 1.65
+                                                    s = t with sequence parallelism, else 1; on a CPU 1.3
                                                     times as much, since unfused operations keep more
               + b T 2 S heads / t                   on CPU only: attention scores and their softmax
     acts    = L layer                               1F1B keeps up to p micro-batches of L/p layers on the
@@ -31,7 +31,8 @@ max_sequence_tokens.
     media   = (4 C t p^2 + b depth (10 w + 2 f)) patches   pixels of the largest image or video, and the
               vision tower's activations; w, f its widths. With training.recompute full
               b (depth w + 10 w + 2 f), with model.freeze_vision those of one block
-    vLLM    = b weights / rollout_tp                (1 byte per weight with rollout.quantization fp8)
+    vLLM    = b weights / rollout_tp                (1 byte per weight with quantization fp8); on a CPU
+                                                    twice: as they are, and packed for its kernels
     KV      = cpu_kv_cache_gib on a CPU; on a GPU the rest of gpu_memory_utilization, if its size is known
 
 A frozen branch has neither gradients nor optimizer and keeps no activations. On a GPU the actor and vLLM take
@@ -51,7 +52,7 @@ GIB = 1024**3
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 
 
-_CPU_KEEPS = 1.65
+_CPU_KEEPS = 1.3
 """What a layer keeps on a CPU, as a multiple of the formula for a GPU: unfused operations keep their
 intermediate results. Measured by ``tools/bench_plan.py``."""
 
@@ -217,7 +218,7 @@ def estimate_memory(
         logits=int(3 * 4 * _chunk_tokens(config, batch) * shape.vocab_size) // tensor,
         extra_models=_extra_model_bytes(config, size) * parameters if trains else 0,
         weight_sync=2 * bucket if trains else 0,
-        engine_weights=_engine_bytes(branch, shape, size) if trains else 0,
+        engine_weights=_engine_bytes(branch, shape, size) * (1 if on_gpu else 2) if trains else 0,
         kv_cache=_kv_cache_bytes(branch, shape, size, on_gpu=on_gpu, gpu_bytes=gpu_bytes) if trains else 0,
         media=_media_bytes(config, shape, size),
         extras_in_host=on_gpu,
