@@ -29,7 +29,7 @@ from copd_megatron.config.schema import RolloutConfig, RolloutQuantization
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.seeds import sample_seed
 from copd_megatron.records import Prompt, Rollout
-from copd_megatron.rollout import in_place
+from copd_megatron.rollout import in_place, seeded
 from copd_megatron.rollout.early_stop import EarlyStop
 from copd_megatron.rollout.media import engine_input, engine_settings
 from copd_megatron.rollout.packed import pack_rollouts, unpack_rollouts
@@ -188,6 +188,8 @@ class RolloutEngine:
         dist.barrier()
         _unlink_shared_memory(identity)
         self._tokenizer = self.llm.get_tokenizer()
+        if not torch.cuda.is_available():
+            self.llm.collective_rpc(seeded.prepare)
         self.loads_in_place = all(self.llm.collective_rpc(in_place.prepare))
         """Whether ``load_weights`` has finished with a tensor when it requests the next one."""
 
@@ -202,6 +204,7 @@ class RolloutEngine:
         import vllm
 
         from copd_megatron.rollout.executor import external_launcher
+        from copd_megatron.rollout.norms import compiled_norms
 
         settings: dict[str, Any] = {
             "gpu_memory_utilization": self.config.gpu_memory_utilization,
@@ -213,6 +216,9 @@ class RolloutEngine:
         if not on_cuda:
             settings = {
                 "kv_cache_memory_bytes": int(self.config.cpu_kv_cache_gib * 2**30),
+                # the smallest: short sequences lie closer together, and samples share more of their prompt
+                "block_size": 32,
+                "ir_op_priority": compiled_norms(),
                 # if vLLM prefills a prompt in pieces, it rewinds the seeded generator by an offset, which CPU
                 # generators do not support; so every prompt must fit into one step
                 "enable_chunked_prefill": False,
