@@ -65,16 +65,19 @@ class StepLines:
         self._started = time.monotonic()
         self._printed = float("-inf")
         self._first_done: float | None = None
+        self._first_drawn: tuple[float, int] | None = None
 
     def prepared(self, done: int, total: int) -> None:
-        """So much of the data is there."""
+        """So much of the data is there. The first call tells no speed: before it, packages were imported."""
         now = time.monotonic()
+        since, before = self._first_drawn = self._first_drawn or (now, done)
         if now - max(self._printed, self._started) < _SECONDS_BETWEEN_LINES:
             return
         self._printed = now
-        seconds = now - self._started
-        to_go = seconds / done * (total - done)
-        say(f"  task {done} of {total} drawn; {seconds:.0f} s, {to_go:.0f} s to go", flush=True)
+        line = f"  task {done} of {total} drawn; {now - self._started:.0f} s"
+        if done > before:
+            line += f", {(now - since) / (done - before) * (total - done):.0f} s to go"
+        say(line, flush=True)
 
     def __call__(self, step: int, num_steps: int, loss: float) -> None:
         """Step number ``step``, counted from 0, is done."""
