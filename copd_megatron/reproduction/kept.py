@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from copd_megatron.untrusted.json_text import load_file
+from copd_megatron.untrusted.whole_file import write_whole
 
 _ENDS = {"low": -math.inf, "high": math.inf, "value": math.nan}
 
@@ -29,7 +30,7 @@ def read_results(path: Path) -> dict[str, Any]:
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """JSON has no infinities: an end that an interval does not have is null."""
     text = json.dumps(_finite(results), indent=1, sort_keys=True, default=str)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, text + "\n")
 
 
 def with_kept(results: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
