@@ -5,7 +5,8 @@ from __future__ import annotations
 from tests.support.commands import load_tool, python
 
 SCRIPT = """
-import runpy
+import runpy, sys
+sys.path.insert(0, "tools")
 tool = runpy.run_path("tools/bench_checks.py")
 clocks = tool["Clocks"]()
 tool["install"](clocks)

@@ -143,4 +143,5 @@ def test_a_loss_of_ones_own_is_used_for_cross_rows_only(metrics: list[dict[str, 
     for branch in ("alpha", "beta"):
         assert f"{branch}/train/likely_tokens" not in first, "Phase I has no cross rows"
         assert 0 < second[f"{branch}/train/likely_tokens"] < 1, "share of the update's tokens"
-        assert second[f"{branch}/train/clip_fraction"] == 0, "native rows keep the surrogate"
+        # only the surrogate counts clipped tokens: few, of a second mini-batch
+        assert 0 <= second[f"{branch}/train/clip_fraction"] < 0.2, "native rows keep the surrogate"
