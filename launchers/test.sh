@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up, then runs the linter, the type checker and the tests. Arguments go to pytest.
 #
-#   launchers/test.sh                          all but the slow tests, about 15 minutes on two cores
+#   launchers/test.sh                          all but the slow tests, about 12 minutes on two cores
 #   launchers/test.sh tests/test_config.py     some
 #   launchers/test.sh -m slow                  only the slow ones
 #   launchers/test.sh -n 0 -x --pdb            one after the other, in one process, as a debugger needs it
