@@ -26,7 +26,7 @@ from copd_megatron.data.media import MediaPlace, content_hash
 from copd_megatron.evaluation.table import save_table
 from copd_megatron.launch.provenance import record_start
 from copd_megatron.report.drawing import draw_panel
-from copd_megatron.report.history import read_run
+from copd_megatron.report.history import MAX_SHOWN, read_run
 from copd_megatron.report.merge_distance import DistanceReport, LayerDistance, read_distances
 from copd_megatron.report.page import PageOptions, shade_of, shown_sample, write_page
 from copd_megatron.report.panels import Curve, Panel, PhaseSpan, panels, phase_spans, smoothed
@@ -295,6 +295,65 @@ def test_the_page_of_several_runs(tmp_path: Path) -> None:
     text = write_page(folders, tmp_path / "seeds.html", PageOptions(num_samples=0)).read_text()
     assert "Means of 3 runs" in text and "gain over the base" in text and "seed0 · seed1 · seed2" in text
     assert "What the models answered" not in text
+
+
+def test_how_many_runs_and_prompts_a_figure_is_of(tmp_path: Path) -> None:
+    """A mean over fewer runs than were named, or over other prompts, is said where it stands."""
+    folders = [full_run(tmp_path / f"seed{i}", shift=0.05 * i) for i in range(3)]
+    same = score_table([read_run(folder) for folder in folders])
+    assert same is not None and same.prompts("text") == "n=40" and not same.prompts_differ
+    assert same.note("merged", "text") == same.difference_note("merged", "text") == ""
+    text = write_page(folders, tmp_path / "same.html", PageOptions(num_samples=0)).read_text()
+    text = text[: text.index('id="settings"')]  # behind it stand the runs' own words
+    assert "n=40<" in text and "different numbers" not in text and "3 of 3 runs" not in text
+
+    rows = {"base": {"text": 0.5, "image": 0.5}, "text": {"text": 0.75, "image": math.nan}}
+    save_table(folders[1], rows, ["text", "image"], num_prompts={"text": 20, "image": 8})
+    (folders[2] / "evaluation.json").unlink()
+    short = (folders[2] / "metrics.jsonl").read_text().splitlines()[:15]
+    (folders[2] / "metrics.jsonl").write_text("".join(line + "\n" for line in short))
+    runs = [read_run(folder) for folder in folders]
+    table = score_table(runs)
+    assert table is not None and table.num_runs == 2
+    assert (table.note("base", "text"), table.note("merged", "text")) == ("", "1 of 2 runs")
+    assert (table.prompts("text"), table.prompts("image")) == ("n=20 to 40", "n=8")
+    assert table.prompts_differ == ["text"]
+    text = write_page(folders, tmp_path / "other.html", PageOptions(num_samples=0)).read_text()
+    assert "n=20 to 40" in text and "1 of 2 runs" in text
+    assert "Without a table, and so not counted: seed2." in text
+    assert "Runs have different numbers of prompts (text)" in text
+    assert "different numbers of steps, from 15 to 20" in text
+    assert "means of 1 and 2 runs, not of the same" in text
+    reward = next(panel for panel in panels(runs) if panel.title.startswith("reward on"))
+    assert reward.coverage == "text: 15 to 20 points a run."
+    (folders[0] / "metrics.jsonl").write_text((write_run(tmp_path / "bare") / "metrics.jsonl").read_text())
+    entropy = next(p for p in panels([read_run(f) for f in folders]) if p.title.startswith("entropy"))
+    assert entropy.coverage == "text: 2 of 3 runs; text: 15 to 20 points a run."
+
+
+def test_one_measured_run_among_several_has_the_interval_of_its_prompts(tmp_path: Path) -> None:
+    """One value has no spread between runs, and is not known exactly."""
+    one, begun = full_run(tmp_path / "a"), write_run(tmp_path / "b")
+    alone, among = (score_table([read_run(f) for f in folders]) for folders in ([one], [one, begun]))
+    assert alone is not None and among is not None
+    assert among.cells == alone.cells and among.num_runs == 1
+    assert among.cells["base"]["text"].low < among.cells["base"]["text"].high
+
+
+def test_a_run_named_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = full_run(tmp_path / "a")
+    (tmp_path / "link").symlink_to(folder)
+    for other in (folder, tmp_path / "link", folder / ".." / "a"):
+        assert main(["report", str(folder), str(other), "--out", str(tmp_path / "o.html")]) == 2
+        assert "one run, which would count twice" in capsys.readouterr().err
+    assert not (tmp_path / "o.html").exists()
+
+
+def test_more_curves_than_are_shown_are_said(tmp_path: Path) -> None:
+    many = {f"b{i}/train/entropy": [0.5] * 20 for i in range(MAX_SHOWN + 1)}
+    found = {p.title.split(" (")[0]: p for p in panels([read_run(write_run(tmp_path / "a", extra=many))])}
+    assert found["entropy of the policy"].coverage == f"At most {MAX_SHOWN} curves are shown."
+    assert found["reward on the branch's own prompts"].coverage == ""
 
 
 def test_a_run_that_has_begun_has_a_page(tmp_path: Path) -> None:

@@ -43,8 +43,9 @@ def command(
     RUN_DIR/report.png. RUN_DIR is a run directory, during the run or after it.
     """
     from copd_megatron.report.curves import write_report
-    from copd_megatron.report.page import BEGIN, PageOptions, read_shown, write_page
+    from copd_megatron.report.page import BEGIN, PageOptions, read_shown, refuse_twice, write_page
 
+    refuse_twice(run_dirs)
     target = out or run_dirs[0] / "report.html"
     if out is not None:
         refuse_other(out, BEGIN, "page of copd report")
@@ -59,6 +60,8 @@ def command(
         parts += [*([behaviour, ""] if behaviour else []), f"curves: {picture}"]
     options = PageOptions(num_samples=num_samples, refresh_seconds=follow)
     write_page(run_dirs, target, options)
+    if len(run_dirs) > 1:
+        parts.append(f"means of {len(run_dirs)} runs; the page says where one has fewer points or prompts")
     say("\n".join([*parts, f"page: {target}"]), flush=True)
     while follow is not None:
         time.sleep(follow)

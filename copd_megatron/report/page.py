@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from copd_megatron.config import load_config
 from copd_megatron.config.domains import MEAN_COLUMN
-from copd_megatron.errors import ConfigError
+from copd_megatron.errors import ConfigError, DataError
 from copd_megatron.evaluation.statistics import Estimate
 from copd_megatron.launch.provenance import read_starts
 from copd_megatron.report.drawing import draw_panel, draw_scores
@@ -82,10 +82,20 @@ def write_page(run_dirs: Sequence[str | Path], out: Path, options: PageOptions |
     return out
 
 
+def refuse_twice(run_dirs: Sequence[Path]) -> None:
+    """Raises DataError: a run is named twice, by whatever path. Its mean would be of fewer than it says."""
+    seen: dict[Path, Path] = {}
+    for run_dir in run_dirs:
+        known = seen.setdefault(run_dir.resolve(), run_dir)
+        if known is not run_dir:
+            raise DataError(f"{run_dir} and {known} are one run, which would count twice. Name it once.")
+
+
 def page(run_dirs: Sequence[Path], options: PageOptions) -> str:
     """The page of one run, or of several as means with bands."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    refuse_twice(run_dirs)
     runs = [read_run(run_dir) for run_dir in run_dirs]
     colors: dict[str, str] = {}
     spans = phase_spans(runs[0])
@@ -108,6 +118,8 @@ def page(run_dirs: Sequence[Path], options: PageOptions) -> str:
         figures=figures,
         times=times,
         scores=scores,
+        unmeasured=[run.name for run in runs if not run.accuracy],
+        numbers_of_steps=sorted({len(run.steps) for run in runs}),
         score_figure=None if scores is None else draw_scores(scores, colors),
         mean=MEAN_COLUMN,
         headline=None if scores is None else _headline(scores),
@@ -215,7 +227,11 @@ def _headline(scores: ScoreTable) -> str | None:
     if base is None or merged is None:
         return None
     gain = 100 * (merged.value - base.value)
-    over = f" (mean of {scores.num_runs} runs)" if scores.num_runs > 1 else ""
+    counts = [scores.counts[model][MEAN_COLUMN] for model in ("merged", "base")]
+    if counts[0] != counts[1]:
+        over = f" (means of {counts[0]} and {counts[1]} runs, not of the same)"
+    else:
+        over = f" (mean of {counts[0]} runs)" if scores.num_runs > 1 else ""
     return (
         f"The merged model has {100 * merged.value:.1f} % on average over the domains, the base "
         f"{100 * base.value:.1f} %: {gain:+.1f} points{over}."

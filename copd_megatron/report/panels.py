@@ -13,10 +13,18 @@ from dataclasses import dataclass
 
 from copd_megatron.evaluation.statistics import wilson
 from copd_megatron.metrics.step_clock import PARTS
-from copd_megatron.report.history import MERGED_ACCURACY, OVERLAP, SYMMETRIC_KL, TEACHER_GAP, RunHistory
+from copd_megatron.report.history import (
+    MAX_SHOWN,
+    MERGED_ACCURACY,
+    OVERLAP,
+    SYMMETRIC_KL,
+    TEACHER_GAP,
+    RunHistory,
+)
 
 PHASES = {part.replace("_", " "): f"{part}_seconds" for part in PARTS}
 """Parts of a step, in the order in which they are stacked, and their metrics."""
+_SHOWN_PARTS = 8
 _FEW_STEPS = 40
 """Runs of at most so many steps are drawn as they are; longer ones smoothed, with the raw curve behind."""
 
@@ -31,6 +39,8 @@ class Curve:
     low: tuple[float, ...] | None = None
     """Lower edge of the band around it; None: it has none."""
     high: tuple[float, ...] | None = None
+    points: tuple[int, ...] = ()
+    """How many points each of several runs gives; empty for a single run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,22 @@ class Panel:
     """A horizontal line to compare with."""
     stacked: bool = False
     """The curves are parts of a whole, one upon the other."""
+
+    @property
+    def coverage(self) -> str:
+        """What the means over several runs are not of: runs without the curve, points that some lack."""
+        parts = []
+        for curve in self.curves:
+            have = [count for count in curve.points if count]
+            if have and len(have) < len(curve.points):
+                parts.append(f"{curve.label}: {len(have)} of {len(curve.points)} runs")
+            if have and min(have) < max(have):
+                parts.append(f"{curve.label}: {min(have)} to {max(have)} points a run")
+        more = [f"and {len(parts) - _SHOWN_PARTS} more"] if len(parts) > _SHOWN_PARTS else []
+        notes = ["; ".join([*parts[:_SHOWN_PARTS], *more]) + "."] if parts else []
+        if len(self.curves) >= MAX_SHOWN:
+            notes.append(f"At most {MAX_SHOWN} curves are shown.")
+        return " ".join(notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +146,12 @@ def _combined(
     named: Sequence[Mapping[str, Sequence[float]]],
 ) -> Curve:
     at: dict[int, list[float]] = {step: [] for step in steps}
-    for run, series in zip(runs, named, strict=True):
+    points = [0] * len(runs)
+    for place, (run, series) in enumerate(zip(runs, named, strict=True)):
         for step, value in zip(run.steps, series.get(label, ()), strict=False):
             if not math.isnan(value):
                 at[step].append(value)
+                points[place] += 1
     mean = tuple(math.fsum(v) / len(v) if v else math.nan for v in at.values())
     if len(runs) == 1:
         return Curve(label=label, steps=steps, values=mean)
@@ -133,6 +161,7 @@ def _combined(
         values=mean,
         low=tuple(min(v, default=math.nan) for v in at.values()),
         high=tuple(max(v, default=math.nan) for v in at.values()),
+        points=tuple(points),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from copd_megatron.config.domains import MEAN_COLUMN
 from copd_megatron.evaluation.statistics import Estimate, wilson
@@ -29,6 +29,36 @@ class ScoreTable:
     differences: Mapping[str, Mapping[str, Estimate]]
     """Model to domain to its difference from ``base``, run by run; empty for a single run."""
     num_runs: int
+    """Runs that have a table."""
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Model to domain to the number of runs behind its cell."""
+    difference_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    num_prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Domain to the numbers of validation prompts that runs have, each once, in order."""
+
+    def note(self, model: str, domain: str) -> str:
+        """How many runs a cell is of, where it is not of all."""
+        return self._of(self.counts, model, domain)
+
+    def difference_note(self, model: str, domain: str) -> str:
+        """The same of a difference."""
+        return self._of(self.difference_counts, model, domain)
+
+    def _of(self, counts: Mapping[str, Mapping[str, int]], model: str, domain: str) -> str:
+        count = counts.get(model, {}).get(domain, 0)
+        return "" if count in (0, self.num_runs) else f"{count} of {self.num_runs} runs"
+
+    def prompts(self, domain: str) -> str:
+        """``n=40``, or ``n=8 to 40`` where runs differ; empty where nobody knows."""
+        known = self.num_prompts.get(domain, ())
+        if not known:
+            return ""
+        return f"n={known[0]}" if len(known) == 1 else f"n={known[0]} to {known[-1]}"
+
+    @property
+    def prompts_differ(self) -> list[str]:
+        """Domains of which runs have different numbers of validation prompts."""
+        return [domain for domain, known in self.num_prompts.items() if len(known) > 1]
 
     def cell(self, model: str, domain: str) -> Estimate | None:
         """None where the model was not measured."""
@@ -52,19 +82,31 @@ def score_table(runs: Sequence[RunHistory]) -> ScoreTable | None:
     domains = list(dict.fromkeys(domain for run in measured for domain in run.domains))
     cells: dict[str, dict[str, Estimate]] = {model: {} for model in models}
     differences: dict[str, dict[str, Estimate]] = {}
+    counts: dict[str, dict[str, int]] = {model: {} for model in models}
+    difference_counts: dict[str, dict[str, int]] = {}
     for model in models:
         for domain in [*domains, MEAN_COLUMN]:
             values = _values(measured, model, domain)
             if values:
-                single = len(runs) == 1
+                single = len(measured) == 1
+                counts[model][domain] = len(values)
                 cells[model][domain] = (
                     _of_one(measured[0], domain, values[0]) if single else _share(interval(values))
                 )
             paired = _against_base(measured, model, domain)
             if len(paired) > 1:
                 differences.setdefault(model, {})[domain] = interval(paired)
+                difference_counts.setdefault(model, {})[domain] = len(paired)
+    prompts = {domain: {run.num_prompts.get(domain, 0) for run in measured} - {0} for domain in domains}
     return ScoreTable(
-        models=models, domains=domains, cells=cells, differences=differences, num_runs=len(measured)
+        models=models,
+        domains=domains,
+        cells=cells,
+        differences=differences,
+        num_runs=len(measured),
+        counts=counts,
+        difference_counts=difference_counts,
+        num_prompts={domain: sorted(known) for domain, known in prompts.items() if known},
     )
 
 

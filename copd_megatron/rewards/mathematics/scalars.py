@@ -36,6 +36,11 @@ _SUMS = re.compile(r"\\(?:sum|prod|int)(?![A-Za-z])")
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
 _REFUSED = re.compile(r"\d\s+\d|\\ldots|\\approx|\d_|[?!]{2,}|\\overline|\\to(?![A-Za-z])|[:&]|\.\.")
 _OPERATION = re.compile(r"(?<=[\d)}])\s?(?:\+|-|\\cdot|(?<!\d)/|\*)\s?(?=[\d({\\])|!|\\binom|\^")
+_ONE = Fraction(1)
+_NUM_POINTS = 6
+_MAX_KEPT = 512
+"""Texts whose formulas and values are kept: every pair of two lists is compared, and each text is parsed and
+evaluated once."""
 _POINTS = (
     ("1.6180339887", "-0.7390851332", "2.2360679775", "0.5671432904", "-1.3247179572", "3.1462643699"),
     ("0.9159655942", "1.2020569032", "-2.5029078751", "-0.3036630029", "4.6692016091", "0.2614972128"),
@@ -52,6 +57,7 @@ class Number:
     base: int | None = None
 
 
+@functools.lru_cache(maxsize=_MAX_KEPT)
 def number(text: str) -> Number | None:
     """The number that a text writes out; None for other expressions. Raises ZeroDivisionError."""
     text = text.strip()
@@ -126,15 +132,21 @@ def equal(gold: str, found: str, rounding: int) -> bool:
     first, second = number(gold), number(found)
     if first is not None and second is not None:
         return _equal_numbers(first, second, gold, found, rounding)
+    return equal_scaled(gold, found, _ONE, rounding)
+
+
+def equal_scaled(gold: str, found: str, factor: Fraction, rounding: int) -> bool:
+    """Whether ``found`` times a factor equals ``gold``, as formulas. Raises as ``equal``."""
     if is_tall(gold) or is_tall(found):
         return False
-    left, right = expression(gold), expression(found)
-    if not (is_evaluable(left) and is_evaluable(right)):
+    left, right = _sampled(gold, _ONE), _sampled(found, factor)
+    if not (left.is_evaluable and right.is_evaluable):
         return False
     tolerance = 5 * 10.0**-rounding if _has_decimals(gold) or _has_decimals(found) else None
     return _equal_expressions(left, right, tolerance, rounding)
 
 
+@functools.lru_cache(maxsize=_MAX_KEPT)
 def bare(text: str) -> str:
     """The text without spaces that separate nothing and braces around a single sign."""
     text = re.sub(r"(?<=[\^_])\{(\w)\}", r"\1 ", text)
@@ -171,7 +183,7 @@ class UnreadableScalarError(ValueError):
     """A text that is not, as a whole, one expression."""
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=_MAX_KEPT)
 def expression(text: str) -> Any:
     """The sympy expression that a text writes, not evaluated. Raises UnreadableScalarError."""
     if _REFUSED.search(text):
@@ -197,16 +209,59 @@ def expression(text: str) -> Any:
     return parsed
 
 
-def _equal_expressions(left: Any, right: Any, tolerance: float | None, rounding: int) -> bool:
-    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
-    if not symbols:
+class Sampled:
+    """A formula with its value, or its values at fixed points; each is worked out when first asked for."""
+
+    def __init__(self, formula: Any) -> None:
+        self.formula = formula
+        self.symbols = formula.free_symbols
+        self._at: dict[int, Any] = {}
+
+    @functools.cached_property
+    def is_evaluable(self) -> bool:
+        """Whether it is small enough to be evaluated."""
+        return is_evaluable(self.formula)
+
+    @functools.cached_property
+    def value(self) -> Any:
+        """Of a formula without symbols, as ``_value`` has it."""
+        return _value(self.formula)
+
+    def at(self, row: int) -> Any:
+        """Its value at a point."""
+        if row not in self._at:
+            ordered = enumerate(sorted(self.symbols, key=str))
+            point = {symbol: _coordinate(index, row) for index, symbol in ordered}
+            self._at[row] = _value(self.formula.subs(point))
+        return self._at[row]
+
+
+@functools.lru_cache(maxsize=_MAX_KEPT)
+def _sampled(text: str, factor: Fraction) -> Sampled:
+    formula = expression(text)
+    return Sampled(formula if factor == 1 else formula * _library().sympy.Rational(factor))
+
+
+@functools.lru_cache(maxsize=_MAX_KEPT)
+def difference(left: str, right: str) -> Sampled:
+    """What one expression exceeds another by. Raises UnreadableScalarError."""
+    return Sampled(expression(left) - expression(right))
+
+
+def forget() -> None:
+    """Drops the texts that are kept."""
+    for kept in (number, bare, expression, _sampled, difference):
+        kept.cache_clear()
+
+
+def _equal_expressions(left: Sampled, right: Sampled, tolerance: float | None, rounding: int) -> bool:
+    if not left.symbols | right.symbols:
         return _equal_values(left, right, tolerance, rounding)
-    if left.free_symbols != right.free_symbols or len(symbols) > 8:
+    if left.symbols != right.symbols or len(left.symbols) > 8:
         return False
     agreed = 0
-    for row in range(6):
-        point = {symbol: _coordinate(index, row) for index, symbol in enumerate(symbols)}
-        first, second = _value(left.subs(point)), _value(right.subs(point))
+    for row in range(_NUM_POINTS):
+        first, second = left.at(row), right.at(row)
         if first is None or second is None:
             if (first is None) != (second is None):
                 return False
@@ -222,10 +277,10 @@ def _coordinate(index: int, row: int) -> Any:
     return _library().sympy.Rational(digits) + index // len(_POINTS)
 
 
-def _equal_values(left: Any, right: Any, tolerance: float | None, rounding: int) -> bool:
-    first, second = _value(left), _value(right)
+def _equal_values(left: Sampled, right: Sampled, tolerance: float | None, rounding: int) -> bool:
+    first, second = left.value, right.value
     if first is None or second is None:
-        return bool(left == right)
+        return bool(left.formula == right.formula)
     difference, size = abs(first - second), max(abs(first), abs(second))
     if tolerance is None:
         return bool(difference <= _EXACT * size)
@@ -259,27 +314,29 @@ def close(first: str, second: str, share: float) -> bool:
     """Whether two numbers differ by less than a share of the larger. Raises UnreadableScalarError."""
     if is_tall(first) or is_tall(second):
         return False
-    left, right = expression(first), expression(second)
-    if not (is_evaluable(left) and is_evaluable(right)):
+    left, right = _sampled(first, _ONE), _sampled(second, _ONE)
+    if not (left.is_evaluable and right.is_evaluable):
         return False
-    one, other = _value(left), _value(right)
+    one, other = left.value, right.value
     if one is None or other is None:
         return False
     return bool(abs(one - other) <= share * max(abs(one), abs(other)))
 
 
-def proportional(first: Any, second: Any) -> bool:
+def proportional(first: Sampled, second: Sampled) -> bool:
     """Whether one of two formulas is the other times a number that is not 0."""
-    symbols = sorted(first.free_symbols | second.free_symbols, key=str)
-    if first.free_symbols != second.free_symbols or not 0 < len(symbols) <= 8:
+    if first.symbols != second.symbols or not 0 < len(first.symbols) <= 8:
         return False
-    if not (is_evaluable(first) and is_evaluable(second)):
+    if not (first.is_evaluable and second.is_evaluable):
         return False
-    ratios = []
-    for row in range(6):
-        point = {symbol: _coordinate(index, row) for index, symbol in enumerate(symbols)}
-        one, other = _value(first.subs(point)), _value(second.subs(point))
+    ratio, agreed = None, 0
+    for row in range(_NUM_POINTS):
+        one, other = first.at(row), second.at(row)
         if one is None or other is None or not one or not other:
             continue
-        ratios.append(one / other)
-    return len(ratios) >= 2 and all(abs(ratio - ratios[0]) <= _EXACT * abs(ratios[0]) for ratio in ratios)
+        if ratio is None:
+            ratio = one / other
+        elif abs(one / other - ratio) > _EXACT * abs(ratio):
+            return False
+        agreed += 1
+    return agreed >= 2

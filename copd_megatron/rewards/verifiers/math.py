@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from copd_megatron.rewards.final_answer import FinalAnswer, Source, adjacent_boxes, final_answer, normalize
-from copd_megatron.rewards.mathematics.compare import Comparison
+from copd_megatron.rewards.mathematics.compare import Comparison, TooMuchWorkError
 from copd_megatron.rewards.mathematics.extract import answer_text
 from copd_megatron.rewards.mathematics.notation import canonical
 from copd_megatron.rewards.mathematics.scalars import (
     UnreadableScalarError,
     bare,
     expression,
+    forget,
     is_unevaluated,
     number,
 )
@@ -45,7 +46,7 @@ which takes seconds that every new process would spend again."""
 def _prepare() -> None:
     for text in _TYPICAL:
         expression(text)
-    expression.cache_clear()
+    forget()
     for gold, found in ((r"(-\infty,3]", r"x \le 3"), (r"\sqrt{8}", r"2\sqrt{2}"), ("(x+1)^2", "x^2+2x+1")):
         math(rf"\boxed{{{found}}}", gold, {})
 
@@ -63,7 +64,8 @@ def math(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     breaks off, denies or doubts, arithmetic left undone where the gold answer is a number (``6 \cdot 7``),
     and with ``question`` in the metadata, a formula that merely repeats a part of the question. What is not
     understood as a whole scores 0, and so does what no answer needs: hundreds of powers and functions, or
-    dozens of nested brackets. Numbers of more than 60,000 digits are not evaluated.
+    dozens of nested brackets, or sets of sets that take tens of thousands of comparisons. Numbers of more
+    than 60,000 digits are not evaluated.
 
     Raises ValueError if the gold answer cannot be read.
     """
@@ -84,7 +86,7 @@ def math(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     try:
         rounding = int(setting(metadata, "float_rounding", 6))
         return float(_is_letter(gold, text) or Comparison(rounding).same(gold, read(text)))
-    except (UnreadableError, UnreadableScalarError, ZeroDivisionError, RecursionError):
+    except (UnreadableError, UnreadableScalarError, TooMuchWorkError, ZeroDivisionError, RecursionError):
         return 0.0
 
 
