@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,7 @@ from copd_megatron.data import (
     DataError,
     ShardSet,
     check_shards,
+    remote,
 )
 from tests.support.shards import write
 
@@ -36,9 +38,9 @@ def test_piped_shards_are_fetched_once_and_read_like_files(tmp_path: Path, cache
     pattern = f"pipe:echo fetch >> {log}; cat {tmp_path}/toy-train-{{000000..000002}}.tar"
     with ThreadPoolExecutor(4) as pool:
         sets = list(pool.map(ShardSet.open, [[pattern]] * 4))
-    for remote in sets:
-        assert remote.refs == local.refs and remote.fingerprint == local.fingerprint
-        assert remote.read(remote.refs[7]) == local.read(local.refs[7])
+    for found in sets:
+        assert found.refs == local.refs and found.fingerprint == local.fingerprint
+        assert found.read(found.refs[7]) == local.read(local.refs[7])
     assert log.read_text().count("fetch") == 3
     assert fetched(cache) == [f"toy-train-{i:06d}.tar" for i in range(3)]
 
@@ -80,3 +82,80 @@ def test_a_shard_that_does_not_arrive_whole_is_refused(
     with pytest.raises(DataError, match=message):
         ShardSet.open([pattern])
     assert fetched(cache) == []
+
+
+class Endless(QuietHandler):
+    """Sends the beginning of a tar, and zeros until nobody listens."""
+
+    sent = 0
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(bytes(1 << 16))
+                Endless.sent += 1 << 16
+        except OSError:
+            return
+
+
+def test_a_server_that_never_ends_is_left(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("webdataset fetches by curl, which this machine does not have")
+    monkeypatch.setenv("COPD_MAX_SHARD_GIB", str(8 / 1024))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/endless.tar"
+        with pytest.raises(DataError, match=r"endless\.tar: .*more than 0\.0078125 GiB.*COPD_MAX_SHARD_GIB"):
+            ShardSet.open([address])
+        server.shutdown()
+    assert 8 << 20 < Endless.sent < 64 << 20, "what lies in sockets and pipes, and no more"
+    assert fetched(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("yes; sleep 1000", "more than .* GiB, the limit"),
+        ("head -c 3000000 /dev/zero; exec sleep 1000", "nothing has arrived|only .* arrived for"),
+        ("while echo; do sleep 0.01; done", "only .* bytes have arrived for"),
+        ("cat {path}; exec sleep 1000 >&-", "has sent all, and runs on"),
+    ],
+)
+def test_a_program_that_never_ends_is_ended(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
+) -> None:
+    monkeypatch.setenv("COPD_MAX_SHARD_GIB", str(8 / 1024))
+    monkeypatch.setattr(remote, "_SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(remote, "_END_SECONDS", 0.5)
+    write(tmp_path, 10)
+    begin = time.monotonic()
+    with pytest.raises(DataError, match=message):
+        ShardSet.open(["pipe:" + command.format(path=tmp_path / "toy-train-000000.tar")])
+    assert time.monotonic() - begin < 60 and fetched(cache) == []
+
+
+def test_a_disk_keeps_room_for_others(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 10)
+    usage = shutil.disk_usage(tmp_path)
+    for room, fits in ((1 << 20, True), (100, False), (-5, False)):
+        little = usage._replace(free=(1 << 30) + room)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, little=little: little)
+        pattern = f"pipe:cat {tmp_path}/toy-train-000000.tar # {room}"
+        if fits:
+            assert len(ShardSet.open([pattern])) > 0
+            continue
+        with pytest.raises(DataError, match=f"more than {max(room, 0)} bytes, which the disk of .* has room"):
+            ShardSet.open([pattern])
+
+
+@pytest.mark.parametrize("text", ["much", "0", "-1", "nan", "inf", "1e999"])
+def test_limits_that_are_none(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("COPD_MAX_SHARD_GIB", text)
+    with pytest.raises(DataError, match=r"COPD_MAX_SHARD_GIB=.* is no number of GiB above 0"):
+        ShardSet.open([f"pipe:cat {write(tmp_path, 3)}"])
