@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import re
 import shutil
+import socket
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -255,6 +258,122 @@ def test_no_actor_runs_a_checkpoint(tmp_path: Path, marker: Path) -> None:
     assert sorted(item)[1].startswith(str(folders["object"])) and "posix.system" in "".join(item)
     assert any("refused by another rank" in said for said in item)
     assert good == ["loaded", "loaded"]
+
+
+# --- files that are none, and files that change -----------------------------------------------------------
+
+
+def _shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.distcp"))[0]
+
+
+def _in_place(folder: Path, kind: str) -> None:
+    """Puts something else in the place of a file with tensors."""
+    path, outside = _shard(folder), folder.parent / "private"
+    path.rename(outside)
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a link out":
+        path.symlink_to(outside)
+    elif kind == "a link to a FIFO":
+        os.mkfifo(folder.parent / "fifo")
+        path.symlink_to(folder.parent / "fifo")
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "a socket":
+        made, here = socket.socket(socket.AF_UNIX), Path.cwd()
+        os.chdir(path.parent)  # its name may be no longer than 108 bytes
+        made.bind(path.name)
+        os.chdir(here)
+        made.close()
+    else:
+        path.symlink_to(path)
+
+
+NO_FILES = [
+    *("a FIFO", "a link out", "a link to a FIFO", "a device", "a folder", "a socket", "a link to itself"),
+]
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.timeout(120)
+def test_what_is_no_file_of_the_folder_is_named(
+    family: list[Path], converted: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a merge, a conversion, an inspection and before Megatron loads: nothing waits, nothing is read
+    elsewhere. A second name of the same file (a hard link) is that file, and is read."""
+    _in_place(converted, kind)
+    name = _shard(converted).name if kind != "a link to itself" else "distcp"
+    model = ModelInput(path=str(converted), parameters={"weight": 1.0})
+    other = ModelInput(path=str(family[0]), parameters={"weight": 1.0})
+    with pytest.raises((OSError, CheckpointError), match=name):
+        run_merge(MergeRecipe(method="linear", models=(other, model)), tmp_path / "merged")
+    with pytest.raises((OSError, CheckpointError), match=name):
+        megatron_to_hf(converted, tmp_path / "hf")
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "hf").exists()
+    if kind != "a folder":
+        with pytest.raises(CheckpointError, match=f"{name}.*copy the checkpoint again"):
+            check_items(converted)
+    main(["checkpoint", "inspect", str(converted), "--json"])
+    assert name in " ".join(json.loads(capsys.readouterr().out)["problems"])
+
+
+def test_a_second_name_of_a_file_is_that_file(converted: Path, tmp_path: Path) -> None:
+    path = _shard(converted)
+    os.link(path, tmp_path / "other")
+    check_items(converted)
+    megatron_to_hf(converted, tmp_path / "hf")
+
+
+def test_one_rank_that_cannot_look_keeps_no_other_waiting(tmp_path: Path) -> None:
+    """A FIFO is seen by all ranks, or by the one whose share it is; all refuse."""
+    model = make_model(tmp_path / "model")
+    hf_to_megatron(model, tmp_path / "good")
+    fifo = shutil.copytree(tmp_path / "good", tmp_path / "fifo")
+    os.mkfifo(fifo / "common.pt")
+    ((first, second),) = run_layouts(_load, [Job(tp=2, args=(model, fifo))])
+    assert "common.pt is a FIFO" in first and "common.pt is a FIFO" in second
+
+
+@pytest.mark.parametrize("source", ["distcp", "safetensors"])
+@pytest.mark.parametrize("change", ["replaced", "written to"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_input_that_changes_makes_no_model_of_parts(
+    family: list[Path], converted: Path, tmp_path: Path, source: str, change: str, processes: int
+) -> None:
+    """By another file of the same size, or in place, after some of it was read."""
+    folder = converted if source == "distcp" else shutil.copytree(family[1], tmp_path / "branch")
+    (path,) = folder.glob(f"*.{source}") if source == "safetensors" else [_shard(folder)]
+    content = bytearray(path.read_bytes())
+    content[-64:] = bytes(64)
+    changed = []
+
+    def change_once(done: int, total: int) -> None:
+        if done and not changed:
+            changed.append(done)
+            if change == "replaced":
+                (tmp_path / "new").write_bytes(content)
+                os.replace(tmp_path / "new", path)
+            else:
+                with path.open("r+b") as file:
+                    file.write(content)
+
+    models = tuple(ModelInput(path=str(p), parameters={"weight": 1.0}) for p in (family[0], folder))
+    recipe = MergeRecipe(method="linear", models=models)
+    work: dict[str, Any] = {"shard_bytes": 20_000, "processes": processes, "threads": 1}
+    run_merge(recipe, tmp_path / "expected", **work)
+    try:
+        run_merge(recipe, tmp_path / "merged", progress=change_once, **work)
+    except OSError as error:
+        assert re.search("was changed while it was read|has been changed or replaced", str(error))
+        assert not (tmp_path / "merged").exists()
+    else:  # what was opened before stays as it was
+        assert source == "safetensors" and change == "replaced"
+        for made in (tmp_path / "expected").iterdir():
+            assert made.read_bytes() == (tmp_path / "merged" / made.name).read_bytes()
+    assert changed
 
 
 def test_objects_that_training_saves_are_no_programs(converted: Path) -> None:

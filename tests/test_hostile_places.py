@@ -25,7 +25,7 @@ from copd_megatron.data.globs import Budget, names_like
 from copd_megatron.data.media import MAX_BYTES
 from copd_megatron.data.samples import SampleRef
 from copd_megatron.data.shards import ShardSet, expand_patterns, index_shard
-from copd_megatron.data.tar_scan import TarDamageError, scan_tar
+from copd_megatron.data.tar_scan import TarDamageError
 from copd_megatron.errors import BadSampleError, ConfigError, DataError
 from copd_megatron.hf.appear import appear
 from copd_megatron.hf.companions import copy_companions
@@ -36,6 +36,7 @@ from copd_megatron.metrics.rank_log import Selection as LogSelection
 from copd_megatron.planner.machine import read_machine, write_machine
 from copd_megatron.samples.audit import read_cases
 from copd_megatron.topology.job_end import JobEnd
+from tests.support.shards import scan_tar
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = RankPlace(rank=0, branch="text", branch_rank=0, branch_size=1)
@@ -440,3 +441,31 @@ def test_what_others_may_have_made_is_not_written_through() -> None:
     others = {name: writes for name, writes in found.items() if name not in MAY_WRITE}
     assert not others, f"use untrusted/whole_file.py: {others}"
     assert set(MAY_WRITE) <= set(found), f"no longer: {set(MAY_WRITE) - set(found)}"
+
+
+@pytest.mark.parametrize("change", ["replaced", "written to", "longer", "shorter", "a FIFO", "gone"])
+def test_a_shard_that_changes_gives_no_other_sample(tmp_path: Path, change: str) -> None:
+    """Its index says where samples lie; in another file, other bytes lie there."""
+    tar_of(tmp_path / "a.tar", "0.json", "1.json")
+    shards = ShardSet.open([str(tmp_path / "a.tar")])
+    ref = shards.refs[0]
+    before, path = shards.read(ref), tmp_path / "a.tar"
+    assert shards.read(ref) == before
+    content = path.read_bytes().replace(b"2 + 2?", b"2 + 3?")
+    if change == "replaced":
+        (tmp_path / "new").write_bytes(content)
+        os.replace(tmp_path / "new", path)
+    elif change == "written to":
+        path.write_bytes(content)
+    elif change == "gone":
+        path.unlink()
+    elif change == "a FIFO":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content + bytes(1024) if change == "longer" else content[:1024])
+    message = {"gone": "cannot be read any more", "a FIFO": "is a FIFO"}
+    with pytest.raises(
+        DataError, match=rf"a\.tar: .*{message.get(change, 'changed or replaced while in use')}"
+    ):
+        shards.read(ref)

@@ -146,10 +146,10 @@ def _load(state: dict[str, Any], folder: str, device: torch.device) -> dict[str,
 def _refuse_programs(folder: str, device: torch.device) -> None:
     """Megatron's loader runs what the pickles in a folder ask for: the ranks look at them first, each at its
     share, and none loads until all have looked."""
-    problem = None
+    problem: Exception | None = None
     try:
         check_items(Path(folder), part=dist.get_rank(), num_parts=dist.get_world_size())
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:  # whatever it is, the others wait
         problem = error
     refusals = torch.tensor(int(problem is not None), device=device)
     dist.all_reduce(refusals)

@@ -199,7 +199,8 @@ def _are_sizes(values: Any, length: int) -> bool:
 
 def check_items(folder: Path, *, part: int = 0, num_parts: int = 1) -> None:
     """Refuses a folder whose index, or one of whose saved objects, would run something when Megatron loads
-    it. (Tensors are loaded by torch as tensors only.)
+    it (tensors are loaded by torch as tensors only), or that holds what Megatron would wait for, or read
+    elsewhere: FIFOs, devices, links out of it.
 
     Args:
         part, num_parts: look at this share of the objects only, so that ranks share them.
@@ -208,6 +209,12 @@ def check_items(folder: Path, *, part: int = 0, num_parts: int = 1) -> None:
         FileNotFoundError: the folder has no index.
         CheckpointError: it asks for what no checkpoint needs, or is damaged.
     """
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not path.is_dir():
+            try:
+                open_regular(path, inside=folder, buffered=False).close()
+            except OSError as error:
+                raise CheckpointError(f"{path} {error.strerror}; copy the checkpoint again") from error
     index = read_metadata(folder)
     objects = [
         (key, place)
@@ -216,6 +223,6 @@ def check_items(folder: Path, *, part: int = 0, num_parts: int = 1) -> None:
     ]
     for key, place in objects[part::num_parts]:
         path = folder / place.relative_path
-        with open_regular(path, buffered=False) as file:
+        with open_regular(path, inside=folder, buffered=False) as file:
             data = os.pread(file.fileno(), place.length, place.offset)
         check_saved(data, f"{path}: {key.fqn}")

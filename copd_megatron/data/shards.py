@@ -12,6 +12,7 @@ shards written here, byte for byte its own, and that shards it writes are read.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -29,9 +30,9 @@ from copd_megatron.data.globs import Budget, names_like
 from copd_megatron.data.media import refuse_large as refuse_large_medium
 from copd_megatron.data.remote import fetch, is_remote
 from copd_megatron.data.samples import Sample, SampleRef, parse_sample, refuse_large
-from copd_megatron.data.tar_scan import BLOCK_BYTES, TarDamageError, scan_tar
+from copd_megatron.data.tar_scan import BLOCK_BYTES, TarDamageError, scan_open_tar
 from copd_megatron.errors import BadSampleError, DataError
-from copd_megatron.untrusted.regular_file import open_regular
+from copd_megatron.untrusted.regular_file import FileState, open_regular
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -131,6 +132,8 @@ class ShardIndex:
     path: Path
     samples: dict[str, tuple[Member, ...]]
     """By key, in file order."""
+    state: FileState
+    """Of the file, when it was indexed."""
 
     def find(self, key: str, extension: str) -> Member | None:
         """The sample's member with this extension, or None."""
@@ -158,15 +161,17 @@ def index_shard(path: Path, name: str | None = None) -> ShardIndex:
     _refuse_unreadable(path)
     samples: dict[str, dict[str, Member]] = {}
     try:
-        for entry in scan_tar(path):
-            match = _MEMBER.fullmatch(entry.name)
-            if match is None:
-                continue
-            key, extension = match.group(1), sys.intern(match.group(2).lower())
-            members = samples.setdefault(key, {})
-            if extension in members:
-                raise DataError(f"shard {path}: member {entry.name!r} occurs twice. Give every key once.")
-            members[extension] = Member(extension, entry.offset, entry.size)
+        with open_regular(path, buffered=False) as file:
+            state = FileState.of(file.fileno())
+            for entry in scan_open_tar(file.fileno()):
+                match = _MEMBER.fullmatch(entry.name)
+                if match is None:
+                    continue
+                key, extension = match.group(1), sys.intern(match.group(2).lower())
+                members = samples.setdefault(key, {})
+                if extension in members:
+                    raise DataError(f"shard {path}: member {entry.name!r} occurs twice. Give every key once.")
+                members[extension] = Member(extension, entry.offset, entry.size)
     except (TarDamageError, OSError) as error:
         raise DataError(f"shard {path}: not a readable tar ({error}). {_REWRITE}") from error
     if not samples:
@@ -181,6 +186,7 @@ def index_shard(path: Path, name: str | None = None) -> ShardIndex:
         name=name or path.stem,
         path=path,
         samples={key: tuple(members.values()) for key, members in samples.items()},
+        state=state,
     )
 
 
@@ -306,19 +312,24 @@ class ShardSet:
         return index
 
     def _read(self, index: ShardIndex, member: Member) -> bytes:
-        return read_bytes(index.path, member)
+        return read_bytes(index, member)
 
 
-def read_bytes(path: Path, member: Member) -> bytes:
+def read_bytes(index: ShardIndex, member: Member) -> bytes:
     """Bytes of a member of a shard. Raises DataError: the shard cannot be read any more, or has changed."""
+    path = index.path
     # Opened for each read: no descriptors to share or leak, thread-safe, and cheap compared with a step.
     try:
-        with open_regular(path, buffered=False) as file:
+        with open_regular(path, as_of=index.state, buffered=False) as file:
             file.seek(member.offset)
             data = bytearray()
             while len(data) < member.size and (chunk := file.read(member.size - len(data))):
                 data += chunk
     except OSError as error:
+        if error.errno == errno.ESTALE:
+            raise DataError(
+                f"shard {path}: has been changed or replaced while in use. Do not change it during a run."
+            ) from error
         raise DataError(f"shard {path}: cannot be read any more ({error}). Put it back.") from error
     if len(data) < member.size:
         raise DataError(f"shard {path}: became shorter while in use. Do not change it during a run.")

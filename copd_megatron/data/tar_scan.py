@@ -13,10 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
-
-from copd_megatron.untrusted.regular_file import open_regular
 
 BLOCK_BYTES = 512
 
@@ -45,18 +42,12 @@ class TarEntry(NamedTuple):
     size: int
 
 
-def scan_tar(path: Path) -> Iterator[TarEntry]:
-    """Regular files of a tar, in order. Reads headers only.
+def scan_open_tar(descriptor: int) -> Iterator[TarEntry]:
+    """Regular files of an open tar, in order. Reads headers only.
 
     Raises TarDamageError (not a tar, cut off, damaged, a member that is no plain file, something behind its
     end), OSError.
     """
-    with open_regular(path, buffered=False) as file:
-        yield from scan_open_tar(file.fileno())
-
-
-def scan_open_tar(descriptor: int) -> Iterator[TarEntry]:
-    """As ``scan_tar``, of an open file."""
     total = os.fstat(descriptor).st_size
     position = 0
     long_name: str | None = None

@@ -28,7 +28,7 @@ from copd_megatron.checkpoint.distcp import METADATA, read_metadata
 from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest
 from copd_megatron.hf.folder import read_exactly
 from copd_megatron.hf.tensors import bytes_of
-from copd_megatron.untrusted.regular_file import open_regular
+from copd_megatron.untrusted.regular_file import FileState, open_regular
 
 _BUFFER_BYTES: Final = 8 * 2**20
 _DAMAGE = (
@@ -93,6 +93,7 @@ class MegatronTensors:
         self.info = _tensors_of(metadata)
         self._chunks = self._locate(metadata)
         self._near: dict[tuple[str, int], _Near] = {}
+        self._states: dict[Path, FileState] = {}
 
     def _locate(self, metadata: Metadata) -> dict[str, list[_Chunk]]:
         sizes = {
@@ -138,7 +139,7 @@ class MegatronTensors:
 
         Raises:
             CheckpointError: the checkpoint does not hold them all.
-            OSError: a file is truncated or cannot be read.
+            OSError: a file is truncated, leads out of the folder, has changed meanwhile or cannot be read.
         """
         depth, stop, filled = len(at), start + len(out), 0
         for chunk in self._chunks_at(key, at):
@@ -180,7 +181,10 @@ class MegatronTensors:
 
     def _read_chunk(self, chunk: _Chunk, start: int, target: Tensor) -> None:
         """``target.numel()`` elements of a chunk from ``start`` into a (possibly strided) target."""
-        with open_regular(chunk.path, buffered=False) as file:
+        with open_regular(
+            chunk.path, inside=self.folder, as_of=self._states.get(chunk.path), buffered=False
+        ) as file:
+            self._states.setdefault(chunk.path, FileState.of(file.fileno()))
             position = self._position(chunk, file.fileno(), target.dtype)
             begin = position + start * target.dtype.itemsize
             if target.is_contiguous():
@@ -285,7 +289,7 @@ def megatron_tensors_of(folder: Path) -> dict[str, MegatronTensorInfo]:
 
 
 def storage_problems(folder: Path) -> list[str]:
-    """Files that a folder's index names and that are missing or too short.
+    """Files that a folder's index names and that are missing, too short, no files, or links out of it.
 
     Raises:
         FileNotFoundError, CheckpointError: as ``megatron_tensors_of``.
@@ -296,10 +300,16 @@ def storage_problems(folder: Path) -> list[str]:
     found = []
     for name, end in sorted(ends.items()):
         path = folder / name
-        if not path.is_file():
+        try:
+            with open_regular(path, inside=folder, buffered=False) as file:
+                num_bytes = FileState.of(file.fileno()).num_bytes
+        except FileNotFoundError:
             found.append(f"{path} is missing")
-        elif path.stat().st_size < end:
-            found.append(f"{path} has {path.stat().st_size} bytes, its index needs {end}")
+        except OSError as error:
+            found.append(f"{path} {error.strerror}")
+        else:
+            if num_bytes < end:
+                found.append(f"{path} has {num_bytes} bytes, its index needs {end}")
     return found
 
 

@@ -8,6 +8,7 @@ several threads at once.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -54,6 +55,22 @@ class TensorSource(Protocol):
     def problems(self) -> list[str]:
         """Files that do not have the digests recorded for them, one line each. Reads them all; empty:
         nothing is wrong, or nothing is recorded."""
+
+
+def identities(sources: Sequence[TensorSource]) -> list[str]:
+    """What each source holds now."""
+    return [source.identity() for source in sources]
+
+
+def refuse_changed(sources: Sequence[TensorSource], opened: Sequence[str]) -> None:
+    """Raises OSError if a source is not what it was when it was opened: what was read of it is of parts."""
+    for source, before, now in zip(sources, opened, identities(sources), strict=True):
+        if before != now:
+            raise OSError(
+                errno.ESTALE,
+                "was changed while it was read; run it again when nobody writes to it",
+                source.label,
+            )
 
 
 def read_whole(source: TensorSource, name: str) -> Tensor:

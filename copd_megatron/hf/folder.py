@@ -24,6 +24,7 @@ from copd_megatron.hf.header import FileHeader, read_layout
 from copd_megatron.hf.model_config import read_sizes
 from copd_megatron.hf.tensors import TensorSpec, bytes_of
 from copd_megatron.model.slots import Stack, as_published, slots
+from copd_megatron.untrusted.regular_file import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +171,10 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._descriptor)
+        # Links are followed: of Hugging Face's cache, and of folders that share their weights.
+        self._file = open_regular(path, buffered=False)
+        self._descriptor = self._file.fileno()
+        weakref.finalize(self, self._file.close)
         self.layout = read_layout(path, self._descriptor)
 
     def read(self, position: int, out: memoryview) -> None:

@@ -31,6 +31,7 @@ import torch
 
 from copd_megatron.checkpoint.manifest import CheckpointError
 from copd_megatron.formats.open import Format
+from copd_megatron.formats.tensors import identities, refuse_changed
 from copd_megatron.hf.appear import appear, partial_of
 from copd_megatron.hf.companions import copy_companions, set_dtype
 from copd_megatron.hf.dtypes import dtype_name
@@ -124,6 +125,7 @@ def run_merge(
         model_path=model_path,
     )
     merger = Merger(job)
+    opened = identities(merger.sources)
     journal = Journal(job.folder)
     if rank == 0:
         _prepare(merger, journal, final, resume=resume, verify=verify)
@@ -140,11 +142,11 @@ def run_merge(
     )
     count = threads or _default_threads(processes)
     if processes > 1 and len(todo) > 1:
-        _in_processes(job, todo, min(processes, len(todo)), count, done)
+        _in_processes(job, opened, todo, min(processes, len(todo)), count, done)
     else:
         with _team(count) as team:
             for index in todo:
-                _do_shard(merger, journal, index, team, done.add)
+                _do_shard(merger, opened, journal, index, team, done.add)
     barrier()
     if rank == 0:
         _complete(merger, journal, final)
@@ -232,8 +234,14 @@ def _is_finished(merger: Merger, journal: Journal, index: int) -> bool:
 
 
 def _do_shard(
-    merger: Merger, journal: Journal, index: int, team: Team, advance: Callable[[str, int], None]
+    merger: Merger,
+    opened: Sequence[str],
+    journal: Journal,
+    index: int,
+    team: Team,
+    advance: Callable[[str, int], None],
 ) -> None:
+    """``opened``: what the inputs were when they were opened. Parts of one and of another are no model."""
     try:
         outcome = merger.merge_shard(index, team, advance)
     except OSError as error:
@@ -245,6 +253,7 @@ def _do_shard(
             f"no space for shard {index + 1} ({merger.shard_bytes(index) / 1e9:.2f} GB, {free / 1e9:.2f} GB "
             f"free) in {merger.job.folder}; make room and run it again, finished shards are kept",
         ) from error
+    refuse_changed(merger.sources, opened)
     journal.finish(index, outcome)
 
 
@@ -288,27 +297,34 @@ def _team(count: int) -> Iterator[Team]:
         torch.set_num_threads(before)
 
 
-_worker: tuple[Merger, Journal, int]
-"""A worker process's opened job and number of threads."""
+_worker: tuple[Merger, Sequence[str], Journal, int]
+"""A worker process's opened job, what its inputs were at the beginning, and number of threads."""
 
 
-def _start_worker(job: MergeJob, threads: int) -> None:
+def _start_worker(job: MergeJob, opened: Sequence[str], threads: int) -> None:
     global _worker
-    _worker = Merger(job), Journal(job.folder), threads
+    _worker = Merger(job), opened, Journal(job.folder), threads
 
 
 def _work(index: int) -> int:
-    merger, journal, threads = _worker
+    merger, opened, journal, threads = _worker
     with _team(threads) as team:
-        _do_shard(merger, journal, index, team, lambda name, num_bytes: None)
+        _do_shard(merger, opened, journal, index, team, lambda name, num_bytes: None)
     return merger.shard_bytes(index)
 
 
-def _in_processes(job: MergeJob, shards: Sequence[int], processes: int, threads: int, done: _Counter) -> None:
+def _in_processes(
+    job: MergeJob,
+    opened: Sequence[str],
+    shards: Sequence[int],
+    processes: int,
+    threads: int,
+    done: _Counter,
+) -> None:
     """Assigns shards to worker processes; the first failure ends the others after their current shard."""
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(
-        processes, mp_context=context, initializer=_start_worker, initargs=(job, threads)
+        processes, mp_context=context, initializer=_start_worker, initargs=(job, opened, threads)
     )
     try:
         for future in as_completed([executor.submit(_work, index) for index in shards]):

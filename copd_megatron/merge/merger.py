@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from copd_megatron.formats.open import Format, make_sink, open_source
-from copd_megatron.formats.tensors import ShardWriter, TensorSink, TensorSource
+from copd_megatron.formats.tensors import ShardWriter, TensorSink, TensorSource, identities
 from copd_megatron.hf.dtypes import dtype_named
 from copd_megatron.hf.model_config import read_sizes
 from copd_megatron.hf.tensors import BLOCK_ELEMENTS, TensorSpec, block_range
@@ -176,7 +176,7 @@ class Merger:
     def fingerprint(self) -> str:
         """What the result depends on: recipe, inputs, cut into shards."""
         recipe = {key: value for key, value in asdict(self.job.recipe).items() if key != "origin"}
-        inputs = [source.identity() for source in self.sources]
+        inputs = identities(self.sources)
         cut = [self.job.output_format, self.job.shard_bytes, self.job.keep_files, BLOCK_ELEMENTS]
         text = json.dumps([recipe, inputs, *cut], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()

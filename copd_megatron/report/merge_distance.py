@@ -24,7 +24,7 @@ import torch
 
 from copd_megatron.errors import DataError
 from copd_megatron.formats.open import open_source
-from copd_megatron.formats.tensors import TensorSource
+from copd_megatron.formats.tensors import TensorSource, identities, refuse_changed
 from copd_megatron.hf.tensors import TensorSpec, block_range
 from copd_megatron.merge.check import check_mergeable
 from copd_megatron.merge.recipe import layer_label
@@ -237,6 +237,7 @@ def branch_distances(
         FileNotFoundError, MismatchError: a model is not there or of another architecture.
     """
     sources = [open_source(path) for path in (base, *branches)]
+    opened = identities(sources)
     check_mergeable(sources, allow=allow)
     specs = [spec for spec in map(sources[0].spec, sources[0].names()) if spec.dtype.is_floating_point]
     grams: dict[str, npt.NDArray[np.float64]] = {}
@@ -254,6 +255,7 @@ def branch_distances(
                     progress(number, len(specs))
     finally:
         torch.set_num_threads(before)
+    refuse_changed(sources, opened)
     order = sorted(grams, key=_model_order)
     return DistanceReport(
         base=sources[0].label,

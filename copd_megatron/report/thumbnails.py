@@ -63,7 +63,7 @@ class Thumbnails:
             )
             if member is None or member.size > _MAX_BYTES:
                 return None
-            data = read_bytes(path, member)
+            data = read_bytes(index, member)
         except (OSError, DataError):
             return None
         return data if content_hash(data) == medium["content_hash"] else None

@@ -6,7 +6,20 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+
+
+class FileState(NamedTuple):
+    """What changes when somebody writes to a file, or puts another one in its place."""
+
+    num_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> FileState:
+        """Of an open file, as it is now."""
+        status = os.fstat(descriptor)
+        return cls(status.st_size, status.st_mtime_ns)
 
 
 def open_regular(
@@ -14,6 +27,7 @@ def open_regular(
     *,
     max_bytes: int | None = None,
     inside: Path | None = None,
+    as_of: FileState | None = None,
     buffered: bool = True,
 ) -> BinaryIO:
     """A regular file, open for reading. A FIFO without a writer does not block, and a device is not read.
@@ -21,10 +35,11 @@ def open_regular(
     Args:
         inside: a folder that must hold the file, links followed. A received folder may hold links to
             private files of whoever received it.
+        as_of: the state in which places in the file were looked up. In another one they mean nothing.
 
     Raises:
-        OSError: it cannot be opened, is no regular file, has more than ``max_bytes`` bytes, or lies outside
-            of ``inside``.
+        OSError: it cannot be opened, is no regular file, has more than ``max_bytes`` bytes, lies outside
+            of ``inside``, or is not in the state ``as_of`` any more.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     if inside is not None:
@@ -36,6 +51,8 @@ def open_regular(
             raise OSError(errno.EINVAL, f"is {_kind(status.st_mode)}, no regular file", str(path))
         if max_bytes is not None and status.st_size > max_bytes:
             raise OSError(errno.EFBIG, f"has {status.st_size} bytes, {max_bytes} is the limit", str(path))
+        if as_of is not None and (status.st_size, status.st_mtime_ns) != as_of:
+            raise OSError(errno.ESTALE, "has been changed or replaced since it was looked up", str(path))
         return os.fdopen(descriptor, "rb") if buffered else os.fdopen(descriptor, "rb", buffering=0)
     except BaseException:
         os.close(descriptor)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from copd_megatron.data.convert.write import NewSample, write_shards
+from copd_megatron.data.tar_scan import TarEntry, scan_open_tar
 
 
 def new_sample(number: int, **changes: Any) -> NewSample:
@@ -43,3 +44,9 @@ def record(**changes: Any) -> bytes:
     """A sample's JSON; a field given as ``...`` is left out."""
     fields = {"prompt": "Say 1", "answer": "1", "verifier": "exact", "metadata": {}, **changes}
     return json.dumps({name: value for name, value in fields.items() if value is not ...}).encode()
+
+
+def scan_tar(path: Path) -> list[TarEntry]:
+    """The regular files of a tar."""
+    with path.open("rb") as file:
+        return list(scan_open_tar(file.fileno()))
