@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import ipaddress
 import json
 import os
+import pickle
 import socket
 import subprocess
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch.distributed as dist
@@ -17,7 +22,11 @@ import torch.distributed as dist
 from copd_megatron.config import load_config
 from copd_megatron.launch import torchrun
 from copd_megatron.topology import store
+from copd_megatron.topology.job_end import Verdict
+from copd_megatron.topology.rank_table import read_table
 from copd_megatron.topology.store import serve_store
+from copd_megatron.topology.who_waits import UNKNOWN, RankState
+from tests.support.hostile_peers import Strangers, forge_store, pickled_program
 
 PACKAGE = Path(torchrun.__file__).parents[1]
 
@@ -134,3 +143,85 @@ def test_the_clusters_network_does_not_expose_a_run_on_one_machine(monkeypatch: 
     """A login shell that names the interface for jobs of several nodes."""
     _, environment = _local_job(monkeypatch, GLOO_SOCKET_IFNAME="eth0", NCCL_SOCKET_IFNAME="ib0")
     assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+# --- other users of the machine ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _talking(out: Path, seconds: float, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
+    """A real job of three ranks that talk for a while."""
+    command, environment = _local_job(monkeypatch)
+    place = command.index("copd_megatron.cli") - 1
+    command = [*command[:place], "-m", "tests.support.attacked_ranks", str(out), str(seconds)]
+    command = ["--nproc-per-node=3" if word.startswith("--nproc") else word for word in command]
+    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    with (out.parent / "said").open("w") as said:
+        job = subprocess.Popen(
+            command,
+            env={name: value for name, value in environment.items() if name not in launcher},
+            cwd=ROOT,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            yield job
+        finally:
+            job.terminate()
+            job.wait(timeout=60)
+
+
+@pytest.mark.timeout(300)
+def test_peers_that_make_no_sense_disturb_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Garbage, silence, resets, endless lengths, and requests whose answers nobody reads, from before the
+    ranks have met until they part: they hear each other as if nobody else were there."""
+    strangers = Strangers()
+    with _talking(tmp_path / "rounds", 5.0, monkeypatch) as job:
+        while job.poll() is None:
+            strangers.attack(job.pid)
+            time.sleep(0.02)
+        strangers.leave()
+        assert job.returncode == 0, (tmp_path / "said").read_text()[-3000:]
+    assert int((tmp_path / "rounds").read_text()) > 20
+    assert len(strangers.reached) == 12 and min(strangers.reached.values()) >= 8, strangers.reached
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("what", ["watch/", "arrived/", "agreed", "notes/", ""])
+def test_a_forged_store_runs_nothing_and_hangs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Who writes to the store may end the run, since it has no password: by a sentence, and soon. What it
+    writes is no code."""
+    evil = pickled_program(tmp_path / "ran")
+    pickle.loads(evil)
+    (tmp_path / "ran").unlink()  # else the test would prove nothing
+    with _talking(tmp_path / "rounds", 5.0, monkeypatch) as job:
+        written = forge_store(job.pid, evil, lambda key: what in key, seconds=60.0)
+        job.wait(timeout=150)
+        said = (tmp_path / "said").read_text()
+    assert written and not (tmp_path / "ran").exists()
+    if job.returncode == 0:
+        assert int((tmp_path / "rounds").read_text()) > 0, "what was heard was right"
+    else:
+        assert "UnicodeDecodeError" not in said and "copd: the run ended: " in said, said[-3000:]
+
+
+def test_a_forged_verdict_is_read_and_shown_harmlessly() -> None:
+    for value in (b"\x80\x04\x95", b"stuck\t\xff\x1b[31m" + b"x" * 10**6, b"", b"\t\t\t"):
+        verdict = Verdict.parse(value)
+        assert not verdict.hopeless and len(verdict.reason) < 20_000 and "\x1b" not in verdict.reason
+    verdict = Verdict(hopeless=True, reason="no step can help: caf\u00e9\tand more")
+    assert Verdict.parse(str(verdict).encode()) == verdict
+
+
+@pytest.mark.parametrize("value", [b"\x80\x04", b"", b"x", b"1\t2", b"1\ta\tb\tc", b"\t" * 9, b"9" * 5000])
+def test_forged_states_of_ranks_are_unknown(value: bytes) -> None:
+    served = serve_store("127.0.0.1", 0, timedelta(seconds=10))
+    mine = RankState(rank=0, branch="a", branch_rank=0, status="running", path="p", count=1, seconds=0.0)
+    for kind in ("state", "beat"):
+        for rank in (0, 1):
+            served.set(f"watch/{kind}/{rank}", cast(str, value))
+    table = read_table(served, {0: ("a", 0), 1: ("b", 0)}, 0.01, mine)
+    assert table[0] == mine and table[1].status == UNKNOWN

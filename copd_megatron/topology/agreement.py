@@ -16,6 +16,8 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
+from copd_megatron.topology.store import text_of
+
 _VERDICT: Final = "agreed"
 _SPARE_SECONDS: Final = 5.0
 """That the others wait longer than rank 0, for its verdict."""
@@ -73,12 +75,12 @@ def _problem(store: dist.Store, branch_ranks: Mapping[str, tuple[int, ...]], tim
         store.wait(list(keys), timedelta(seconds=timeout_seconds))
     except dist.DistStoreError:
         return _absent(store, keys, timeout_seconds)
-    given = dict(zip(keys, (value.decode() for value in store.multi_get(list(keys))), strict=True))
+    given = dict(zip(keys, store.multi_get(list(keys)), strict=True))
     for key, (branch, i, r) in keys.items():
         if given[key] != given["arrived/0"]:
             return (
-                f"{branch} rank {i} (global rank {r}) was started with {given[key]}, global rank 0 with "
-                f"{given['arrived/0']}: give every node the same configuration and software"
+                f"{branch} rank {i} (global rank {r}) was started with {text_of(given[key])}, global rank 0 "
+                f"with {text_of(given['arrived/0'])}: give every node the same configuration and software"
             )
     return ""
 
@@ -87,7 +89,7 @@ def _verdict(store: dist.Store, branch_ranks: Mapping[str, tuple[int, ...]], tim
     """What rank 0 has found, as the others read it."""
     try:
         store.wait([_VERDICT], timedelta(seconds=timeout_seconds + _SPARE_SECONDS))
-        return store.get(_VERDICT).decode()
+        return text_of(store.get(_VERDICT))
     except dist.DistStoreError:
         return _absent(store, _places(branch_ranks), timeout_seconds)
 

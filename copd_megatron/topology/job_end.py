@@ -24,6 +24,7 @@ from torch.distributed import Store
 
 from copd_megatron.errors import EXIT_HOPELESS
 from copd_megatron.topology.rank_table import read_table
+from copd_megatron.topology.store import text_of
 from copd_megatron.topology.who_waits import JOB_ENDS, RankState, format_report
 from copd_megatron.untrusted.visible import visible
 from copd_megatron.untrusted.whole_file import replacing
@@ -50,19 +51,19 @@ class Verdict:
         return f"{_HOPELESS if self.hopeless else _STUCK}\t{self.reason}"
 
     @classmethod
-    def parse(cls, text: str) -> Verdict:
-        """The inverse of ``str``."""
-        kind, _, reason = text.partition("\t")
-        return cls(hopeless=kind == _HOPELESS, reason=reason)
+    def parse(cls, value: bytes) -> Verdict:
+        """The inverse of ``str``, of what the store holds."""
+        kind, _, reason = value.partition(b"\t")
+        return cls(hopeless=kind == _HOPELESS.encode(), reason=text_of(reason))
 
     @classmethod
     def read(cls, store: Store) -> Verdict | None:
         """The job's verdict, if there is one. Raises RuntimeError if the store does not answer."""
-        return cls.parse(store.get(_END).decode()) if store.check([_END]) else None
+        return cls.parse(store.get(_END)) if store.check([_END]) else None
 
     def pronounce(self, store: Store) -> Verdict:
         """Ends the job by this verdict, or by the one that came before it, which is returned."""
-        return Verdict.parse(store.compare_set(_END, "", str(self)).decode())
+        return Verdict.parse(store.compare_set(_END, "", str(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +173,7 @@ class JobEnd:
                 return _Agreed(verdict=verdict)
             if suspect.moved_on():
                 return _Agreed()
-            finder = store.compare_set(_SUSPECTING, before, me).decode()
+            finder = text_of(store.compare_set(_SUSPECTING, before, me))
             if finder == me:
                 return self._find_out(store, suspect)
             before = self._wait_for(store, suspect, finder)
@@ -184,7 +185,8 @@ class JobEnd:
             return _Agreed()
         verdict = Verdict(hopeless=False, reason=suspect.headline)
         agreed = verdict.pronounce(store)
-        report = format_report(suspect.state, table, suspect.ranks) if agreed == verdict else None
+        mine = agreed == Verdict.parse(str(verdict).encode())
+        report = format_report(suspect.state, table, suspect.ranks) if mine else None
         return _Agreed(verdict=agreed, report=report)
 
     def _wait_for(self, store: Store, suspect: Suspect, finder: str) -> str:

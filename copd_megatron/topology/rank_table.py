@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.distributed import Store
 
+from copd_megatron.topology.store import text_of
 from copd_megatron.topology.who_waits import DEAD, RUNNING, UNKNOWN, RankState
 
 
@@ -55,7 +56,7 @@ def _read_all(store: Store, places: Mapping[int, Any], kind: str) -> dict[int, t
         values = dict(zip(keys, store.multi_get(list(keys.values())), strict=True))
     else:
         values = {rank: store.get(key) for rank, key in keys.items() if store.check([key])}
-    return {rank: tuple(values[rank].decode().split("\t")) if rank in values else None for rank in keys}
+    return {rank: tuple(map(text_of, values[rank].split(b"\t"))) if rank in values else None for rank in keys}
 
 
 def _state(
@@ -67,17 +68,22 @@ def _state(
     second: tuple[str, ...] | None,
 ) -> RankState:
     """One rank's state from what it wrote: its state, and its beats at two times."""
+    unknown = RankState(
+        rank=rank, branch=branch, branch_rank=branch_rank, status=UNKNOWN, path="", count=0, seconds=0.0
+    )
     if state is None or second is None:
-        return RankState(
-            rank=rank, branch=branch, branch_rank=branch_rank, status=UNKNOWN, path="", count=0, seconds=0.0
-        )
-    count, status, path = int(state[0]), state[1], state[2]
+        return unknown
+    try:
+        count, status, path = int(state[0]), state[1], state[2]
+        same = int(second[1]) == count and second[2] == state[1]
+        seconds = float(second[3])
+    except (ValueError, IndexError):  # no rank has written this
+        return unknown
     # a failed rank ends soon after, and that it failed says more than that it is dead
     if status == RUNNING and first is not None and first[0] == second[0]:
         status = DEAD
     # the beat's seconds belong to the state that it was written in
-    same = int(second[1]) == count and second[2] == state[1]
     return RankState(
         rank=rank, branch=branch, branch_rank=branch_rank, status=status, path=path, count=count,
-        seconds=float(second[3]) if same else 0.0,
+        seconds=seconds if same else 0.0,
     )  # fmt: skip

@@ -18,11 +18,14 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from copd_megatron.untrusted.visible import visible
+
 logger = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 5.0
 """For the first answer, beyond what connecting may take."""
 
+_MAX_TEXT_BYTES = 4096
 _BACKLOG = 2048
 """Ranks that may connect at the same moment."""
 _Address = tuple[Any, ...]
@@ -88,6 +91,12 @@ def reach_store(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
     if isinstance(store, Exception):
         raise store
     return store
+
+
+def text_of(value: bytes) -> str:
+    """A value of the store as text to be shown. Whoever reaches the store may have written it: what is no
+    text is shown as far as it is one, and not without end."""
+    return visible(value[:_MAX_TEXT_BYTES].decode("utf-8", "replace"))
 
 
 def interface_to(host: str) -> str | None:
