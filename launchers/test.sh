@@ -8,6 +8,7 @@
 #
 # Two files of tests run side by side. Each may have up to four ranks at work and take some GB of memory, so more than
 # two at once (-n 4) need a larger machine.
+#
 # Tests that need a GPU skip themselves, with the reason, where there is none.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)

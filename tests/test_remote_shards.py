@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +48,33 @@ def test_piped_shards_are_fetched_once_and_read_like_files(tmp_path: Path, cache
     assert fetched(cache) == [f"toy-train-{i:06d}.tar" for i in range(3)]
 
 
-def test_shards_come_from_a_web_server(tmp_path: Path, cache: Path) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("webdataset fetches by curl, which this machine does not have")
-    write(tmp_path, 3)
-    handler = partial(QuietHandler, directory=str(tmp_path))
+@contextmanager
+def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[Callable[[str], str]]:
+    """A web server; yields what names a file of it as a shard.
+
+    webdataset fetches http by curl. On a machine without curl a pipe does that, so that all else is tested.
+    """
+    read = "web.urlopen(sys.argv[1])"
+    program = f"import shutil, sys, urllib.request as web; shutil.copyfileobj({read}, sys.stdout.buffer)"
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        assert len(check_shards([f"{address}/toy-train-000000.tar"])) == 3
+
+        def shard(name: str) -> str:
+            address = f"http://127.0.0.1:{server.server_port}/{name}"
+            return address if shutil.which("curl") else f"pipe:{sys.executable} -c '{program}' {address}"
+
+        try:
+            yield shard
+        finally:
+            server.shutdown()
+
+
+def test_shards_come_from_a_web_server(tmp_path: Path, cache: Path) -> None:
+    write(tmp_path, 3)
+    with serving(partial(QuietHandler, directory=str(tmp_path))) as shard:
+        assert len(check_shards([shard("toy-train-000000.tar")])) == 3
         with pytest.raises(DataError, match=r"absent\.tar: cannot be fetched.*Check the address"):
-            check_shards([f"{address}/absent.tar"])
-        server.shutdown()
+            check_shards([shard("absent.tar")])
     assert fetched(cache) == ["toy-train-000000.tar"]
 
 
@@ -103,15 +121,10 @@ class Endless(QuietHandler):
 def test_a_server_that_never_ends_is_left(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("webdataset fetches by curl, which this machine does not have")
     monkeypatch.setenv("COPD_MAX_SHARD_GIB", str(8 / 1024))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/endless.tar"
-        with pytest.raises(DataError, match=r"endless\.tar: .*more than 0\.0078125 GiB.*COPD_MAX_SHARD_GIB"):
-            ShardSet.open([address])
-        server.shutdown()
+    said = r"endless\.tar: .*more than 0\.0078125 GiB.*COPD_MAX_SHARD_GIB"
+    with serving(Endless) as shard, pytest.raises(DataError, match=said):
+        ShardSet.open([shard("endless.tar")])
     assert 8 << 20 < Endless.sent < 64 << 20, "what lies in sockets and pipes, and no more"
     assert fetched(cache) == []
 
