@@ -223,7 +223,7 @@ def test_onethinker(tmp_path: Path) -> None:
     assert [sample.media for sample in read(only.written.train)[0]] == [("0.mp4",)]
 
 
-def test_validation_shares_no_medium_with_training(tmp_path: Path) -> None:
+def test_validation_shares_no_medium_with_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i in range(6):
         put(tmp_path / f"{i}.png", png(picture(i)))
     rows = [
@@ -251,7 +251,8 @@ def test_validation_shares_no_medium_with_training(tmp_path: Path) -> None:
         for split in ("train", "validation")
     }
     assert not counts["train"].keys() & counts["validation"].keys()
-    assert (counts["train"].total(), counts["validation"].total()) == (12, 6)  # two of a group go nowhere
+    assert (counts["train"].total(), counts["validation"].total()) == (12, 6)
+    assert "left out 2 row(s) that share a medium or the question" in caplog.text
 
 
 def test_conversion_is_reproducible_and_limited(tmp_path: Path) -> None:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
+import resource
+import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from copd_megatron.cli.main import main
 from copd_megatron.data import DataError, Sample, check_shards
 from copd_megatron.data.convert.jsonl import FieldMap, convert_jsonl
-from copd_megatron.data.convert.write import WrittenDomain
+from copd_megatron.data.convert.public import Conversion, convert_public
+from copd_megatron.data.convert.staging import Staging
+from copd_megatron.data.convert.write import WrittenDomain, _TarWriter, write_sets
 from copd_megatron.rewards import registry
 from copd_megatron.tiny.tasks.text import Family, write_domain
 from tests.support.commands import run_script
 from tests.support.hostile_media import BAD_JSON
+from tests.support.shards import new_sample
 
 TWO_TERMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 
@@ -145,6 +154,120 @@ def test_held_out_prompts_that_become_training_prompts_are_held_out_no_longer(tm
     assert hashes(out) == before
     convert_jsonl([source], out, "m", FieldMap(), overwrite=True)
     assert sorted(hashes(out)) == ["m-train-000000.tar"]
+
+
+def _from_lines(root: Path, out: Path, num_validation: int) -> WrittenDomain:
+    rows = [{"prompt": f"{i}? {'x' * 900}", "answer": "a", "verifier": "exact"} for i in range(99)]
+    return convert_jsonl(
+        [jsonl(root / "a.jsonl", *rows)],
+        out,
+        "toy",
+        FieldMap(),
+        num_validation=num_validation,
+        overwrite=True,
+    )
+
+
+def _from_a_public_set(root: Path, out: Path, num_validation: int) -> WrittenDomain:
+    source = jsonl(root / "p.jsonl", *({"problem": f"{i}+1? {'x' * 900}", "answer": "1"} for i in range(99)))
+    conversion = Conversion(layout="polaris")
+    return convert_public(
+        [source], out, "toy", conversion, num_validation=num_validation, overwrite=True
+    ).written
+
+
+def _made(_: Path, out: Path, num_validation: int) -> WrittenDomain:
+    family, settings = Family(name="chain_sum", settings=TWO_TERMS), {"prompt_suffix": "x" * 900}
+    sizes: dict[str, Any] = {"num_train": 99 - num_validation, "num_validation": num_validation}
+    return make(out, family, overwrite=True, shard_size=1000, **sizes, **settings)
+
+
+@pytest.mark.parametrize("write", [_from_lines, _from_a_public_set, _made])
+def test_a_disk_that_is_full_half_way_leaves_both_sets_as_they_were(
+    tmp_path: Path, write: Callable[[Path, Path, int], WrittenDomain]
+) -> None:
+    out = tmp_path / "out"
+    write(tmp_path, out, 20)
+    before, limits = hashes(out), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, limits[1])
+    )  # the training set fits, 89 samples do not
+    try:
+        with pytest.raises(
+            OSError, match=r"cannot be written \(File too large\); .* left as it was"
+        ) as raised:
+            write(tmp_path, out, 89)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.filename == str(out / "toy-validation-000000.tar")
+    assert hashes(out) == before
+    written = write(tmp_path, out, 89)
+    train, held_out = ({s.prompt for s in samples_of(p)} for p in (written.train, written.validation))
+    assert (len(train), len(held_out)) == (10, 89) and not train & held_out
+
+
+def test_shards_are_published_in_an_order_that_never_mixes_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever renaming fails: new training shards never lie beside older validation shards."""
+    before = {name: new_sample(number) for number, name in enumerate(("t-train", "t-validation"))}
+    for failing in range(4):
+        out = tmp_path / str(failing)
+        write_sets({name: [sample] for name, sample in before.items()}, out)
+        calls, real, unlink = iter(range(9)), os.replace, Path.unlink
+
+        def replace(*names: Any, calls: Any = calls, failing: int = failing, real: Any = real) -> None:
+            if next(calls) == failing:
+                raise OSError(errno.EIO, "Input/output error")
+            real(*names)
+
+        def remove(path: Path, missing_ok: bool = False, step: Any = replace, real: Any = unlink) -> None:
+            if path.parent.name.isdigit():
+                step("", "", real=lambda *_: None)
+            real(path, missing_ok=missing_ok)
+
+        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(Path, "unlink", remove)
+        sets = {"t-train": [new_sample(1)], "t-validation": [new_sample(2)]}
+        if failing == 3:
+            write_sets(sets, out, overwrite=True)
+        else:
+            state = "holds some of the new shards" if failing else "was left as it was"
+            with pytest.raises(OSError, match=state):
+                write_sets(sets, out, overwrite=True)
+        monkeypatch.undo()
+        prompts = {p.name: samples_of([p])[0].prompt for p in out.iterdir()}
+        train, held_out = prompts.get("t-train-000000.tar"), prompts.get("t-validation-000000.tar")
+        assert train is not None and train != held_out, failing
+
+
+def test_what_killed_tools_have_left_is_removed_and_what_living_ones_write_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = jsonl(tmp_path / "a.jsonl", GOOD), tmp_path / "out"
+    left = out / ".copd-unfinished-0123456789ab"
+    left.mkdir(parents=True)
+    (left / "m-train-000000.tar").write_bytes(b"half")
+    command = ["data", "jsonl-to-shards", str(source), "--out", str(out), "--name", "m"]
+    with Staging(out) as living:
+        assert main(command) == 0
+        assert living.folder.is_dir() and not left.exists()
+    assert [path.name for path in out.iterdir()] == ["m-train-000000.tar"]
+    before, handler = hashes(out), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(_TarWriter, "add", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--overwrite"])
+    assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handler
+    assert hashes(out) == before
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", ".hidden", "-x", "a*", "{a}"])
+def test_names_that_no_pattern_would_find_are_refused(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = jsonl(tmp_path / "a.jsonl", GOOD)
+    assert main(["data", "jsonl-to-shards", str(source), "--out", str(tmp_path), f"--name={name}"]) == 2
+    assert "cannot begin the names of shards" in capsys.readouterr().err
 
 
 def test_tool_writes_the_same_bytes_in_any_process(tmp_path: Path) -> None:

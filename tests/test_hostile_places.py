@@ -319,10 +319,14 @@ def test_shards_are_written_through_no_link_and_over_no_folder(tmp_path: Path) -
     samples = [NewSample(prompt="2 + 2?", answer="4", verifier="math")]
     mine = tmp_path / "mine"
     mine.write_text("precious")
-    (tmp_path / f".x-000000.tar.{os.getpid()}.tmp").symlink_to(mine)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "lock").touch()
+    (tmp_path / ".copd-unfinished-000000000000").symlink_to(elsewhere)
     (tmp_path / "x-000000.tar").symlink_to(mine)
     write_shards(samples, tmp_path, "x", overwrite=True)
-    assert mine.read_text() == "precious" and len(index_shard(tmp_path / "x-000000.tar").samples) == 1
+    assert mine.read_text() == "precious" and (elsewhere / "lock").exists()
+    assert len(index_shard(tmp_path / "x-000000.tar").samples) == 1
     (tmp_path / "y-000000.tar").mkdir()
     with pytest.raises(DataError, match=r"y-000000\.tar is in the place of a shard"):
         write_shards(samples, tmp_path, "y", overwrite=True)
@@ -382,7 +386,7 @@ def test_an_audit_takes_no_text_for_a_truth_value(text: bytes, tmp_path: Path) -
 MAY_WRITE = {
     "checkpoint/distcp.py": "a folder that it has just made",
     "cli/output.py": "nowhere",
-    "data/convert/write.py": "a new file of a random name",
+    "data/convert/write.py": "a folder that it has just made",
     "formats/hf.py": "a folder of its own, unfinished",
     "hf/companions.py": "a folder of its own, unfinished",
     "hf/planned_file.py": "a folder of its own, unfinished, and no link",

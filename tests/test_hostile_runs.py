@@ -272,7 +272,7 @@ MAY_WAIT = {
     "plugins.py": "of the product",
     "tiny/recipe.py": "of the product",
     "tiny/vl_recipe.py": "of the product",
-    "data/convert/write.py": "a new file of a random name",
+    "data/convert/write.py": "a folder that it has just made",
     "data/convert/jsonl.py": "a file that the command names, maybe a pipe",
     "data/convert/rows.py": "a file that the command names, maybe a pipe",
     "launch/cause.py": "of the kernel",

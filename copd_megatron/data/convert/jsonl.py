@@ -26,8 +26,7 @@ from copd_megatron.data.convert.write import (
     WrittenDomain,
     key_problem,
     refuse_existing,
-    remove_validation,
-    write_shards,
+    write_domain_shards,
 )
 from copd_megatron.data.failures import any_failure
 from copd_megatron.data.media import content_hash
@@ -144,14 +143,14 @@ def convert_jsonl(
 
     if not overwrite:
         refuse_existing(out, name)
-    train = write_shards(part("train"), out, f"{name}-train", shard_size=shard_size, overwrite=overwrite)
-    validation = []
-    if chosen:
-        validation = write_shards(
-            part("validation"), out, f"{name}-validation", shard_size=shard_size, overwrite=overwrite
-        )
-    else:
-        remove_validation(out, name)
+    train, validation = write_domain_shards(
+        part("train"),
+        part("validation") if chosen else None,
+        out,
+        name,
+        shard_size=shard_size,
+        overwrite=overwrite,
+    )
     if counts["repeats"]:
         logger.warning(
             "left out %d line(s) that repeat the prompt or the media of a validation sample",

@@ -23,8 +23,7 @@ from copd_megatron.data.convert.write import (
     NewSample,
     WrittenDomain,
     refuse_existing,
-    remove_validation,
-    write_shards,
+    write_domain_shards,
 )
 from copd_megatron.data.failures import any_failure
 from copd_megatron.data.media import IMAGE, VIDEO, content_hash
@@ -112,22 +111,24 @@ def convert_public(
             f"{num_validation} validation rows leave none of {len(usable)} usable rows to train on. Ask for "
             "fewer; rows that share a medium (or, without media, the question) stay together."
         )
-    paths = {
-        split: write_shards(
-            _chosen(sources, conversion, set(numbers)),
-            out,
-            f"{name}-{split}",
-            shard_size=shard_size,
-            overwrite=overwrite,
+    if left_out:
+        logger.warning(
+            "left out %d row(s) that share a medium or the question with validation rows and are more than "
+            "the %d asked for",
+            len(left_out),
+            num_validation,
         )
-        for split, numbers in parts.items()
-        if numbers
-    }
-    if not parts["validation"]:
-        remove_validation(out, name)
+    train, validation_shards = write_domain_shards(
+        _chosen(sources, conversion, set(parts["train"])),
+        _chosen(sources, conversion, validation) if validation else None,
+        out,
+        name,
+        shard_size=shard_size,
+        overwrite=overwrite,
+    )
     written = WrittenDomain(
-        train=paths["train"],
-        validation=paths.get("validation", []),
+        train=train,
+        validation=validation_shards,
         num_train=len(parts["train"]),
         num_validation=len(parts["validation"]),
     )

@@ -1,4 +1,4 @@
-"""Writing webdataset shards: all of them or none, and the same bytes for the same samples.
+"""Writing webdataset shards: all sets of them or none, and the same bytes for the same samples.
 
 ``webdataset.TarWriter`` would write the same bytes (a test compares them), but importing the package imports
 torch: 3.4 s of CPU time and 610 MB more for a tool that otherwise needs 1.7 s and 120 MB. A member is three
@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import secrets
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from copd_megatron.data.convert.staging import Staging
 from copd_megatron.errors import DataError
 
 
@@ -38,45 +37,96 @@ class NewSample:
 def write_shards(
     samples: Iterable[NewSample], out: Path, prefix: str, *, shard_size: int = 1000, overwrite: bool = False
 ) -> list[Path]:
-    """Write ``<out>/<prefix>-000000.tar`` and so on, ``shard_size`` samples in each; return their paths.
+    """Write ``<out>/<prefix>-000000.tar`` and so on, as ``write_sets`` does; return their paths."""
+    return write_sets({prefix: samples}, out, shard_size=shard_size, overwrite=overwrite)[prefix]
 
-    The shards appear under their names once all of them are complete, and replace older ones only then: if
-    anything fails, the folder is as before. Equal samples give equal bytes.
 
-    Raises DataError: shards of that prefix exist (unless ``overwrite``), no samples, a bad or repeated key,
-    a bad extension, metadata that JSON cannot hold.
+def write_domain_shards(
+    train: Iterable[NewSample],
+    validation: Iterable[NewSample] | None,
+    out: Path,
+    name: str,
+    *,
+    shard_size: int = 1000,
+    overwrite: bool = False,
+) -> tuple[list[Path], list[Path]]:
+    """Write ``<out>/<name>-train-NNNNNN.tar`` and ``<name>-validation-NNNNNN.tar``, as ``write_sets`` does.
+
+    ``validation`` None: there is none, and shards of an older one are deleted: their prompts may be training
+    samples now.
+    """
+    sets = {f"{name}-train": train, f"{name}-validation": validation}
+    written = write_sets(sets, out, shard_size=shard_size, overwrite=overwrite)
+    return written[f"{name}-train"], written[f"{name}-validation"]
+
+
+def write_sets(
+    sets: Mapping[str, Iterable[NewSample] | None],
+    out: Path,
+    *,
+    shard_size: int = 1000,
+    overwrite: bool = False,
+) -> dict[str, list[Path]]:
+    """Write ``<out>/<prefix>-000000.tar`` and so on for each set, ``shard_size`` samples in each.
+
+    All shards of all sets are complete before the first one appears under its name or replaces an older one:
+    if anything fails before that, the folder is as before. Equal samples give equal bytes.
+
+    Args:
+        sets: samples by prefix. None: the set is empty, and older shards of it are deleted.
+
+    Returns:
+        Paths of the shards, by prefix.
+
+    Raises:
+        DataError: shards of a prefix exist (unless ``overwrite``), no samples, a bad or repeated key, a bad
+            extension, metadata that JSON cannot hold.
+        OSError: the shards cannot be written; it names the file and says how the folder was left.
     """
     if shard_size < 1:
         raise DataError(f"shard size {shard_size} is below 1. Use some hundreds or thousands of samples.")
-    old = existing_shards(out, prefix)
-    if old and not overwrite:
-        raise DataError(
-            f"{out} already holds {len(old)} shard(s) named {prefix}-*.tar. "
-            "Choose another name or folder, or ask for overwriting."
-        )
-    if others := [path for path in old if not path.is_file()]:
-        raise DataError(f"{others[0]} is in the place of a shard and is no file. Move it.")
+    old = {prefix: existing_shards(out, prefix) for prefix in sets}
+    for prefix, shards in old.items():
+        if shards and not overwrite:
+            raise DataError(
+                f"{out} already holds {len(shards)} shard(s) named {prefix}-*.tar. "
+                "Choose another name or folder, or ask for overwriting."
+            )
+        if others := [path for path in shards if not path.is_file()]:
+            raise DataError(f"{others[0]} is in the place of a shard and is no file. Move it.")
     out.mkdir(parents=True, exist_ok=True)
-    written: list[_TarWriter] = []
+    with Staging(out) as staging:
+        new = {
+            prefix: [] if samples is None else _write(samples, staging, prefix, shard_size)
+            for prefix, samples in sets.items()
+        }
+        staging.publish(new, old)
+    return {prefix: [out / name for name in names] for prefix, names in new.items()}
+
+
+def _write(samples: Iterable[NewSample], staging: Staging, prefix: str, shard_size: int) -> list[str]:
+    """Writes one set into the staging folder; returns the names of its shards."""
+    names: list[str] = []
+    open_one: _TarWriter | None = None
     try:
         for number, (key, sample) in enumerate(_keyed(samples, prefix)):
             if number % shard_size == 0:
-                if written:
-                    written[-1].close()
-                written.append(_TarWriter(out / f"{prefix}-{len(written):06d}.tar"))
-            written[-1].add(key, sample)
-        if not written:
-            raise DataError(f"there are no samples to write to {out / prefix}-*.tar. Check the source.")
-        written[-1].close()
+                if open_one is not None:
+                    open_one.close()
+                names.append(f"{prefix}-{len(names):06d}.tar")
+                open_one = _TarWriter(staging, names[-1])
+            assert open_one is not None
+            open_one.add(key, sample)
+        if open_one is None:
+            raise DataError(
+                f"there are no samples to write to {staging.out / prefix}-*.tar. Check the source."
+            )
+        open_one.close()
     except BaseException:
-        for writer in written:
-            writer.abandon()
+        if open_one is not None:
+            open_one.abandon()
         raise
-    for path in old:
-        path.unlink()
-    for writer in written:
-        writer.publish()
-    return [writer.path for writer in written]
+    return names
 
 
 def key_problem(key: str) -> str | None:
@@ -103,13 +153,6 @@ def refuse_existing(out: Path, name: str) -> None:
             )
 
 
-def remove_validation(out: Path, name: str) -> None:
-    """Deletes a domain's validation shards where it was written anew without any: their prompts may be
-    training samples now."""
-    for path in existing_shards(out, f"{name}-validation"):
-        path.unlink()
-
-
 def _is_shard_of(name: str, prefix: str) -> bool:
     number = name.removeprefix(prefix + "-").removesuffix(".tar")
     return name == f"{prefix}-{number}.tar" and number.isdigit()
@@ -128,12 +171,12 @@ def _keyed(samples: Iterable[NewSample], prefix: str) -> Iterator[tuple[str, New
 
 
 class _TarWriter:
-    """One shard, under a temporary name until ``publish``."""
+    """One shard in the staging folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        self._file = open(self._temporary, "xb")  # noqa: SIM115
+    def __init__(self, staging: Staging, name: str) -> None:
+        self.name, self._staging = name, staging
+        with staging.failures(name):
+            self._file = open(staging.folder / name, "xb")  # noqa: SIM115
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def add(self, key: str, sample: NewSample) -> None:
@@ -147,13 +190,13 @@ class _TarWriter:
         try:
             text = json.dumps(record, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise DataError(f"sample {key!r} of {self.path.name}: not storable as JSON ({error}).") from error
+            raise DataError(f"sample {key!r} of {self.name}: not storable as JSON ({error}).") from error
         self._member(f"{key}.json", text)
         for extension, data in sorted(sample.media.items()):
             # webdataset keeps what begins with an underscore for itself
             if extension == "json" or extension[:1] in ("", "_") or "/" in extension:
                 raise DataError(
-                    f"sample {key!r} of {self.path.name}: a medium cannot have the extension {extension!r}. "
+                    f"sample {key!r} of {self.name}: a medium cannot have the extension {extension!r}. "
                     "Use extensions such as 0.png or mp4."
                 )
             self._member(f"{key}.{extension}", data)
@@ -162,22 +205,20 @@ class _TarWriter:
         # TarInfo's defaults are time, user and group 0 and mode 644: nothing of this moment is in the bytes
         info = tarfile.TarInfo(name)
         info.size = len(data)
-        self._tar.addfile(info, io.BytesIO(data))
+        with self._staging.failures(self.name):
+            self._tar.addfile(info, io.BytesIO(data))
 
     def close(self) -> None:
         """Completes the file. Raises OSError, on a full disk for example."""
-        self._tar.close()
-        self._file.close()
-
-    def publish(self) -> None:
-        os.replace(self._temporary, self.path)
+        with self._staging.failures(self.name):
+            self._tar.close()
+            self._file.close()
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):  # a full disk, which is perhaps why it is abandoned
             self._tar.close()
         with contextlib.suppress(OSError):
             self._file.close()
-        self._temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,7 @@ from copd_megatron.data.convert.write import (
     NewSample,
     WrittenDomain,
     refuse_existing,
-    remove_validation,
-    write_shards,
+    write_domain_shards,
 )
 from copd_megatron.errors import DataError
 from copd_megatron.rewards import registry
@@ -121,7 +120,6 @@ def write_domain(
         raise DataError(
             f"template {template!r} does not contain {{question}}. Insert it where the task belongs."
         )
-    prefixes = (f"{name}-train", f"{name}-validation")
     if not overwrite:
         refuse_existing(out, name)
     seen: set[str] = set()
@@ -141,14 +139,14 @@ def write_domain(
         splits["train"] += tasks[validation_share:]
     for split, samples in splits.items():
         random.Random(subseed(seed, name, split)).shuffle(samples)
-    train = write_shards(splits["train"], out, prefixes[0], shard_size=shard_size, overwrite=overwrite)
-    validation = []
-    if splits["validation"]:
-        validation = write_shards(
-            splits["validation"], out, prefixes[1], shard_size=shard_size, overwrite=overwrite
-        )
-    else:
-        remove_validation(out, name)
+    train, validation = write_domain_shards(
+        splits["train"],
+        splits["validation"] or None,
+        out,
+        name,
+        shard_size=shard_size,
+        overwrite=overwrite,
+    )
     return WrittenDomain(
         train=train, validation=validation, num_train=num_train, num_validation=num_validation
     )

@@ -18,8 +18,7 @@ from copd_megatron.data.convert.write import (
     NewSample,
     WrittenDomain,
     refuse_existing,
-    remove_validation,
-    write_shards,
+    write_domain_shards,
 )
 from copd_megatron.errors import DataError
 from copd_megatron.rewards import registry
@@ -65,7 +64,6 @@ def write_visual_domain(
             f"domain {name!r}: {len(shares)} families, {num_train} training and {num_validation} "
             "validation samples. At least one family and one training sample are needed."
         )
-    prefixes = {split: f"{name}-{split}" for split in ("train", "validation")}
     if not overwrite:
         refuse_existing(out, name)
     weights = [share.weight for share in shares]
@@ -76,22 +74,19 @@ def write_visual_domain(
         tasks = _generate(share, train_size + validation_size, subseed(seed, name, number, share.name), seen)
         splits["validation"] += [(share.name, task) for task in tasks[:validation_size]]
         splits["train"] += [(share.name, task) for task in tasks[validation_size:]]
-    written: dict[str, list[Path]] = {"train": [], "validation": []}
     for split, members in splits.items():
         random.Random(subseed(seed, name, split)).shuffle(members)
-        if members:
-            written[split] = write_shards(
-                _samples(members, prompt_suffix),
-                out,
-                prefixes[split],
-                shard_size=shard_size,
-                overwrite=overwrite,
-            )
-    if not written["validation"]:
-        remove_validation(out, name)
+    train, validation = write_domain_shards(
+        _samples(splits["train"], prompt_suffix),
+        _samples(splits["validation"], prompt_suffix) if splits["validation"] else None,
+        out,
+        name,
+        shard_size=shard_size,
+        overwrite=overwrite,
+    )
     return WrittenDomain(
-        train=written["train"],
-        validation=written["validation"],
+        train=train,
+        validation=validation,
         num_train=num_train,
         num_validation=num_validation,
     )
