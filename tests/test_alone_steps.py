@@ -3,6 +3,7 @@ together all the same."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from copd_megatron.branch.schedule import exchange_due, steps
 from copd_megatron.config import Config, load_config
+from copd_megatron.errors import RunStorageError
 from copd_megatron.plugins import RECIPES
 from tests.support.commands import ROOT
 from tests.support.distributed import run_distributed
@@ -54,7 +56,7 @@ def _run(run_dir: str) -> dict[str, Any]:
             checkpoints: Any = Checkpoints(me, observer)
             saved: list[int] = []
             checkpoints.saver = SimpleNamespace(
-                pending=False, written=True, save=saved.append, complete=lambda: True
+                pending=False, written=True, saved=True, save=saved.append, complete=lambda: True
             )
             checkpoints._saved = lambda done, accuracies: done
             begun, lead = time.monotonic(), []
@@ -68,7 +70,12 @@ def _run(run_dir: str) -> dict[str, Any]:
                 lead.append(time.monotonic() - begun)
                 if checkpoints.after(step, alone=True):
                     break
-        return {"saved": saved, "last": step.index, "handed_over": lead}
+            checkpoints.saver.saved = False
+            with pytest.raises(
+                RunStorageError, match=r"after step 5 of 16 \(SIGTERM\), which could not be saved"
+            ):
+                checkpoints.after(dataclasses.replace(step, index=step.index + 1))
+        return {"saved": saved[:1], "last": step.index, "handed_over": lead}
 
 
 @pytest.fixture(scope="module")

@@ -265,6 +265,33 @@ def test_files_and_functions_fit_a_readers_head() -> None:
     assert not too_long, too_long
 
 
+MAY_WRITE_NAN: dict[str, str] = {
+    "topology/messages.py": "from rank to rank, which read it with json.loads",
+    "rewards/": "what a verifier returns, which the grader judges",
+    "hf/companions.py": "somebody's config.json, whose infinities are its own",
+    "evaluation/models.py": "a digest of the same",
+    "merge/merger.py": "a digest",
+    "data/convert/": "answers as text",
+    "cli/data/make_visual.py": "defaults in a help text",
+}
+"""Files or rooms whose JSON may hold NaN, which ``untrusted/json_text.py`` does not read, and why."""
+
+
+def test_no_file_is_written_that_its_reader_refuses() -> None:
+    """Everything else is written by ``dumped``, which has null for NaN, or refuses it."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        name = str(path.relative_to(PACKAGE))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            writes = isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump")
+            if not writes or name.startswith(tuple(MAY_WRITE_NAN)):
+                continue
+            assert isinstance(node, ast.Call)
+            if not any(ast.unparse(k) == "allow_nan=False" for k in node.keywords):
+                found.append(f"{name}:{node.lineno}")
+    assert not found, f"these may write NaN: {found}"
+
+
 def test_the_root_holds_the_front_door_only() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= MAX_ROOT_MODULES
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}

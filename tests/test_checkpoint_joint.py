@@ -74,7 +74,7 @@ def _saves(model: Path, run_dir: Path, small: Path | None) -> dict[str, Any]:
 
         def saved(step: int, accuracy: float | None = None) -> Saved:
             actor.version = step
-            state = {"branch": world.branch, "steps_done": step, "teacher_version": None}
+            state = {"branch": world.branch, "teacher_version": None, "table": {"base": {"a": math.nan}}}
             return Saved(
                 step=step, loop_state=state, teacher=None, config="run: {}", model_path=str(model),
                 validation_accuracy=accuracy,
@@ -93,11 +93,13 @@ def _saves(model: Path, run_dir: Path, small: Path | None) -> dict[str, Any]:
         before = [p.detach().clone() for p in actor.model.parameters()]
         _add(actor, 9.0)
         state, _ = load_checkpoint(world, actor, run_dir, manifest)
+        found["no score"] = state["table"]["base"]["a"]
         found["resumed"] = (manifest.step, actor.version, state["branch"])
         found["weights back"] = all(
             torch.equal(a, b) for a, b in zip(before, actor.model.parameters(), strict=True)
         )
         found["thread failed"] = _failure_in_the_background(run_dir.with_name("failed"))
+        found["without its loop state"] = _without_loop_state(world, run_dir.with_name("loop"), run_dir)
         found["nothing whole"] = _all_damaged(world, run_dir.with_name("lost"), run_dir)
         return {**found, "log": log.lines}
 
@@ -108,7 +110,7 @@ def _rotation_and_background(
     """Steps 1 and 2 in the loop's thread, 3 and 4 in another while the weights change."""
     first = saver(run_dir)
     first.save(saved(1, accuracy=0.9))
-    first.save(saved(2, accuracy=0.1))
+    first.save(saved(2, accuracy=math.nan))
     second = saver(run_dir, asynchronous=True)
     second.save(saved(3))
     found["pending"] = second.pending
@@ -130,6 +132,7 @@ def _limited(world: Any, saver: Any, saved: Any, log: _Lines) -> list[str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     count = len(log.lines)
     saver.save(saved)
+    assert not saver.saved
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return log.lines[count:]
 
@@ -156,7 +159,9 @@ def _on_a_full_disk(world: Any, saver: Any, saved: Any, small: Path, log: _Lines
     if world.is_first:
         filler.unlink()
     world.barrier("emptied")
+    assert not (first.saved or second.saved)
     first.save(saved(3))
+    assert first.saved
     world.barrier("saved")
     return {"lines": lines, "intact": intact and not valid, "then": sorted(complete_checkpoints(small))}
 
@@ -187,6 +192,21 @@ def _failure_in_the_background(folder: Path) -> bool:
     with pytest.raises(AttributeError):
         writer.result()
     return writer.done
+
+
+def _without_loop_state(world: Any, lost: Path, run_dir: Path) -> list[int]:
+    """The steps of two checkpoints that are found in turn: of the newer one, what a branch remembers is of
+    the right size, and no JSON; of the older one, nothing is wrong."""
+    from copd_megatron.checkpoint.joint import find_checkpoint
+
+    if world.is_first:
+        for step in (1, 3):
+            shutil.copytree(step_folder(run_dir, step), step_folder(lost, step))
+        loop = step_folder(lost, 3) / "beta" / "loop.json"
+        loop.write_bytes(loop.read_bytes().replace(b"null", b"NaN "))
+    world.barrier("copied")
+    found = [find_checkpoint(world, lost, verify_hashes=False) for _ in range(2)]
+    return [manifest.step for manifest in found if manifest is not None]
 
 
 def _all_damaged(world: Any, lost: Path, run_dir: Path) -> list[str]:
@@ -247,6 +267,20 @@ def test_damaged_checkpoints_are_named_and_skipped(outcome: Any) -> None:
     assert any("step_000006 has no manifest.json and is not used; renamed to" in line for line in lines)
     assert (run_dir / "checkpoints/step_000006.no_manifest").is_dir()
     assert list(complete_checkpoints(run_dir)) == [3, 1]
+
+
+def test_a_score_that_nobody_has_is_null_and_harms_no_checkpoint(outcome: Any) -> None:
+    """NaN is no JSON, which the reader insists on."""
+    assert all(rank["no score"] is None for rank in outcome[0])
+    assert read_manifest(step_folder(outcome[1], 1)).validation_accuracy == 0.9
+    assert outcome[0][0]["kept"] == [1, 3, 4], "a mean that is none is not the best one"
+
+
+def test_a_checkpoint_whose_loop_state_cannot_be_read_is_skipped(outcome: Any) -> None:
+    assert all(rank["without its loop state"] == [1, 1] for rank in outcome[0])
+    assert any(
+        "step_000003 is damaged" in line and "NaN is no number" in line for line in outcome[0][0]["log"]
+    )
 
 
 def test_a_run_without_a_whole_checkpoint_does_not_start_over(outcome: Any) -> None:

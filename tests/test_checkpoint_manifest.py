@@ -128,6 +128,15 @@ def test_damage_is_named(tmp_path: Path) -> None:
     assert list(complete_checkpoints(tmp_path)) == [1], "only hashes tell that the first is damaged"
 
 
+def test_an_accuracy_that_is_none_leaves_a_manifest_that_can_be_read(tmp_path: Path) -> None:
+    """No response of a domain was graded in time, for example."""
+    folder = _checkpoint(tmp_path, 1)
+    unknown = dataclasses.replace(read_manifest(folder), validation_accuracy=float("nan"))
+    write_manifest(folder, unknown)
+    assert read_manifest(folder).validation_accuracy is None
+    assert list(complete_checkpoints(tmp_path)) == [1]
+
+
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
     path = _checkpoint(tmp_path, 1) / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ import pytest
 from copd_megatron.config import BranchConfig, Config, DataConfig, EvaluationConfig, ModelConfig
 from copd_megatron.config.domains import evaluated_as
 from copd_megatron.config.schema import PoolConfig
+from copd_megatron.evaluation.run import score_of
 from copd_megatron.metrics.prometheus import PrometheusTextfile
 from copd_megatron.metrics.writers import JsonlWriter, TensorBoardWriter
 from copd_megatron.records import Prompt
+from copd_megatron.untrusted.json_text import dumped, load
 
 
 def _config(**branches: BranchConfig) -> Config:
@@ -127,6 +130,17 @@ def test_rows_are_comparable_only_under_the_same_conditions(
 
     assert under({}, [_prompt()]) == under({"at_start": False, "every_steps": 3}, [_prompt()])
     assert under({}, [_prompt()]) != under(options, prompts)
+
+
+def test_a_domain_of_which_nothing_was_graded_is_remembered_as_such() -> None:
+    from copd_megatron.branch.checkpoints import _mean_accuracy, _table_of
+
+    table: Any = {"base": {"text": score_of([]), "image": score_of([0.5, 2.0])}, "text": {"text": 0.25}}
+    again = _table_of(load(dumped(table)))
+    assert math.isnan(cast(float, again["base"].pop("text"))) and again["text"] == table["text"]
+    assert again["base"] == {"image": {"mean_reward": 1.25, "full_marks": 0.5}}
+    assert _mean_accuracy(table) is None, "it could not be compared with a mean over all domains"
+    assert _mean_accuracy({"text": {"text": 0.25, "image": 0.75}}) == 0.5
 
 
 def test_evaluation_counts_as_nothing_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from copd_megatron.report.scores import score_table
 from copd_megatron.samples.files import read_samples
 from copd_megatron.samples.record import Kind, Sample, to_line
 from copd_megatron.samples.show import shown
-from copd_megatron.untrusted.json_text import MAX_NESTING, load, loadable, made
+from copd_megatron.untrusted.json_text import MAX_NESTING, dumped, load, loadable, made
 
 DEEP = "[" * 100_000 + "]" * 100_000
 VALUES = {
@@ -274,6 +274,7 @@ def test_json_is_read_strictly() -> None:
         with pytest.raises(ValueError):
             load(text)
     assert loadable({"a": (float("nan"), 10**400, 1.5)}) == {"a": [None, None, 1.5]}
+    assert load(dumped({"a": (float("inf"), -1e200, 1.5)})) == {"a": [None, None, 1.5]}
 
 
 def test_a_dataclass_is_made_of_its_types_alone() -> None:

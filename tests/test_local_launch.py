@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from copd_megatron.checkpoint.stop import StopSignals
+from copd_megatron.checkpoint.manifest import BranchEntry, Manifest, step_folder, write_manifest
+from copd_megatron.checkpoint.stop import EXIT_PREEMPTED, StopSignals
 from copd_megatron.errors import EXIT_HOPELESS, ConfigError
 from copd_megatron.launch.preflight import clear_run
 from copd_megatron.launch.torchrun import handled_signals
@@ -96,6 +97,26 @@ def test_a_rank_that_the_kernel_kills_for_memory_is_named(
         "copd: the run ended: global rank 1 was killed by SIGKILL, by the kernel for want of memory: give"
     )
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_was_told_to_stop_and_could_not_save_does_not_say_that_it_has(tmp_path: Path) -> None:
+    done = _launch(tmp_path, "unsaved")
+    assert done.returncode == EXIT_HOPELESS != EXIT_PREEMPTED, done.stderr
+    cause, next_start = done.stderr.strip().splitlines()[-2:]
+    assert (
+        cause.startswith("copd: the run ended: a rank ") and "RunStorageError: stopping after step 3" in cause
+    )
+    assert next_start == "copd: nothing is saved yet"
+
+
+def test_what_a_person_has_to_mend_is_not_continued_before(tmp_path: Path) -> None:
+    entry = BranchEntry(weight_version=1, layout={}, frozen=True, model_path="m", dims={}, files=())
+    folder = step_folder(tmp_path, 6)
+    folder.mkdir(parents=True)
+    write_manifest(folder, Manifest(step=6, branches={"a": entry}, config="", saved_at=""))
+    assert _launch(tmp_path, "config").stderr.strip().splitlines()[-2] == (
+        "copd: when that is mended, the same command continues from step 6"
+    )
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:

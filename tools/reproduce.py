@@ -15,7 +15,6 @@ What is asked and what came out: copd_megatron/reproduction/README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import signal
@@ -42,7 +41,7 @@ from copd_megatron.reproduction.forked import warm_up
 from copd_megatron.reproduction.kept import read_results, with_kept, write_results
 from copd_megatron.reproduction.runner import Job, TaskFailed, run_jobs
 from copd_megatron.tiny.tasks.tables import response_length
-from copd_megatron.untrusted.json_text import load_file
+from copd_megatron.untrusted.json_text import dumped, load_file
 
 ROOM = Path(__file__).resolve().parents[1] / "copd_megatron" / "reproduction"
 SELECTING = ("base", "experts_mean", "mixed_longer")
@@ -175,7 +174,7 @@ def _main(arguments: argparse.Namespace) -> None:
         tuning = folders(settings.TUNING_SEEDS)
         run(tuning, "two", SELECTING, arguments.cores)
         found = _read(root / "selection.json") | {setting.name: select(tuning)}
-        (root / "selection.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (root / "selection.json").write_text(dumped(found, indent=1) + "\n", encoding="utf-8")
     elif arguments.command == "page":
         write_page(root, setting, arguments.room)
     else:

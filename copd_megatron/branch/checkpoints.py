@@ -8,10 +8,11 @@ everything at the start. All its methods are collective over all branches.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,9 +29,9 @@ from copd_megatron.checkpoint.manifest import step_folder
 from copd_megatron.checkpoint.stop import StopSignals, deadline, must_save_now
 from copd_megatron.config import to_yaml
 from copd_megatron.data import PromptSequence
-from copd_megatron.errors import CheckpointError, DataError
+from copd_megatron.errors import CheckpointError, DataError, RunStorageError
 from copd_megatron.evaluation.run import Accuracies
-from copd_megatron.evaluation.table import mean_reward
+from copd_megatron.evaluation.table import Score, mean_reward
 from copd_megatron.launch.dry_run import NO_CHECKPOINTS
 from copd_megatron.rollout.early_stop import from_state, to_state
 from copd_megatron.topology.notes import Notes
@@ -118,17 +119,19 @@ class Checkpoints:
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{folder / me.name}: what the loop remembers is damaged ({error!r}); use an older checkpoint"
+                f"{folder / me.name}: what the loop remembers is damaged ({error!r}); move {folder} away, "
+                "and the same command continues from the checkpoint before"
             ) from error
         for writer in self.observer.writers:
             writer.truncate_after(manifest.step)
         me.samples.resume_after(manifest.step)
         same = state.get("table_conditions") == conditions(me)
         comparable = all(me.world.all_gather_objects(same, "checkpoint.table"))
-        if state["table"] and not comparable and me.world.is_first:
+        table = _table_of(state["table"])
+        if table and not comparable and me.world.is_first:
             logger.warning("%s has rows of the final table, measured with other validation prompts or other "
                            "settings of evaluation: they are measured again", folder)  # fmt: skip
-        self.progress = Progress(steps_done=manifest.step, table=state["table"] if comparable else {})
+        self.progress = Progress(steps_done=manifest.step, table=table if comparable else {})
         me.world.barrier("checkpoint.resumed")
         if me.world.is_first:
             logger.info(
@@ -149,6 +152,9 @@ class Checkpoints:
 
         Returns:
             Whether the run must stop now, because a signal came or its time is nearly up. It has been saved.
+
+        Raises:
+            RunStorageError: it must stop now, and could not be saved.
         """
         done, options = step.index + 1, self.options
         now = time.time()
@@ -177,9 +183,15 @@ class Checkpoints:
             with self.me.clock.part("checkpoint"):
                 self.saver.save(self._saved(done, accuracies))
         if stop:
+            reason = signal or "the wall-clock limit is near"
             self.saver.complete()
+            if not self.saver.saved:
+                raise RunStorageError(
+                    f"stopping after step {done} of {num_steps(self.me.config.schedule)} ({reason}), which "
+                    "could not be saved: the line above about its checkpoint names the cause; mend that, and "
+                    "the same command continues from the newest checkpoint that there is"
+                )
             if self.me.world.is_first:
-                reason = signal or "the wall-clock limit is near"
                 logger.warning("stopping after step %d of %d: %s; start the same command again to continue",
                                done, num_steps(self.me.config.schedule), reason)  # fmt: skip
         self._last = time.time()
@@ -271,8 +283,17 @@ def _streams(me: Branch) -> dict[str, PromptSequence]:
 
 
 def _mean_accuracy(accuracies: Accuracies | None) -> float | None:
+    """None where a score is missing, too: such a mean could not be compared with those of other steps."""
     values = [mean_reward(score) for row in (accuracies or {}).values() for score in row.values()]
-    return sum(values) / len(values) if values else None
+    return sum(values) / len(values) if values and not any(map(math.isnan, values)) else None
+
+
+def _table_of(saved: Mapping[str, Mapping[str, Score | None]]) -> Accuracies:
+    """The rows in a loop state, where null stands for no score."""
+    return {
+        model: {domain: math.nan if score is None else score for domain, score in row.items()}
+        for model, row in saved.items()
+    }
 
 
 def _sync_file(path: Path) -> None:

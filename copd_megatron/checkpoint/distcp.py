@@ -125,7 +125,7 @@ def write_metadata(
         file.flush()
         os.fsync(file.fileno())
     with (folder / BACKEND).open("w") as text:
-        json.dump({"sharded_backend": "torch_dist", "sharded_backend_version": 1}, text)
+        json.dump({"sharded_backend": "torch_dist", "sharded_backend_version": 1}, text, allow_nan=False)
         text.flush()
         os.fsync(text.fileno())
     sync_folder(folder)

@@ -9,7 +9,6 @@ on with the checkpoint before.
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -50,7 +49,7 @@ from copd_megatron.policy import cpu
 from copd_megatron.policy.actor import MegatronActor, WeightSnapshot
 from copd_megatron.topology.collectives import gather_messages
 from copd_megatron.topology.world import World
-from copd_megatron.untrusted.json_text import load_file, made
+from copd_megatron.untrusted.json_text import MAX_BYTES, dumped, kind_of, load, made
 from copd_megatron.untrusted.regular_file import read_regular
 
 logger = logging.getLogger(__name__)
@@ -135,6 +134,8 @@ class JointSaver:
         self.asynchronous, self.keep_last, self.keep_best = asynchronous, keep_last, keep_best
         self._pending: _Pending | None = None
         self._validated = False
+        self.saved = True
+        """Whether no save has failed since the last one that is valid; the same on all ranks."""
 
     @property
     def pending(self) -> bool:
@@ -153,6 +154,7 @@ class JointSaver:
         begun = time.perf_counter()
         folder = step_folder(self.run_dir, saved.step)
         if problem := self._make_folders(folder):
+            self.saved = False
             self._failed(folder, [problem])
             return
         writer = None
@@ -199,6 +201,7 @@ class JointSaver:
             }
             problem = self._write_manifest(pending, entries) if self.world.is_first else None
             problems = [p for p in self.world.all_gather_objects(problem, "checkpoint.manifest") if p]
+        self.saved = not problems
         if problems:
             self._failed(pending.folder, problems)
             return False
@@ -238,12 +241,15 @@ class JointSaver:
                 assert pending.writer.metadata is not None
                 places = [place for part in parts for place in part.places]
                 files += write_metadata(folder, pending.writer.metadata, places)
-            state = json.dumps(saved.loop_state, indent=1).encode()
+            state = dumped(saved.loop_state, indent=1).encode()
+            loop_state_of(state)  # a checkpoint that a resumed run could not read is none
             files.append(write_durably(folder / LOOP_STATE, state))
             if saved.asked is not None:
                 files.append(write_durably(folder / ASKED, saved.asked))
         except OSError as error:
             return None, f"{folder}: {error.strerror or error}"
+        except ValueError as error:
+            return None, f"{folder}: what the loop remembers cannot be read back: {error}"
         return (
             BranchEntry(
                 weight_version=pending.weight_version,
@@ -330,8 +336,9 @@ def find_checkpoint(world: World, run_dir: Path, *, verify_hashes: bool) -> Mani
         if newest is None:
             return None
         folder = step_folder(run_dir, newest.step)
-        problems: list[str] = []
-        if verify_hashes:
+        mine = _loop_problems(folder, world, newest)
+        problems = [p for part in world.all_gather_objects(mine, "checkpoint.loop") for p in part]
+        if verify_hashes and not problems:
             with world.watch.operation("checkpoint.verify"):
                 mine = hash_problems(folder, newest, part=world.rank, num_parts=world.world_size)
             problems = [p for part in world.all_gather_objects(mine, "checkpoint.verify") for p in part]
@@ -392,12 +399,13 @@ def load_checkpoint(
             "resume with the branches that it was saved with, or choose another run.dir"
         )
     try:
-        state = load_file(folder / LOOP_STATE)
-        version = made(_TeacherVersion, {"teacher_version": state.get("teacher_version")}).teacher_version
+        state = _read_loop_state(folder, entry)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / LOOP_STATE} cannot be read: {error!r}; use an older checkpoint"
+            f"{folder / LOOP_STATE} cannot be read: {error!r}; move {folder.parent} away, and the same "
+            "command continues from the checkpoint before"
         ) from error
+    version: int | None = state["teacher_version"]
     if entry.frozen or actor.optimizer is None:
         return state, None
     with world.watch.operation("checkpoint.load", ranks=world.branch_ranks[world.branch]):
@@ -428,6 +436,39 @@ def load_asked(world: World, run_dir: Path, manifest: Manifest) -> bytes | None:
         return read_regular(path, entry.num_bytes)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}; use an older checkpoint") from error
+
+
+def loop_state_of(text: bytes) -> dict[str, Any]:
+    """A branch's loop state, whose text may be long: it holds responses that the next step continues.
+
+    Raises:
+        ValueError: it is none, or its parts that are needed here are of other types.
+    """
+    state = load(text, max_bytes=max(MAX_BYTES, len(text)))
+    if not isinstance(state, dict):
+        raise ValueError(f"it is {kind_of(state)}, expected an object")
+    version = made(_TeacherVersion, {"teacher_version": state.get("teacher_version")}).teacher_version
+    return {**state, "teacher_version": version}
+
+
+def _read_loop_state(folder: Path, entry: BranchEntry) -> dict[str, Any]:
+    """The loop state in a branch's folder. Raises OSError, or ValueError as ``loop_state_of``."""
+    name = f"{folder.name}/{LOOP_STATE}"
+    num_bytes = next((file.num_bytes for file in entry.files if file.path == name), MAX_BYTES)
+    return loop_state_of(read_regular(folder / LOOP_STATE, num_bytes))
+
+
+def _loop_problems(folder: Path, world: World, manifest: Manifest) -> list[str]:
+    """What is wrong with the loop state of this rank's branch in a checkpoint's folder, as its first rank
+    finds; empty if nothing is, and where the checkpoint has no such branch, which others will say."""
+    entry = manifest.branches.get(world.branch)
+    if entry is None or not world.is_branch_first:
+        return []
+    try:
+        _read_loop_state(folder / world.branch, entry)
+    except (OSError, ValueError) as error:
+        return [f"{folder / world.branch / LOOP_STATE} cannot be read: {error}"]
+    return []
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from copd_megatron.errors import CheckpointError
 from copd_megatron.topology.messages import register
-from copd_megatron.untrusted.json_text import load_file, made
+from copd_megatron.untrusted.json_text import dumped, load_file, loadable, made
 from copd_megatron.untrusted.regular_file import open_regular
 from copd_megatron.untrusted.whole_file import sync_folder, write_whole
 
@@ -78,7 +79,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     """Of the software that wrote it."""
     validation_accuracy: float | None = None
-    """Mean over branches and domains, where the model of this step was evaluated."""
+    """Mean over branches and domains, where the model of this step was evaluated and got a score on each."""
 
     @property
     def files(self) -> list[FileEntry]:
@@ -120,9 +121,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; the checkpoint stays invalid.
     """
-    content = asdict(manifest)
+    content = loadable(asdict(manifest))
     record = {"format": FORMAT, "sha256": _digest(content), "manifest": content}
-    write_durably(folder / MANIFEST, json.dumps(record, indent=1).encode())
+    write_durably(folder / MANIFEST, dumped(record, indent=1).encode())
     (folder / UNFINISHED).unlink(missing_ok=True)
 
 
@@ -164,7 +165,7 @@ def _manifest_of(content: Mapping[str, Any]) -> Manifest:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def write_durably(path: Path, data: bytes) -> FileEntry:
@@ -331,6 +332,6 @@ def set_aside_before(run_dir: Path) -> list[Path]:
 def set_aside(folder: Path, why: str = _DAMAGED) -> Path:
     """Renames a checkpoint, so that it is neither read nor counted again; returns the new name."""
     number = 0
-    while (target := folder.with_name(f"{folder.name}.{why}{number or ''}")).exists():
+    while os.path.lexists(target := folder.with_name(f"{folder.name}.{why}{number or ''}")):
         number += 1
     return folder.rename(target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -18,6 +17,7 @@ from copd_megatron.planner.plan import Inputs, make_plan
 from copd_megatron.planner.search import search
 from copd_megatron.planner.show import describe, describe_search, record
 from copd_megatron.planner.workload import BranchLengths
+from copd_megatron.untrusted.json_text import dumped
 
 EXAMPLES = """
     copd plan configs/three_branch_qwen3_vl_4b.yaml                    24 H100: memory, seconds, GPU-hours
@@ -116,7 +116,7 @@ def _print(
     if searches or (gpus is not None and gpus != plan.ranks) or plan.problems:
         found = search(inputs, gpus or plan.ranks)
     if as_json:
-        say(json.dumps(record(inputs, plan, more, found), indent=1))
+        say(dumped(record(inputs, plan, more, found), indent=1))
         return 2 if plan.problems else 0
     with reader_may_leave():
         say(describe(inputs, plan, more))

@@ -170,7 +170,7 @@ class PassRateWriter:
                     "it, or give another --out."
                 )
             self._file.truncate(begun.num_bytes)
-            wanted = json.loads(json.dumps(dict(settings)))
+            wanted = json.loads(json.dumps(dict(settings), allow_nan=False))
             if begun.settings:
                 self._refuse_others(begun.settings, wanted)
             begun.check_shards(shards, domain)
@@ -186,7 +186,7 @@ class PassRateWriter:
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Writes lines and waits until they are on the disk."""
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        self._file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
 

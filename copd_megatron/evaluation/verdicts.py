@@ -73,7 +73,7 @@ class VerdictFile:
             settings: all that the verdicts depend on, the model's content included. Other settings have
                 another folder, so that verdicts of two kinds never mix.
         """
-        self._text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        self._text = json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n"
         digest = hashlib.blake2b(self._text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
         self.folder = out / f"{label}-{digest}"
         self._path = self.folder / "verdicts.jsonl"
@@ -118,7 +118,10 @@ class VerdictFile:
         Raises:
             OSError: they cannot be written.
         """
-        lines = [json.dumps(asdict(v), ensure_ascii=False, separators=(",", ":")) + "\n" for v in verdicts]
+        lines = [
+            json.dumps(asdict(v), ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n"
+            for v in verdicts
+        ]
         with open_appending(self._path) as file:
             append_whole(file, "".join(lines).encode("utf-8", "surrogatepass"))
 

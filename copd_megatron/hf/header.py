@@ -172,7 +172,7 @@ def make_layout(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, s
             "data_offsets": [begin, begin + spec.num_bytes],
         }
         begin += spec.num_bytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     return FileHeader(name=name, header=text + b" " * (-len(text) % 8), specs=tuple(specs))
 
 

@@ -70,7 +70,7 @@ class Template:
     def write_record(self, folder: Path) -> None:
         """Keeps the template in a folder, for ``read_record``."""
         record = {layout.name: base64.b64encode(layout.header).decode() for layout in self.layouts}
-        (folder / HEADERS).write_text(json.dumps(record, indent=1))
+        (folder / HEADERS).write_text(json.dumps(record, indent=1, allow_nan=False))
         if self.index is not None:
             (folder / INDEX).write_bytes(self.index)
 

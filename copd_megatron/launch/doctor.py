@@ -75,7 +75,7 @@ class Report:
     def to_json(self) -> str:
         """The report for programs: ``{"can_run": bool, "findings": [{name, status, found, means}]}``."""
         findings = [{**asdict(f), "status": f.status.value} for f in self.findings]
-        return json.dumps({"can_run": self.can_run, "findings": findings}, indent=2)
+        return json.dumps({"can_run": self.can_run, "findings": findings}, indent=2, allow_nan=False)
 
     def to_text(self) -> str:
         """The report for people: a table, then a closing line."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from copd_megatron.checkpoint.manifest import complete_checkpoints
 from copd_megatron.checkpoint.stop import EXIT_PREEMPTED
-from copd_megatron.errors import EXIT_HOPELESS
+from copd_megatron.errors import EXIT_HOPELESS, RunStorageError
 from copd_megatron.launch.cause import memory_kills, why_it_ended
 from copd_megatron.metrics.rank_log import LOGS
 from copd_megatron.untrusted.visible import visible
@@ -45,6 +45,7 @@ def _launch(run_dir: Path, rest: list[str]) -> int:
 
     register_loopback()
     limit = int(os.environ.get("COPD_MAX_RESTARTS", "0"))
+    since = datetime.now()
     try:
         for restarts in range(limit + 1):
             os.environ["COPD_RESTART_COUNT"] = str(restarts)
@@ -60,12 +61,17 @@ def _launch(run_dir: Path, rest: list[str]) -> int:
             _say(f"the run ended: {cause}")
             hopeless = EXIT_HOPELESS in exits.values()
             if hopeless or restarts == limit:
-                _say(_next_start(run_dir))
+                _say(_next_start(run_dir, mended=hopeless))
                 _say(_where_to_read_on(run_dir))
                 return EXIT_HOPELESS if hopeless else 1
             codes = ", ".join(f"rank {rank} with {code}" for rank, code in exits.items())
             _say(f"ended: {codes}; restart {restarts + 1} of {limit}")
     except SignalException as error:
+        cause = why_it_ended(run_dir, {}, since=since)
+        if f": {RunStorageError.__name__}: " in cause:  # what the signal asked to be saved is not
+            _say(f"the run ended: {cause}")
+            _say(_next_start(run_dir, mended=True))
+            return EXIT_HOPELESS
         return _end_by_signal(run_dir, signal.Signals(error.sigval))
     return 0
 
@@ -78,10 +84,12 @@ def _end_by_signal(run_dir: Path, number: signal.Signals) -> int:
     return EXIT_PREEMPTED if complete_checkpoints(run_dir) and not by_person else 128 + number
 
 
-def _next_start(run_dir: Path) -> str:
-    """What the same command would do."""
+def _next_start(run_dir: Path, *, mended: bool = False) -> str:
+    """What the same command would do; ``mended``: not before somebody has mended what ended the run."""
     saved = next(iter(complete_checkpoints(run_dir)), None)
-    return "nothing is saved yet" if saved is None else f"the same command continues from step {saved}"
+    if saved is None:
+        return "nothing is saved yet"
+    return ("when that is mended, " if mended else "") + f"the same command continues from step {saved}"
 
 
 def _where_to_read_on(run_dir: Path) -> str:

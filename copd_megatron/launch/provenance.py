@@ -60,7 +60,7 @@ def record_start(config: Config, folder: Path, arguments: Sequence[str] | None =
                 start["settings"] = kept
     words = sys.argv[1:] if arguments is None else arguments
     starts.append({"start": len(starts) + 1, **_facts(words), "settings": SETTINGS})
-    write_whole(folder / STARTS, "".join(json.dumps(start) + "\n" for start in starts))
+    write_whole(folder / STARTS, "".join(json.dumps(start, allow_nan=False) + "\n" for start in starts))
     save_resolved(config, path)
 
 

@@ -58,7 +58,7 @@ class Journal:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(content))
+    write_whole(path, json.dumps(content, allow_nan=False))
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ class Metrics:
 
     def _agree(self, group: Any, local: dict[str, _Partial], known: Catalogue) -> Catalogue:
         """Union of all ranks' names and of those known before, which usually come back."""
-        mine = json.dumps({name: partial.kind.value for name, partial in local.items()})
+        mine = json.dumps({name: partial.kind.value for name, partial in local.items()}, allow_nan=False)
         catalogue = dict(known)
         conflicts = []
         for rank, text in enumerate(_all_gather_text(group, mine, self._device)):

@@ -139,7 +139,10 @@ class TimelineWriter:
         if self._failed:
             return
         try:
-            append_whole(self._file, "".join(json.dumps(entry) + "\n" for entry in self._pending).encode())
+            append_whole(
+                self._file,
+                "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self._pending).encode(),
+            )
         except OSError as error:
             logger.warning(
                 "%s: %s; the timeline ends here, the run goes on", self._path, error.strerror or error
@@ -462,5 +465,5 @@ def write_trace(
             raise ValueError(f"{run_dir / FOLDER} has no steps from {steps[0]} to {steps[1]}")
     path = target or run_dir / FOLDER / "trace.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(chrome_trace(timelines)))
+    write_whole(path, json.dumps(chrome_trace(timelines), allow_nan=False))
     return path, summary(timelines)

@@ -25,7 +25,8 @@ def pack_media(requests: Sequence[ScoreRequest], encoded: Callable[[MediaRef], b
         return b""
     files = [encoded(ref) if encoded is not None else b"" for ref in refs]
     head = json.dumps(
-        {"refs": [astuple(ref) for ref in refs], "rows": rows, "sizes": [len(file) for file in files]}
+        {"refs": [astuple(ref) for ref in refs], "rows": rows, "sizes": [len(file) for file in files]},
+        allow_nan=False,
     ).encode()
     return b"".join([len(head).to_bytes(8, "little"), head, *files])
 

@@ -108,13 +108,15 @@ class DistanceReport:
             {
                 "layer": layer.layer,
                 "num_elements": layer.num_elements,
-                "base_norm": layer.base_norm,
+                "base_norm": _or_none(layer.base_norm),
                 "moved": dict(zip(self.branches, map(_or_none, layer.moved), strict=True)),
                 "cosine": dict(zip(self.pairs, map(_or_none, layer.cosines), strict=True)),
             }
             for layer in self.layers
         ]
-        return json.dumps({"base": self.base, "branches": self.branches, "layers": layers}, indent=2)
+        return json.dumps(
+            {"base": self.base, "branches": self.branches, "layers": layers}, indent=2, allow_nan=False
+        )
 
     def plot(self, path: str | Path) -> None:
         """Movement and cosines over the layers, as a PNG."""
@@ -183,7 +185,7 @@ def read_distances(path: Path) -> DistanceReport:
                 LayerDistance(
                     layer=layer.layer,
                     num_elements=layer.num_elements,
-                    base_norm=layer.base_norm,
+                    base_norm=_or_nan(layer.base_norm),
                     moved=tuple(map(_or_nan, layer.moved.values())),
                     cosines=tuple(map(_or_nan, layer.cosine.values())),
                 )
@@ -202,7 +204,7 @@ def read_distances(path: Path) -> DistanceReport:
 class _StoredLayer:
     layer: str
     num_elements: int
-    base_norm: float
+    base_norm: float | None
     moved: Mapping[str, float | None]
     """By branch."""
     cosine: Mapping[str, float | None]
@@ -307,7 +309,7 @@ def _cell(value: float, form: str) -> str:
 
 
 def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return value if math.isfinite(value) else None
 
 
 def _or_nan(value: float | None) -> float:

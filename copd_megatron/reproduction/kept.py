@@ -29,7 +29,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """JSON has no infinities: an end that an interval does not have is null."""
-    text = json.dumps(_finite(results), indent=1, sort_keys=True, default=str)
+    text = json.dumps(_finite(results), indent=1, sort_keys=True, default=str, allow_nan=False)
     write_whole(path, text + "\n")
 
 
@@ -49,7 +49,7 @@ def with_kept(results: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str
 
 def _plain(value: Any) -> Any:
     """The value as it is read from JSON."""
-    return json.loads(json.dumps(_finite(value), default=str))
+    return json.loads(json.dumps(_finite(value), default=str, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:

@@ -37,7 +37,10 @@ def measure(config_path: str, out: Path, models: dict[str, str]) -> None:
         for verdict in verdicts:
             domains.setdefault(verdict.domain, {})[verdict.prompt] = verdict.graded
         scratch = out / f"{label}.tmp"
-        scratch.write_text(json.dumps({"model": missing[label], "domains": domains}) + "\n", encoding="utf-8")
+        scratch.write_text(
+            json.dumps({"model": missing[label], "domains": domains}, allow_nan=False) + "\n",
+            encoding="utf-8",
+        )
         scratch.replace(out / f"{label}.json")
 
 

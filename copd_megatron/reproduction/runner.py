@@ -84,7 +84,7 @@ class Job:
         """Notes that it is done."""
         path = self.folder / f"{self.name}.json"
         scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(asdict(cost)) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps(asdict(cost), allow_nan=False) + "\n", encoding="utf-8")
         scratch.replace(path)
 
 
@@ -118,7 +118,7 @@ def job_of(task: Task, folder: Path) -> Job:
 def what_is_set(config: Config) -> str:
     """The settings that differ from their defaults, as JSON: a setting that is new in a later version, and
     left at its default, makes no other task."""
-    return json.dumps(_set(config), sort_keys=True)
+    return json.dumps(_set(config), sort_keys=True, allow_nan=False)
 
 
 def _set(value: Any) -> Any:

@@ -79,7 +79,7 @@ def make_once(out: Path, digest: str, make: Callable[[Path], dict[str, object]])
         started = time.monotonic()
         details = make(folder)
         marker = {"digest": digest, **details, "seconds": round(time.monotonic() - started, 1)}
-        (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+        (folder / MARKER).write_text(json.dumps(marker, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return True
 
 

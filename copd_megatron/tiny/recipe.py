@@ -164,4 +164,4 @@ def package_versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def digest_of_parts(parts: list[object]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()

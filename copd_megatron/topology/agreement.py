@@ -57,8 +57,11 @@ def agree(
 def _stated(branch_ranks: Mapping[str, tuple[int, ...]], run_id: str) -> str:
     """What a rank says of its configuration: short, whatever the number of ranks."""
     sizes = {branch: f"{ranks[0]}-{ranks[-1]}" for branch, ranks in branch_ranks.items()}
-    digest = zlib.crc32(json.dumps(branch_ranks).encode())
-    return json.dumps({"run_id": run_id, "branches": sizes, "ranks_crc": digest, "torch": torch.__version__})
+    digest = zlib.crc32(json.dumps(branch_ranks, allow_nan=False).encode())
+    return json.dumps(
+        {"run_id": run_id, "branches": sizes, "ranks_crc": digest, "torch": torch.__version__},
+        allow_nan=False,
+    )
 
 
 def _places(branch_ranks: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, int, int]]:

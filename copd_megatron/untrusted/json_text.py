@@ -153,6 +153,12 @@ def loadable(value: Any) -> Any:
     return value
 
 
+def dumped(value: Any, *, indent: int | None = None) -> str:
+    """The JSON text of a value, with null in place of numbers that ``load`` would refuse: a score that nobody
+    has is NaN here, and JSON has no such number."""
+    return json.dumps(loadable(value), indent=indent, allow_nan=False)
+
+
 def kind_of(value: Any) -> str:
     """What a JSON value is, in words, with its beginning."""
     if value is None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from copd_megatron.cli import main as cli
-from copd_megatron.errors import ConfigError
+from copd_megatron.errors import ConfigError, RunStorageError
 from copd_megatron.launch.rank_process import take_one_interrupt
 from copd_megatron.metrics.rank_log import RankPlace, start_logging
 
@@ -20,6 +20,10 @@ def eat(group: Path) -> None:
     held = []
     while True:
         held.append(bytearray(os.urandom(1 << 20)))
+
+
+def _cannot_save(number: int, frame: object) -> None:
+    raise RunStorageError("stopping after step 3 of 9 (SIGTERM), which could not be saved")
 
 
 def main() -> int:
@@ -35,6 +39,12 @@ def main() -> int:
             while not (run_dir / "started_1_0").exists():
                 time.sleep(0.1)
             os.kill(os.getppid(), signal.SIGINT)
+        if how == "unsaved":
+            signal.signal(signal.SIGTERM, _cannot_save)
+            if rank == 0:
+                while not (run_dir / "started_1_0").exists():
+                    time.sleep(0.1)
+                os.kill(os.getppid(), signal.SIGTERM)
         if how == "killed" and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "memory" and rank == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, step_fo
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import reader_may_leave, say
 from copd_megatron.cli.parameters import PATH, WORKERS
+from copd_megatron.untrusted.json_text import dumped
 
 EXAMPLES = """
     copd checkpoint inspect runs/copd                                       the run's checkpoints
@@ -84,7 +84,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
 def _print(record: Any, lines: Iterable[str], as_json: bool) -> None:
     if as_json:
-        say(json.dumps(record, indent=1))
+        say(dumped(record, indent=1))
         return
     for line in lines:
         say(line)

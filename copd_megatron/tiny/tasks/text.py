@@ -253,7 +253,7 @@ def _sample(prompt: str, entry: Mapping[str, Any], family: Family, verifier: str
     elif verifier == "code":
         metadata |= {"tests": entry["metadata"]["tests"]}
     try:
-        plain = json.loads(json.dumps(metadata, default=_plain))
+        plain = json.loads(json.dumps(metadata, default=_plain, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise DataError(
             f"family {family.name!r}: its task metadata cannot be stored as JSON ({error}). Choose "
