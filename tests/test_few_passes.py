@@ -86,4 +86,38 @@ def test_sequences_of_a_pack_are_attended_to_each_on_its_own(lengths: list[int])
     total = ends[-1]
     inputs = (_random(total, 4, 8), _random(total, 2, 8, seed=1), _random(total, 2, 8, seed=2))
     _same(grouped, one_by_one, *inputs)
-    assert plan.as_it_is == (len(set(lengths)) == 1)
+    assert (plan.moves is None) == (len(set(lengths)) == 1)
+
+
+def test_rows_with_one_prompt_are_attended_to_as_if_each_had_its_own() -> None:
+    """Values and gradients: those of the shared tokens are the sums over their rows."""
+    from copd_megatron.policy.megatron.attention import LengthGroups
+
+    prompts, groups = [3, 5, 1], [[2, 9, 1], [4], [7, 7]]
+    tokens, lengths, end = [], [], 0
+    for prompt, responses in zip(prompts, groups, strict=True):
+        shared = list(range(end, end + prompt))
+        end += prompt
+        for response in responses:
+            tokens += [*shared, *range(end, end + response)]
+            lengths.append(prompt + response)
+            end += response
+    index = torch.tensor(tokens)
+    plan = LengthGroups.at([0, *torch.tensor(lengths).cumsum(0).tolist()], index.numpy())
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows = (values.transpose(-3, -2) for values in (query, key, value))
+        return F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(-3, -2)
+
+    def shared_prompts(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = plan.spread(query, read_once=True), plan.spread(key), plan.spread(value)
+        return plan.collect([attend(*rows) for rows in zip(*parts, strict=True)])
+
+    def own_prompts(*packed: Tensor) -> Tensor:
+        parts = zip(*(values[index].split(lengths) for values in packed), strict=True)
+        whole = torch.cat([attend(*(rows.unsqueeze(0) for rows in part)).squeeze(0) for part in parts])
+        first = torch.tensor([tokens.index(token) for token in range(end)])
+        return whole[first]
+
+    inputs = (_random(end, 4, 8), _random(end, 2, 8, seed=1), _random(end, 2, 8, seed=2))
+    _same(shared_prompts, own_prompts, *inputs)

@@ -23,7 +23,7 @@ from tests.support.policy_runs import (
     mixed_rows,
     support_ids,
 )
-from tests.support.texts import random_texts
+from tests.support.texts import Text, grouped_texts, random_texts
 
 DENSE: dict[str, dict[str, Any]] = {
     "one": {},
@@ -40,9 +40,14 @@ MIXTURE: dict[str, dict[str, Any]] = {
 }
 
 
+def _texts() -> list[Text]:
+    """Rows alone and in groups: a prompt is computed once, but under context parallelism for every row."""
+    return [*random_texts(5, VOCAB, seed=1), *grouped_texts(3, 4, VOCAB, seed=2)]
+
+
 @pytest.fixture(scope="module")
 def outcomes(layout_models: dict[str, Path]) -> dict[tuple[str, str], list[Outcome]]:
-    texts = random_texts(11, VOCAB, seed=1)
+    texts = _texts()
     states = [[0, text.response_length - 1] if i % 2 else [] for i, text in enumerate(texts)]
     jobs, keys = [], []
     for kind, layouts in (("dense", DENSE), ("mixture", MIXTURE)):
@@ -64,9 +69,7 @@ def test_scores_equal_transformers(
 ) -> None:
     alone = outcomes[kind, "one"][0]
     for rank in outcomes[kind, layout]:
-        for text, score, other in zip(
-            random_texts(11, VOCAB, seed=1), rank.scores, alone.scores, strict=True
-        ):
+        for text, score, other in zip(_texts(), rank.scores, alone.scores, strict=True):
             exact = reference_logprobs(layout_models[kind], text.token_ids, text.prompt_length, TEMPERATURE)
             np.testing.assert_allclose(score.logprobs, exact, atol=1e-4)
             np.testing.assert_allclose(score.entropy, other.entropy, atol=1e-4)
@@ -95,7 +98,7 @@ def test_distributions_equal_those_of_one_rank(
 def test_likeliest_ids_are_those_of_the_exact_distribution(
     outcomes: dict[Any, list[Outcome]], layout_models: dict[str, Path], kind: str
 ) -> None:
-    texts = random_texts(11, VOCAB, seed=1)
+    texts = _texts()
     for text, ids, answer in zip(texts, support_ids(texts), outcomes[kind, "one"][0].answers, strict=True):
         exact = reference_distributions(
             layout_models[kind], text.token_ids, text.prompt_length, TEMPERATURE * 0.7

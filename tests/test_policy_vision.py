@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def make_small_vl_model(folder: Path, *, tied: bool, mixture: bool) -> Path:
 
 
 def make_samples() -> list[Sample]:
-    """Text only, one image, several images, a video, a video with an image, and text again."""
+    """Text only, one image, several images, a video, a video with an image, and text again; then two further
+    responses to the fifth and one to the first, which share their prompts."""
     rng = np.random.default_rng(0)
 
     def text(count: int) -> list[int]:
@@ -105,7 +106,11 @@ def make_samples() -> list[Sample]:
         tokens = np.array(ids, np.int32)
         return Sample(token_ids=tokens, prompt_length=prompt, media=media if has_media else None)
 
-    return [
+    def another(first: Sample, count: int) -> Sample:
+        prompt = first.token_ids[: first.prompt_length]
+        return replace(first, token_ids=np.concatenate([prompt, np.array(text(count), np.int32)]))
+
+    made = [
         sample([], []),
         sample([(4, 4)], []),
         sample([(4, 6), (2, 4)], []),
@@ -113,6 +118,7 @@ def make_samples() -> list[Sample]:
         sample([(4, 4)], [(2, 2, 4)]),
         sample([], []),
     ]
+    return [*made, another(made[4], 5), another(made[4], 2), another(made[0], 7)]
 
 
 def _advantages(index: int, sample: Sample) -> FloatArray:
@@ -295,7 +301,7 @@ def test_frozen_vision_does_not_move_and_the_decoder_does(outcomes: dict[str, An
 
 
 def test_text_only_batches_skip_the_tower(outcomes: dict[str, Any]) -> None:
-    assert all(count == 2 for ranks in outcomes["layouts"].values() for _, _, count in ranks)
+    assert all(count == 3 for ranks in outcomes["layouts"].values() for _, _, count in ranks)
 
 
 def test_positions_follow_the_grids() -> None:

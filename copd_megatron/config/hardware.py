@@ -8,7 +8,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from copd_megatron.config.schema import FP8Recipe, OptimizerConfig, PrecisionConfig, RolloutQuantization
+from copd_megatron.config.schema import (
+    FP8Recipe,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RolloutQuantization,
+    TrainingConfig,
+)
 from copd_megatron.errors import ConfigError
 
 Capability = tuple[int, int]
@@ -123,6 +130,13 @@ def check_machine(
             "optimizer.precision_aware: it is Transformer Engine's Adam that keeps states in other types, "
             "and that is not installed; set it to false"
         )
+
+
+def shares_prompts(training: TrainingConfig, parallel: ParallelConfig, *, on_gpu: bool) -> bool:
+    """Whether a prompt is computed once for its responses in a micro-batch (``training.share_prompts``)."""
+    if training.share_prompts is not None:
+        return training.share_prompts
+    return not on_gpu and training.sequence_packing and parallel.context_parallel_size == 1
 
 
 def check_quantization(quantization: RolloutQuantization, capability: Capability | None) -> None:

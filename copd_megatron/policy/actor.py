@@ -32,7 +32,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from copd_megatron.config.hardware import FP8_TOKEN_MULTIPLE, check_machine
+from copd_megatron.config.hardware import FP8_TOKEN_MULTIPLE, check_machine, shares_prompts
 from copd_megatron.config.schema import (
     MemoryConfig,
     OptimizerConfig,
@@ -44,7 +44,7 @@ from copd_megatron.hf.model_config import read_model_shape
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.objectives.base import TokenLoss
 from copd_megatron.policy import cpu
-from copd_megatron.policy.batch.balance import CostModel, plan_micro_batches, plan_packed
+from copd_megatron.policy.batch.balance import CostModel
 from copd_megatron.policy.batch.micro_batch import (
     Arrangement,
     Features,
@@ -53,6 +53,7 @@ from copd_megatron.policy.batch.micro_batch import (
     Vision,
     build_micro_batch,
 )
+from copd_megatron.policy.batch.prompts import assign
 from copd_megatron.policy.batch.statistics import BatchStatistics, Tally, tally_mismatch
 from copd_megatron.policy.head import VocabShard
 from copd_megatron.policy.last_stage import Head, Placed
@@ -132,7 +133,12 @@ class MegatronActor:
         self.config = transformer_config(self.dims, parallel, dtype, training, precision)
         with cpu.cuda_to_cpu():
             self.chunks: list[GPTModel] = build_chunks(
-                self.dims, self.config, max_tokens, model_path=model_path, freeze_vision=freeze_vision
+                self.dims,
+                self.config,
+                max_tokens,
+                model_path=model_path,
+                freeze_vision=freeze_vision,
+                share_prompts=self._shares_prompts,
             )
         self.model: Any = self.chunks[0] if len(self.chunks) == 1 else ModelChunks(self.chunks)
         self.view = self._view_of_weights()
@@ -180,6 +186,7 @@ class MegatronActor:
                 FP8_TOKEN_MULTIPLE[self.precision.fp8],
             ),
         )
+        self._shares_prompts = shares_prompts(self.training, parallel, on_gpu=self.on_cuda)
         pipeline = parallel.pipeline_model_parallel_size
         self._round = pipeline if parallel.virtual_pipeline_model_parallel_size > 1 else 1
         """The interleaved schedule takes micro-batches in groups of this many."""
@@ -442,36 +449,30 @@ class MegatronActor:
         states: Sequence[Sequence[int]] | None = None,
         support: Sequence[IntArray] | None = None,
     ) -> list[MicroBatch]:
-        lengths = [self.arrangement.padded_length(len(seq.token_ids)) for seq in sequences]
-        ranks, budget = self.parallel.data_parallel_size, self.training.micro_batch_tokens
-        if self.arrangement.packed:
-            budget *= self.parallel.context_parallel_size
-            plan = plan_packed(
-                lengths,
-                num_ranks=ranks,
-                budget_tokens=budget,
-                cost=self.cost,
-                multiple=self._round,
-                together=[getattr(sequence, "media", ()) or None for sequence in sequences],
-            )
-        else:
-            plan = plan_micro_batches(lengths, num_ranks=ranks, budget_tokens=budget)
-        common = 1
-        if not self.on_cuda and self.dims.num_experts is not None:
-            # the dispatcher that goes without CUDA wants equally many tokens everywhere
-            common = max(sum(lengths[row] for row in rows) for rank in plan for rows in rank)
+        assigned = assign(
+            sequences,
+            arrangement=self.arrangement,
+            share_prompts=self._shares_prompts,
+            num_ranks=self.parallel.data_parallel_size,
+            budget_tokens=self.training.micro_batch_tokens,
+            cost=self.cost,
+            multiple=self._round,
+        )
+        # the dispatcher of experts that goes without CUDA wants equally many tokens everywhere
+        alike = not self.on_cuda and self.dims.num_experts is not None
         return [
             build_micro_batch(
                 rows,
                 sequences,
                 device=self.device,
                 arrangement=self.arrangement,
-                at_least=common,
+                at_least=assigned.most_tokens if alike else 1,
                 states=states,
                 vision=self.vision,
                 support=support,
+                prompt_keys=assigned.prompt_keys,
             )
-            for rows in plan[self.dp_rank]
+            for rows in assigned.plan[self.dp_rank]
         ]
 
     def _run(
@@ -589,6 +590,7 @@ def _packed_parameters(batch: MicroBatch) -> PackedSeqParams | None:
         cu_seqlens_kv_padded=where,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        spread=batch.boundaries.spread,
         pad_between_seqs=False,  # else Transformer Engine compares the boundaries in every layer
     )
 

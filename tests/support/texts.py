@@ -31,3 +31,19 @@ def random_texts(count: int, vocab_size: int, *, seed: int = 0, longest: int = 5
         tokens[-1] = vocab_size - 1
         texts.append(Text(token_ids=tokens, prompt_length=length - 1 if i % 4 == 0 else max(1, length // 3)))
     return texts
+
+
+def grouped_texts(groups: int, size: int, vocab_size: int, *, seed: int = 0, longest: int = 30) -> list[Text]:
+    """``size`` responses of different lengths to each of ``groups`` prompts, the groups' members apart from
+    one another; two prompts are alike but for their last token."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, vocab_size, size=int(rng.integers(1, longest))) for _ in range(groups)]
+    prompts[-1] = prompts[0].copy()
+    prompts[-1][-1] = (prompts[0][-1] + 1) % vocab_size
+    texts = []
+    for _ in range(size):
+        for prompt in prompts:
+            response = rng.integers(0, vocab_size, size=int(rng.integers(1, longest)))
+            tokens = np.concatenate([prompt, response]).astype(np.int32)
+            texts.append(Text(token_ids=tokens, prompt_length=len(prompt)))
+    return texts

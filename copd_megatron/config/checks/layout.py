@@ -65,9 +65,23 @@ def _branch_layout(key: str, branch: BranchConfig) -> Iterator[str]:
 
 
 def _packing(config: Config) -> Iterator[str]:
-    """Layouts that only packed micro-batches can have."""
+    """Layouts that only packed micro-batches can have, and what shares prompts in them."""
+    if config.training.share_prompts:
+        for name, branch in config.branches.items():
+            size = branch.parallel.context_parallel_size
+            if size > 1:
+                yield (
+                    f"training.share_prompts: true does not go with branches.{name}.parallel."
+                    f"context_parallel_size {size}, which splits every row; set it to null or false, or "
+                    f"context_parallel_size=1"
+                )
     if config.training.sequence_packing:
         return
+    if config.training.share_prompts:
+        yield (
+            "training.share_prompts: true needs packed micro-batches; set training.sequence_packing=true, or "
+            "share_prompts to null or false"
+        )
     for name, branch in config.branches.items():
         for field in (
             "context_parallel_size",

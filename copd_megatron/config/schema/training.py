@@ -82,6 +82,10 @@ class TrainingConfig:
     when activations do not fit; it must hold one longest sequence."""
     sequence_packing: bool = True
     """Put the rows of a micro-batch one behind the other without padding. False: pad them to the longest."""
+    share_prompts: bool | None = None
+    """Compute a prompt once for all of its responses in a micro-batch, media included; only attention then
+    sees every row whole. Null: on a CPU, where rows are packed and context parallelism is off. On a GPU it is
+    not yet measured: set it to true there to try it."""
     recompute: Recompute = Recompute.none
     """Compute activations again in the backward pass instead of keeping them, to save memory: of some parts
     of each layer (``selective``) or of whole layers (``full``)."""

@@ -38,6 +38,18 @@ class CostModel:
         return length + self.quadratic * length**2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """What goes into one micro-batch as a whole."""
+
+    length: int
+    """Tokens."""
+    cost: float
+    """As ``CostModel`` counts."""
+    together: Hashable = None
+    """Items with one key go to one rank; None: anywhere."""
+
+
 def plan_packed(
     lengths: Sequence[int],
     *,
@@ -62,22 +74,27 @@ def plan_packed(
     Raises:
         ValueError: no rows, or a non-positive rank count or budget.
     """
-    if num_ranks < 1 or budget_tokens < 1 or not lengths:
-        raise ValueError(f"cannot plan {len(lengths)} rows on {num_ranks} ranks at {budget_tokens} tokens")
-    if together is not None and num_ranks > 1 and any(key is not None for key in together):
-        return _plan_together(
-            lengths,
-            together,
-            num_ranks=num_ranks,
-            budget_tokens=budget_tokens,
-            cost=cost,
-            multiple=multiple,
-        )
+    keys = [None] * len(lengths) if together is None else together
+    items = [
+        Item(length=length, cost=cost(length), together=key)
+        for length, key in zip(lengths, keys, strict=True)
+    ]
+    return plan_items(items, num_ranks=num_ranks, budget_tokens=budget_tokens, multiple=multiple)
+
+
+def plan_items(
+    items: Sequence[Item], *, num_ranks: int, budget_tokens: int, multiple: int = 1
+) -> list[list[list[int]]]:
+    """As ``plan_packed``, for rows, or rows that belong together, whose cost is known."""
+    if num_ranks < 1 or budget_tokens < 1 or not items:
+        raise ValueError(f"cannot plan {len(items)} rows on {num_ranks} ranks at {budget_tokens} tokens")
+    if num_ranks > 1 and any(item.together is not None for item in items):
+        return _plan_together(items, num_ranks=num_ranks, budget_tokens=budget_tokens, multiple=multiple)
     step = num_ranks * multiple
-    count = _round_up(-(-sum(lengths) // budget_tokens), step)
-    while (bins := _fill(lengths, count, budget_tokens, cost)) is None:
+    count = _round_up(-(-sum(item.length for item in items) // budget_tokens), step)
+    while (bins := _fill(items, count, budget_tokens)) is None:
         count += step
-    costs = [sum(cost(lengths[row]) for row in rows) for rows in bins]
+    costs = [sum(items[i].cost for i in members) for members in bins]
     plan: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     load = [0.0] * num_ranks
     for i in sorted(range(count), key=lambda i: (-costs[i], bins[i])):
@@ -90,53 +107,49 @@ def plan_packed(
 
 
 def _plan_together(
-    lengths: Sequence[int],
-    keys: Sequence[Hashable],
-    *,
-    num_ranks: int,
-    budget_tokens: int,
-    cost: CostModel,
-    multiple: int,
+    items: Sequence[Item], *, num_ranks: int, budget_tokens: int, multiple: int
 ) -> list[list[list[int]]]:
     """Groups of rows go, dearest first, to the rank that has least to do; each rank then fills its own
     micro-batches."""
     groups: dict[Hashable, list[int]] = {}
-    for row, key in enumerate(keys):
-        groups.setdefault(("row", row) if key is None else ("key", key), []).append(row)
-    costs = [cost(length) for length in lengths]
+    for i, item in enumerate(items):
+        groups.setdefault(("row", i) if item.together is None else ("key", item.together), []).append(i)
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     least = [(0.0, rank) for rank in range(num_ranks)]
-    for rows in sorted(groups.values(), key=lambda rows: (-sum(costs[row] for row in rows), rows)):
+    for members in sorted(
+        groups.values(), key=lambda members: (-sum(items[i].cost for i in members), members)
+    ):
         load, rank = heapq.heappop(least)
-        shares[rank] += rows
-        heapq.heappush(least, (load + sum(costs[row] for row in rows), rank))
-    largest = max(sum(lengths[row] for row in rows) for rows in shares)
+        shares[rank] += members
+        heapq.heappush(least, (load + sum(items[i].cost for i in members), rank))
+    largest = max(sum(items[i].length for i in members) for members in shares)
     count = _round_up(max(1, -(-largest // budget_tokens)), multiple)
     while None in (
-        filled := [_fill([lengths[row] for row in rows], count, budget_tokens, cost) for rows in shares]
+        filled := [_fill([items[i] for i in members], count, budget_tokens) for members in shares]
     ):
         count += multiple
     plan = []
-    for rows, parts in zip(shares, filled, strict=True):
-        bins = [[rows[i] for i in part] for part in parts or ()]
+    for members, parts in zip(shares, filled, strict=True):
+        bins = [[members[i] for i in part] for part in parts or ()]
         # rows with the same media come one after another, while the media are still in the cache
         plan.append(sorted(bins, key=lambda part: sorted(part)))
     return plan
 
 
-def _fill(lengths: Sequence[int], count: int, budget_tokens: int, cost: CostModel) -> list[list[int]] | None:
-    """Rows in ``count`` micro-batches; None where this greedy order finds no room for one of them."""
+def _fill(items: Sequence[Item], count: int, budget_tokens: int) -> list[list[int]] | None:
+    """Items in ``count`` micro-batches; None where this greedy order finds no room for one of them."""
     bins: list[list[int]] = [[] for _ in range(count)]
     used = [0] * count
     cheapest = [(0.0, i) for i in range(count)]
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+    for number in sorted(range(len(items)), key=lambda number: (-items[number].length, number)):
+        length = items[number].length
         full = []
         while cheapest:
             load, i = heapq.heappop(cheapest)
-            if not bins[i] or used[i] + lengths[row] <= budget_tokens:
-                bins[i].append(row)
-                used[i] += lengths[row]
-                heapq.heappush(cheapest, (load + cost(lengths[row]), i))
+            if not bins[i] or used[i] + length <= budget_tokens:
+                bins[i].append(number)
+                used[i] += length
+                heapq.heappush(cheapest, (load + items[number].cost, i))
                 break
             full.append((load, i))
         else:

@@ -1,6 +1,7 @@
 """Rows of different lengths to one micro-batch, and back to per-token values.
 
-Packed: rows lie behind each other in one row of ``s`` tokens, and attention is told where each begins.
+Packed: rows lie behind each other in one row of ``s`` tokens, and attention is told where each begins. Rows
+that share a prompt follow it one after another, and attention is told which tokens make up each row.
 Padded: rows are left-aligned in ``b`` rows of ``s`` tokens. Either way padding follows a row's tokens: under
 causal attention nothing that counts sees it.
 
@@ -12,8 +13,9 @@ predicting state this context-parallel rank holds (all of them without context p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from copd_megatron.policy.batch.context import context_shard
 from copd_megatron.policy.batch.positions import VisionBatch, multimodal_positions
+from copd_megatron.policy.batch.spread import Spread
 from copd_megatron.records import FloatArray, IntArray
 
 
@@ -93,6 +96,9 @@ class Boundaries:
     """[sequences + 1] int32; padding belongs to the sequence before it, or is a sequence of its own at the
     end."""
     max_length: int
+    spread: Spread | None = None
+    """Where prompts are shared, the whole sequences' tokens among those of the pack: it is these sequences
+    that ``cu_seqlens`` bounds. None: the pack is its sequences, one behind the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,39 +144,50 @@ def build_micro_batch(
     states: Sequence[Sequence[int]] | None = None,
     vision: Vision | None = None,
     support: Sequence[IntArray] | None = None,
+    prompt_keys: Sequence[Hashable] | None = None,
 ) -> MicroBatch:
     """Lays out the named rows of ``sequences`` (``arrangement`` None: packed, on one context-parallel rank).
 
     A pack is filled up to ``at_least`` tokens. ``states`` gives, per sequence of the full list, response
     positions whose full distribution is wanted, ``support`` ids [R, k] whose log-probabilities are. No rows
     make a micro-batch of one token and no targets, so that a rank without work still takes part in the
-    collectives.
+    collectives. In a pack, rows that follow one another and have one key in ``prompt_keys`` (one per sequence
+    of the full list; None: all differ) share their prompt's tokens.
     """
     arrangement = arrangement or Arrangement()
     lengths = [len(sequences[row].token_ids) for row in rows] or [1]
-    frame = _pack(lengths, arrangement, at_least) if arrangement.packed else _pad(lengths, arrangement)
+    shared = [0] * len(lengths)
+    """Tokens at a row's beginning that stand in the pack already, as the row's before."""
+    if arrangement.packed and prompt_keys is not None:
+        for place, (before, row) in enumerate(pairwise(rows), start=1):
+            if prompt_keys[row] == prompt_keys[before]:
+                shared[place] = sequences[row].prompt_length
+    if arrangement.packed:
+        frame = _pack(lengths, arrangement, at_least, shared)
+    else:
+        frame = _pad(lengths, arrangement)
     ids = np.zeros(frame.num_places, dtype=np.int64)
     hidden, targets, index, state_hidden = [], [], [], []
     for place, row in enumerate(rows):
         tokens, prompt = np.asarray(sequences[row].token_ids), sequences[row].prompt_length
-        ids[frame.start[place] + np.arange(len(tokens)) * frame.stride] = tokens
+        places = frame.places[place]
+        ids[places[: len(tokens)]] = tokens
         # the logits at position t - 1 predict token t
-        hidden.append(frame.start[place] + (np.arange(prompt, len(tokens)) - 1) * frame.stride)
+        hidden.append(places[prompt - 1 : len(tokens) - 1])
         targets.append(tokens[prompt:])
         index.append(np.full(len(tokens) - prompt, place))
         if states is not None:
-            wanted = np.asarray(states[row], dtype=np.int64) + prompt - 1
-            state_hidden.append(frame.start[place] + wanted * frame.stride)
+            state_hidden.append(places[np.asarray(states[row], dtype=np.int64) + prompt - 1])
 
     local, ours = _owned(_flat(hidden), frame)
     local_states, our_states = _owned(_flat(state_hidden), frame)
     positions = np.zeros(frame.num_places, dtype=np.int64)
-    for start, room in zip(frame.start, frame.room, strict=True):
-        positions[start + np.arange(room) * frame.stride] = np.arange(room)
+    for places in frame.places:
+        positions[places] = np.arange(len(places))
     media: VisionBatch | None = None
     axes: tuple[np.ndarray, ...] = ()
     if vision is not None:
-        axes, media = _with_vision(rows, sequences, vision, positions, frame, device)
+        axes, media = _with_vision(rows, sequences, vision, positions, frame, shared, device)
         if frame.held is not None:
             axes = tuple(axis[frame.held] for axis in axes)
 
@@ -193,6 +210,7 @@ def build_micro_batch(
         else Boundaries(
             cu_seqlens=torch.tensor(frame.boundaries, dtype=torch.int32, device=device),
             max_length=int(max(np.diff(frame.boundaries))),
+            spread=Spread.at(np.concatenate(frame.places), device=device) if any(shared) else None,
         ),
         vision=media,
         hidden_index_n=send(local),
@@ -217,9 +235,9 @@ class _Frame:
     """Where the tokens of each row stand among the ``num_places`` places of a micro-batch."""
 
     num_places: int
-    start: Sequence[int]
-    room: Sequence[int]
-    """Places that belong to each row, padding included."""
+    places: Sequence[np.ndarray]
+    """Of each row's tokens, then of the padding that belongs to it; at the end perhaps of a row that is only
+    padding."""
     stride: int
     boundaries: list[int] | None = None
     held: np.ndarray | None = None
@@ -228,21 +246,27 @@ class _Frame:
 
 def _pad(lengths: Sequence[int], arrangement: Arrangement) -> _Frame:
     b, s = len(lengths), arrangement.total_length(max(lengths))
-    return _Frame(num_places=b * s, start=range(b), room=[s] * b, stride=b)
+    return _Frame(num_places=b * s, places=[row + np.arange(s) * b for row in range(b)], stride=b)
 
 
-def _pack(lengths: Sequence[int], arrangement: Arrangement, at_least: int) -> _Frame:
-    room = [arrangement.padded_length(length) for length in lengths]
-    total = arrangement.total_length(max(sum(room), at_least))
-    if total > sum(room):
-        room.append(total - sum(room))
-    boundaries = [0, *np.cumsum(room).tolist()]
+def _pack(lengths: Sequence[int], arrangement: Arrangement, at_least: int, shared: Sequence[int]) -> _Frame:
+    """``shared`` tokens of each row are those at the beginning of the row before."""
+    places: list[np.ndarray] = []
+    end = 0
+    for length, common in zip(lengths, shared, strict=True):
+        own = np.arange(end, end + arrangement.padded_length(length) - common)
+        places.append(np.concatenate([places[-1][:common], own]) if common else own)
+        end += len(own)
+    total = arrangement.total_length(max(end, at_least))
+    if total > end:
+        places.append(np.arange(end, total))
+    boundaries = [0, *np.cumsum([len(row) for row in places]).tolist()]
     held = None
     if arrangement.cp_size > 1:
+        if any(shared):
+            raise ValueError("context parallelism splits rows that stand whole in the pack")
         held = context_shard(boundaries, arrangement.cp_size, arrangement.cp_rank)
-    return _Frame(
-        num_places=total, start=boundaries[:-1], room=room, stride=1, boundaries=boundaries, held=held
-    )
+    return _Frame(num_places=total, places=places, stride=1, boundaries=boundaries, held=held)
 
 
 def _owned(places: np.ndarray, frame: _Frame) -> tuple[np.ndarray, np.ndarray]:
@@ -261,6 +285,7 @@ def _with_vision(
     vision: Vision,
     positions: np.ndarray,
     frame: _Frame,
+    shared: Sequence[int],
     device: torch.device,
 ) -> tuple[tuple[np.ndarray, ...], VisionBatch | None]:
     """Multimodal positions, one array [places] per axis, and the media of a micro-batch."""
@@ -286,7 +311,9 @@ def _with_vision(
             prompt_length=sequences[row].prompt_length,
         )
         for axis, values in zip(axes, own, strict=True):
-            axis[frame.start[place] + np.arange(len(tokens)) * frame.stride] = values
+            axis[frame.places[place][: len(tokens)]] = values
+        if shared[place]:
+            continue  # the row before has brought the media
         prompt = tokens[: sequences[row].prompt_length]
         for patches, grid, token_id in (
             (features.pixel_values, image_grid, vision.image_token_id),
@@ -295,7 +322,7 @@ def _with_vision(
             if patches is not None and len(grid):
                 pixels.append(patches)
                 grids.append(grid)
-                scatter.append(frame.start[place] + np.flatnonzero(prompt == token_id) * frame.stride)
+                scatter.append(frame.places[place][np.flatnonzero(prompt == token_id)])
     if not pixels:
         return axes, None
     local, ours = _owned(_flat(scatter), frame)

@@ -26,11 +26,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from copd_megatron.policy.batch.context import context_shard
+from copd_megatron.policy.batch.spread import Spread
 from copd_megatron.policy.megatron.media_sequences import MediaSeqParams
 
 
 class PackedAttention(MegatronModule):
     """Stands in for Megatron's core attention in the CPU layer spec."""
+
+    spreads = True
+    """It brings the rows of a pack with shared prompts together itself (``turning``)."""
 
     def __init__(
         self,
@@ -86,7 +90,8 @@ class PackedAttention(MegatronModule):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, plan: LengthGroups) -> Tensor:
         """[t, n, d]; sequences of similar length are computed together, padded to the longest of them."""
-        groups = zip(*(plan.spread(values) for values in (query, key, value)), strict=True)
+        parts = plan.spread(query, read_once=True), plan.spread(key), plan.spread(value)
+        groups = zip(*parts, strict=True)
         return plan.collect(
             [self._attend(*(rows.transpose(1, 2) for rows in group)).transpose(1, 2) for group in groups]
         )
@@ -113,49 +118,47 @@ class LengthGroups:
     """How the sequences of a pack are brought into rows of similar length, and back."""
 
     boundaries: Sequence[int]
-    """[sequences + 1] of the pack."""
+    """[sequences + 1] of the whole sequences."""
     shapes: Sequence[tuple[int, int]]
     """(rows, length) of each group; the groups have M places together."""
-    index: Tensor
-    """[M] int64: the token at each place."""
-    places: Tensor
-    """[t] int64: the place of each token."""
-    unused: Tensor | None
-    """[M] bool: places that repeat a token to fill up a row; None where there are none."""
-    as_it_is: bool
-    """The pack's order is that of the places: nothing needs to be moved."""
+    moves: Spread | None
+    """The pack's tokens among these places; None: the pack's order is that of the places.
+
+    What only fills up a row has no gradient: no other token sees it under causal attention, and what it
+    becomes is dropped."""
 
     @classmethod
     def of(cls, packed: PackedSeqParams) -> LengthGroups:
         """Those of a pack; made for its first layer, and kept with it for the others."""
         kept: LengthGroups | None = getattr(packed, "groups", None)
         if kept is None:
-            kept = cls.at(packed.cu_seqlens_q.tolist())
+            shared: Spread | None = getattr(packed, "spread", None)
+            tokens = None if shared is None else shared.index.numpy()
+            kept = cls.at(packed.cu_seqlens_q.tolist(), tokens)
             if isinstance(packed, MediaSeqParams):
                 packed.groups = kept
         return kept
 
     @classmethod
-    def at(cls, boundaries: Sequence[int]) -> LengthGroups:
-        """Those of sequences that begin and end at ``boundaries``."""
+    def at(cls, boundaries: Sequence[int], tokens: np.ndarray | None = None) -> LengthGroups:
+        """Those of sequences that begin and end at ``boundaries``; ``tokens`` are theirs among the pack's,
+        None: the pack's, in order."""
         groups = _length_groups(boundaries)
         index = np.concatenate([rows.ravel() for rows, _ in groups])
         valid = np.concatenate([used.ravel() for _, used in groups])
-        places = np.flatnonzero(valid)
-        places = places[np.argsort(index[valid])]
+        if tokens is not None:
+            index = tokens[index]
+        as_it_is = bool(valid.all()) and np.array_equal(index, np.arange(len(index)))
         return cls(
             boundaries=boundaries,
             shapes=[(rows.shape[0], rows.shape[1]) for rows, _ in groups],
-            index=torch.from_numpy(index),
-            places=torch.from_numpy(places),
-            unused=None if valid.all() else torch.from_numpy(~valid),
-            as_it_is=len(index) == len(places) and bool((index == np.arange(len(index))).all()),
+            moves=None if as_it_is else Spread.at(index, ~valid),
         )
 
-    def spread(self, values: Tensor) -> list[Tensor]:
-        """[t, heads, d] to each group's [rows, length, heads, d]."""
-        if not self.as_it_is:
-            values = _Moved.apply(values, self.index, self.places, None)
+    def spread(self, values: Tensor, *, read_once: bool = False) -> list[Tensor]:
+        """[t, heads, d] to each group's [rows, length, heads, d] (``read_once``: see ``Spread.spread``)."""
+        if self.moves is not None:
+            values = self.moves.spread(values, read_once=read_once)
         parts = values.split([rows * length for rows, length in self.shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
@@ -166,29 +169,7 @@ class LengthGroups:
             if len(groups) > 1
             else groups[0].flatten(0, 1)
         )
-        return values if self.as_it_is else _Moved.apply(values, self.places, self.index, self.unused)
-
-
-class _Moved(torch.autograd.Function):
-    """Rows of a tensor, chosen by index. The backward pass chooses as well, where torch would add row by row:
-    ``back`` says which row of the result has a source's gradient, ``nothing`` which sources have none.
-
-    That is the whole gradient for ``spread``, since what only fills up a row is seen by no other token under
-    causal attention, and what it becomes is dropped.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, back: Tensor, nothing: Tensor | None) -> Tensor:
-        ctx.save_for_backward(back, nothing)
-        return values.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        back, nothing = ctx.saved_tensors
-        grad = grads[0].index_select(0, back)
-        if nothing is not None:
-            grad[nothing] = 0.0
-        return grad, None, None, None
+        return values if self.moves is None else self.moves.collect(values)
 
 
 def _length_groups(boundaries: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""What a pack of multimodal sequences takes along to every layer: rotary angles and deepstack features.
+"""What a pack takes along to every layer: rotary angles, shared prompts, deepstack features.
 
 Megatron's rotary embedding of a pack counts each sequence's positions from 0 in its fused kernel, which is
 wrong for images; its unfused one takes a tensor apart by sequence lengths, which it fetches from the device
@@ -20,6 +20,7 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from copd_megatron.policy.batch.spread import Spread
 from copd_megatron.policy.megatron.few_passes import Turn
 
 
@@ -43,22 +44,40 @@ class MediaSeqParams(PackedSeqParams):
     """[t, 1, 1, head_dim] of this rank's tokens; None: the layers have them from Megatron."""
     turn: Turn | None = None
     """The same as cosines and sines; made by the first layer that turns without a fused kernel."""
+    spread: Spread | None = None
+    """Where prompts are shared, the tokens of the whole sequences, which the boundaries bound; None: the pack
+    is its sequences."""
     groups: Any = None
     """What attention without a fused kernel has worked out of the boundaries (``attention.LengthGroups``)."""
 
 
 @cache
 def turning(attention: type[Any]) -> type[Any]:
-    """Core attention (Megatron's interface) that first turns queries and keys by a pack's angles."""
+    """Core attention (Megatron's interface) that first turns queries and keys by a pack's angles, and that
+    sees the rows of shared prompts whole."""
+    itself: bool = getattr(attention, "spreads", False)
 
     class Turning(attention):
         def forward(
-            self, query: Tensor, key: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            *args: Any,
+            packed_seq_params: MediaSeqParams | None = None,
+            **kwargs: Any,
         ) -> Any:
-            """``query`` [t, n, d] and ``key`` [t, g, d] of a pack; otherwise as they are."""
-            if packed_seq_params is not None:
-                query, key = (self.turned(heads, packed_seq_params) for heads in (query, key))
-            return super().forward(query, key, *args, packed_seq_params=packed_seq_params, **kwargs)
+            """``query`` [t, n, d], ``key`` and ``value`` [t, g, d] of a pack; otherwise as they are."""
+            packed = packed_seq_params
+            if packed is None:
+                return super().forward(query, key, value, *args, **kwargs)
+            query, key = self.turned(query, packed), self.turned(key, packed)
+            spread = None if itself else packed.spread
+            if spread is None:
+                return super().forward(query, key, value, *args, packed_seq_params=packed, **kwargs)
+            query, key, value = spread.spread(query, read_once=True), spread.spread(key), spread.spread(value)
+            attended = super().forward(query, key, value, *args, packed_seq_params=packed, **kwargs)
+            return spread.collect(attended)
 
         def turned(self, heads: Tensor, packed: MediaSeqParams) -> Tensor:
             assert packed.angles is not None

@@ -168,16 +168,16 @@ def _expert_settings(dims: ModelShape, on_cuda: bool) -> dict[str, Any]:
 
 
 def layer_spec(
-    config: TransformerConfig, vp_stage: int | None = None
+    config: TransformerConfig, vp_stage: int | None = None, *, share_prompts: bool = False
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers on CUDA, Megatron's own on CPU; the checkpoint keys are the same."""
-    multimodal = config.mrope_section is not None
+    angles_in_pack = share_prompts or config.mrope_section is not None
     if torch.cuda.is_available():
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
         )
         attention = spec.submodules.self_attention.submodules
-        if multimodal:
+        if angles_in_pack:
             attention.core_attention = turning(attention.core_attention)
         return spec
     spec = get_gpt_layer_local_spec(
@@ -221,10 +221,12 @@ def build_chunks(
     *,
     model_path: str | Path,
     freeze_vision: bool = False,
+    share_prompts: bool = False,
 ) -> list[GPTModel]:
     """This rank's pipeline stage, one model per chunk, uninitialised weights on the right device.
 
-    ``model_path`` gives the vision tower's configuration, where the model has one.
+    ``model_path`` gives the vision tower's configuration, where the model has one. ``share_prompts``: it is
+    to compute packs whose rows share prompts.
     """
     stages = range(config.virtual_pipeline_model_parallel_size or 1)
     return [
@@ -234,6 +236,7 @@ def build_chunks(
             max_tokens,
             model_path,
             freeze_vision,
+            share_prompts,
             vp_stage=stage if config.virtual_pipeline_model_parallel_size else None,
         )
         for stage in stages
@@ -246,12 +249,13 @@ def _build_chunk(
     max_tokens: int,
     model_path: str | Path,
     freeze_vision: bool,
+    share_prompts: bool,
     *,
     vp_stage: int | None,
 ) -> GPTModel:
     settings: dict[str, Any] = {
         "config": config,
-        "transformer_layer_spec": layer_spec(config, vp_stage),
+        "transformer_layer_spec": layer_spec(config, vp_stage, share_prompts=share_prompts),
         "vocab_size": padded_vocab(dims, config.tensor_model_parallel_size),
         "max_sequence_length": max_tokens,
         "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -262,7 +266,7 @@ def _build_chunk(
         "rotary_base": int(dims.rope_theta),
     }
     if dims.vision is None:
-        kind = GPTModel if config.apply_rope_fusion else TextModel
+        kind = GPTModel if config.apply_rope_fusion and not share_prompts else TextModel
         model = kind(position_embedding_type="rope", **settings)
     else:
         vision_config = (read_json(Path(model_path), "config.json") or {})["vision_config"]

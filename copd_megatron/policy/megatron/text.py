@@ -1,7 +1,8 @@
-"""The text model where rotary embedding is not fused: a pack's angles are made once and go with the pack.
+"""The text model whose packs bring their rotary angles along, made once for all layers.
 
 Megatron's unfused rotary embedding takes a pack apart by its sequences, in every layer, for queries and keys:
-thousands of small calls for one micro-batch.
+thousands of small calls for one micro-batch. Its fused one counts positions from a sequence's beginning,
+which is wrong where prompts are shared.
 """
 
 from __future__ import annotations
