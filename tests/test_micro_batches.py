@@ -12,7 +12,8 @@ from copd_megatron.objectives.surrogate import flatten
 from copd_megatron.policy.batch.balance import CostModel, plan_micro_batches, plan_packed
 from copd_megatron.policy.batch.context import context_shard
 from copd_megatron.policy.batch.micro_batch import Arrangement, build_micro_batch
-from tests.support.texts import Text, random_texts
+from copd_megatron.policy.batch.prompts import assign, plan_prompts, prompt_keys
+from tests.support.texts import Text, grouped_texts, random_texts
 
 lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 ranks = st.integers(1, 9)
@@ -307,3 +308,102 @@ def test_groups_are_spread_over_ranks_by_what_they_cost() -> None:
     lengths = [{0: 30, 1: 20, 2: 20}.get(group, 10) for group in keys]
     plan = plan_packed(lengths, num_ranks=2, budget_tokens=60, cost=CostModel(quadratic=0.0), together=keys)
     assert [sum(lengths[row] for part in rank for row in part) for rank in plan] == [200, 200]
+
+
+# ---- shared prompts --------------------------------------------------------------------------------------
+
+
+@st.composite
+def groups_of_rows(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
+    """(lengths, prompts, keys) of rows, the members of a group apart from one another."""
+    prompts = draw(st.lists(st.integers(1, 60), min_size=1, max_size=6))
+    keys = draw(st.lists(st.integers(0, len(prompts) - 1), min_size=1, max_size=30))
+    responses = draw(st.lists(st.integers(1, 60), min_size=len(keys), max_size=len(keys)))
+    own = [prompts[key] for key in keys]
+    return [p + r for p, r in zip(own, responses, strict=True)], own, keys
+
+
+def _tokens(rows: list[int], lengths: list[int], prompts: list[int], keys: list[int]) -> int:
+    """Of a micro-batch: responses, and each run of one key's prompt."""
+    runs = [row for place, row in enumerate(rows) if not place or keys[rows[place - 1]] != keys[row]]
+    return sum(lengths[row] - prompts[row] for row in rows) + sum(prompts[row] for row in runs)
+
+
+@settings(max_examples=300, deadline=None)
+@given(made=groups_of_rows(), num_ranks=ranks, budget=budgets, multiple=st.integers(1, 3))
+def test_shared_plan_covers_rows_once_within_budget_and_is_never_slower(
+    made: tuple[list[int], list[int], list[int]], num_ranks: int, budget: int, multiple: int
+) -> None:
+    lengths, prompts, keys = made
+    plan = plan_prompts(
+        lengths,
+        prompts,
+        keys,
+        num_ranks=num_ranks,
+        budget_tokens=budget,
+        cost=CostModel(quadratic=0.0),
+        multiple=multiple,
+    )
+    assert len({len(parts) for parts in plan}) == 1 and len(plan[0]) % multiple == 0
+    batches = [batch for rank in plan for batch in rank]
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= 1 or _tokens(batch, lengths, prompts, keys) <= budget
+    slowest = max(sum(_tokens(batch, lengths, prompts, keys) for batch in rank) for rank in plan)
+    separate = plan_packed(
+        lengths,
+        num_ranks=num_ranks,
+        budget_tokens=budget,
+        cost=CostModel(quadratic=0.0),
+        multiple=multiple,
+    )
+    assert slowest <= max(sum(lengths[row] for batch in rank for row in batch) for rank in separate)
+
+
+def test_a_group_is_cut_where_a_rank_would_have_nothing_to_do() -> None:
+    lengths, prompts, keys = [20] * 8, [10] * 8, [0] * 8
+    free = CostModel(quadratic=0.0)
+    two = plan_prompts(lengths, prompts, keys, num_ranks=2, budget_tokens=1000, cost=free)
+    assert [_tokens(batch, lengths, prompts, keys) for rank in two for batch in rank] == [50, 50]
+    one = plan_prompts(lengths, prompts, keys, num_ranks=1, budget_tokens=1000, cost=free)
+    assert [_tokens(batch, lengths, prompts, keys) for rank in one for batch in rank] == [90]
+
+
+def test_a_prompt_stands_once_in_a_pack_and_every_row_is_whole() -> None:
+    texts = grouped_texts(3, 4, 300, seed=5)
+    keys = prompt_keys(texts)
+    assert len(set(keys)) == 3
+    assigned = assign(
+        texts,
+        arrangement=Arrangement(),
+        share_prompts=True,
+        num_ranks=1,
+        budget_tokens=10**6,
+        cost=COST,
+    )
+    ((rows,),) = assigned.plan
+    batch = build_micro_batch(rows, texts, device=torch.device("cpu"), prompt_keys=assigned.prompt_keys)
+    ids, positions = batch.input_ids_bs[0], batch.position_ids[0]
+    groups = dict(zip(keys, texts, strict=True))
+    fewest = sum(text.response_length for text in texts) + sum(t.prompt_length for t in groups.values())
+    assert len(ids) == fewest == assigned.most_tokens
+    assert batch.boundaries is not None and batch.boundaries.spread is not None
+    ends = batch.boundaries.cu_seqlens.tolist()
+    whole = batch.boundaries.spread.index
+    for place, row in enumerate(rows):
+        mine = whole[ends[place] : ends[place + 1]]
+        assert ids[mine].tolist() == texts[row].token_ids.tolist()
+        assert positions[mine].tolist() == list(range(len(texts[row].token_ids)))
+        before = batch.hidden_index_n[batch.row_index_n == place]
+        assert before.tolist() == mine[texts[row].prompt_length - 1 : -1].tolist()
+        targets = batch.targets_n[batch.row_index_n == place]
+        assert targets.tolist() == texts[row].token_ids[texts[row].prompt_length :].tolist()
+
+
+def test_rows_that_must_stand_whole_share_nothing() -> None:
+    texts = grouped_texts(1, 2, 300)
+    cpu, keys = torch.device("cpu"), [0, 0]
+    padded = build_micro_batch([0, 1], texts, device=cpu, arrangement=PADDED, prompt_keys=keys)
+    assert padded.input_ids_bs.shape[0] == 2
+    with pytest.raises(ValueError, match="whole"):
+        build_micro_batch([0, 1], texts, device=cpu, arrangement=Arrangement(cp_size=2), prompt_keys=keys)

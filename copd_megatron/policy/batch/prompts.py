@@ -120,7 +120,8 @@ def plan_prompts(
         plan = plan_items(items, num_ranks=num_ranks, budget_tokens=budget_tokens, multiple=multiple)
         slowest = max(sum(items[i].cost for part in rank for i in part) for rank in plan)
         if best is None or slowest < best[0]:
-            best = slowest, [[[row for i in part for row in units[i]] for part in rank] for rank in plan]
+            # parts of a group that meet again come one after another
+            best = slowest, [[[r for i in sorted(part) for r in units[i]] for part in rank] for rank in plan]
         if num_ranks == 1 or pieces >= largest:
             return best[1]
         pieces *= 2
