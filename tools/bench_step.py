@@ -23,6 +23,7 @@ work costs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -112,8 +113,9 @@ class Runner:
     def step(self) -> dict[str, float]:
         for process in self.processes:
             assert process.stdin is not None
-            process.stdin.write("step\n")
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # one that has ended is reported by ``listen``
+                process.stdin.write("step\n")
+                process.stdin.flush()
         return self.listen()
 
     def _answer(self, process: subprocess.Popen[str]) -> dict[str, float]:

@@ -136,7 +136,7 @@ def _config(folder: Path, size: Size, ranks: int) -> dict[str, Any]:
 
 def flops(folder: Path, size: Size) -> dict[str, float]:
     """Floating-point operations that a step cannot do without: products of matrices, and attention's, with a
-    prompt's keys and values made once for its whole group.
+    prompt's tokens computed once for its whole group, when sampling as in the update.
 
     A product with a weight costs 2 a token, its backward pass twice as much; causal attention 2 x query size
     x length ** 2 a row and layer (``CostModel``). The vocabulary meets response tokens only.
@@ -148,7 +148,7 @@ def flops(folder: Path, size: Size) -> dict[str, float]:
     attention = 2 * shape.num_layers * shape.num_attention_heads * shape.head_dim
     length, head = PROMPT + RESPONSE, shape.hidden_size * shape.vocab_size
     response = size.rows * RESPONSE
-    forward = 2 * layers * size.rows * length + 2 * head * response + attention * size.rows * length**2
     again = attention * PROMPT**2 * (size.rows - size.prompts)
-    sampling = 2 * layers * (size.prompts * PROMPT + response) + 2 * head * response
-    return {"update": 3.0 * forward, "sampling": sampling + attention * size.rows * length**2 - again}
+    once = 2 * layers * (size.prompts * PROMPT + response) + 2 * head * response
+    once += attention * size.rows * length**2 - again
+    return {"update": 3.0 * once, "sampling": once}
