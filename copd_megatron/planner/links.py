@@ -78,8 +78,8 @@ def links(
     layers = shape.num_layers / p
     # forward passes and what the backward pass adds, in tokens of one rank's share
     backward = 3 if config.training.recompute is Recompute.full else 2
-    forward_tokens = (rows.scored.tokens + rows.taught.tokens) / (d * c)
-    trained_tokens = 0.0 if branch.frozen else rows.trained.tokens / (d * c)
+    forward_tokens = (rows.scored.passed_tokens + rows.taught.passed_tokens) / (d * c)
+    trained_tokens = 0.0 if branch.frozen else rows.trained.passed_tokens / (d * c)
     passes = forward_tokens + trained_tokens * backward
     top = shape.num_experts_per_token
     kv = 2 * shape.num_query_groups * shape.head_dim / t

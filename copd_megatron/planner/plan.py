@@ -145,7 +145,9 @@ def branch_plan(
     config, machine, shape = inputs.config, inputs.machine, inputs.shapes[name]
     branch, works = config.branches[name], works or works_of(inputs, name)
     room = int(machine.memory_gib * GIB)
-    batch = None if machine.on_gpu else largest_micro_batch(config, branch, list(works.values()))
+    batch = (
+        None if machine.on_gpu else largest_micro_batch(config, branch, list(works.values()), on_gpu=False)
+    )
     memory = estimate_memory(config, branch, shape, on_gpu=machine.on_gpu, gpu_bytes=room, batch=batch)
     needed = memory.total + int(machine.process_gib * GIB)
     refusal = _refusal(inputs, name, memory, needed, room)

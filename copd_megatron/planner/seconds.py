@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Final
 
+from copd_megatron.config.hardware import shares_prompts
 from copd_megatron.config.schema import BranchConfig, Config, FP8Recipe, Recompute, RolloutQuantization
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.planner.compute import RowSums, bubble, forward_flops, micro_batches, sums, vision_flops
@@ -92,11 +93,12 @@ def branch_step(
         memory: of a rank, for what vLLM's cache holds.
     """
     size = compute_bytes(config, on_gpu=machine.on_gpu)
+    share = shares_prompts(config.training, branch.parallel, on_gpu=machine.on_gpu)
     rows = StepRows(
         sampled=sums(work.sampled),
-        trained=sums(work.trained),
-        scored=sums(work.scored),
-        taught=sums(work.taught),
+        trained=sums(work.trained, share_prompts=share, parts=config.training.num_mini_batches),
+        scored=sums(work.scored, share_prompts=share),
+        taught=sums(work.taught, share_prompts=share),
         asked=sums(work.asked),
     )
     parameters = rank_parameters(shape, branch)
@@ -200,6 +202,7 @@ class _Passes:
         """This pass's part of what tensor, expert, context and pipeline parallelism send in the step."""
         shared = ("tensor", "expert", "context", "pipeline")
         backward = 0 if self.branch.frozen else self._backward - 1
-        weight = self.rows.scored.tokens + self.rows.taught.tokens + backward * self.rows.trained.tokens
-        mine = rows.tokens * (1 if factor == 1 else backward)
+        weight = self.rows.scored.passed_tokens + self.rows.taught.passed_tokens
+        weight += backward * self.rows.trained.passed_tokens
+        mine = rows.passed_tokens * (1 if factor == 1 else backward)
         return sum(self.by_purpose[name] for name in shared) * mine / weight if weight else 0.0

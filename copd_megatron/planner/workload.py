@@ -41,9 +41,10 @@ class Rows:
     def response_tokens(self) -> float:
         return self.count * self.lengths.response.average
 
-    @property
-    def media_tokens(self) -> float:
-        return self.count * self.lengths.media_tokens
+    def prompts(self, parts: int) -> float:
+        """Different ones in each of ``parts`` random parts of the rows, summed over the parts: in a part are
+        those of which at least one of ``group`` rows is."""
+        return self.count / self.group * parts * (1 - (1 - 1 / parts) ** self.group)
 
     @property
     def squares(self) -> float:
