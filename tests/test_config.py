@@ -255,6 +255,14 @@ def test_a_world_that_does_not_fit_says_how_many_processes_to_start(tmp_path: Pa
             ["sequence_packing: false", "context_parallel_size 2"],
         ),
         (
+            ["branches.text.parallel.context_parallel_size=2", "training.share_prompts=true"],
+            ["share_prompts: true", "context_parallel_size 2", "null or false"],
+        ),
+        (
+            ["training.sequence_packing=false", "training.share_prompts=true"],
+            ["share_prompts: true needs packed"],
+        ),
+        (
             ["branches.text.parallel.expert_model_parallel_size=3"],
             ["expert_model_parallel_size: 3", "divide"],
         ),

@@ -140,7 +140,7 @@ def test_flops_are_two_for_every_weight_a_token_meets() -> None:
 
 def test_a_shared_prompt_goes_through_the_layers_once() -> None:
     """Prompts of 10 tokens, responses of 20, groups of 4; in two random halves a prompt is in 1.875."""
-    eight = [replace(rows(8, fixed(20)), group=4)]
+    eight = [rows(8, fixed(20))]
     assert sums(eight).passed_tokens == sums(eight).tokens == 8 * 30
     assert sums(eight, share_prompts=True).passed_tokens == 2 * 10 + 8 * 20
     assert sums(eight, share_prompts=True, parts=2).passed_tokens == pytest.approx(2 * 1.875 * 10 + 8 * 20)
