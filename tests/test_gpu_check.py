@@ -38,8 +38,9 @@ def test_correctness_parts_run(tmp_path: Path) -> None:
     for kind in ("text", "vl", "moe"):
         assert results[f"scores {kind} none"]["max_logprob_error"] < 1e-4
     for kind in ("text", "vl"):
-        assert results["packing"][f"{kind}_max_logprob_difference"] < 2e-5
-        assert results["packing"][f"{kind}_grad_norm_relative_difference"] < 1e-5
+        for what in ("", "shared_"):
+            assert results["packing"][f"{kind}_{what}max_logprob_difference"] < 2e-5
+            assert results["packing"][f"{kind}_{what}grad_norm_relative_difference"] < 1e-5
     for kind in ("text", "vl", "moe"):
         assert results[f"sync {kind}"]["gen_kl_error"] < 1e-6
         assert results[f"sync {kind}"]["profile"]["top"]

@@ -12,7 +12,8 @@ group correctness
   environment  versions, device, rates of its memory and of its link to the host
   scores       log-probabilities in bfloat16 and under each FP8 recipe against transformers in float32: text;
                in bfloat16 vision-language and mixture of experts
-  packing      packed against padded micro-batches, text and vision-language: log-probabilities, gradient norm
+  packing      packed against padded micro-batches and against packs with shared prompts, text and
+               vision-language: log-probabilities, gradient norm
   context      context parallelism: not on one GPU
 group agreement
   sync         vLLM against the actor after a live sync and after sleep: text, vision-language, mixture of
@@ -332,7 +333,12 @@ AIMS = (
     *(
         Aim(results="packing", figure=f"{kind}_{what}_difference", says="<= 0.05", met=lambda v: v <= 0.05)
         for kind in ("text", "vl")
-        for what in ("mean_logprob", "grad_norm_relative")
+        for what in (
+            "mean_logprob",
+            "grad_norm_relative",
+            "shared_mean_logprob",
+            "shared_grad_norm_relative",
+        )
     ),
     *(
         Aim(results=part, figure=f"{kind}gen_kl_error{when}", says="<= 1e-3", met=lambda value: value <= 1e-3)

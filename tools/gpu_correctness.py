@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,8 @@ def reference_logprobs(
 
 
 def packing(options: argparse.Namespace, figures: Figures) -> None:
-    """Packed against padded micro-batches: log-probabilities, loss, gradient norm."""
+    """Packed against padded micro-batches, and against packs whose rows share prompts: log-probabilities,
+    loss, gradient norm."""
     on_cuda = torch.cuda.is_available()
     shapes = {"text": "text-0.6b", "vl": "vl-small"} if on_cuda else {"text": "tiny", "vl": "tiny-vl"}
     lengths = [600, 90, 250, 400, 31, 700] if on_cuda else [40, 17, 25, 31, 5, 40]
@@ -181,26 +183,43 @@ def packing(options: argparse.Namespace, figures: Figures) -> None:
             sequences = make_sequences(
                 read_model_shape(folder), lengths, seed=4, media=media, patches=patches
             )
-            outcomes = []
-            for packed in (True, False):
-                actor = make_actor(folder, media=media, packed=packed, trains=True, budget=2048)
-                logprobs = [s.logprobs for s in actor.log_probs(sequences)]
-                loss = actor.forward_backward(
-                    train_rows(sequences), ClippedSurrogate(LossConfig(), 1024)
-                ).loss
-                outcomes.append((logprobs, loss, actor.optimizer_step()["grad_norm"]))
-                del actor
-                release()
-            (one, loss, norm), (other, other_loss, other_norm) = outcomes
-            apart = difference(one, other)
-            figures.add(
-                **{
-                    f"{kind}_max_logprob_difference": apart["max_logprob_error"],
-                    f"{kind}_mean_logprob_difference": apart["mean_logprob_error"],
-                    f"{kind}_loss_difference": abs(loss - other_loss),
-                    f"{kind}_grad_norm_relative_difference": abs(norm / other_norm - 1),
-                }
+            sequences += [_answered_again(sequence) for sequence in sequences[:2]]
+            whole, shared, padded = (
+                _trained_once(folder, media, sequences, packed=packed, share_prompts=share)
+                for packed, share in ((True, False), (True, True), (False, False))
             )
+            for name, (logprobs, loss, norm) in (("", padded), ("shared_", shared)):
+                apart = difference(whole[0], logprobs)
+                figures.add(
+                    **{
+                        f"{kind}_{name}max_logprob_difference": apart["max_logprob_error"],
+                        f"{kind}_{name}mean_logprob_difference": apart["mean_logprob_error"],
+                        f"{kind}_{name}loss_difference": abs(whole[1] - loss),
+                        f"{kind}_{name}grad_norm_relative_difference": abs(whole[2] / norm - 1),
+                    }
+                )
+
+
+def _answered_again(sequence: Sample) -> Sample:
+    """Another response to the same prompt: the first one's, reversed."""
+    prompt = sequence.prompt_length
+    tokens = np.concatenate([sequence.token_ids[:prompt], sequence.token_ids[prompt:][::-1]])
+    return replace(sequence, token_ids=tokens)
+
+
+def _trained_once(
+    folder: Path, media: Media | None, sequences: Sequence[Sample], *, packed: bool, share_prompts: bool
+) -> tuple[list[FloatArray], float, float]:
+    """Log-probabilities, loss and gradient norm."""
+    actor = make_actor(
+        folder, media=media, packed=packed, share_prompts=share_prompts, trains=True, budget=2048
+    )
+    logprobs = [s.logprobs for s in actor.log_probs(sequences)]
+    loss = actor.forward_backward(train_rows(sequences), ClippedSurrogate(LossConfig(), 1024)).loss
+    norm = actor.optimizer_step()["grad_norm"]
+    del actor
+    release()
+    return logprobs, loss, norm
 
 
 # ---- agreement after a sync ------------------------------------------------------------------------------

@@ -403,6 +403,7 @@ def make_actor(
     media: Media | None = None,
     recipe: FP8Recipe = FP8Recipe.none,
     packed: bool = True,
+    share_prompts: bool = False,
     trains: bool = False,
     memory: MemoryConfig | None = None,
     budget: int = PACK_TOKENS,
@@ -417,7 +418,12 @@ def make_actor(
     return MegatronActor(
         model_path=folder,
         parallel=ParallelConfig(),
-        training=TrainingConfig(micro_batch_tokens=budget, sequence_packing=packed, max_weight_lag=10**6),
+        training=TrainingConfig(
+            micro_batch_tokens=budget,
+            sequence_packing=packed,
+            share_prompts=share_prompts,
+            max_weight_lag=10**6,
+        ),
         optimizer=OptimizerConfig(lr=1e-6) if trains else None,
         dtype=compute_dtype(),
         max_tokens=PACK_TOKENS,
