@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -121,3 +123,53 @@ def test_rows_with_one_prompt_are_attended_to_as_if_each_had_its_own() -> None:
 
     inputs = (_random(end, 4, 8), _random(end, 2, 8, seed=1), _random(end, 2, 8, seed=2))
     _same(shared_prompts, own_prompts, *inputs)
+
+
+def test_attention_that_knows_nothing_of_shared_prompts_sees_whole_rows() -> None:
+    """As Transformer Engine's, which gets ordinary packs: the same values and gradients as the attention that
+    brings rows together itself."""
+    from copd_megatron.policy.batch.spread import Spread
+    from copd_megatron.policy.megatron.attention import PackedAttention
+    from copd_megatron.policy.megatron.media_sequences import MediaSeqParams, turning
+
+    class OneByOne(torch.nn.Module):
+        def __init__(self, config: SimpleNamespace) -> None:
+            super().__init__()
+            self.config = config
+
+        def forward(self, *packed: Tensor, packed_seq_params: MediaSeqParams) -> Tensor:
+            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+            parts = zip(*(values.split(lengths) for values in packed[:3]), strict=True)
+            rows = ([values.transpose(0, 1) for values in part] for part in parts)
+            return torch.cat(
+                [
+                    F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True).transpose(0, 1)
+                    for row in rows
+                ]
+            )
+
+    # a prompt of 3 tokens with responses of 2 and 4, then a row of 5 alone
+    tokens = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 13])
+    ends = torch.tensor([0, 5, 12, 17], dtype=torch.int32)
+    angles = _random(14, 1, 1, 8, seed=5)
+    config = SimpleNamespace(apply_rope_fusion=False)
+
+    def attend(kind: type[Any]) -> Callable[..., Tensor]:
+        def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            core = turning(kind).__new__(turning(kind))
+            torch.nn.Module.__init__(core)
+            core.config, core.softmax_scale, core.cp_group = config, 8**-0.5, SimpleNamespace(size=lambda: 1)
+            packed = MediaSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=ends,
+                cu_seqlens_kv=ends,
+                angles=angles,
+                spread=Spread.at(tokens.numpy()),
+            )
+            result: Tensor = core(query, key, value, None, packed_seq_params=packed)
+            return result
+
+        return attended
+
+    inputs = (_random(14, 4, 8), _random(14, 2, 8, seed=1), _random(14, 2, 8, seed=2))
+    _same(attend(PackedAttention), attend(OneByOne), *inputs)
