@@ -39,7 +39,8 @@ class Notes:
         store, watch = self._world.store, self._world.watch
         with watch.operation(f"{self._topic}.wait"):
             store.wait(self._keys(step), timedelta(seconds=watch.timeout_seconds))
-        return [decode(store.get(key)) for key in self._keys(step)]
+        # all at once: a branch far away pays for the way to the store and back with each question
+        return [decode(note) for note in store.multi_get(self._keys(step))]
 
     def _keys(self, step: int) -> list[str]:
         return [self._key(step, branch) for branch in self._world.branches]
