@@ -7,6 +7,7 @@ Nothing is imported to check a name, so a dry run needs neither torch nor an eng
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.util
@@ -63,6 +64,27 @@ class Room:
                 f"{key}: {name!r}: Python finds no module {module}; install the package, or put the folder "
                 "that holds it on PYTHONPATH"
             )
+
+    def told(self, name: str, keyword: str) -> Any:
+        """What ``name`` is given for a keyword where it is made, read from its source: nothing is imported.
+        None: its source cannot be read, or does not say it plainly."""
+        module, _, attribute = name.partition(":")
+        if not attribute:
+            module, attribute = f"{self.package}.{name}", self.attribute
+        try:
+            found = importlib.util.find_spec(module)
+            text = "" if found is None or found.origin is None else Path(found.origin).read_text("utf-8")
+            tree = ast.parse(text)
+        except (OSError, SyntaxError, ValueError, ModuleNotFoundError):
+            return None  # whoever imports it says what is wrong
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            call = getattr(node, "value", None)
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            if attribute in names and isinstance(call, ast.Call):
+                given = {word.arg: word.value for word in call.keywords}.get(keyword)
+                return given.value if isinstance(given, ast.Constant) else None
+        return None
 
     def load(self, name: str, key: str) -> Any:
         """What ``name`` stands for, imported.

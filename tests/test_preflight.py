@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import mmap
 import os
+import re
+import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from copd_megatron.config import ConfigError, load_config, read_model_shapes, to_yaml
+from copd_megatron.cli.main import main
+from copd_megatron.config import ConfigError, load_config, read_model_shapes, to_yaml, validate
+from copd_megatron.config.models import check_processors
+from copd_megatron.config.schema import PrometheusConfig
 from copd_megatron.launch import preflight
+from copd_megatron.launch.device import check_device
 from copd_megatron.launch.shared_memory import left_behind, segments
+from copd_megatron.metrics.places import check_port
+from copd_megatron.model.known import KNOWN
 from copd_megatron.planner.disk import run_bytes
 from tests.support.checkpoint_runs import BRANCHES, write_config
+from tests.support.domains import make_domains
 from tests.support.models import make_model
 
 
@@ -21,6 +33,7 @@ from tests.support.models import make_model
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("preflight")
     make_model(root / "base", seed=1)
+    make_domains(root / "data", num_train=8, num_validation=4)
     return write_config(root, {name: {} for name in BRANCHES}, checkpoint={"save_period": 2, "keep_last": 3})
 
 
@@ -96,6 +109,100 @@ def test_segments_that_nobody_uses_are_named(disk: Path) -> None:
         with pytest.raises(ConfigError, match=rf"rm {disk}/psm_old {disk}/copd-old; or give"):
             preflight.check_shared_memory(3, disk)
         held.close()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["recipe=rlvr"], "recipe=rlvr has no stage that distils"),
+        (["branch_defaults.rollout.stop=['']"], r"rollout\.stop\[0\]: '' must be a text that is not empty"),
+        (
+            ["branch_defaults.rollout.temperature=2.5"],
+            r"rollout\.temperature: 2\.5 must be between 0\.01 and 2",
+        ),
+        (["branch_defaults.rollout.temperature=0.001"], r"rollout\.temperature: 0\.001 must be between"),
+        (["evaluation.temperature=3"], r"evaluation\.temperature: 3\.0 must be between 0\.01 and 2, or 0"),
+        (["branch_defaults.rollout.quantization=fp8"], r"rollout\.quantization: fp8 needs a GPU"),
+        (
+            ["branch_defaults.rollout.cpu_kv_cache_gib=0.00001"],
+            r"cpu_kv_cache_gib: 1e-05 GiB hold no sequence",
+        ),
+        (["precision.fp8=tensorwise"], r"precision\.fp8: tensorwise: no GPU"),
+        (
+            ["run.device=auto", "precision.fp8=tensorwise", "model.dtype=float32"],
+            r"set model\.dtype=bfloat16",
+        ),
+        (
+            ["optimizer.cpu_offload_fraction=0.5"],
+            r"optimizer\.cpu_offload_fraction: 0\.5, but there is no GPU",
+        ),
+        (["optimizer.precision_aware=true"], r"optimizer\.precision_aware"),
+        (["logging.prometheus.textfile=/nowhere/x.prom"], "/nowhere is not a folder that you can write to"),
+        (
+            ["branch_defaults.data.max_prompt_tokens=3"],
+            "data.max_prompt_tokens: 3 is less than every training",
+        ),
+        (
+            ["run.collective_timeout_seconds=1e300"],
+            r"collective_timeout_seconds: 1e\+300 must be above 0 and at",
+        ),
+        (
+            ["branch_defaults.reward.timeout_seconds=1e300"],
+            r"reward\.timeout_seconds: 1e\+300 must be above 0",
+        ),
+        (
+            ["checkpoint.save_before_seconds=1e300"],
+            r"checkpoint\.save_before_seconds: 1e\+300 must be between",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_the_ranks_would(
+    config_path: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config_path), *overrides, "--dry-run"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_cache_that_holds_one_sequence_is_enough(config_path: Path) -> None:
+    """As vLLM counts: the blocks of the longest sequence, and one that stays empty."""
+    config = load_config(config_path)
+    shapes = read_model_shapes(config)
+    block = (
+        2 * 32 * shapes["alpha"].num_query_groups * shapes["alpha"].head_dim * 4 * shapes["alpha"].num_layers
+    )
+    for spare, refused in ((0, False), (-1024, True)):
+        gib = ((192 // 32 + 1) * block + spare) / 2**30
+        given = load_config(config_path, [f"branch_defaults.rollout.cpu_kv_cache_gib={gib!r}"])
+        with pytest.raises(ConfigError, match="cpu_kv_cache_gib") if refused else contextlib.nullcontext():
+            validate(given, None, shapes)
+
+
+def test_a_machine_without_gpus_is_known_before_the_ranks_start(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "gpu").touch()
+    auto = load_config(config_path, ["run.device=auto", "optimizer.cpu_offload_fraction=0.5"])
+    check_device(auto, [tmp_path / "gpu"])
+    with pytest.raises(ConfigError, match="no GPU whose memory it would spare"):
+        check_device(auto, [tmp_path / "none"])
+    with pytest.raises(ConfigError, match=r"run\.device: cuda, but this machine shows no GPU"):
+        check_device(load_config(config_path, ["run.device=cuda"]), [tmp_path / "none"])
+
+
+def test_a_port_that_is_taken_is_refused_before_the_ranks_start() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
+            check_port(PrometheusConfig(port=port))
+    check_port(PrometheusConfig(port=port))
+
+
+def test_pixel_bounds_are_compared_with_the_processors_own(config_path: Path, tmp_path: Path) -> None:
+    shape = replace(read_model_shapes(load_config(config_path))["alpha"], vision=KNOWN["qwen3-vl-4b"].vision)
+    size = {"size": {"shortest_edge": 1024, "longest_edge": 4096}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(size))
+    model = f"model.path={tmp_path}"
+    check_processors(load_config(config_path, [model, "media.image_max_pixels=2048"]), {"alpha": shape})
+    with pytest.raises(ConfigError, match="at least 8192 pixels and at most 4096"):
+        check_processors(load_config(config_path, [model, "media.image_min_pixels=8192"]), {"alpha": shape})
 
 
 def test_ranks_of_a_machine() -> None:

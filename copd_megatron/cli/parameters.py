@@ -41,6 +41,20 @@ class Finite(click.FloatRange):
         return number
 
 
+class _Temperature(Finite):
+    """Of sampling, as vLLM samples; 0 for the most probable token each time."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The temperature; a usage error where vLLM would take another one in its place."""
+        number = super().convert(value, param, ctx)
+        if 0 < number < 0.01:
+            self.fail(f"{value} is so low that vLLM samples at 0.01; give 0, or 0.01 and more.", param, ctx)
+        return number
+
+
+TEMPERATURE = _Temperature(0, 2)
+
+
 class _TopK(click.IntRange):
     """So many of the most probable tokens, or -1 for all."""
 

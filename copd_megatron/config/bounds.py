@@ -52,7 +52,8 @@ class Bounds:
 
     def __str__(self) -> str:
         if self.at_least is not None and self.at_most is not None:
-            return f"between {self.at_least:.12g} and {self.at_most:.12g}"
+            between = f"between {self.at_least:.12g} and {self.at_most:.12g}"
+            return between if self.also is None else f"{between}, or {self.also:g}"
         ends = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
         text = " and ".join(f"{word} {end:.12g}" for word, end in ends.items() if end is not None)
         return text if self.also is None else f"{text}, or {self.also:g}"
@@ -110,6 +111,9 @@ NonNegativeFloat = Annotated[float, Bounds(at_least=0)]
 Share = Annotated[float, Bounds(above=0, at_most=1)]
 """A part of a whole, not none of it."""
 PathText = Annotated[str, FilePath()]
+Seconds = Annotated[float, Bounds(above=0, at_most=1e8)]
+"""A time to wait. Longer ones, three years and more, are beyond what timers can count."""
+FilledText = Annotated[str, Matches(r".+", "a text that is not empty")]
 
 
 def violations(section: Any, path: str = "") -> Iterator[str]:

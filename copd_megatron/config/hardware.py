@@ -34,6 +34,10 @@ class Machine:
     """Version that torch was built with."""
 
 
+CPU_ONLY = Machine(capability=None, transformer_engine=None, cuda=None)
+"""What ``run.device=cpu`` leaves of any machine."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Requirement:
     """What Transformer Engine asks for before it runs a recipe."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from copd_megatron.config.schema import Config
 from copd_megatron.errors import ConfigError
+from copd_megatron.hf.companions import read_json
 from copd_megatron.hf.model_config import read_model_shape, read_sizes
 from copd_megatron.hf.tokens import token_ids
 from copd_megatron.model.known import KNOWN, known_shape
@@ -51,6 +53,34 @@ def read_model_sizes(config: Config) -> dict[str, ModelShape]:
                 f"({', '.join(KNOWN)}); a folder with the model's config.json is enough for a plan"
             )
     return shapes
+
+
+_PROCESSORS = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}
+
+
+def check_processors(config: Config, shapes: Mapping[str, ModelShape]) -> None:
+    """Whether the bounds of ``media`` and those of each vision model's processor leave a size between them.
+
+    Raises:
+        ConfigError: a smallest size is above the largest.
+    """
+    for name, shape in shapes.items():
+        folder = Path(config.branches[name].model_path or config.model.path)
+        for kind, file in _PROCESSORS.items() if shape.vision is not None else ():
+            size = (read_json(folder, file) or {}).get("size")
+            least, most = (
+                getattr(config.media, f"{kind}_min_pixels"),
+                getattr(config.media, f"{kind}_max_pixels"),
+            )
+            own = size if isinstance(size, dict) else {}
+            least = own.get("shortest_edge") if least is None else least
+            most = own.get("longest_edge") if most is None else most
+            if isinstance(least, int) and isinstance(most, int) and least > most:
+                raise ConfigError(
+                    f"media: {kind}s are to have at least {least} pixels and at most {most}, counting what "
+                    f"{folder / file} says where a bound is null; set both media.{kind}_min_pixels and "
+                    f"media.{kind}_max_pixels"
+                )
 
 
 def check_tokenizers(config: Config) -> None:

@@ -12,14 +12,17 @@ from copd_megatron.checkpoint.compatible import check_compatible
 from copd_megatron.checkpoint.manifest import checkpoints_dir, complete_checkpoints, step_folder
 from copd_megatron.config import Config, ConfigError, ModelShape, load_config, read_model_shapes
 from copd_megatron.config.domains import all_domains
-from copd_megatron.config.models import check_tokenizers
+from copd_megatron.config.models import check_processors, check_tokenizers
 from copd_megatron.data import check_shards
 from copd_megatron.data.difficulty import load_difficulty
+from copd_megatron.launch.device import check_device
 from copd_megatron.launch.lock import RunLock
+from copd_megatron.launch.prompts import PromptLengths
 from copd_megatron.launch.provenance import forget_starts
 from copd_megatron.launch.run_dir import run_directory, starts_anew
 from copd_megatron.launch.shared_memory import SHARED_MEMORY, left_behind
 from copd_megatron.metrics.packages import check_packages
+from copd_megatron.metrics.places import check_port, check_textfile
 from copd_megatron.planner.disk import _size, run_bytes
 from copd_megatron.rewards import registry
 from copd_megatron.rewards.terms import OWN
@@ -40,6 +43,7 @@ def check_start(config: Config) -> None:
     Raises:
         ConfigError, DataError, UnknownVerifierError: the run could not start, or would harm another one.
     """
+    check_device(config)
     check_inputs(config)
     check_place(config)
 
@@ -58,6 +62,7 @@ def check_place(config: Config) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         folder = run_directory(config)
         check_run_dir(config, folder)
+        check_port(config.logging.prometheus)
         check_disk(config, read_model_shapes(config), folder)
 
 
@@ -71,19 +76,24 @@ def check_inputs(config: Config) -> dict[str, int]:
         ConfigError, DataError, UnknownVerifierError: something is missing or cannot be used.
     """
     check_packages(config.logging)
+    if os.environ.get("RANK", "0") == "0":
+        check_textfile(config.logging.prometheus)
     check_tokenizers(config)
+    check_processors(config, read_model_shapes(config))
     for branch in config.branches.values():
         terms = [name for name in branch.reward.terms if name != OWN]
         registry.check_requirements([*branch.reward.verifiers, *terms])
-    num_samples = {}
+    num_samples, lengths = {}, PromptLengths(config)
     for domain in all_domains(config):
         branch = config.branches[domain.branch]
         if domain.train:
             shards = check_shards(domain.train, branch.reward.verifiers)
             load_difficulty(domain, branch.data.difficulty, shards)
+            lengths.check(domain, "training", shards)
             num_samples[domain.name] = len(shards.refs)
         if domain.validation:
-            check_shards(domain.validation, branch.reward.verifiers)
+            shards = check_shards(domain.validation, branch.reward.verifiers)
+            lengths.check(domain, "validation", shards)
     return num_samples
 
 

@@ -26,7 +26,9 @@ from prometheus_client import Metric, generate_latest, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
+from copd_megatron.config.schema import PrometheusConfig
 from copd_megatron.errors import ConfigError
+from copd_megatron.metrics.places import cannot_listen, check_textfile
 from copd_megatron.untrusted.whole_file import replacing
 
 logger = logging.getLogger(__name__)
@@ -126,11 +128,7 @@ class PrometheusTextfile:
         """
         self.path, self._step = Path(path), LastStep(run, clock)
         self._failed = False
-        if not os.access(self.path.parent, os.W_OK):
-            raise ConfigError(
-                f"logging.prometheus.textfile: {self.path.parent} is not a folder that you can write to; "
-                "create it, or give the folder of node_exporter's --collector.textfile.directory"
-            )
+        check_textfile(PrometheusConfig(textfile=str(self.path)))
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Shows one step."""
@@ -239,10 +237,7 @@ class PrometheusEndpoint:
                 host, port, make_wsgi_app(self._step), server_class=_BoundedServer, handler_class=_Handler
             )
         except OSError as error:
-            raise ConfigError(
-                f"logging.prometheus.port: cannot listen on {host}:{port} ({error.strerror}); choose another "
-                "port, or null"
-            ) from error
+            raise ConfigError(cannot_listen(host, port, error)) from error
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="copd-prometheus", daemon=True
         )

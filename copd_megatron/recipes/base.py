@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from copd_megatron.branch.schedule import Step, in_step
 from copd_megatron.branch.state import Batch, Branch
 from copd_megatron.config import Config
+from copd_megatron.config.checks.distillation import distils_nothing
 from copd_megatron.config.graph import build_graph
 from copd_megatron.errors import ConfigError
 
@@ -38,9 +39,5 @@ class Recipe:
         Raises:
             ConfigError: with the remedy.
         """
-        if not self.distils and config.schedule.opd_steps and build_graph(config).edges:
-            raise ConfigError(
-                f"recipe={config.recipe} has no stage that distils, but the schedule has "
-                f"{config.schedule.opd_steps} steps of distillation a cycle; set schedule.opd_steps=0 or "
-                "opd.topology=none, or choose another recipe"
-            )
+        for problem in distils_nothing(config, build_graph(config), distils=self.distils):
+            raise ConfigError(problem)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from copd_megatron.config.checks.branches import CPU_BLOCK_TOKENS
 from copd_megatron.config.hardware import check_quantization
 from copd_megatron.config.schema import RolloutConfig, RolloutQuantization
 from copd_megatron.data.loader import MediaLoader
@@ -217,7 +218,7 @@ class RolloutEngine:
             settings = {
                 "kv_cache_memory_bytes": int(self.config.cpu_kv_cache_gib * 2**30),
                 # the smallest: short sequences lie closer together, and samples share more of their prompt
-                "block_size": 32,
+                "block_size": CPU_BLOCK_TOKENS,
                 "ir_op_priority": compiled_norms(),
                 # if vLLM prefills a prompt in pieces, it rewinds the seeded generator by an offset, which CPU
                 # generators do not support; so every prompt must fit into one step

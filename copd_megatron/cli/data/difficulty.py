@@ -10,7 +10,7 @@ import click
 
 from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import say
-from copd_megatron.cli.parameters import COUNT, OVERRIDES, PATH, TOP_K, Finite, log_plainly
+from copd_megatron.cli.parameters import COUNT, OVERRIDES, PATH, TEMPERATURE, TOP_K, Finite, log_plainly
 from copd_megatron.config import Config, ConfigError, load_config
 from copd_megatron.config.domains import Domain, domains_by_name
 from copd_megatron.data.pass_rates import PassRates
@@ -34,7 +34,9 @@ branches.text.data.difficulty.balance=u_shape.
 @click.option("--out", type=PATH, required=True, help="The index, JSON lines; goes on if it is begun.")
 @click.option("--model", help="Hugging Face folder; default: what the branch starts from.")
 @click.option("--num-samples", type=COUNT, default=8, show_default=True, help="Responses to each prompt.")
-@click.option("--temperature", type=Finite(0), default=1.0, show_default=True, help="Of sampling; 0: greedy.")
+@click.option(
+    "--temperature", type=TEMPERATURE, default=1.0, show_default=True, help="Of sampling; 0: greedy."
+)
 @click.option(
     "--top-p",
     type=Finite(0, 1, min_open=True),

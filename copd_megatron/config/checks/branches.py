@@ -7,7 +7,14 @@ import re
 from collections.abc import Iterator, Mapping
 
 from copd_megatron.config.domains import MEAN_COLUMN, all_domains, domains_of
-from copd_megatron.config.schema import BranchConfig, Config, DifficultyBalance, MismatchCorrection, Topology
+from copd_megatron.config.schema import (
+    BranchConfig,
+    Config,
+    Device,
+    DifficultyBalance,
+    MismatchCorrection,
+    Topology,
+)
 from copd_megatron.model.shape import ModelShape
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*")
@@ -26,6 +33,7 @@ def problems(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
         if not branch.frozen:
             yield from _step(config, name, branch)
             yield from _sampling(config, name, branch)
+            yield from _cpu_cache(config, name, branch, shapes.get(name))
     yield from _domain_names(config)
     yield from _media(config)
 
@@ -181,6 +189,28 @@ def _sampling(config: Config, name: str, branch: BranchConfig) -> Iterator[str]:
                 f"this pass unnoticed. Set {field}={off:g}, or weight each token by Z with "
                 f"loss.mismatch_correction=tis_token"
             )
+
+
+CPU_BLOCK_TOKENS = 32
+"""Tokens in a block of the KV cache on a CPU (``rollout/engine.py``)."""
+
+
+def _cpu_cache(config: Config, name: str, branch: BranchConfig, shape: ModelShape | None) -> Iterator[str]:
+    """On a CPU, the KV cache that is set holds one longest sequence, and the block that vLLM keeps empty."""
+    if config.run.device is not Device.cpu or shape is None:
+        return
+    groups = max(1, shape.num_query_groups // branch.rollout.tensor_parallel_size)
+    number_bytes = 2 if config.model.dtype == "bfloat16" else 4
+    block = 2 * CPU_BLOCK_TOKENS * groups * shape.head_dim * number_bytes * shape.num_layers
+    context = config.model.max_sequence_tokens
+    needed = (-(-context // CPU_BLOCK_TOKENS) + 1) * block
+    if int(branch.rollout.cpu_kv_cache_gib * 2**30) < needed:
+        least = math.ceil(needed / 2**30 * 1e6) / 1e6
+        yield (
+            f"branches.{name}.rollout.cpu_kv_cache_gib: {branch.rollout.cpu_kv_cache_gib:g} GiB hold no "
+            f"sequence of model.max_sequence_tokens {context}, which takes {needed:,} bytes; use at least "
+            f"{least:g}"
+        )
 
 
 def _media(config: Config) -> Iterator[str]:

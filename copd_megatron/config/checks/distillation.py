@@ -28,6 +28,8 @@ def problems(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
         yield str(error)
         return
     yield from _edges_exist(config, graph)
+    # a recipe of one's own may not say it in so many words; the ranks ask what they have imported
+    yield from distils_nothing(config, graph, distils=RECIPES.told(config.recipe, "distils") is not False)
     yield from _temperatures(config, graph)
     yield from _objectives_fit(config, graph)
     yield from _verdicts(config, graph)
@@ -101,6 +103,20 @@ def _edges_exist(config: Config, graph: Graph) -> Iterator[str]:
             f"schedule.opd_steps: {steps} with opd.topology {config.opd.topology.value}, which makes no edge "
             f"here, would distil nothing; set schedule.opd_steps=0 (its steps can go into rlvr_steps), or "
             f"choose another topology"
+        )
+
+
+def distils_nothing(config: Config, graph: Graph, *, distils: bool) -> Iterator[str]:
+    """Steps of distillation whose edges no stage of the recipe would use.
+
+    Args:
+        distils: whether a stage of the recipe makes rows of edges.
+    """
+    if not distils and config.schedule.opd_steps and graph.edges:
+        yield (
+            f"recipe={config.recipe} has no stage that distils, but the schedule has "
+            f"{config.schedule.opd_steps} steps of distillation a cycle; set schedule.opd_steps=0 or "
+            "opd.topology=none, or choose another recipe"
         )
 
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from copd_megatron.config.hardware import FP8_TOKEN_MULTIPLE
+from copd_megatron.config.hardware import (
+    CPU_ONLY,
+    FP8_TOKEN_MULTIPLE,
+    check_machine,
+    check_quantization,
+)
 from copd_megatron.config.schema import Config, Device, FP8Recipe, Recompute
 from copd_megatron.config.schema.training import RECOMPUTED_PARTS
+from copd_megatron.errors import ConfigError
 from copd_megatron.model.shape import ModelShape
 
 
@@ -17,6 +23,7 @@ def problems(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:
         shapes: models by branch, as far as they are known.
     """
     yield from _settings(config)
+    yield from _machine(config)
     yield from _against_model(config, shapes)
 
 
@@ -48,6 +55,29 @@ def _settings(config: Config) -> Iterator[str]:
             yield f"optimizer.{field}: {value} is used with optimizer.precision_aware=true only; set that"
     if training.overlap_param_gather and not training.overlap_grad_reduce:
         yield "training.overlap_param_gather: true needs training.overlap_grad_reduce=true; set both"
+
+
+def _machine(config: Config) -> Iterator[str]:
+    """What no rank could compute, whichever machine it is on; the ranks ask their own."""
+    precision = config.precision
+    if precision.fp8 is not FP8Recipe.none and config.model.dtype == "float32":
+        yield (
+            f"precision.fp8: {precision.fp8.value} with model.dtype float32: FP8 matrices stand beside "
+            "bfloat16 ones; set model.dtype=bfloat16"
+        )
+    if config.run.device is not Device.cpu:
+        return
+    dtype = "bfloat16" if config.model.dtype == "bfloat16" else "float32"
+    try:
+        check_machine(precision, config.optimizer, CPU_ONLY, dtype=dtype)
+    except ConfigError as error:
+        yield f"{error} (run.device is cpu)"
+    for name, branch in config.branches.items():
+        try:
+            check_quantization(branch.rollout.quantization, None)
+        except ConfigError as error:
+            if not branch.frozen:
+                yield f"branches.{name}.{error} (run.device is cpu)"
 
 
 def _against_model(config: Config, shapes: Mapping[str, ModelShape]) -> Iterator[str]:

@@ -7,11 +7,13 @@ from typing import Annotated
 
 from copd_megatron.config.bounds import (
     Bounds,
+    FilledText,
     NonNegativeFloat,
     NonNegativeInt,
     PathText,
     PositiveFloat,
     PositiveInt,
+    Seconds,
     Share,
 )
 from copd_megatron.config.schema.choices import DifficultyBalance, RolloutQuantization
@@ -116,7 +118,7 @@ class RewardConfig:
     """Weights of what a training reward consists of, by verifier: ``sample`` is the verifier that the sample
     names, and ``{sample: 0.9, format: 0.1}`` adds a small reward for the form. Empty: the sample's alone.
     Evaluations always grade by the sample's."""
-    timeout_seconds: PositiveFloat = 10.0
+    timeout_seconds: Seconds = 10.0
     """Seconds that a verifier may take for one response. One that takes longer scores it 0, which is counted
     and logged. ``code`` takes about 0.04 s for the first test case and 0.01 s for each further one, and what
     the program takes."""
@@ -165,9 +167,9 @@ class RolloutConfig:
     tensor_parallel_size: PositiveInt = 1
     """vLLM's tensor parallelism. It divides the branch's ranks; the branch gets ranks / this many
     engines."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature of training prompts. The actor computes its log-probabilities at the same
-    temperature. Branches that teach each other need the same one. The paper: 1.0."""
+    temperature: Annotated[float, Bounds(at_least=0.01, at_most=2)] = 1.0
+    """Sampling temperature of training prompts, as vLLM samples. The actor computes its log-probabilities at
+    the same temperature. Branches that teach each other need the same one. The paper: 1.0."""
     top_p: Share = 1.0
     """Sample from the most probable tokens that together hold this much probability. 1: from all, which is
     what the actor's log-probabilities assume; less needs ``loss.mismatch_correction``."""
@@ -177,7 +179,7 @@ class RolloutConfig:
     max_new_tokens: PositiveInt = 1024
     """Longest response in tokens. One that reaches it without a stop counts as truncated. The paper:
     16,384."""
-    stop: list[str] = field(default_factory=list)
+    stop: list[FilledText] = field(default_factory=list)
     """Strings that end a response, besides the tokenizer's end-of-sequence token."""
     gpu_memory_utilization: Share = 0.5
     """Share of a GPU's memory that vLLM may take for weights and KV cache. Ignored on CPU."""

@@ -10,12 +10,11 @@ from omegaconf import MISSING
 from copd_megatron.config.bounds import (
     Bounds,
     Matches,
-    NonNegativeFloat,
     NonNegativeInt,
     OneOf,
     PathText,
-    PositiveFloat,
     PositiveInt,
+    Seconds,
 )
 from copd_megatron.config.schema.choices import Device
 
@@ -41,7 +40,7 @@ class RunConfig:
     device: Device = Device.auto
     """``cuda``, ``cpu``, or ``auto``: CUDA when torch sees a GPU. Set it to refuse the other kind of
     machine."""
-    collective_timeout_seconds: PositiveFloat = 1800.0
+    collective_timeout_seconds: Seconds = 1800.0
     """Seconds that one operation over several ranks may take. After that a rank reports who waits for whom
     and ends the job. Raise it for very long responses, lower it to find a hang sooner."""
     max_restarts: NonNegativeInt = 0
@@ -103,8 +102,8 @@ class EvaluationConfig:
     num_generations_per_prompt: PositiveInt = 1
     """Responses per validation prompt; their mean is reported. Raise it, with a temperature above 0, for
     small benchmarks."""
-    temperature: NonNegativeFloat = 0.0
-    """Sampling temperature. 0: the most probable token each time (greedy)."""
+    temperature: Annotated[float, Bounds(at_least=0.01, at_most=2, also=0)] = 0.0
+    """Sampling temperature, as vLLM samples. 0: the most probable token each time (greedy)."""
 
 
 @dataclass(kw_only=True)
@@ -134,8 +133,8 @@ class CheckpointConfig:
     """Write while training goes on. Costs a copy of weights and optimizer in host memory."""
     verify_hashes: bool = True
     """Read all of a checkpoint and compare hashes before it is loaded. False: compare sizes only."""
-    wall_clock_limit_seconds: PositiveFloat | None = None
+    wall_clock_limit_seconds: Seconds | None = None
     """Seconds from the job's start to its end, to save in time. Null: until ``SLURM_JOB_END_TIME``, where
     that is set."""
-    save_before_seconds: NonNegativeFloat = 120.0
+    save_before_seconds: Annotated[float, Bounds(at_least=0, at_most=1e8)] = 120.0
     """Save and stop when less than this would be left after another step."""
