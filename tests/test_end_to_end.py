@@ -13,6 +13,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import yaml
 from safetensors.torch import load_file
 
 from copd_megatron.cli.main import main
+from copd_megatron.launch.results import delete_results, read_exports, set_aside_others
 from copd_megatron.metrics.rank_log import merged as merged_logs
 from copd_megatron.metrics.step_clock import PARTS
 from copd_megatron.metrics.timeline import read_timelines, seconds_by_phase, write_trace
@@ -336,6 +338,20 @@ def test_identical_runs_are_identical_bit_for_bit(
         assert one == other, name
     tables = [(run["folder"] / "evaluation.json").read_text() for run in (other_layout, again)]
     assert tables[0] == tables[1]
+
+
+def test_all_that_a_run_writes_is_on_the_list_of_what_it_writes(
+    first: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that starting anew leaves nothing of an older run, which would count as the new one's."""
+    run = shutil.copytree(first["folder"], tmp_path / "run")
+    assert read_exports(run).keys() == {*BRANCHES, "merged"}
+    assert {export.step for export in read_exports(run).values()} == {STEPS}
+    set_aside_others(run, [*BRANCHES, "merged"])
+    assert not list(run.glob("export/*.kept")), "a run knows its own exports"
+    delete_results(run, num_ranks=0)
+    assert [path.name for path in run.iterdir()] == ["run.lock"]
+    assert not caplog.records
 
 
 def test_runs_leave_no_shared_memory_behind(first: dict[str, Any], again: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from copd_megatron.checkpoint.manifest import BranchEntry, Manifest, step_folder
 from copd_megatron.checkpoint.stop import EXIT_PREEMPTED, StopSignals
 from copd_megatron.errors import EXIT_HOPELESS, ConfigError
 from copd_megatron.launch.preflight import clear_run
+from copd_megatron.launch.results import begin_exports, end_exports
 from copd_megatron.launch.torchrun import handled_signals
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,18 +173,61 @@ def test_signals_that_are_ignored_stay_ignored() -> None:
 
 def test_overwriting_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    (run / "checkpoints/step_000001").mkdir(parents=True)
-    (run / "metrics.jsonl").write_text("{}\n")
-    (run / "notes.txt").write_text("mine")
-    for name in ("samples", "export/text", "tensorboard"):
+    for name in OF_A_RUN:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("{}\n")
+    for name in ("export/text", "export/merged"):
+        begin_exports(run, [Path(name).name], step=4)
         (run / name).mkdir(parents=True)
-    for name in ("evaluation.json", "report.html"):
-        (run / name).write_text("{}")
+        (run / name / "model.safetensors").touch()
+    end_exports(run, ["text"])
+    (run / "export/merged.partial").mkdir()
+    (run / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"starts from .*export/text, which is in the run directory"):
         clear_run(run, [str(run / "export/text")])
     clear_run(run)
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
     clear_run(run)  # there is nothing to delete
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+
+
+OF_A_RUN = (
+    *("metrics.jsonl", "config.yaml", "wandb_run_id", "stuck_rank_00001.txt", "distances.json"),
+    *("evaluation.json", "evaluation.txt", "evaluation.md", "report.html", "report.png"),
+    *("checkpoints/step_000001/manifest.json", "checkpoints/step_000002/.unfinished"),
+    *("checkpoints/step_000003.damaged/text/loop.json", "mean_as_it_is/text/model.safetensors"),
+    *("samples/text/train-000001.jsonl.gz", "samples/text/.train-000002.jsonl.gz.0123456789ab.partial"),
+    *("tensorboard/events.out.tfevents.17.host.1.0", "timeline/rank_00000.jsonl", "timeline/trace.json"),
+    "profile/text_rank_00000_steps_2-2.trace.json.gz",
+)
+"""Files that a run leaves."""
+OF_SOMEBODY = (
+    *("checkpoints/notes/a.txt", "checkpoints/my_model.pt", "checkpoints/step_001000/thesis.txt"),
+    *("samples/mine.txt", "samples/recording.wav", "tensorboard/other", "timeline/mine.txt"),
+    *("profile/mine.txt", "export/my_own_model/w.txt", "export/text.partial/p.txt"),
+)
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["a run", "no run"])
+def test_overwriting_leaves_what_no_run_has_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, begun: bool
+) -> None:
+    for name in [*OF_SOMEBODY, *(OF_A_RUN if begun else [])]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    clear_run(tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == sorted(OF_SOMEBODY)
+    assert ("no run has made export/my_own_model" in caplog.text) == begun
+
+
+def test_logs_of_ranks_that_the_new_run_has_not_go(tmp_path: Path) -> None:
+    """The others have opened theirs anew by then."""
+    for name in ("metrics.jsonl", "logs/rank_00001.log", "logs/rank_00002.log", "logs/mine.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    clear_run(tmp_path, num_ranks=2)
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["mine.txt", "rank_00001.log"]
 
 
 def test_checkpoints_behind_a_link_are_left_alone_and_not_continued(tmp_path: Path) -> None:

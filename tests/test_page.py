@@ -424,3 +424,15 @@ def test_a_browser_shows_it_and_requests_nothing(one: Path, tmp_path: Path) -> N
     control = tmp_path / "control.html"
     control.write_text("<img src=http://127.0.0.1:9/picture.png>")
     assert requests_of(control, tmp_path) == {"http://127.0.0.1:9/picture.png"}
+
+
+@pytest.mark.parametrize(("step", "told"), [(10, True), (20, False), (None, False)])
+def test_a_table_of_before_the_run_went_on_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int | None, told: bool
+) -> None:
+    """A finished run that was started again with more cycles, and has not come to its end."""
+    run = full_run(tmp_path / "run")
+    save_table(run, {"base": {"text": 0.25}, "merged": {"text": 0.5}}, ["text"], step=step)
+    assert main(["report", str(run)]) == 0
+    words = "of step 10; the run has gone on to step 20 since"
+    assert (words in capsys.readouterr().out) == (words in (run / "report.html").read_text()) == told

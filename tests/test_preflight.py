@@ -7,8 +7,9 @@ import json
 import mmap
 import os
 import re
+import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from copd_megatron.config.models import check_processors
 from copd_megatron.config.schema import PrometheusConfig
 from copd_megatron.launch import preflight
 from copd_megatron.launch.device import check_device
+from copd_megatron.launch.results import begin_exports, end_exports, read_exports, set_aside_others
 from copd_megatron.launch.shared_memory import left_behind, segments
 from copd_megatron.metrics.places import check_port
 from copd_megatron.model.known import KNOWN
@@ -66,6 +68,114 @@ def test_metrics_of_a_run_without_checkpoints_are_kept(
     with pytest.raises(ConfigError, match=f"already holds a run of {steps} steps"):
         preflight.check_run_dir(config, run)
     assert (run / "metrics.jsonl").read_text() == "{}\n" * steps
+
+
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("model.path", "export/alpha"),
+        ("branches.beta.model_path", "export/alpha/inner"),
+        ("branches.beta.model_path", "export/merged"),
+        ("model.path", "export/beta.partial"),
+        ("model.path", "checkpoints/step_000002"),
+        ("model.path", "mean_as_it_is/alpha"),
+    ],
+)
+@pytest.mark.parametrize("linked", [False, True], ids=["", "by a link"])
+def test_a_run_does_not_replace_the_model_that_it_starts_from(
+    config_path: Path, tmp_path: Path, key: str, place: str, linked: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    model = shutil.copytree(config_path.parent / "base", run / place)
+    if linked:
+        (tmp_path / "link").symlink_to(model)
+        model = tmp_path / "link"
+    before = _tree(run)
+    written = run / place.removesuffix("/inner").removesuffix("/step_000002")
+    written = written.parent if written.parent.name == "mean_as_it_is" else written
+    for said in _refusals(config_path, [f"run.dir={run}", f"{key}={model}"], capsys):
+        assert f"{key}: {model} is in {written}, which this run writes" in said
+        assert _tree(run) == before
+
+
+def _refusals(config_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> Iterator[str]:
+    """What is said before a run, before one that overwrites, and in a dry run."""
+    for more in ([], ["run.overwrite=true"]):
+        config = load_config(config_path, [*words, *more])
+        with pytest.raises(ConfigError) as caught:
+            preflight.check_run_dir(config, Path(config.run.dir or ""))
+        yield str(caught.value)
+    assert main(["train", str(config_path), *words, "--dry-run"]) == 2
+    yield capsys.readouterr().err
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("export/alpha/thesis.txt", "export/merged/thesis.txt", "export/beta.partial/p.txt"),
+        *("export/merged.partial/p.txt", "evaluation.md", "evaluation.txt", "report.html", "report.png"),
+        *("config.yaml", "exports.json", "mean_as_it_is/a.txt"),
+    ],
+)
+def test_what_no_run_has_made_is_not_replaced(
+    config_path: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is found before the ranks start, not when they have trained."""
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("precious")
+    for said in _refusals(config_path, [f"run.dir={tmp_path}"], capsys):
+        top = name if "/" not in name else name.rpartition("/")[0]
+        assert f"{tmp_path} holds {top}, which no run has made and this one would replace" in said
+        assert _tree(tmp_path) == {str(path): b"precious"}
+
+
+def test_what_a_run_does_not_write_may_lie_in_its_directory(config_path: Path, tmp_path: Path) -> None:
+    config = load_config(config_path, ["end.merge=false", "end.export=false"])
+    for name in ("notes.txt", "samples/mine.wav", "checkpoints/mine.pt", "export/alpha/w.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "export/beta").mkdir()
+    before = _tree(tmp_path)
+    preflight.check_run_dir(config, tmp_path)
+    assert {name: text for name, text in _tree(tmp_path).items() if "run.lock" not in name} == before
+
+
+def test_in_the_way_of_an_export_only_what_the_run_made_is_replaced(
+    config_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a directory in which a run has begun. Own: a finished export, and one that a kill cut short."""
+    config = load_config(config_path)
+    (tmp_path / "metrics.jsonl").touch()
+    begin_exports(tmp_path, ["alpha", "beta"], step=6)
+    for name in ("alpha/model.safetensors", "beta.partial/model.safetensors", "beta/model.safetensors"):
+        (tmp_path / "export" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "export" / name).touch()
+    end_exports(tmp_path, ["alpha"])
+    preflight.check_run_dir(config, tmp_path)
+    assert not list(tmp_path.glob("export/*.kept*")) and not caplog.records
+    for name in ("alpha/thesis.txt", "merged/model.safetensors", "merged.partial/p.txt"):
+        (tmp_path / "export" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "export" / name).touch()
+    preflight.check_run_dir(config, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
+        *("alpha.kept", "beta", "beta.partial", "merged.kept", "merged.partial.kept"),
+    ]
+    assert (tmp_path / "export/alpha.kept/thesis.txt").exists()
+    assert f"renamed to {tmp_path / 'export/merged.kept'}" in caplog.text
+
+
+def test_a_list_of_exports_that_is_damaged_makes_them_nobodys(tmp_path: Path) -> None:
+    (tmp_path / "export/text").mkdir(parents=True)
+    (tmp_path / "export/text/w.txt").touch()
+    (tmp_path / "exports.json").write_text('{"exports": {"text": {"step": "x"}}}')
+    assert read_exports(tmp_path) == {}
+    set_aside_others(tmp_path, ["text"])
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["text.kept"]
 
 
 def test_a_disk_that_is_too_small_is_refused(config_path: Path, disk: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from copd_megatron.errors import CheckpointError, DataError, RunStorageError
 from copd_megatron.evaluation.run import Accuracies
 from copd_megatron.evaluation.table import Score, mean_reward
 from copd_megatron.launch.dry_run import NO_CHECKPOINTS
+from copd_megatron.launch.results import EXPORT, read_exports
 from copd_megatron.rollout.early_stop import from_state, to_state
 from copd_megatron.topology.notes import Notes
 
@@ -132,6 +133,10 @@ class Checkpoints:
             logger.warning("%s has rows of the final table, measured with other validation prompts or other "
                            "settings of evaluation: they are measured again", folder)  # fmt: skip
         self.progress = Progress(steps_done=manifest.step, table=table if comparable else {})
+        goes_on = manifest.step < num_steps(me.config.schedule)
+        if me.world.is_first and goes_on and read_exports(me.run_dir):
+            logger.warning("%s has ended before: until it ends again, its table, its page and %s are of "
+                           "that end", me.run_dir, me.run_dir / EXPORT)  # fmt: skip
         me.world.barrier("checkpoint.resumed")
         if me.world.is_first:
             logger.info(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from copd_megatron.branch.merged import export_branch, merge_branches, trained_branches
+from copd_megatron.branch.merged import MERGED, export_branch, merge_branches
 from copd_megatron.branch.schedule import num_steps
 from copd_megatron.branch.state import Branch
 from copd_megatron.branch.validation import each_branch, load_folder, shared_model, write_table
 from copd_megatron.evaluation.run import Accuracies
 from copd_megatron.evaluation.table import table_title
+from copd_megatron.launch.results import EXPORT, begin_exports, end_exports, export_names
 from copd_megatron.report.curves import write_report
 from copd_megatron.report.page import write_page
 from copd_megatron.untrusted.visible import visible
@@ -27,16 +28,23 @@ def finish(me: Branch, table: Accuracies) -> Accuracies:
     Returns:
         All rows.
     """
-    config, folder = me.config, me.run_dir / "export"
+    config, folder = me.config, me.run_dir / EXPORT
     if me.validation:
         table = table | each_branch(me)
-    if config.end.export or config.end.merge:
+    names = export_names(config)
+    if names:
+        if me.world.is_first:
+            begin_exports(me.run_dir, names, num_steps(config.schedule))
+        me.world.barrier("exports noted")
         export_branch(me, folder / me.name)
         me.world.barrier("export")
-    if config.end.merge and len(trained_branches(me)) > 1:
-        load_folder(me, merge_branches(me, folder))
+    merged = merge_branches(me, folder) if MERGED in names else None
+    if names and me.world.is_first:
+        end_exports(me.run_dir, names)
+    if merged is not None:
+        load_folder(me, merged)
         if me.validation:
-            table = table | shared_model(me, "merged")
+            table = table | shared_model(me, MERGED)
     if table:
         text = write_table(me, table)
         if me.world.is_first:

@@ -10,10 +10,9 @@ from copd_megatron.branch.state import Branch
 from copd_megatron.branch.update import sync_weights
 from copd_megatron.branch.validation import beside_the_step, load_folder, shared_model
 from copd_megatron.evaluation.run import Accuracies
+from copd_megatron.launch.results import MEAN, MERGED
 from copd_megatron.merge.mean import merge_mean
 from copd_megatron.weight_sync.export import export_hf
-
-MERGED = "merged"
 
 
 def trained_branches(me: Branch) -> list[str]:
@@ -54,7 +53,7 @@ def mean_as_it_is(me: Branch) -> Accuracies:
     branches = trained_branches(me)
     if len(branches) < 2:
         return {}
-    folder = me.run_dir / "mean_as_it_is"
+    folder = me.run_dir / MEAN
     with beside_the_step(me):
         live = load_live_mean(me, branches)
         if not live:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from copd_megatron.branch.sampling import sample_graded
+from copd_megatron.branch.schedule import num_steps
 from copd_megatron.branch.state import Branch
 from copd_megatron.branch.update import sync_weights
 from copd_megatron.evaluation.run import Accuracies, accuracy, num_prompts, sampling_settings, solved
@@ -151,5 +152,11 @@ def write_table(me: Branch, rows: Accuracies) -> str:
     """Saves the table in the run directory and returns it as text."""
     counts = num_prompts(me.validation)
     if me.world.is_first:
-        save_table(me.run_dir, rows, list(me.validation), num_prompts=counts)
+        save_table(
+            me.run_dir,
+            rows,
+            list(me.validation),
+            num_prompts=counts,
+            step=num_steps(me.config.schedule),
+        )
     return render_table(rows, list(me.validation), num_prompts=counts)

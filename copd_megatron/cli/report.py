@@ -43,6 +43,7 @@ def command(
     RUN_DIR/report.png. RUN_DIR is a run directory, during the run or after it.
     """
     from copd_megatron.report.curves import write_report
+    from copd_megatron.report.history import read_run
     from copd_megatron.report.page import BEGIN, PageOptions, read_shown, refuse_twice, write_page
 
     refuse_twice(run_dirs)
@@ -56,7 +57,8 @@ def command(
     if len(run_dirs) == 1:
         behaviour, picture = write_report(run_dirs[0])
         table = read_shown(run_dirs[0] / "evaluation.txt")
-        parts = [table] if table else []
+        gone_on = read_run(run_dirs[0]).gone_on
+        parts = [*([table] if table else []), *([f"{gone_on}\n"] if gone_on else [])]
         parts += [*([behaviour, ""] if behaviour else []), f"curves: {picture}"]
     options = PageOptions(num_samples=num_samples, refresh_seconds=follow)
     write_page(run_dirs, target, options)

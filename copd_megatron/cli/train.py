@@ -40,11 +40,12 @@ def command(config: str, overrides: tuple[str, ...], dry_run: bool) -> int:
     settings = load_config(config, overrides)
     world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
     validate(settings, world_size=world_size, model=read_model_shapes(settings))
-    from copd_megatron.launch.preflight import check_inputs, check_start
+    from copd_megatron.launch.preflight import check_inputs, check_results, check_start
 
     if dry_run:
         from copd_megatron.launch.dry_run import dry_run as description
 
+        check_results(settings)
         say(description(settings, num_samples=check_inputs(settings)))
         return 0
     usable_caches()

@@ -115,12 +115,16 @@ def save_table(
     *,
     name: str = "evaluation",
     num_prompts: Mapping[str, int] | None = None,
+    step: int | None = None,
 ) -> list[Path]:
     """Writes ``<name>.txt``, ``<name>.md`` and ``<name>.json`` and returns their paths.
 
-    The JSON holds fractions, not per cent: ``{"domains": [...], "num_prompts": {...}, "accuracy": {model:
-    {domain: 0.41, "mean": 0.37}}}``, ``null`` where a figure is missing. Graded domains have no accuracy but
-    ``"mean_reward"`` and ``"full_marks"``, of the same shape.
+    The JSON holds fractions, not per cent: ``{"domains": [...], "num_prompts": {...}, "step": 400,
+    "accuracy": {model: {domain: 0.41, "mean": 0.37}}}``, ``null`` where a figure is missing. Graded domains
+    have no accuracy but ``"mean_reward"`` and ``"full_marks"``, of the same shape.
+
+    Args:
+        step: training steps of the models in the table; None: nobody knows.
 
     Raises:
         ValueError: as ``render_table``.
@@ -130,7 +134,7 @@ def save_table(
     texts = {
         "txt": render_table(rows, columns, num_prompts=num_prompts),
         "md": render_table(rows, columns, style="markdown", num_prompts=num_prompts),
-        "json": json.dumps(_record(rows, columns, num_prompts or {}), indent=2, allow_nan=False),
+        "json": json.dumps(_record(rows, columns, num_prompts or {}, step), indent=2, allow_nan=False),
     }
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -141,11 +145,14 @@ def save_table(
     return paths
 
 
-def _record(rows: Accuracies, columns: Sequence[str], num_prompts: Mapping[str, int]) -> dict[str, Any]:
+def _record(
+    rows: Accuracies, columns: Sequence[str], num_prompts: Mapping[str, int], step: int | None
+) -> dict[str, Any]:
     graded = graded_domains(rows)
     record: dict[str, Any] = {
         "domains": list(columns),
         "num_prompts": dict(num_prompts),
+        "step": step,
         "accuracy": {
             model: {
                 **{name: None if name in graded else _known(mean_reward, scores, name) for name in columns},

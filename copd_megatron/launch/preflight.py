@@ -18,7 +18,15 @@ from copd_megatron.data.difficulty import load_difficulty
 from copd_megatron.launch.device import check_device
 from copd_megatron.launch.lock import RunLock
 from copd_megatron.launch.prompts import PromptLengths
-from copd_megatron.launch.provenance import forget_starts
+from copd_megatron.launch.results import (
+    METRICS,
+    delete_results,
+    export_names,
+    holds_run,
+    refuse_others,
+    refuse_own_models,
+    set_aside_others,
+)
 from copd_megatron.launch.run_dir import run_directory, starts_anew
 from copd_megatron.launch.shared_memory import SHARED_MEMORY, left_behind
 from copd_megatron.metrics.packages import check_packages
@@ -29,10 +37,6 @@ from copd_megatron.rewards.terms import OWN
 from copd_megatron.untrusted.json_text import lines_of
 from copd_megatron.untrusted.regular_file import open_regular
 
-_FILES_OF_A_RUN = (
-    *("metrics.jsonl", "evaluation.json", "evaluation.txt", "report.html", "report.png", "distances.json"),
-)
-_FOLDERS_OF_A_RUN = ("checkpoints", "samples", "export", "tensorboard")
 SHARED_MEMORY_BYTES_PER_RANK = 64 * 2**20
 """NCCL's and vLLM's segments in /dev/shm, roughly."""
 
@@ -104,26 +108,46 @@ def check_run_dir(config: Config, folder: Path) -> None:
     Raises:
         ConfigError: another job uses it, or what it holds cannot be continued.
     """
+    check_results(config, folder)
     with RunLock(folder):  # refused, or free: the job's first rank takes it for good
         pass
-    metrics = folder / "metrics.jsonl"
     if starts_anew(config):
         clear_run(
-            folder, [config.model.path, *(b.model_path for b in config.branches.values() if b.model_path)]
+            folder,
+            [config.model.path, *(b.model_path for b in config.branches.values() if b.model_path)],
+            num_ranks=sum(branch.parallel.world_size for branch in config.branches.values()),
         )
-        return
+    else:
+        _check_continues(config, folder)
+    set_aside_others(folder, export_names(config))
+
+
+def _check_continues(config: Config, folder: Path) -> None:
+    """Raises ConfigError: what the folder holds cannot be continued."""
     if found := complete_checkpoints(folder):
         step, manifest = next(iter(found.items()))
         check_compatible(manifest.config, config, where=str(step_folder(folder, step)))
         return
     # a run that was killed before its first save was complete (in the background: before the second was due)
     # has lost nothing that starting over does not bring back
-    steps_done = _num_lines(metrics)
+    steps_done = _num_lines(folder / METRICS)
     if steps_done > 2 * min(config.checkpoint.save_period, _earlier_save_period(folder)):
         raise ConfigError(
             f"run.dir: {folder} already holds a run of {steps_done} steps, without a checkpoint to continue "
             "from; choose another run.name or run.dir, or set run.overwrite=true"
         )
+
+
+def check_results(config: Config, folder: Path | None = None) -> None:
+    """Whether the run would destroy what is not its own: the model that it starts from, or what no run has
+    made. Changes nothing.
+
+    Raises:
+        ConfigError: it would.
+    """
+    place = run_directory(config) if folder is None else folder
+    refuse_own_models(config, place)
+    refuse_others(config, place)
 
 
 def _num_lines(path: Path) -> int:
@@ -143,11 +167,12 @@ def _earlier_save_period(folder: Path) -> int:
     return earlier.checkpoint.save_period
 
 
-def clear_run(folder: Path, models: Sequence[str] = ()) -> None:
-    """Deletes what an earlier run has left: metrics, checkpoints, starts, samples, exports, tables, pages.
+def clear_run(folder: Path, models: Sequence[str] = (), *, num_ranks: int | None = None) -> None:
+    """Deletes what an earlier run has left: all that ``results.py`` lists, and nothing else.
 
     Args:
         models: folders that the new run starts from.
+        num_ranks: of the new run.
 
     Raises:
         ConfigError: something cannot be deleted, a model is in it, or ``checkpoints`` is a link to somewhere
@@ -166,12 +191,8 @@ def clear_run(folder: Path, models: Sequence[str] = ()) -> None:
             "the link, or choose another run.name or run.dir"
         )
     try:
-        for name in _FILES_OF_A_RUN:
-            (folder / name).unlink(missing_ok=True)
-        forget_starts(folder)
-        for name in _FOLDERS_OF_A_RUN:
-            if (folder / name).is_dir() and not (folder / name).is_symlink():
-                shutil.rmtree(folder / name)
+        if holds_run(folder):
+            delete_results(folder, num_ranks=num_ranks)
     except OSError as error:
         raise ConfigError(
             f"run.overwrite: {error.filename} cannot be deleted ({error.strerror}); delete it yourself, or "

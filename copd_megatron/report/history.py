@@ -43,6 +43,19 @@ class RunHistory:
     domains: tuple[str, ...] = ()
     num_prompts: Mapping[str, int] = field(default_factory=dict)
     """Validation prompts of each domain."""
+    table_step: int | None = None
+    """Step at whose end the table was made; None: nobody knows."""
+
+    @property
+    def gone_on(self) -> str:
+        """That the run has gone on since its table, and what it exported, were made; empty if it has not."""
+        last = self.steps[-1] if self.steps else 0
+        if self.table_step is None or last <= self.table_step:
+            return ""
+        return (
+            f"{self.name}: the table and the exported models are of step {self.table_step}; the run has gone "
+            f"on to step {last} since, and not come to its end"
+        )
 
     def named(self, prefix: str, suffix: str = "") -> dict[str, tuple[float, ...]]:
         """Series whose names have this prefix and suffix, under the part between them; the first
@@ -135,6 +148,7 @@ def read_run(run_dir: str | Path) -> RunHistory:
         accuracy=_accuracy(evaluation),
         domains=evaluation.domains,
         num_prompts=evaluation.num_prompts,
+        table_step=evaluation.step,
     )
 
 
@@ -146,6 +160,7 @@ class _Evaluation:
     num_prompts: Mapping[str, int] = field(default_factory=dict)
     accuracy: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     mean_reward: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    step: int | None = None
 
 
 def _evaluation(path: Path) -> _Evaluation:
