@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from copd_megatron.config import load_config
+from copd_megatron.evaluation.table import save_table
 from tests.support.commands import copd, python
 from tests.support.domains import make_domains
 from tests.support.models import make_model
@@ -164,6 +165,12 @@ def test_what_cannot_be_measured_is_said_before_engines_start(root: Path) -> Non
     assert "no such folder" in said(root / "nowhere")
     assert "name at least one MODEL" in said("run.seed=1")
     assert "a model is named twice" in said(root / "one", root / "one")
+    save_table(root / "of_a_run", {"base": {"alpha": 0.5}}, ["alpha"])
+    before = (root / "of_a_run/evaluation.json").read_text()
+    assert "evaluation.json is there already and is no result of copd eval" in said(
+        root / "one", "--out", root / "of_a_run"
+    )
+    assert (root / "of_a_run/evaluation.json").read_text() == before
 
 
 @pytest.mark.slow

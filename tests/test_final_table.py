@@ -20,7 +20,7 @@ from copd_megatron.config.schema import PoolConfig
 from copd_megatron.evaluation.run import score_of
 from copd_megatron.metrics.prometheus import PrometheusTextfile
 from copd_megatron.metrics.writers import JsonlWriter, TensorBoardWriter
-from copd_megatron.records import Prompt
+from copd_megatron.records import MediaRef, Prompt
 from copd_megatron.untrusted.json_text import dumped, load
 
 
@@ -98,6 +98,11 @@ def test_branches_that_were_trained_load_what_they_started_from(monkeypatch: pyt
     assert done == ["load /m/expert", "sync"]
 
 
+MEDIUM = MediaRef(
+    source="text/validation", shard="s", key="0", extension="0.png", kind="image", content_hash="9f"
+)
+
+
 def _prompt(**changes: Any) -> Prompt:
     prompt = Prompt(
         prompt_id="a/1", domain="text", token_ids=np.arange(3, dtype=np.int32), answer="1", verifier="exact"
@@ -108,6 +113,8 @@ def _prompt(**changes: Any) -> Prompt:
 @pytest.mark.parametrize(
     ("options", "prompts"),
     [
+        ({}, [_prompt(metadata={"tolerance": 0.1})]),
+        ({}, [_prompt(media=(MEDIUM,))]),
         ({"temperature": 0.5}, [_prompt()]),
         ({"num_generations_per_prompt": 2}, [_prompt()]),
         ({}, [_prompt(), _prompt(prompt_id="a/2")]),
@@ -115,21 +122,39 @@ def _prompt(**changes: Any) -> Prompt:
         ({}, [_prompt(answer="2")]),
         ({}, []),
     ],
-    ids=["temperature", "samples", "more prompts", "another template", "other answers", "fewer prompts"],
+    ids=[
+        *("metadata", "media", "temperature", "samples", "more prompts", "another template", "other answers"),
+        "fewer prompts",
+    ],
 )
 def test_rows_are_comparable_only_under_the_same_conditions(
     options: Mapping[str, Any], prompts: list[Prompt]
 ) -> None:
+    assert _under({}, [_prompt()]) == _under({"at_start": False, "every_steps": 3}, [_prompt()])
+    assert _under({}, [_prompt()]) != _under(options, prompts)
+
+
+def _under(options: Mapping[str, Any], prompts: list[Prompt], **model: Any) -> str:
     from copd_megatron.branch.validation import conditions
 
-    def under(options: Mapping[str, Any], prompts: list[Prompt]) -> str:
-        config = _config(text=_branch())
-        config.evaluation = EvaluationConfig(**options)
-        me = SimpleNamespace(config=config, settings=config.branches["text"], validation={"text": prompts})
-        return conditions(cast(Any, me))
+    config = _config(text=_branch())
+    config.evaluation = EvaluationConfig(**options)
+    config.model = ModelConfig(path="m", **model)
+    me = SimpleNamespace(config=config, settings=config.branches["text"], validation={"text": prompts})
+    return conditions(cast(Any, me))
 
-    assert under({}, [_prompt()]) == under({"at_start": False, "every_steps": 3}, [_prompt()])
-    assert under({}, [_prompt()]) != under(options, prompts)
+
+def test_rows_of_a_verifier_that_was_corrected_since_are_not_comparable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "my_verifier_of_a_table.py"
+    found = []
+    for reward in (0.0, 1.0, 1.0):
+        module.write_text(f"def grade(response, answer, metadata):\n    return {reward}\n")
+        found.append(_under({}, [_prompt(verifier="my_verifier_of_a_table:grade")]))
+    assert found[0] != found[1] == found[2]
+    assert _under({}, [_prompt()]) != _under({}, [_prompt()], dtype="float32")
 
 
 def test_a_domain_of_which_nothing_was_graded_is_remembered_as_such() -> None:

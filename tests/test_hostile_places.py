@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from copd_megatron.cli.main import main
-from copd_megatron.cli.output import refuse_other
+from copd_megatron.cli.output import refuse_other, refuse_other_record
 from copd_megatron.data import remote
 from copd_megatron.data.convert.write import NewSample, write_shards
 from copd_megatron.data.globs import Budget, names_like
@@ -30,6 +30,7 @@ from copd_megatron.errors import BadSampleError, ConfigError, DataError
 from copd_megatron.hf.appear import appear
 from copd_megatron.hf.companions import copy_companions
 from copd_megatron.launch.lock import RunLock
+from copd_megatron.merge.target import refuse_other_report
 from copd_megatron.metrics.prometheus import PrometheusTextfile
 from copd_megatron.metrics.rank_log import RankPlace, check_selection, follow, merged, start_logging
 from copd_megatron.metrics.rank_log import Selection as LogSelection
@@ -355,6 +356,32 @@ def test_outputs_replace_nothing_but_outputs(tmp_path: Path, capsys: pytest.Capt
     refuse_other(tmp_path / "page.html", b"<!doctype html>", "page")
     with pytest.raises(ConfigError, match="is no page"):
         refuse_other(tmp_path, b"<!doctype html>", "page")
+
+
+def test_a_record_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    record, beside = tmp_path / "evaluation.json", tmp_path / "evaluation.md"
+
+    def refuse() -> None:
+        refuse_other_record(record, ("models", "means"), "result", beside=[beside])
+
+    refuse()
+    beside.write_text("my thoughts")
+    with pytest.raises(ConfigError, match=r"evaluation\.md is there already and is no result"):
+        refuse()
+    record.write_text('{"models": {}, "means": {}, "more": 1}')
+    refuse()
+    for text in ('{"accuracy": {}}', "[]", "NaN", ""):
+        record.write_text(text)
+        with pytest.raises(ConfigError, match=r"evaluation\.json is there already and is no result"):
+            refuse()
+
+
+@pytest.mark.parametrize("name", ["moved.md", "moved.png", "moved.json"])
+def test_a_report_of_distances_replaces_reports_alone(tmp_path: Path, name: str) -> None:
+    refuse_other_report(tmp_path / "moved.json")
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=r"merge: --report: .*moved\.\w+ is there already and is"):
+        refuse_other_report(tmp_path / "moved.json")
 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -130,8 +130,8 @@ class Checkpoints:
         comparable = all(me.world.all_gather_objects(same, "checkpoint.table"))
         table = _table_of(state["table"])
         if table and not comparable and me.world.is_first:
-            logger.warning("%s has rows of the final table, measured with other validation prompts or other "
-                           "settings of evaluation: they are measured again", folder)  # fmt: skip
+            logger.warning("%s has rows of the final table, measured with other validation prompts, other "
+                           "verifiers or other settings: they are measured again", folder)  # fmt: skip
         self.progress = Progress(steps_done=manifest.step, table=table if comparable else {})
         goes_on = manifest.step < num_steps(me.config.schedule)
         if me.world.is_first and goes_on and read_exports(me.run_dir):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from copd_megatron.branch.sampling import sample_graded
@@ -17,6 +19,7 @@ from copd_megatron.hf.folder import HFFolder
 from copd_megatron.launch.waiting import Countdown
 from copd_megatron.metrics.reduction import Metrics
 from copd_megatron.records import Prompt, Rollout
+from copd_megatron.rewards.registry import own_digests
 from copd_megatron.rollout.engine import SamplingSettings
 
 
@@ -65,13 +68,25 @@ def _starting_models(me: Branch) -> dict[str, tuple[str, ...]]:
 
 
 def conditions(me: Branch) -> str:
-    """A digest of what a figure of the table depends on besides the model: the prompts of every domain, and
-    how they are sampled. Rows that were measured under other conditions cannot be compared."""
+    """A digest of what a figure of the table depends on besides the model: the prompts of every domain with
+    all that verifiers are given, how they are sampled and computed, and the verifiers of the user's own. Rows
+    that were measured under other conditions cannot be compared."""
     digest = hashlib.sha256()
+    config = me.config
+    engines = {
+        name: (branch.rollout.quantization.value, branch.reward.timeout_seconds)
+        for name, branch in config.branches.items()
+    }
+    settings = (config.model.dtype, config.model.max_sequence_tokens, asdict(config.media), engines)
+    verifiers = {prompt.verifier for prompts in me.validation.values() for prompt in prompts}
+    digest.update(repr((settings, sorted(own_digests(verifiers).items()))).encode())
     for domain, prompts in me.validation.items():
         digest.update(repr(sampling_settings(me.config, domain)).encode())
         for prompt in prompts:
-            digest.update(repr((domain, prompt.prompt_id, prompt.answer, prompt.verifier)).encode())
+            given = json.dumps(dict(prompt.metadata), sort_keys=True, default=repr, allow_nan=False)
+            hashes = [medium.content_hash for medium in prompt.media]
+            told = (domain, prompt.prompt_id, prompt.answer, prompt.verifier, given, hashes)
+            digest.update(repr(told).encode("utf-8", "backslashreplace"))
             digest.update(prompt.token_ids.tobytes())
     return digest.hexdigest()
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 from copd_megatron.errors import CheckpointError
 from copd_megatron.topology.messages import register
 from copd_megatron.untrusted.json_text import dumped, load_file, loadable, made
-from copd_megatron.untrusted.regular_file import open_regular
+from copd_megatron.untrusted.regular_file import sha256_of
 from copd_megatron.untrusted.whole_file import sync_folder, write_whole
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ UNFINISHED: Final = ".unfinished"
 FORMAT: Final = 1
 _FOLDER = re.compile(r"step_(\d{6,})")
 _DAMAGED = "damaged"
-_READ_BYTES = 8 * 2**20
 
 
 @register
@@ -182,11 +181,7 @@ def write_durably(path: Path, data: bytes) -> FileEntry:
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open_regular(path, buffered=False) as file:
-        while piece := file.read(_READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+    return sha256_of(path)
 
 
 # ---- validity --------------------------------------------------------------------------------------------

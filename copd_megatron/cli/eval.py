@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from copd_megatron.cli.group import Command
-from copd_megatron.cli.output import say
+from copd_megatron.cli.output import refuse_other_record, say
 from copd_megatron.cli.parameters import PATH, log_plainly
 from copd_megatron.config import load_config
 from copd_megatron.errors import ConfigError
@@ -21,6 +21,7 @@ from copd_megatron.untrusted.whole_file import write_whole
 if TYPE_CHECKING:
     from copd_megatron.evaluation.verdicts import PromptVerdicts
 
+TABLES = ("evaluation.json", "evaluation.md")
 BENCHMARK = "benchmark"
 """Metadata that shards of ``copd data benchmark`` have."""
 EXAMPLES = """
@@ -61,6 +62,9 @@ def command(
         if not any(Path(model).glob(".metadata")) and not any(Path(model).glob("manifest.json")):
             read_model_shape(model, "model")
     folder = out or Path(settings.run.dir or f"runs/{settings.run.name}") / "eval"
+    refuse_other_record(
+        folder / TABLES[0], ("models", "means"), "result of copd eval", beside=[folder / TABLES[1]]
+    )
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         log_plainly()
@@ -107,7 +111,7 @@ def write_tables(verdicts: Mapping[str, Sequence[PromptVerdicts]], folder: Path,
     texts = [render_table(rows, summary.domains, num_prompts=counts), to_text(summary)]
     say("\n\n".join([*texts, *(table.to_text() for table in papers)]) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "evaluation.json", to_json(summary) + "\n")
+    write_whole(folder / TABLES[0], to_json(summary) + "\n")
     markdown = [to_markdown(summary), *(table.to_markdown() for table in papers)]
-    write_whole(folder / "evaluation.md", "\n\n".join(markdown) + "\n")
-    say(f"written: {folder / 'evaluation.md'}, {folder / 'evaluation.json'}")
+    write_whole(folder / TABLES[1], "\n\n".join(markdown) + "\n")
+    say(f"written: {folder / TABLES[1]}, {folder / TABLES[0]}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from copd_megatron.errors import ConfigError
+from copd_megatron.untrusted.json_text import load_file
 from copd_megatron.untrusted.regular_file import open_regular
 from copd_megatron.untrusted.visible import visible
 
@@ -35,6 +36,23 @@ def refuse_other(path: Path, begin: bytes, what: str) -> None:
         known = False
     if not known:
         raise ConfigError(f"{path} is there already and is no {what}: it is left alone; give another name")
+
+
+def refuse_other_record(path: Path, keys: Collection[str], what: str, *, beside: Sequence[Path] = ()) -> None:
+    """As ``refuse_other``, of a JSON object that is known by its keys.
+
+    Args:
+        beside: files that the command writes together with it, which are somebody's where it is missing.
+    """
+    there = next((file for file in (path, *beside) if os.path.lexists(file)), None)
+    if there is None:
+        return
+    try:
+        known = set(keys) <= load_file(path).keys()
+    except (OSError, ValueError):
+        known = False
+    if not known:
+        raise ConfigError(f"{there} is there already and is no {what}: it is left alone; give another name")
 
 
 @contextmanager

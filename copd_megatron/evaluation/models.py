@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,16 +32,16 @@ from copd_megatron.hf.model_config import read_model_shape, read_sizes
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards.grader import Grader
+from copd_megatron.rewards.registry import own_digests
 from copd_megatron.rollout.engine import RolloutEngine
 from copd_megatron.topology.collectives import all_gather_messages
-from copd_megatron.untrusted.regular_file import open_regular
+from copd_megatron.untrusted.regular_file import sha256_of
 
 logger = logging.getLogger(__name__)
 
 _NOTES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Of config.json: what an engine's answers do not depend on. ``model.dtype`` decides the type."""
 _CONFIG = "config.json"
-_BLOCK_BYTES = 1 << 20
 _ENGINE_SETTINGS = (
     "tensor_parallel_size",
     "gpu_memory_utilization",
@@ -272,7 +271,7 @@ def _settings(config: Config, model: Candidate) -> dict[str, Any]:
         "data.max_prompt_tokens": {n: branch.data.max_prompt_tokens for n, branch in config.branches.items()},
         "reward.verifiers": {name: list(reward.verifiers) for name, reward in rewards.items()},
         "reward.timeout_seconds": {name: reward.timeout_seconds for name, reward in rewards.items()},
-        "verifiers": _verifier_digests(name for reward in rewards.values() for name in reward.verifiers),
+        "verifiers": own_digests(name for reward in rewards.values() for name in reward.verifiers),
         "companions": _companion_digests(model),
         "data.validation": {domain.name: _states(domain.validation) for domain in all_domains(config)},
     }
@@ -281,22 +280,12 @@ def _settings(config: Config, model: Candidate) -> dict[str, Any]:
 def _companion_digests(model: Candidate) -> dict[str, str]:
     """Digests of the files beside the weights: they decide which tokens a prompt and its media become, and
     how an engine computes with the weights."""
-    digests = {path.name: _file_digest(path) for path in companion_files(model.companions)}
+    digests = {path.name: sha256_of(path) for path in companion_files(model.companions)}
     config = read_json(model.companions, _CONFIG)
     if config is not None:
         told = {name: value for name, value in config.items() if name not in _NOTES}
         digests[_CONFIG] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return digests
-
-
-def _verifier_digests(names: Iterable[str]) -> dict[str, str]:
-    """Digests of the files of verifiers of the user's own."""
-    found = {}
-    for name in names:
-        spec = importlib.util.find_spec(name.partition(":")[0]) if ":" in name else None
-        if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
-            found[name] = _file_digest(Path(spec.origin))
-    return found
 
 
 def _states(patterns: Sequence[str]) -> list[list[Any]]:
@@ -307,19 +296,10 @@ def _states(patterns: Sequence[str]) -> list[list[Any]]:
         for path in expand_patterns([pattern]):
             status = path.stat()
             if names_remote(pattern):
-                states.append([pattern, path.name, status.st_size, _file_digest(path)])
+                states.append([pattern, path.name, status.st_size, sha256_of(path)])
             else:
                 states.append([str(path), status.st_size, status.st_mtime_ns])
     return states
-
-
-def _file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _open(path: Path, label: str) -> Candidate:

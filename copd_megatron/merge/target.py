@@ -68,8 +68,14 @@ def refuse_to_overwrite(folder: Path, path: Path) -> None:
 
 
 def refuse_other_report(path: Path) -> None:
-    """Raises ConfigError if a report's place holds another JSON file, such as a model's config.json."""
-    if not path.exists():
+    """Raises ConfigError if a report's place holds another JSON file, such as a model's config.json, or files
+    of the report's other names without one."""
+    beside = [path.with_suffix(suffix) for suffix in (".md", ".png")]
+    if not os.path.lexists(path):
+        if there := next((other for other in beside if os.path.lexists(other)), None):
+            raise ConfigError(
+                f"merge: --report: {there} is there already and is of no report; give another name"
+            )
         return
     try:
         known = "branches" in load_file(path)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
+
+_PIECE_BYTES: Final = 8 << 20
 
 
 class FileState(NamedTuple):
@@ -66,6 +69,15 @@ def read_regular(path: Path, max_bytes: int, *, inside: Path | None = None) -> b
     if len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"grows beyond {max_bytes} bytes", str(path))
     return content
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a regular file, read in pieces. Raises OSError as ``open_regular``."""
+    digest = hashlib.sha256()
+    with open_regular(path, buffered=False) as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _inside(path: Path, folder: Path) -> Path:
