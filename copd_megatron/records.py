@@ -22,6 +22,10 @@ import numpy.typing as npt
 NATIVE = "native"
 """Component of a branch's own rows; rows that a teacher scored have the component of their edge."""
 
+LARGEST_REWARD = 1e9
+"""The most that a reward may be, with either sign. Means, squares and differences of such rewards are finite
+and readable wherever they are written."""
+
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 

@@ -54,6 +54,7 @@ def test_grades_in_order_over_both_kinds() -> None:
         ("hang", "timeout"),
         ("hang_in_c", "timeout"),
         ("nan", "bad_value"),
+        ("huge", "bad_value"),
     ],
 )
 def test_misbehaviour_scores_zero_and_leaves_the_others_alone(

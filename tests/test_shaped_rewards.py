@@ -15,12 +15,15 @@ from copd_megatron.data.samples import SampleRef, sample_from_record
 from copd_megatron.errors import BadSampleError
 from copd_megatron.metrics.reduction import Metrics
 from copd_megatron.metrics.step_clock import StepClock
+from copd_megatron.records import LARGEST_REWARD
 from copd_megatron.rewards import Grader, UnknownVerifierError, registry
 from copd_megatron.rewards.parsing.rows import read_grid, read_items
 from copd_megatron.rewards.parsing.syntax import NotUnderstoodError
 from copd_megatron.rewards.terms import Term, terms_of
 from copd_megatron.rewards.verifiers.point import one_point
+from copd_megatron.samples.record import from_line, rounded, to_line
 from tests.support.rollouts import rollout
+from tests.test_samples import make
 
 
 def grade(name: str, response: str, answer: str, **metadata: Any) -> float:
@@ -210,6 +213,24 @@ def test_terms_of_a_branch() -> None:
             assert [r.reward for r in shaped.grade(rollouts)] == pytest.approx([1.0, 0.9, 0.1])
             assert [r.reward for r in plain.grade(rollouts)] == [1.0, 1.0, 0.0]
             assert [r.reward for r in shaped.grade(rollouts, {})] == [1.0, 1.0, 0.0], "by the sample's alone"
+
+
+def test_every_reward_that_a_grader_gives_can_be_read_back_from_the_samples(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of a verifier, and of several whose weighted sum alone is too large."""
+    shaped = RewardConfig(verifiers=["numeric"], terms={"sample": 1e9, "format": 1e9})
+    responses = [rollout("<think>.</think>Answer: 4", "4", "numeric"), rollout("Answer: 4", "4", "numeric")]
+    with Grader(shaped, terms=shaped.terms) as grader:
+        too_much, most = (r.reward for r in grader.grade(responses))
+        assert grader.counters()["failed_numeric_bad_value"] == 1
+    assert (
+        "verifier 'numeric' failed" in caplog.text and "returned 2000000000.0; a reward lies" in caplog.text
+    )
+    assert (too_much, most) == (0.0, LARGEST_REWARD)
+    sample = make(reward=most, student=rounded([-LARGEST_REWARD]), teacher=rounded([-1e10]))
+    again = from_line(to_line(sample), "here")
+    assert (again.reward, again.student, again.teacher) == (most, [-LARGEST_REWARD], [None])
 
 
 def test_evaluations_in_a_run_grade_by_the_samples_verifier(monkeypatch: pytest.MonkeyPatch) -> None:

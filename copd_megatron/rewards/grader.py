@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 from copd_megatron.config.schema import RewardConfig
-from copd_megatron.records import Prompt, Rollout
+from copd_megatron.records import LARGEST_REWARD, Prompt, Rollout
 from copd_megatron.rewards import registry
 from copd_megatron.rewards.final_answer import Source, final_answer
 from copd_megatron.rewards.isolation import Call, Outcome, PoolRun, WorkerPool
@@ -27,10 +26,10 @@ class Grader:
     """Runs the verifiers that rollouts name.
 
     Cheap verifiers run here, the others in processes of their own (``isolation.py``) under
-    ``timeout_seconds`` each. A verifier that raises, hangs, dies or returns no finite number scores its
-    sample 0; that is counted by verifier and reason, and logged with the sample's name (the first few of each
-    kind). Truncated responses are graded like all others. Equal responses to one prompt are graded once per
-    call.
+    ``timeout_seconds`` each. A verifier that raises, hangs, dies or returns no number within
+    ``LARGEST_REWARD`` scores its sample 0; that is counted by verifier and reason, and logged with the
+    sample's name (the first few of each kind). Truncated responses are graded like all others. Equal
+    responses to one prompt are graded once per call.
 
     A response that nobody had time to grade is another matter: its reward stays None, it is counted as
     ``ungraded``, and whoever trains on rewards leaves it out.
@@ -111,10 +110,11 @@ class Grader:
             self._counts["ungraded"] += 1
             return None
         self._counts["graded"] += 1
-        return sum(
+        total = sum(
             share.weight * self._settle(share.prompt, rollout.sample_index, outcome)
             for share, outcome in zip(shares, found, strict=True)
         )
+        return self._settle(rollout.prompt, rollout.sample_index, Outcome(value=total))
 
     def counters(self) -> dict[str, int]:
         """Totals since the start: ``graded``, ``failed`` (of these), ``failed_<verifier>_<reason>``, and
@@ -162,8 +162,8 @@ class Grader:
     def _settle(self, prompt: Prompt, sample_index: int, outcome: Outcome) -> float:
         """The value that counts; a failure is counted and logged."""
         value, reason, message = outcome.value, outcome.reason, outcome.message
-        if value is not None and not math.isfinite(value):
-            reason, message = "bad_value", f"returned {value}"
+        if value is not None and not abs(value) <= LARGEST_REWARD:  # NaN, too
+            reason, message = "bad_value", f"returned {value}; a reward lies within ±{LARGEST_REWARD:g}"
         if value is not None and reason is None:
             return value
         kind = f"failed_{prompt.verifier}_{reason}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
@@ -11,14 +10,11 @@ from itertools import pairwise
 from typing import Any
 
 from copd_megatron.errors import DataError
+from copd_megatron.records import LARGEST_REWARD
 from copd_megatron.untrusted.json_text import load_object, made
 
 MAX_TEXT_CHARACTERS = 4096
 """Longest gold answer, and longest metadata as JSON, that is kept."""
-
-
-_LARGEST = 1e9
-"""Of log-probabilities and rewards."""
 
 
 class Kind(Enum):
@@ -156,15 +152,16 @@ def _check_tokens(sample: Sample) -> None:
     if len(counts) != 1:
         raise ValueError(f"its per-token lists differ in length: {sorted(counts)}")
     known = [*sample.student, *(sample.teacher or ()), sample.reward]
-    if any(value is not None and abs(value) > _LARGEST for value in known):
-        raise ValueError(f"a log-probability or the reward is beyond {_LARGEST:g}")
+    if any(value is not None and abs(value) > LARGEST_REWARD for value in known):
+        raise ValueError(f"a log-probability or the reward is beyond {LARGEST_REWARD:g}")
     if min(sample.lengths, default=0) < 0 or sum(sample.lengths) != len(sample.response):
         raise ValueError("the lengths of its tokens do not add up to the response")
 
 
 def rounded(logprobs: Sequence[float]) -> list[float | None]:
-    """Log-probabilities to four decimals, as they are kept; None for what is not finite."""
-    return [round(float(value), 4) if math.isfinite(value) else None for value in logprobs]
+    """Log-probabilities to four decimals, as they are kept; None for what is not finite, or is beyond what is
+    read."""
+    return [round(float(value), 4) if abs(value) <= LARGEST_REWARD else None for value in logprobs]
 
 
 def bounded_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

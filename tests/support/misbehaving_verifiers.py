@@ -41,12 +41,14 @@ def by_command(response: str, answer: str, metadata: Mapping[str, Any]) -> float
             print("this must not reach the answers")
         case ["nan"]:
             return float("nan")
+        case ["huge"]:
+            return -1e200
         case ["text"]:
             return "correct"  # type: ignore[return-value]
         case ["pid"]:
             return float(os.getpid())
         case ["hash"]:
-            return float(hash("hashing is seeded"))
+            return float(hash("hashing is seeded") % 1_000_003)
         case ["random"]:
             return random.random()
         case ["variables"]:
