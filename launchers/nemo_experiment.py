@@ -18,15 +18,17 @@ Recipes, each followed by an evaluation of what it made:
             the mean of the experts is the model
 
 A task starts when the tasks that it needs are done (experts, then distillation, then evaluation). Independent
-tasks run in parallel on SLURM. ``--dry-run`` shows the tasks with their configurations. A task that is
-started again continues from its newest valid checkpoint; on SLURM this happens automatically after a failure
-or at the time limit (--retries).
+tasks run in parallel on SLURM. ``--dry-run`` shows the tasks with their configurations. Settings, models and
+data are checked before the first task starts; with --ssh, which has models and data elsewhere, the settings
+alone. A task that is started again continues from its newest valid checkpoint; on SLURM this happens
+automatically after a failure or at the time limit (--retries).
 Results are in ``<out>/<task>``; ``<out>`` is ``runs/<run.name>_experiment`` by default.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -35,9 +37,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from copd_megatron.config import ConfigError, load_config, to_yaml, validate
+from copd_megatron.config import Config, ConfigError, load_config, read_model_shapes, to_yaml, validate
+from copd_megatron.launch.device import check_device
 from copd_megatron.launch.placement import PlacementError, place
-from copd_megatron.recipes.experiments.base import Task, tasks_of
+from copd_megatron.launch.preflight import check_files, named_verifiers
+from copd_megatron.metrics.places import check_textfile
+from copd_megatron.recipes.experiments.base import Task, as_it_starts, tasks_of
+from copd_megatron.rewards.registry import refuse_unknown
 from copd_megatron.topology.layout import Layout
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -96,6 +102,27 @@ def nodes_of(task: Task, ranks_per_node: int) -> tuple[int, int]:
             "sbatch launchers/three_branch.sh, which assigns ranks to nodes freely"
         )
     return nodes, per_node
+
+
+def check(config: Config, arguments: argparse.Namespace) -> None:
+    """Refuses what a task could not start with, as far as it can be known here: with --ssh models and data
+    are somewhere else. Verifiers of one's own and packages are in the tasks' environment; a task asks for
+    them when it starts.
+
+    Raises:
+        ValueError: with the setting and the remedy.
+    """
+    if arguments.ssh:
+        validate(config, world_size=None, model=None)
+        return
+    with contextlib.chdir(arguments.workdir):
+        if arguments.executor == "local":
+            check_device(config)
+            check_textfile(config.logging.prometheus)
+        validate(config, world_size=None, model=read_model_shapes(config))
+        for name in named_verifiers(config):
+            refuse_unknown(name)
+        check_files(config)
 
 
 def ssh_target(text: str) -> tuple[str, str, int]:
@@ -190,8 +217,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = arguments.out or Path("runs") / f"{config.run.name}_experiment"
         out = arguments.workdir / out
         tasks = tasks_of(config, arguments.recipes, out)
+        checked: list[Config] = []
         for task in tasks:
-            validate(task.config, world_size=None, model=None)
+            if (settings := as_it_starts(task, config, tasks)) not in checked:
+                check(settings, arguments)
+                checked.append(settings)
             if arguments.executor == "slurm":
                 nodes_of(task, arguments.ranks_per_node)
     except (ConfigError, PlacementError, ValueError) as error:

@@ -28,6 +28,7 @@ from copd_megatron.plugins import EXPERIMENTS
 from copd_megatron.recipes.experiments.base import tasks_of
 from tests.support.checkpoint_runs import BRANCHES, prepare, write_config
 from tests.support.commands import ROOT
+from tests.support.domains import make_domains
 from tests.support.models import make_model
 from tests.support.slurm_cluster import Cluster, needs_slurm
 
@@ -50,6 +51,7 @@ def nemo() -> ModuleType:
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("nemo")
     make_model(root / "base", seed=1)
+    make_domains(root / "data", num_train=8, num_validation=4)
     return write_config(root, {"alpha": {"tensor_model_parallel_size": 2}, "beta": {}})
 
 
@@ -81,6 +83,65 @@ def test_recipes_become_tasks_that_wait_for_each_other(nemo: ModuleType, config_
     assert tasks["evaluate_opd"].evaluates[-1] == "/out/opd/export/alpha"
     assert tasks["evaluate_copd"].evaluates == ("/out/copd/export/merged",)
     assert load_config(config_path) == config, "the given configuration is not changed"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.path=/nowhere"], r"model\.path: /nowhere"),
+        (["branches.alpha.data.train=[/nowhere/x.tar]"], "no shard matches '/nowhere/x.tar'"),
+        (["branch_defaults.reward.verifiers=[nosuch]"], "unknown verifier 'nosuch'"),
+        (["branch_defaults.reward.terms={sample: 1, nosuch: 1}"], "unknown verifier 'nosuch'"),
+        (["opd.objective=topk", "opd.distribution.top_k=100000"], r"top_k: 100000 is more than the"),
+        (["branches.alpha.parallel.tensor_model_parallel_size=3"], "3 does not divide the model's"),
+        (["logging.prometheus.textfile=/nowhere/x.prom"], "/nowhere is not a folder"),
+        (["end.export=false", "end.merge=false"], "end.export: false, but task evaluate_copd reads"),
+        (
+            ["end.export=false", "--recipes", "opd"],
+            "end.export: false, but task opd reads what task expert_alpha",
+        ),
+        (["--recipes", "copd", "copd"], "--recipes copd copd: makes two tasks of the name copd"),
+    ],
+)
+@pytest.mark.parametrize("executor", ["local", "slurm"])
+def test_what_no_task_could_start_with_is_refused_before_the_first_one(
+    nemo: ModuleType,
+    config_path: Path,
+    words: list[str],
+    message: str,
+    executor: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = ["--executor", executor, "--ranks-per-node", "8", "--dry-run"]
+    accepted = executor == "slurm" and "textfile" in words[0]  # of another machine
+    assert nemo.main([str(config_path), *where, *words]) == (0 if accepted else 2)
+    assert accepted or re.search(message, capsys.readouterr().err)
+
+
+def test_over_ssh_only_settings_are_checked(
+    nemo: ModuleType, config_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = [str(config_path), "model.path=/there/model", "--executor", "slurm", "--dry-run"]
+    there += ["--ssh", "me@login", "--job-dir", "/there/jobs"]
+    assert nemo.main([*there, "--recipes", *EXPERIMENTS.known()]) == 0
+    assert nemo.main([*there, "optimizer.lr=-1"]) == 2
+    assert "optimizer.lr: -1.0 must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("reward.terms", "{sample: 0.5, exact: 0.5}"),
+        ("rollout.stop", "['#']"),
+        ("rollout.temperature", "0.7"),
+        ("num_generations_per_prompt", "8"),
+        ("data.shuffle", "false"),
+    ],
+)
+def test_mixed_data_needs_branches_that_learn_in_one_way(config_path: Path, key: str, value: str) -> None:
+    config = load_config(config_path, [f"branches.beta.{key}={value}"])
+    with pytest.raises(ConfigError, match=rf"recipe mixed: .*branches\.<name>\.{re.escape(key)} differs"):
+        tasks_of(config, ["mixed"], Path("/out"))
 
 
 def test_mixed_data_draws_from_all_branches_with_the_combined_budget(config_path: Path) -> None:

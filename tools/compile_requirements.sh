@@ -37,7 +37,7 @@ compile_list cpu "Everything for machines without a GPU, tests and checks includ
     pyproject.toml --extra cpu --extra dev "$@"
 compile_list gpu "Everything for machines with NVIDIA GPUs (CUDA 13), tests and checks included." \
     pyproject.toml --extra gpu --extra dev "$@"
-# The launching environment has none of the package's own dependencies but omegaconf.
+# The launching environment has none of the package's own dependencies but what reads settings and data.
 python3 - >"$scratch/launch.in" <<'EOF'
 import re
 text = open("pyproject.toml", encoding="utf-8").read()

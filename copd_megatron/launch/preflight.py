@@ -82,11 +82,32 @@ def check_inputs(config: Config) -> dict[str, int]:
     check_packages(config.logging)
     if os.environ.get("RANK", "0") == "0":
         check_textfile(config.logging.prometheus)
+    registry.check_requirements(named_verifiers(config))
+    return check_files(config)
+
+
+def named_verifiers(config: Config) -> list[str]:
+    """Verifiers that the settings name."""
+    branches = config.branches.values()
+    return [
+        name
+        for branch in branches
+        for name in (*branch.reward.verifiers, *branch.reward.terms)
+        if name != OWN
+    ]
+
+
+def check_files(config: Config) -> dict[str, int]:
+    """What ``check_inputs`` reads of models and data, which needs none of the packages that a run needs.
+
+    Returns:
+        Training samples of each domain that has any.
+
+    Raises:
+        ConfigError, DataError: something is missing or cannot be used.
+    """
     check_tokenizers(config)
     check_processors(config, read_model_shapes(config))
-    for branch in config.branches.values():
-        terms = [name for name in branch.reward.terms if name != OWN]
-        registry.check_requirements([*branch.reward.verifiers, *terms])
     num_samples, lengths = {}, PromptLengths(config)
     for domain in all_domains(config):
         branch = config.branches[domain.branch]

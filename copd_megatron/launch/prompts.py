@@ -59,11 +59,12 @@ class PromptLengths:
     def _tokenizer(self, folder: str) -> Any:
         """None: it has none in this form, or a damaged one, of which the ranks will complain."""
         if folder not in self._read:
-            from tokenizers import Tokenizer  # type: ignore[import-untyped]
-
             self._read[folder] = None
             path = Path(folder).expanduser() / _TOKENIZER
             try:
+                # not in the environment of launchers/nemo_experiment.py
+                from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
                 text = read_regular(path, _MAX_TOKENIZER_BYTES).decode("utf-8")
                 self._read[folder] = Tokenizer.from_str(text)
             except Exception:  # the parser raises plain exceptions

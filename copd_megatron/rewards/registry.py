@@ -115,6 +115,15 @@ def get(name: str) -> Verifier:
     if name in known():
         importlib.import_module(f"{builtin.__name__}.{name}")
         return _registered[name]
+    refuse_unknown(name)
+    raise AssertionError("known names have been imported above")
+
+
+def refuse_unknown(name: str) -> None:
+    """Raises UnknownVerifierError, with the nearest name, for one that is neither built in nor registered nor
+    a path. Imports no verifier."""
+    if ":" in name or name in known():
+        return
     near = difflib.get_close_matches(name, known(), n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     raise UnknownVerifierError(

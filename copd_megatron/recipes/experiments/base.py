@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from copd_megatron.config import Config
+from copd_megatron.config import Config, ConfigError
 from copd_megatron.config.schema import Topology
 from copd_megatron.plugins import EXPERIMENTS
 
@@ -57,13 +58,55 @@ def tasks_of(config: Config, names: Sequence[str], out: Path) -> list[Task]:
         out: folder below which every task has its run directory.
 
     Raises:
-        ConfigError: an unknown name, or an experiment that the configuration does not suit.
+        ConfigError: an unknown name, one that is given twice, or an experiment that the configuration does
+            not suit.
     """
     tasks: list[Task] = []
     for name in names:
         experiment: Experiment = EXPERIMENTS.load(name, "--recipes")
         tasks += experiment(config, out)
+    counts = Counter(task.name for task in tasks)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ConfigError(
+            f"--recipes {' '.join(names)}: makes two tasks of the name {twice[0]}, which would write to the "
+            "same folder; name each recipe once"
+        )
+    for task in tasks:
+        if task.trains:
+            _check_exports(task, tasks)
     return tasks
+
+
+def _check_exports(task: Task, tasks: Sequence[Task]) -> None:
+    """Raises ConfigError if another task needs weights that a training would not write."""
+    end, folder = task.config.end, Path(str(task.config.run.dir)) / "export"
+    merges = end.merge and sum(not branch.frozen for branch in task.config.branches.values()) > 1
+    if end.export or merges:  # a merge needs the exports and writes them in any case
+        return
+    for other in tasks:
+        merged = () if other.merge is None else other.merge.models
+        started = [branch.model_path for branch in other.config.branches.values() if branch.model_path]
+        if any(Path(needed).is_relative_to(folder) for needed in (*other.evaluates, *merged, *started)):
+            raise ConfigError(
+                f"end.export: false, but task {other.name} reads what task {task.name} is to export; set "
+                "end.export=true"
+            )
+
+
+def as_it_starts(task: Task, config: Config, tasks: Sequence[Task]) -> Config:
+    """A task's configuration as it can be checked before any task has run: where a branch starts from what
+    another task will export, the model that it was trained from stands in.
+
+    Args:
+        config: what the tasks were made from.
+    """
+    folders = [Path(str(other.config.run.dir)) / "export" for other in tasks if other.trains]
+    checked = copy.deepcopy(task.config)
+    for name, branch in checked.branches.items():
+        made = branch.model_path and any(Path(branch.model_path).is_relative_to(f) for f in folders)
+        if made:
+            branch.model_path = config.branches[name].model_path if name in config.branches else None
+    return checked
 
 
 def run_of(config: Config, out: Path, name: str) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from pathlib import Path
 
 from copd_megatron.config import Config, ConfigError
@@ -18,17 +19,27 @@ from copd_megatron.recipes.experiments.base import (
 
 NAME = "mixed"
 """Of the run and of its only branch."""
+_ALIKE = (
+    "data.difficulty",
+    "data.shuffle",
+    "reward.terms",
+    "num_generations_per_prompt",
+    *(f"rollout.{name}" for name in ("temperature", "top_p", "top_k", "stop", "over_sampling")),
+    *("rollout.partial_rollouts", "rollout.quantization"),
+)
+"""Settings that decide what a branch learns from, and that one branch can have in one way only."""
 
 
 def mixed(config: Config, out: Path) -> list[Task]:
     """A run whose only branch draws from the pools of all branches, and an evaluation of it.
 
     It draws as many prompts from each pool as the branches together would in both phases, native prompts
-    only: with K branches of equal size it has K times as many steps. Ranks and sampling are the first
+    only: with K branches of equal size it has K times as many steps. Ranks and vLLM's settings are the first
     branch's; prompts and responses may be as long as the longest of any branch.
 
     Raises:
-        ConfigError: the branches start from different models, or choose prompts by difficulty differently.
+        ConfigError: the branches start from different models, or choose prompts, sample or reward responses
+            differently.
     """
     models = {branch.model_path for branch in config.branches.values()}
     if len(models) > 1:
@@ -37,12 +48,13 @@ def mixed(config: Config, out: Path) -> list[Task]:
             f"recipe mixed: one model learns from all branches' data, but the branches start from {named}; "
             "give them the same branches.<name>.model_path, or none"
         )
-    choices = [branch.data.difficulty for branch in config.branches.values()]
-    if any(choice != choices[0] for choice in choices):
-        raise ConfigError(
-            "recipe mixed: one branch draws from all pools, but branches.<name>.data.difficulty differs "
-            "between the branches; give them the same, for example under branch_defaults"
-        )
+    for setting in _ALIKE:
+        values = [attrgetter(setting)(branch) for branch in config.branches.values()]
+        if any(value != values[0] for value in values):
+            raise ConfigError(
+                f"recipe mixed: one branch draws from all pools, but branches.<name>.{setting} differs "
+                "between the branches; give them the same, for example under branch_defaults"
+            )
     run = run_of(config, out, NAME)
     sizes = {name: branch.num_prompts_per_step for name, branch in run.branches.items()}
     schedule = config.schedule
