@@ -7,6 +7,7 @@ import argparse
 import ast
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -24,7 +25,11 @@ from copd_megatron.cli.group import Command, LazyGroup
 from copd_megatron.cli.main import main
 from copd_megatron.cli.parameters import Finite
 from copd_megatron.config import load_config
+from copd_megatron.data.pass_rates import PassRateWriter, read_pass_rates
+from copd_megatron.data.shards import ShardSet
 from copd_megatron.errors import EXIT_HOPELESS, ConfigError, DataError, DivergedError, RunStorageError
+from copd_megatron.untrusted.whole_file import write_whole
+from tests.support.shards import write
 from tests.support.watched_copd import watched_copd
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,7 +254,12 @@ def _fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
         (FileNotFoundError("no such thing; give another"), 2, "copd: no such thing; give another\n"),
         (PermissionError(13, "Permission denied", "/x/y"), 2, "copd: /x/y: Permission denied\n"),
         (IsADirectoryError(21, "Is a directory", "/x"), 2, "copd: /x: Is a directory\n"),
-        (OSError(28, "No space left on device", "/x/y"), 1, "copd: /x/y: No space left on device\n"),
+        (
+            OSError(28, "full", "/x/y"),
+            1,
+            "copd: /x/y: full; free some room there, or write to another folder\n",
+        ),
+        (OSError(30, "Read-only", "/x"), 1, "copd: /x: Read-only; write to another folder\n"),
         (CheckpointError("x is damaged"), 1, "copd: x is damaged\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
@@ -264,6 +274,45 @@ def test_errors_are_told_and_have_their_status(
     _fail_with(error, monkeypatch)
     assert main(["fails"]) == status
     assert capsys.readouterr().err == message
+
+
+def test_a_command_that_was_a_world_of_its_own_is_no_rank_of_a_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command("fails")
+    def command() -> int:
+        from copd_megatron.topology.single import single_process
+
+        with single_process():
+            assert os.environ["RANK"] == "0"
+            raise OSError(28, "No space left on device", "/x/verdicts.jsonl")
+
+    _fail_with(OSError(), monkeypatch)
+    monkeypatch.setattr(sys.modules["tests.fails"], "command", command)
+    before = set(os.environ)
+    assert main(["fails"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("copd: /x/verdicts.jsonl: No space left on device; free") and said.count("\n") == 1
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & (set(os.environ) - before)
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """An error of an open file says nothing of which one it is."""
+    shards = ShardSet.open([write(tmp_path, 3)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = PassRateWriter(tmp_path / "rates.jsonl", {"num_samples": 1}, shards, "toy")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with writer, pytest.raises(OSError, match="File too large") as raised:
+            writer.append({"prompt": f"{i}", "num_correct": 1, "num_samples": 1} for i in range(200))
+        assert raised.value.filename == str(tmp_path / "rates.jsonl")
+        with pytest.raises(OSError, match="File too large") as raised:
+            write_whole(tmp_path / "table.json", b"x" * 8192)
+        assert raised.value.filename == str(tmp_path / "table.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not read_pass_rates(tmp_path / "rates.jsonl").num_correct, "whole or not at all"
+    assert not (tmp_path / "table.json").exists()
 
 
 @pytest.mark.parametrize("variable", ["RANK", "COPD_TRACEBACK"])

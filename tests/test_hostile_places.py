@@ -432,6 +432,7 @@ MAY_WRITE = {
     "rewards/worker.py": "nowhere",
     "tiny/base.py": "a folder that it has just made",
     "tiny/tasks/encode.py": "memory",
+    "untrusted/whole_file.py": "what it has just opened",
 }
 """Modules that open files plainly for writing, and where these lie."""
 

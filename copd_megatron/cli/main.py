@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,12 @@ _MISTAKES = (
     NotADirectoryError,
     PermissionError,
 )
+
+_REMEDIES: Final = {
+    errno.ENOSPC: "free some room there, or write to another folder",
+    errno.EDQUOT: "free some room there, or write to another folder",
+    errno.EROFS: "write to another folder",
+}
 
 EXAMPLES = """
     copd doctor                                                 what this machine can do
@@ -132,6 +139,8 @@ def _told(error: Exception, status: int) -> int:
     message = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         message = f"{error.filename}: {error.strerror}"
+        if error.errno in _REMEDIES and ";" not in error.strerror:
+            message += f"; {_REMEDIES[error.errno]}"
     say(f"copd: {message}", file=sys.stderr)
     return status
 

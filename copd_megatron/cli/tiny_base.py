@@ -13,6 +13,7 @@ from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import COUNT, PATH, SEED
 from copd_megatron.cli.progress import StepLines
+from copd_megatron.untrusted.whole_file import naming
 
 if TYPE_CHECKING:  # read when the command runs, so that the list of commands is there at once
     from copd_megatron.tiny.recipe import TextBase
@@ -49,8 +50,9 @@ def command(kind: str, out: Path, data: Path | None, seed: int, steps: int | Non
     recipe = _recipe(kind, steps)
     started = time.monotonic()
     try:
-        _make_data(data or out.with_name(f"{out.name}_data"), recipe)
-        made = _make_base(out, recipe, seed)
+        with naming(out):
+            _make_data(data or out.with_name(f"{out.name}_data"), recipe)
+            made = _make_base(out, recipe, seed)
     except TinyBaseError as error:
         raise click.ClickException(str(error)) from error
     ending = f"made in {time.monotonic() - started:.0f} s" if made else "is there already"

@@ -12,7 +12,6 @@ a shard that was written again.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,7 @@ from copd_megatron.data.sole_writer import write_alone
 from copd_megatron.errors import DataError
 from copd_megatron.untrusted.json_text import load_object, made
 from copd_megatron.untrusted.regular_file import open_regular
-from copd_megatron.untrusted.whole_file import open_appending
+from copd_megatron.untrusted.whole_file import append_whole, naming, open_appending
 
 
 @dataclass(kw_only=True)
@@ -160,7 +159,7 @@ class PassRateWriter:
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = io.BufferedWriter(open_appending(self.path))
+        self._file = open_appending(self.path)
         try:
             self._lock()
             begun = read_pass_rates(self.path)
@@ -185,10 +184,15 @@ class PassRateWriter:
             raise
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Writes lines and waits until they are on the disk."""
-        self._file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Writes lines and waits until they are on the disk.
+
+        Raises:
+            OSError: there is no room for them; none is written.
+        """
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        append_whole(self._file, text.encode())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self

@@ -16,12 +16,12 @@ from typing import Any
 
 from copd_megatron.data.sole_writer import write_alone
 from copd_megatron.errors import DataError
-from copd_megatron.metrics.writers import append_whole, drop_torn_line
+from copd_megatron.metrics.writers import drop_torn_line
 from copd_megatron.records import Prompt, Rollout
 from copd_megatron.rewards.final_answer import final_answer
 from copd_megatron.untrusted.json_text import lines_of, load_object, loadable, made
 from copd_megatron.untrusted.regular_file import open_regular
-from copd_megatron.untrusted.whole_file import open_appending, write_whole
+from copd_megatron.untrusted.whole_file import append_whole, open_appending, write_whole
 
 _MAX_ANSWER_CHARACTERS = 200
 

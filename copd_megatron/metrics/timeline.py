@@ -24,10 +24,10 @@ from typing import Any
 
 from copd_megatron.errors import DataError
 from copd_megatron.metrics.rank_log import RankPlace
-from copd_megatron.metrics.writers import append_whole, drop_torn_line
+from copd_megatron.metrics.writers import drop_torn_line
 from copd_megatron.untrusted.json_text import lines_of, load_object, made
 from copd_megatron.untrusted.regular_file import open_regular
-from copd_megatron.untrusted.whole_file import open_appending, write_whole
+from copd_megatron.untrusted.whole_file import append_whole, open_appending, write_whole
 
 logger = logging.getLogger(__name__)
 

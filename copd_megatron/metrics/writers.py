@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
 from copd_megatron.errors import DataError, RunStorageError
 from copd_megatron.untrusted.json_text import kind_of, lines_of, load_object, loadable
 from copd_megatron.untrusted.regular_file import open_regular
-from copd_megatron.untrusted.whole_file import open_appending, replacing
+from copd_megatron.untrusted.whole_file import append_whole, open_appending, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -134,23 +132,6 @@ class JsonlWriter:
                         "remove the line, or move the file away"
                     ) from error
                 yield text, step
-
-
-def append_whole(file: FileIO, data: bytes) -> None:
-    """Appends all of ``data`` to an unbuffered file, or nothing.
-
-    Raises:
-        OSError: nothing was appended: the disk is full, for example.
-    """
-    begin = os.fstat(file.fileno()).st_size
-    left = memoryview(data)
-    try:
-        while left:
-            left = left[file.write(left) :]
-    except OSError:
-        with contextlib.suppress(OSError):
-            file.truncate(begin)
-        raise
 
 
 def drop_torn_line(path: Path) -> None:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from copd_megatron.topology.loopback import only_this_machine
 
+_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
 
 @contextlib.contextmanager
 def single_process() -> Iterator[str]:
@@ -22,6 +24,7 @@ def single_process() -> Iterator[str]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) != 1:
         raise RuntimeError("this command runs as one process: start it without torchrun or srun")
+    before = dict(os.environ)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **only_this_machine()}
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -29,3 +32,6 @@ def single_process() -> Iterator[str]:
         yield uuid.uuid4().hex[:12]
     finally:
         dist.destroy_process_group()
+        for name in _OF_RANKS:  # whoever tells of an error should not take this for a rank of a job
+            if name not in before:
+                os.environ.pop(name, None)

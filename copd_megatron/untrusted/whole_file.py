@@ -17,6 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Final
 
+_OF_WRITING: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _NAME_LETTERS: Final = 150
 """Of a file's name in that of its partial file, so that it does not exceed the usual 255 bytes by much."""
 
@@ -53,7 +54,7 @@ def replacing(
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     file = os.fdopen(os.open(partial, flags, 0o666), "wb")
     try:
-        with file:
+        with naming(target), file:
             yield file
             file.flush()
             if mode is not None:
@@ -66,6 +67,35 @@ def replacing(
         raise
     if durable:
         sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An error of writing, which names no file when it comes of an open one, gets the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _OF_WRITING:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise
+
+
+def append_whole(file: FileIO, data: bytes) -> None:
+    """Appends all of ``data`` to an unbuffered file, or nothing.
+
+    Raises:
+        OSError: nothing was appended: the disk is full, for example; it names the file.
+    """
+    begin = os.fstat(file.fileno()).st_size
+    left = memoryview(data)
+    try:
+        with naming(file.name):
+            while left:
+                left = left[file.write(left) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(begin)
+        raise
 
 
 def open_appending(path: str | os.PathLike[str], *, anew: bool = False) -> FileIO:
@@ -87,7 +117,8 @@ def open_appending(path: str | os.PathLike[str], *, anew: bool = False) -> FileI
             raise OSError(errno.EINVAL, "is no regular file", str(path))
         if anew:
             os.ftruncate(descriptor, 0)
-        return os.fdopen(descriptor, "a+b", buffering=0)
+        # opened by its name, which errors of writing need
+        return open(path, "a+b", buffering=0, opener=lambda *_: descriptor)
     except BaseException:
         os.close(descriptor)
         raise
