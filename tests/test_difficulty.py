@@ -27,7 +27,7 @@ from copd_megatron.launch.preflight import check_inputs
 from tests.support.commands import copd
 from tests.support.domains import make_domains
 from tests.support.models import make_model
-from tests.support.shards import write
+from tests.support.shards import with_other_questions, write
 from tests.support.text_streams import reader_of
 
 N = 8
@@ -215,6 +215,24 @@ def test_a_prompt_without_a_pass_rate_is_named(scored: tuple[Path, ShardSet], tm
     other = ShardSet.open([write(tmp_path / "other", 13, shard_size=7)])
     with pytest.raises(DataError, match=r"toy-train-000000\.tar has changed since it was scored"):
         load_difficulty(domain_of(path), DifficultyConfig(), other)
+    pattern = str(shards.indexes[0].path.parent / "toy-train-*.tar")
+    other = ShardSet.open([with_other_questions(pattern, tmp_path / "questions")])
+    with pytest.raises(DataError, match=r"toy-train-000000\.tar has changed since it was scored"):
+        read_pass_rates(path).check_shards(other, "text")
+
+
+def test_rates_of_an_earlier_version_are_taken_with_a_word(
+    scored: tuple[Path, ShardSet], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, shards = scored
+    text = path.read_text()
+    for index in shards.indexes:
+        text = text.replace(index.fingerprint, index.outline)
+    read_pass_rates(path).check_shards(shards, "text")
+    assert not caplog.records
+    path.write_text(text)
+    read_pass_rates(path).check_shards(shards, "text")
+    assert "knew names and sizes of the samples of shard" in caplog.text
 
 
 def test_a_digest_tells_models_apart_but_not_copies(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from copd_megatron.data import (
 from copd_megatron.data.convert.write import write_shards
 from copd_megatron.data.order import epoch_order
 from tests.support.byte_tokenizer import byte_tokenizer
-from tests.support.shards import new_sample, record, write, write_raw
+from tests.support.shards import new_sample, record, with_other_questions, write, write_raw
 from tests.support.text_streams import chat_tokenizer, plain_tokenizer, reader_of, stream_of
 
 if TYPE_CHECKING:
@@ -168,11 +168,19 @@ def test_sequence_does_not_depend_on_cuts_or_restarts(
     assert ids(stream.next(25)) == ids(whole.next(25))
 
 
-def test_restoring_onto_other_data_or_settings_is_an_error(tmp_path: Path) -> None:
+def test_restoring_onto_other_data_or_settings_is_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pattern = write(tmp_path / "a", 20)
     state = stream_of(pattern).state_dict()
     with pytest.raises(DataError, match=r"shards changed \(fingerprint.*Put back the shards"):
         stream_of(write(tmp_path / "b", 21)).load_state_dict(state)
+    others = stream_of(with_other_questions(pattern, tmp_path / "c"))
+    with pytest.raises(DataError, match=r"shards changed \(fingerprint.*Put back the shards"):
+        others.load_state_dict(state)
+    assert not caplog.records
+    others.load_state_dict({**state, "fingerprint": others.reader.shards.outline})
+    assert "of an earlier version, which knew names and sizes" in caplog.text
     with pytest.raises(DataError, match=r"seed was 1, is 2.*Restore run\.seed"):
         stream_of(pattern, seed=2).load_state_dict(state)
     with pytest.raises(DataError, match=r"shuffle.*Restore data\.shuffle"):

@@ -23,7 +23,7 @@ from copd_megatron.data import (
 )
 from copd_megatron.data.convert.write import write_shards
 from copd_megatron.data.shards import shard_names
-from tests.support.shards import new_sample, record, scan_tar, write, write_raw
+from tests.support.shards import new_sample, record, scan_tar, with_other_questions, write, write_raw
 
 # ---- finding shards ----------------------------------------------------------------------------------------
 
@@ -243,6 +243,28 @@ def test_fingerprint_tells_data_sets_apart(tmp_path: Path) -> None:
     one, two = ShardSet.open([write(tmp_path / "1", 20)]), ShardSet.open([write(tmp_path / "2", 20)])
     other = ShardSet.open([write(tmp_path / "3", 21)])
     assert one.fingerprint == two.fingerprint != other.fingerprint
+
+
+def test_fingerprint_tells_apart_what_differs_in_what_it_says_alone(tmp_path: Path) -> None:
+    """Written anew with other questions of equal lengths. Of a long member the ends count, and not its
+    middle."""
+    pattern = write(tmp_path / "one", 20)
+    one, other = (ShardSet.open([p]) for p in (pattern, with_other_questions(pattern, tmp_path / "other")))
+    assert one.outline == other.outline and one.fingerprint != other.fingerprint
+    assert one.indexes[0].outline == other.indexes[0].outline
+    assert one.indexes[0].fingerprint != other.indexes[0].fingerprint
+    found = set()
+    for number, video in enumerate((b"a" * 20_000, b"b" + b"a" * 19_999, b"a" * 19_999 + b"b", b"", b"a")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_raw(folder / "long.tar", [("1.json", record()), ("1.mp4", video)])
+        found.add(ShardSet.open([str(folder / "long.tar")]).fingerprint)
+    assert len(found) == 5
+    path = tmp_path / "one/toy-train-000000.tar"
+    changing = ShardSet.open([str(path)])
+    path.write_bytes(path.read_bytes() + bytes(512))
+    with pytest.raises(DataError, match="changed or replaced while in use"):
+        assert changing.fingerprint
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

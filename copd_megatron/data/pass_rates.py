@@ -13,6 +13,7 @@ a shard that was written again.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from copd_megatron.errors import DataError
 from copd_megatron.untrusted.json_text import load_object, made
 from copd_megatron.untrusted.regular_file import open_regular
 from copd_megatron.untrusted.whole_file import append_whole, naming, open_appending
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -50,7 +53,13 @@ class PassRates:
     def check_shards(self, shards: ShardSet, domain: str) -> None:
         """Raises DataError if a shard has changed since it was scored."""
         for index in shards.indexes:
-            if self.shards.get(index.name, index.fingerprint) != index.fingerprint:
+            known = self.shards.get(index.name)
+            if known == index.outline:
+                logger.warning(
+                    "%s is of an earlier version, which knew names and sizes of the samples of shard %s and "
+                    "not what they say: that it is the same is taken for granted", self.path, index.path,
+                )  # fmt: skip
+            elif known is not None and known != index.fingerprint:
                 raise DataError(
                     f"{self.path}: shard {index.path} has changed since it was scored, so its samples may be "
                     f"other prompts. Score {domain} anew: copd data difficulty with another --out."

@@ -12,6 +12,7 @@ shards written here, byte for byte its own, and that shards it writes are read.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -19,11 +20,11 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from copd_megatron.data.braces import MAX_ALTERNATIVES, alternatives
 from copd_megatron.data.globs import Budget, names_like
@@ -36,6 +37,7 @@ from copd_megatron.untrusted.regular_file import FileState, open_regular
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_HASHED_BYTES = 4096
 _REWRITE = "Write it again: the program that made it was probably interrupted."
 
 
@@ -146,9 +148,28 @@ class ShardIndex:
             spans = ",".join(f"{member.extension}:{member.size}" for member in members)
             yield f"{key}\0{spans}\n".encode()
 
-    @property
+    @cached_property
+    def contents(self) -> bytes:
+        """Hash of the beginning and the end of every member, ``_HASHED_BYTES`` each: of all that most samples
+        say, and little of a video. Raises DataError: the shard cannot be read any more, or has changed."""
+        digest = hashlib.blake2b(digest_size=16)
+        with _opened(self) as file:
+            for members in self.samples.values():
+                for member in members:
+                    head = min(member.size, _HASHED_BYTES)
+                    tail = min(member.size - head, _HASHED_BYTES)
+                    for size, offset in ((head, member.offset), (tail, member.offset + member.size - tail)):
+                        digest.update(os.pread(file.fileno(), size, offset) if size else b"")
+        return digest.digest()
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Hash of ``describe``."""
+        """Hash of ``describe`` and ``contents``."""
+        return hashlib.sha256(b"".join([*self.describe(), self.contents])).hexdigest()[:16]
+
+    @property
+    def outline(self) -> str:
+        """Hash of ``describe`` alone, which was the fingerprint in earlier versions."""
         return hashlib.sha256(b"".join(self.describe())).hexdigest()[:16]
 
 
@@ -253,12 +274,15 @@ class ShardSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the names, keys, extensions and sizes of all members, in order (not of their contents)."""
-        digest = hashlib.sha256()
-        for index in self.indexes:
-            for part in index.describe():
-                digest.update(part)
-        return digest.hexdigest()[:32]
+        """Hash of the names, keys, extensions and sizes of all members, in order, and of the beginning and
+        the end of each."""
+        parts = (part for index in self.indexes for part in (*index.describe(), index.contents))
+        return _hash_of(parts)
+
+    @cached_property
+    def outline(self) -> str:
+        """The same without beginnings and ends, which was the fingerprint in earlier versions."""
+        return _hash_of(part for index in self.indexes for part in index.describe())
 
     def where(self, ref: SampleRef) -> str:
         """Names the sample in messages: file and key."""
@@ -317,23 +341,37 @@ class ShardSet:
 
 def read_bytes(index: ShardIndex, member: Member) -> bytes:
     """Bytes of a member of a shard. Raises DataError: the shard cannot be read any more, or has changed."""
-    path = index.path
     # Opened for each read: no descriptors to share or leak, thread-safe, and cheap compared with a step.
+    with _opened(index) as file:
+        file.seek(member.offset)
+        data = bytearray()
+        while len(data) < member.size and (chunk := file.read(member.size - len(data))):
+            data += chunk
+    if len(data) < member.size:
+        raise DataError(f"shard {index.path}: became shorter while in use. Do not change it during a run.")
+    return bytes(data)
+
+
+@contextlib.contextmanager
+def _opened(index: ShardIndex) -> Iterator[BinaryIO]:
+    """A shard's file, as it was when it was indexed. Raises DataError as ``read_bytes``."""
+    path = index.path
     try:
         with open_regular(path, as_of=index.state, buffered=False) as file:
-            file.seek(member.offset)
-            data = bytearray()
-            while len(data) < member.size and (chunk := file.read(member.size - len(data))):
-                data += chunk
+            yield file
     except OSError as error:
         if error.errno == errno.ESTALE:
             raise DataError(
                 f"shard {path}: has been changed or replaced while in use. Do not change it during a run."
             ) from error
         raise DataError(f"shard {path}: cannot be read any more ({error}). Put it back.") from error
-    if len(data) < member.size:
-        raise DataError(f"shard {path}: became shorter while in use. Do not change it during a run.")
-    return bytes(data)
+
+
+def _hash_of(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:32]
 
 
 def check_shards(patterns: Sequence[str], verifiers: Collection[str] | None = None) -> ShardSet:

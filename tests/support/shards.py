@@ -30,6 +30,14 @@ def write(folder: Path, count: int, *, prefix: str = "toy-train", shard_size: in
     return str(folder / f"{prefix}-*.tar")
 
 
+def with_other_questions(pattern: str, folder: Path) -> str:
+    """Shards of the same names, with other questions of equal lengths; returns their pattern."""
+    folder.mkdir()
+    for path in Path(pattern).parent.glob(Path(pattern).name):
+        (folder / path.name).write_bytes(path.read_bytes().replace(b"What is", b"Half of"))
+    return str(folder / Path(pattern).name)
+
+
 def write_raw(path: Path, members: Sequence[tuple[str, bytes]]) -> str:
     """Writes a tar file of these members as they are; returns its path."""
     with tarfile.open(path, "w") as tar:
