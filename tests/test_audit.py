@@ -105,7 +105,7 @@ def test_a_case_is_graded_as_in_a_run() -> None:
         Case(name="terms", response="Answer: 4", verifier="weighted", metadata=terms, **common),
         Case(name="cut", response="so 4", verifier="numeric", truncated=True, **common),
     ]
-    crash, weighted, cut = audit(cases).verdicts
+    crash, weighted, cut = audit(cases, trusted=[COMMAND]).verdicts
     assert crash.failed and crash.disagrees
     assert weighted.reward == 0.75 and not weighted.disagrees
     assert cut.reward == 0.0 and not cut.failed

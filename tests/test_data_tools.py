@@ -455,15 +455,19 @@ def test_media_that_are_kept_on_purpose_are_metadata(tmp_path: Path) -> None:
 
 
 def test_verifiers_of_others_may_grade_as_they_like(tmp_path: Path) -> None:
-    own = "tests.support.misbehaving_verifiers:half_a_mark"
-    source = jsonl(tmp_path / "a.jsonl", {**GOOD, "verifier": own, "answer": "0.25"})
-    assert convert_jsonl([source], tmp_path / "out", "m", FieldMap()).num_train == 1
-    failing = jsonl(
-        tmp_path / "b.jsonl", {**GOOD, "verifier": "tests.support.misbehaving_verifiers:inline_raiser"}
+    own, raises = (f"tests.support.misbehaving_verifiers:{name}" for name in ("half_a_mark", "inline_raiser"))
+    fields = FieldMap(allowed_verifiers=(own, raises))
+    terms = {"terms": [{"verifier": own, "weight": 0.5}, {"verifier": "exact", "weight": 0.5}]}
+    source = jsonl(
+        tmp_path / "a.jsonl",
+        {**GOOD, "verifier": own, "answer": "0.25"},
+        {**GOOD, "verifier": "weighted", "metadata": terms},
     )
+    assert convert_jsonl([source], tmp_path / "out", "m", fields).num_train == 2
+    failing = jsonl(tmp_path / "b.jsonl", {**GOOD, "verifier": raises})
     with pytest.raises(DataError, match=r"line 1: answer 'a'.*the verifier fails on it"):
-        convert_jsonl([failing], tmp_path / "out2", "m", FieldMap())
-    unchecked = convert_jsonl([failing], tmp_path / "out3", "m", FieldMap(), check_golds=False)
+        convert_jsonl([failing], tmp_path / "out2", "m", fields)
+    unchecked = convert_jsonl([failing], tmp_path / "out3", "m", fields, check_golds=False)
     assert unchecked.num_train == 1
 
 

@@ -16,7 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copd_megatron.config.schema import RewardConfig
+from copd_megatron.data.convert.jsonl import FieldMap, convert_jsonl
+from copd_megatron.errors import DataError
 from copd_megatron.rewards import Grader, registry
+from copd_megatron.rewards.audit import Case, audit
 from copd_megatron.rewards.final_answer import final_answer, normalize
 from copd_megatron.rewards.reasoning_gym_scores import (
     REFUSED,
@@ -26,6 +29,7 @@ from copd_megatron.rewards.reasoning_gym_scores import (
     score,
 )
 from copd_megatron.rewards.verifiers.reasoning_gym import library
+from copd_megatron.samples.audit import read_cases
 from tests.support.hostile_answers import CODE, HOSTILE
 from tests.support.rollouts import rollout
 
@@ -375,3 +379,33 @@ def test_many_fuzzed_answers_to_the_inline_verifiers(text: str) -> None:
 @given(family=st.sampled_from(FAMILIES), text=TEXTS)
 def test_many_fuzzed_answers_to_every_family(family: str, text: str) -> None:
     check_family(family, text)
+
+
+# ---- verifiers that data name ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside_terms", [False, True], ids=["verifier", "term"])
+@pytest.mark.parametrize("what", ["convert", "unchecked", "audit", "run"])
+def test_a_function_that_data_name_is_not_called(what: str, inside_terms: bool, tmp_path: Path) -> None:
+    """``os:mkdir`` stands for any function of the library, called with a response or answer as its path."""
+    made = tmp_path / "made"
+    row: dict[str, Any] = {"prompt": "p", "answer": str(made), "response": str(made), "verifier": "os:mkdir"}
+    if inside_terms:
+        row |= {"verifier": "weighted", "metadata": {"terms": [{"verifier": "os:mkdir", "weight": 1}]}}
+    source = tmp_path / "lines.jsonl"
+    source.write_text(json.dumps(row) + "\n")
+    with pytest.raises((DataError, registry.UnknownVerifierError), match=r"'os:mkdir'.*--allow-verifier"):
+        if what == "audit":
+            audit(read_cases(source).cases)
+        elif what == "run":
+            case = Case(
+                name="received", prompt="", response=str(made), answer="", verifier=row["verifier"],
+                metadata=row.get("metadata", {}), terms={} if inside_terms else {"os:mkdir": 1.0},
+            )  # fmt: skip
+            audit([case])
+        else:
+            convert_jsonl([source], tmp_path / "out", "mine", FieldMap(), check_golds=what == "convert")
+    assert not made.exists()
+    with pytest.raises(registry.UnknownVerifierError, match="os:mkdir"):
+        registry.get("weighted").verify("", str(made), {"terms": [{"verifier": "os:mkdir", "weight": 1}]})
+    assert not made.exists()

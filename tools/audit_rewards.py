@@ -31,6 +31,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("source", type=Path, help="a run directory, or a JSONL file")
     parser.add_argument("--verifier", help="grades all responses, whatever they name")
+    parser.add_argument(
+        "--allow-verifier", action="append", default=[], metavar="MODULE:FUNCTION",
+        help="one of your own that the source may name; repeatable",
+    )  # fmt: skip
     parser.add_argument("--branch", help="of a run: the branch that sampled")
     parser.add_argument("--limit", type=count, help="grade so many at most")
     parser.add_argument("--timeout", type=amount, default=10.0, metavar="SECONDS", help="for each response")
@@ -40,7 +44,8 @@ def main() -> int:
         selection = Selection(branch=arguments.branch)
         found = read_cases(arguments.source, verifier=arguments.verifier, selection=selection)
         taken = found.first(arguments.limit)
-        result = audit(taken.cases, timeout_seconds=arguments.timeout)
+        trusted = [*arguments.allow_verifier, *filter(None, [arguments.verifier])]
+        result = audit(taken.cases, timeout_seconds=arguments.timeout, trusted=trusted)
     except (ConfigError, DataError, OSError, UnknownVerifierError, ValueError) as error:
         parser.error(str(error))
     if arguments.json:

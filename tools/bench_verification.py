@@ -32,7 +32,9 @@ def steps_of(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def describe(run_dir: Path, branch: str, steps: Sequence[dict[str, float]], limit: int) -> str:
+def describe(
+    run_dir: Path, branch: str, steps: Sequence[dict[str, float]], limit: int, trusted: Sequence[str]
+) -> str:
     """One branch's line."""
 
     def mean(part: str) -> float:
@@ -40,7 +42,8 @@ def describe(run_dir: Path, branch: str, steps: Sequence[dict[str, float]], limi
 
     graded = f"{branch}/rewards/graded"
     responses = (steps[-1][graded] - steps[0][graded]) / (len(steps) - 1)
-    verdicts = audit(read_cases(run_dir, selection=Selection(branch=branch)).cases[:limit]).verdicts
+    cases = read_cases(run_dir, selection=Selection(branch=branch)).cases[:limit]
+    verdicts = audit(cases, trusted=trusted).verdicts
     seconds = statistics.median(verdict.seconds for verdict in verdicts)
     return (
         f"{run_dir.name}/{branch}: step_seconds={mean('step'):.2f} responses={responses:.0f} "
@@ -53,12 +56,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="directories of runs of at least two steps")
     parser.add_argument("--limit", type=count, default=200, help="grade so many samples of a branch at most")
+    parser.add_argument(
+        "--allow-verifier", action="append", default=[], metavar="MODULE:FUNCTION",
+        help="one of your own that the runs name; repeatable",
+    )  # fmt: skip
     arguments = parser.parse_args()
     for run_dir in arguments.runs:
         steps = steps_of(run_dir)
         suffix = "/rewards/graded"
         for branch in sorted(name.removesuffix(suffix) for name in steps[-1] if name.endswith(suffix)):
-            print(describe(run_dir, branch, steps, arguments.limit), flush=True)
+            print(describe(run_dir, branch, steps, arguments.limit, arguments.allow_verifier), flush=True)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from copd_megatron.config.schema import RewardConfig
 from copd_megatron.records import Prompt, Rollout
+from copd_megatron.rewards import registry
 from copd_megatron.rewards.grader import Grader
 from copd_megatron.rewards.terms import OWN, WEIGHTED, read_terms
 
@@ -108,12 +109,18 @@ def grade_of(reward: float | None) -> Grade:
     return Grade.partial if reward > 0.0 else Grade.wrong
 
 
-def audit(cases: Sequence[Case], *, timeout_seconds: float = 10.0) -> Audit:
+def audit(cases: Sequence[Case], *, timeout_seconds: float = 10.0, trusted: Collection[str] = ()) -> Audit:
     """Grades every case as a run would, one after the other.
+
+    Args:
+        trusted: verifiers that cases may name by path (``registry.named_by_data``).
 
     Raises UnknownVerifierError, ConfigError where a verifier cannot run here, ValueError for bad terms.
     """
-    config = RewardConfig(verifiers=_names(cases), timeout_seconds=timeout_seconds)
+    verifiers = _names(cases)
+    for verifier in verifiers:
+        registry.named_by_data(verifier, trusted)
+    config = RewardConfig(verifiers=verifiers, timeout_seconds=timeout_seconds)
     with Grader(config) as grader:
         for name in {case.verifier: case for case in cases}.values():
             grader.grade([_rollout(name)], name.terms)  # what is loaded once is not timed

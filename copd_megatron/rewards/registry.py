@@ -6,7 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,23 @@ def own_digests(names: Iterable[str]) -> dict[str, str]:
         if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
             found[name] = sha256_of(Path(spec.origin))
     return found
+
+
+def named_by_data(name: str, trusted: Collection[str] = ()) -> Verifier:
+    """The verifier of a name that stands in a file: a line of data, a recorded response, another run's
+    settings.
+
+    What is named by path is imported and called with texts of the same file: ``shutil:rmtree`` would delete
+    what the line says. So it must be among ``trusted``, the names that the person who runs this has given.
+
+    Raises UnknownVerifierError: it is not, or as ``get``.
+    """
+    if ":" in name and name not in trusted:
+        raise UnknownVerifierError(
+            f"verifier {name!r:.200} is a function that the data name; it would be imported and called. If "
+            f"it is yours, allow it with --allow-verifier {name!r:.200}."
+        )
+    return get(name)
 
 
 def _by_path(name: str) -> Verifier:

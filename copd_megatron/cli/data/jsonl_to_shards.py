@@ -31,6 +31,12 @@ Lines of questions.jsonl:
 @click.option("--answer-field", default="answer", show_default=True)
 @click.option("--verifier-field", default="verifier", show_default=True)
 @click.option("--verifier", help="For lines without a verifier of their own.")
+@click.option(
+    "--allow-verifier",
+    multiple=True,
+    metavar="MODULE:FUNCTION",
+    help="One of your own that lines may name; repeatable.",
+)
 @click.option("--metadata-field", default="metadata", show_default=True)
 @click.option(
     "--keep", multiple=True, metavar="FIELD", help="One more field to keep in the metadata; repeatable."
@@ -59,6 +65,7 @@ def command(
     answer_field: str,
     verifier_field: str,
     verifier: str | None,
+    allow_verifier: tuple[str, ...],
     metadata_field: str,
     keep: tuple[str, ...],
     key_field: str | None,
@@ -80,6 +87,7 @@ def command(
         answer=answer_field,
         verifier=verifier_field,
         default_verifier=verifier,
+        allowed_verifiers=allow_verifier,
         metadata=metadata_field,
         extra_metadata=keep,
         key=key_field,

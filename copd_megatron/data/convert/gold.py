@@ -13,6 +13,7 @@ from copd_megatron.data.failures import name_and_text
 from copd_megatron.errors import DataError
 from copd_megatron.rewards import registry, verifiers
 from copd_megatron.rewards.isolation import Call, Outcome, WorkerPool
+from copd_megatron.rewards.terms import terms_of
 
 _NO_ANSWER = "Answer: none of what is sought"
 _WAYS_TO_ANSWER = ("Answer: {}", "\\boxed{{{}}}", "<answer>{}</answer>", "{}")
@@ -65,28 +66,38 @@ class GoldCheck:
 
     def _ask(self, samples: Sequence[NewSample], way: str) -> list[Outcome]:
         """What each sample's verifier says to a response that gives its gold answer in this way."""
-        outcomes: dict[int, Outcome] = {}
-        calls: dict[int, Call] = {}
+        outcomes: dict[tuple[int, int], Outcome] = {}
+        calls: dict[tuple[int, int], Call] = {}
         for index, sample in enumerate(samples):
-            verifier, response = registry.get(sample.verifier), way.format(sample.answer)
-            if verifier.isolated:
-                calls[index] = Call(
-                    target=verifier.target,
-                    response=response,
-                    answer=sample.answer,
-                    metadata=sample.metadata,
-                )
-                continue
-            try:
-                value = float(verifier.verify(response, sample.answer, sample.metadata))
-                outcomes[index] = Outcome(value=value)
-            except Exception as error:  # whatever it raises, it cannot grade this sample
-                outcomes[index] = Outcome(reason="error", message=name_and_text(error))
+            response = way.format(sample.answer)
+            for number, term in enumerate(terms_of(sample.verifier, sample.metadata)):
+                verifier = registry.get(term.verifier)
+                answer = sample.answer if term.answer is None else term.answer
+                metadata = term.settings(sample.metadata)
+                if verifier.isolated:
+                    calls[index, number] = Call(
+                        target=verifier.target, response=response, answer=answer, metadata=metadata
+                    )
+                    continue
+                try:
+                    outcomes[index, number] = Outcome(
+                        value=float(verifier.verify(response, answer, metadata))
+                    )
+                except Exception as error:  # whatever it raises, it cannot grade this sample
+                    outcomes[index, number] = Outcome(reason="error", message=name_and_text(error))
         try:
             outcomes |= dict(zip(calls, self._pool.run(list(calls.values())), strict=True))
         except RuntimeError as error:
             raise DataError(str(error)) from error
-        return [outcomes[index] for index in range(len(samples))]
+        by_sample: list[list[Outcome]] = [[] for _ in samples]
+        for (index, _), outcome in sorted(outcomes.items()):
+            by_sample[index].append(outcome)
+        return [_together(terms) for terms in by_sample]
+
+
+def _together(terms: Sequence[Outcome]) -> Outcome:
+    """Of a sample's terms: the first failure, or the last grade (those of several are never compared)."""
+    return next((outcome for outcome in terms if outcome.value is None), terms[-1])
 
 
 def _failure(outcome: Outcome) -> str | None:

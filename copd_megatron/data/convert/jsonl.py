@@ -30,9 +30,10 @@ from copd_megatron.data.convert.write import (
 )
 from copd_megatron.data.failures import any_failure
 from copd_megatron.data.media import content_hash
-from copd_megatron.data.samples import SampleRef, check_plain, load_json, sample_from_record
+from copd_megatron.data.samples import Sample, SampleRef, check_plain, load_json, sample_from_record
 from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.rewards import registry
+from copd_megatron.rewards.terms import WEIGHTED, read_terms
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class FieldMap:
     verifier: str = "verifier"
     """Lines without this field use ``default_verifier``."""
     default_verifier: str | None = None
+    allowed_verifiers: tuple[str, ...] = ()
+    """Those that lines may name by path, ``package.module:function``; ``default_verifier`` is one."""
     metadata: str = "metadata"
     extra_metadata: tuple[str, ...] = ()
     """Further fields to keep in the sample's metadata, under their own names."""
@@ -63,6 +66,11 @@ class FieldMap:
     """Fields with one image or several: paths, or ``{"bytes", "path"}``."""
     videos: tuple[str, ...] = ("video", "videos")
     """The same of videos."""
+
+    @property
+    def trusted(self) -> tuple[str, ...]:
+        """Verifiers by path that the person who converts has given."""
+        return (*self.allowed_verifiers, *([self.default_verifier] if self.default_verifier else []))
 
     def media(self, root: Path | None) -> OwnMedia:
         """What reads the media; fields that are kept as metadata are none."""
@@ -361,7 +369,8 @@ def _sample(
         record["answer"] = json.dumps(record["answer"])
     sample = sample_from_record(record, SampleRef(where, ""), where)
     try:
-        registry.get(sample.verifier)
+        for name in _verifiers(sample, where):
+            registry.named_by_data(name, fields.trusted)
     except registry.UnknownVerifierError as error:
         problem = str(error).removesuffix(".")
         remedy = "--verifier NAME sets one for lines that name none."
@@ -375,6 +384,17 @@ def _sample(
         key=_key(row, fields, where),
     )
     return new, named
+
+
+def _verifiers(sample: Sample, where: str) -> list[str]:
+    """The verifier that a sample names, and those of its terms."""
+    if sample.verifier != WEIGHTED:
+        return [sample.verifier]
+    try:
+        return [sample.verifier, *(term.verifier for term in read_terms(sample.metadata))]
+    except ValueError as error:
+        problem = str(error).removesuffix(".")
+        raise BadSampleError(where, "bad_terms", problem, "Correct metadata.terms.") from error
 
 
 def _verifier(row: dict[str, Any], fields: FieldMap, where: str) -> Any:

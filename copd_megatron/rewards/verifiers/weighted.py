@@ -19,11 +19,12 @@ def weighted(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
     In a run, every term is graded as if the sample named it, with its own time limit and process
     (``grader.py``); the terms' verifiers must be among the branch's ``reward.verifiers``.
 
-    Raises ValueError for terms that cannot be read, and whatever a verifier raises.
+    Raises ValueError for terms that cannot be read or name a function by its path (in a run, such a term is
+    graded as a sample of its own), and whatever a verifier raises.
     """
     return sum(
         term.weight
-        * registry.get(term.verifier).verify(
+        * registry.named_by_data(term.verifier).verify(
             response, answer if term.answer is None else term.answer, term.settings(metadata)
         )
         for term in read_terms(metadata)
