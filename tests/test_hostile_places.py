@@ -30,9 +30,17 @@ from copd_megatron.errors import BadSampleError, ConfigError, DataError
 from copd_megatron.hf.appear import appear
 from copd_megatron.hf.companions import copy_companions
 from copd_megatron.launch.lock import RunLock
+from copd_megatron.merge.recipe import read_recipe
 from copd_megatron.merge.target import refuse_other_report
 from copd_megatron.metrics.prometheus import PrometheusTextfile
-from copd_megatron.metrics.rank_log import RankPlace, check_selection, follow, merged, start_logging
+from copd_megatron.metrics.rank_log import (
+    RankPlace,
+    _configured_branches,
+    check_selection,
+    follow,
+    merged,
+    start_logging,
+)
 from copd_megatron.metrics.rank_log import Selection as LogSelection
 from copd_megatron.planner.machine import read_machine, write_machine
 from copd_megatron.samples.audit import read_cases
@@ -389,9 +397,39 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
+ODD_SCALARS = (
+    *(f"!!{tag} {text}".encode() for tag in ("timestamp", "bool", "int", "float") for text in ("abc", '""')),
+    b"2024-13-99",
+    b"1:" + b"59:" * 30_000 + b"0.0",
+    b"0x" + b"f" * 100_000,
+)
+"""What PyYAML fails on with errors of other kinds, or takes hours for."""
+
+
+@pytest.mark.parametrize("scalar", ODD_SCALARS, ids=lambda scalar: scalar[:20].decode())
+def test_a_value_of_a_merge_recipe_that_is_none_is_named(scalar: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_bytes(
+        b"merge_method: linear\nmodels: [{model: a, parameters: {weight: " + scalar + b"}}]"
+    )
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match=r"m\.yaml"):
+        read_recipe(tmp_path / "m.yaml")
+    (tmp_path / "config.yaml").write_bytes(b"branches: " + scalar)
+    assert _configured_branches(tmp_path) == []
+    assert time.monotonic() - begun < 10
+
+
 @pytest.mark.parametrize(
     "text",
-    [b"\xff\xfe\x00", b"h100: [1, 2]", b"h100: {like: [a]}", b"h100: 3", BOMB.encode() + b"h100: *a11", b"["],
+    [
+        b"\xff\xfe\x00",
+        b"h100: [1, 2]",
+        b"h100: {like: [a]}",
+        b"h100: 3",
+        BOMB.encode() + b"h100: *a11",
+        b"[",
+        *(b"h100: " + odd for odd in ODD_SCALARS),
+    ],
 )
 def test_a_file_of_machines_that_is_none_is_named(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_bytes(text)

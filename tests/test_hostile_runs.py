@@ -24,6 +24,8 @@ from copd_megatron.checkpoint.manifest import hash_file
 from copd_megatron.cli.main import main
 from copd_megatron.config import load_config
 from copd_megatron.data.braces import MAX_ALTERNATIVES, alternatives, count
+from copd_megatron.data.convert.jsonl import FieldMap, convert_jsonl
+from copd_megatron.data.convert.rows import read_rows
 from copd_megatron.data.pass_rates import read_pass_rates
 from copd_megatron.data.shards import expand_patterns, index_shard, names_remote
 from copd_megatron.errors import ConfigError, DataError
@@ -36,6 +38,7 @@ from copd_megatron.merge.recipe import read_recipe
 from copd_megatron.metrics.rank_log import Selection, check_selection, follow, merged
 from copd_megatron.metrics.timeline import read_timelines, write_trace
 from copd_megatron.metrics.writers import JsonlWriter
+from copd_megatron.planner.machine import read_machine
 from copd_megatron.report.history import MAX_NAMES, MAX_SHOWN, read_run
 from copd_megatron.report.merge_distance import read_distances
 from copd_megatron.report.names import figure_text
@@ -226,6 +229,12 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "shard": ("a.tar", lambda run: index_shard(run / "a.tar")),
     "a file of a checkpoint": ("x", lambda run: hash_file(run / "x")),
     "index of a checkpoint": (".metadata", lambda run: load_index(run)),
+    "machines": ("cpu.yaml", lambda run: read_machine("cpu", run / "cpu.yaml")),
+    "rows": ("rows.json", lambda run: list(read_rows([run / "rows.json"]))),
+    "lines of rows": ("rows.jsonl", lambda run: list(read_rows([run / "rows.jsonl"]))),
+    "table": ("rows.tsv", lambda run: list(read_rows([run / "rows.tsv"]))),
+    "parquet": ("rows.parquet", lambda run: list(read_rows([run / "rows.parquet"]))),
+    "own lines": ("mine.jsonl", lambda run: convert_jsonl([run / "mine.jsonl"], run, "mine", FieldMap())),
     "recipe": ("merge.yaml", lambda run: read_recipe(run / "merge.yaml")),
     "verdicts": (
         f"{VerdictFile(Path(), 'm', {}).folder}/verdicts.jsonl",
@@ -273,13 +282,10 @@ MAY_WAIT = {
     "tiny/recipe.py": "of the product",
     "tiny/vl_recipe.py": "of the product",
     "data/convert/write.py": "a folder that it has just made",
-    "data/convert/jsonl.py": "a file that the command names, maybe a pipe",
-    "data/convert/rows.py": "a file that the command names, maybe a pipe",
     "launch/cause.py": "of the kernel",
     "launch/doctor.py": "of the kernel",
     "launch/shared_memory.py": "of the kernel",
     "reproduction/figures.py": "results in the product's own form",
-    "planner/machine.py": "a file that the command names",
     "planner/recorded.py": "a file that the command names",
     "planner/measure.py": "of the kernel",
     "branch/checkpoints.py": "a file that this process writes",

@@ -11,6 +11,7 @@ from typing import Any, Final
 import yaml
 
 from copd_megatron.errors import ConfigError
+from copd_megatron.untrusted.regular_file import read_regular
 from copd_megatron.untrusted.whole_file import write_whole
 from copd_megatron.untrusted.yaml_text import load_yaml
 
@@ -67,6 +68,7 @@ class Machine:
         return (self.node_gb if inside_node else self.cluster_gb) * GIGA * self.link_share
 
 
+_MAX_BYTES: Final = 1 << 20
 _NUMBERS: Final = tuple(field.name for field in fields(Machine) if field.name != "name")
 _MAY_BE_ZERO: Final = ("row_layer_seconds", "token_seconds", "process_gib", "step_seconds")
 
@@ -79,7 +81,7 @@ def read_machine(name: str, path: Path | None = None) -> Machine:
     """
     source = path or MACHINES
     try:
-        content = load_yaml(source.read_text(encoding="utf-8"))
+        content = load_yaml(read_regular(source, _MAX_BYTES))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{source} cannot be read: {error}") from error
     if not isinstance(content, dict) or name not in content:

@@ -14,7 +14,7 @@ from copd_megatron.errors import DataError
 from copd_megatron.rewards.audit import Audit, Case, Grade, Verdict
 from copd_megatron.samples.files import Selection, read_samples
 from copd_megatron.samples.record import MAX_TEXT_CHARACTERS, Kind, Sample
-from copd_megatron.untrusted.json_text import load
+from copd_megatron.untrusted.json_text import lines_of, load
 from copd_megatron.untrusted.visible import visible
 
 _END = re.compile(r"(?:<\|(?!end_of_thought)[\w ]{1,30}\|>|</s>|<eos>|<end_of_turn>)\Z")
@@ -69,15 +69,17 @@ def read_cases(source: Path, *, verifier: str | None = None, selection: Selectio
             else:
                 found.cases.append(_of_sample(sample, verifier, terms))
     else:
-        try:
-            lines = source.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{source} is no text in UTF-8 ({error}).") from error
-        found.cases = [
-            _of_line(line, f"{source}, line {number}", verifier)
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        ]
+        with open(source, "rb") as file:
+            try:
+                found.cases = [
+                    _of_line(line.text.decode(), f"{source}, line {line.number}", verifier)
+                    for line in lines_of(file, source)
+                    if line.text.strip()
+                ]
+            except UnicodeDecodeError as error:
+                raise DataError(f"{source} is no text in UTF-8 ({error}).") from error
+            except ValueError as error:
+                raise DataError(f"{error}.") from error
     if not found.cases:
         why = "".join(f" Left out: {line}." for line in _reasons(found.left_out))
         raise DataError(f"{source} holds no response that can be graded again.{why}")

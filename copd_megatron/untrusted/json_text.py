@@ -90,18 +90,18 @@ def load_file(path: Path, *, inside: Path | None = None) -> dict[str, Any]:
     return load_object(read_regular(path, MAX_BYTES, inside=inside))
 
 
-def lines_of(file: Readable, path: Path) -> Iterator[Line]:
+def lines_of(file: Readable, path: Path, *, max_bytes: int = MAX_BYTES) -> Iterator[Line]:
     """The lines of an open file, one at a time, so that memory is bounded by the longest line.
 
     Raises:
-        ValueError: a line is longer than ``MAX_BYTES``; names ``path`` and the line.
+        ValueError: a line is longer than ``max_bytes``; names ``path`` and the line.
     """
     number = 0
-    while text := file.readline(MAX_BYTES + 1):
+    while text := file.readline(max_bytes + 1):
         number += 1
-        if len(text) > MAX_BYTES:
+        if len(text) > max_bytes:
             raise ValueError(
-                f"{path}, line {number} is longer than {MAX_BYTES} bytes: remove the line, or the file"
+                f"{path}, line {number} is longer than {max_bytes} bytes: remove the line, or the file"
             )
         yield Line(number, text, text.endswith(b"\n"))
 

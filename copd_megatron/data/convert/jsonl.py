@@ -20,7 +20,7 @@ from typing import Any
 
 from copd_megatron.data.convert.gold import GoldCheck
 from copd_megatron.data.convert.media import MediaSource, OwnMedia, check_placeholders, with_named_media
-from copd_megatron.data.convert.rows import Row, read_rows
+from copd_megatron.data.convert.rows import Row, lines_of_file, read_rows
 from copd_megatron.data.convert.write import (
     NewSample,
     WrittenDomain,
@@ -302,13 +302,10 @@ def _raw_rows(source: Path) -> Iterator[tuple[int, str, bytes | Row | BadSampleE
             yield number, where, row
         return
     try:
-        lines = open(source, "rb")  # noqa: SIM115
+        for line in lines_of_file(source):
+            yield line.number, f"{source}, line {line.number}", line.text
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror}). Check path and rights.") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, f"{source}, line {number}", line
 
 
 def _row(
