@@ -164,8 +164,44 @@ def test_numbers_that_are_none_are_named(key: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"config\.json: {key} is '1e-6'"):
         read_sizes(folder)
     (folder / "config.json").write_text(json.dumps(HF_CONFIG | {key: float("inf")}))
-    with pytest.raises(ConfigError, match=rf"{key} is inf"):
+    with pytest.raises(ConfigError, match=r"config\.json.*not valid JSON \(Infinity"):
         read_model_shape(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architectures": 5}, "architectures is 5"),
+        ({"architectures": "Qwen3ForCausalLM"}, "architectures is 'Qwen3ForCausalLM', expected a list"),
+        ({"architectures": [["Qwen3ForCausalLM"]]}, "architectures is"),
+        ({"text_config": "x"}, "text_config is 'x'"),
+        ({"vision_config": [1]}, r"vision_config is \[1\]"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]"),
+        ({"rope_scaling": "default"}, "rope_scaling is 'default'"),
+        ({"rope_theta": 10**400}, "too large"),
+        ({"rms_norm_eps": 10**90}, "rms_norm_eps"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, no model has"),
+        ({"vocab_size": 10**18}, "vocab_size"),
+        (
+            {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 10**9, "num_experts_per_tok": 2,
+             "moe_intermediate_size": 32, "model_type": "qwen3_moe"},
+            "experts together",
+        ),
+    ],
+)  # fmt: skip
+def test_odd_values_are_named_and_sizes_have_bounds(
+    changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    """Whoever enumerates the tensors of 10^9 layers never ends."""
+    folder = write_model(tmp_path / "base", **changes)
+    for read in (read_sizes, read_model_shape):
+        with pytest.raises(ConfigError, match=rf"config\.json.*{named}"):
+            read(folder)
+
+
+def test_a_list_of_lists_of_layer_types_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="layer_types"):
+        read_model_shape(write_model(tmp_path / "base", layer_types=[[1]]))
 
 
 def test_every_setting_that_transformers_reads_is_thought_about() -> None:

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from copd_megatron.untrusted.json_text import load
 from copd_megatron.untrusted.regular_file import open_regular, read_regular
 from copd_megatron.untrusted.whole_file import replacing
 
@@ -166,8 +167,8 @@ def read_json(folder: Path | None, name: str) -> dict[str, Any] | None:
     if folder is None or not (folder / name).is_file():
         return None
     try:
-        found = json.loads(read_regular(folder / name, MAX_SMALL_BYTES))
-    except (ValueError, RecursionError) as error:
+        found = load(read_regular(folder / name, MAX_SMALL_BYTES), max_bytes=MAX_SMALL_BYTES)
+    except ValueError as error:
         raise ValueError(f"{folder / name}: not valid JSON ({error}); copy it again") from None
     if not isinstance(found, dict):
         raise ValueError(f"{folder / name} holds a {type(found).__name__}, expected an object; copy it again")

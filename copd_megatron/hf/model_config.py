@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,11 @@ from copd_megatron.hf.model_function import check_function
 from copd_megatron.model.shape import SUPPORTED_ARCHITECTURES, ModelShape, VisionShape
 
 _CONFIG: Final = "config.json"
+_MAX_LAYERS: Final = 10_000
+_MAX_EXPERTS: Final = 10_000_000
+_MAX_SIZE: Final = 1 << 31
+"""Bounds far above every model's. Names of tensors are made for each layer and expert."""
+_MAX_NUMBER: Final = 1e30
 _TOKENIZER_FILES: Final = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
@@ -75,6 +79,7 @@ def _read_config(folder: Path, where: str) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"{where}: {_CONFIG} cannot be read: {error}") from error
     if config is None:
         raise ConfigError(f"{where}: {_CONFIG} is missing; is it a Hugging Face model folder?")
+    _check_kinds(config, where)
     architectures = config.get("architectures") or []
     known = [name for name in architectures if name in SUPPORTED_ARCHITECTURES]
     if not known:
@@ -85,14 +90,39 @@ def _read_config(folder: Path, where: str) -> tuple[dict[str, Any], str]:
     return config, known[0]
 
 
+def _check_kinds(config: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError where a part of config.json is no list of names or no object, but should be."""
+    architectures = config.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise ConfigError(
+            f"{where}: config.json: architectures is {architectures!r:.80}, expected a list of names"
+        )
+    sections: list[tuple[str, Any]] = [(key, config.get(key)) for key in ("text_config", "vision_config")]
+    for prefix, place in (("", config), ("text_config.", config.get("text_config"))):
+        if isinstance(place, Mapping):
+            sections += [(prefix + key, place.get(key)) for key in ("rope_parameters", "rope_scaling")]
+    for key, value in sections:
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: config.json: {key} is {value!r:.80}, expected an object")
+
+
 def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelShape:
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
     size = _Sizes(text, where)
     heads = size("num_attention_heads")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     vision = config.get("vision_config")
     experts = _expert_settings(text, size, where) if "Moe" in architecture else {}
     section = rope.get("mrope_section") or (24, 20, 20)
+    if not isinstance(section, list | tuple) or len(section) != 3:
+        raise ConfigError(f"{where}: config.json: mrope_section is {section!r:.80}, expected three numbers")
+    if (named := size("num_hidden_layers") * experts.get("num_experts", 1)) > _MAX_EXPERTS:
+        raise ConfigError(
+            f"{where}: config.json: its layers have {named} experts together, no model has more than "
+            f"{_MAX_EXPERTS}"
+        )
     return ModelShape(
         architecture=architecture,
         num_layers=size("num_hidden_layers"),
@@ -118,8 +148,8 @@ def _shape(config: Mapping[str, Any], architecture: str, where: str) -> ModelSha
 
 
 def _number(value: Any, key: str, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"{where}: config.json: {key} is {value!r}, expected a positive number")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < _MAX_NUMBER:
+        raise ConfigError(f"{where}: config.json: {key} is {value!r:.80}, expected a positive number")
     return float(value)
 
 
@@ -151,8 +181,17 @@ def _vision_shape(config: Mapping[str, Any], where: str) -> VisionShape:
         spatial_merge_size=size("spatial_merge_size", default=2),
         out_hidden_size=size("out_hidden_size"),
         num_positions=size("num_position_embeddings"),
-        num_deepstack=len(config.get("deepstack_visual_indexes") or ()),
+        num_deepstack=_deepstack(config.get("deepstack_visual_indexes"), where),
     )
+
+
+def _deepstack(indexes: Any, where: str) -> int:
+    if indexes is not None and not isinstance(indexes, list):
+        raise ConfigError(
+            f"{where}: config.json: vision_config.deepstack_visual_indexes is {indexes!r:.80}, "
+            "expected a list"
+        )
+    return len(indexes or ())
 
 
 @dataclass(frozen=True)
@@ -167,7 +206,13 @@ class _Sizes:
         value = self.config.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(
-                f"{self.where}: config.json: {self.prefix}{key} is {value!r}, "
+                f"{self.where}: config.json: {self.prefix}{key} is {value!r:.80}, "
                 "expected a positive whole number"
+            )
+        most = _MAX_LAYERS if key in ("num_hidden_layers", "depth") else _MAX_SIZE
+        if value > most:
+            raise ConfigError(
+                f"{self.where}: config.json: {self.prefix}{key} is {value!r:.80}, "
+                f"no model has more than {most}"
             )
         return value

@@ -12,7 +12,6 @@ installed transformers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -54,7 +53,7 @@ def _only(*values: Any) -> Callable[[Any], bool]:
 
 
 def _all_full_attention(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and set(value) <= {"full_attention"})
+    return value is None or (isinstance(value, list) and all(kind == "full_attention" for kind in value))
 
 
 _DECODER: Final = (
@@ -172,7 +171,7 @@ def _rotary(text: Mapping[str, Any], prefix: str, *, visual: bool) -> Iterator[s
         share = rope["partial_rotary_factor"]
         yield f"{name}.partial_rotary_factor is {share!r}, but the whole head is rotated"
     theta = rope.get("rope_theta", text.get("rope_theta"))
-    if not isinstance(theta, int | float) or not math.isfinite(theta) or theta < 1 or theta % 1:
+    if not isinstance(theta, int | float) or not 1 <= theta < 1e30 or theta % 1:
         yield (
             f"{prefix}rope_theta is {'missing' if theta is None else repr(theta)}, and libraries would take "
             "10,000 or 500,000: it must be a whole number, the one that the model was trained with"
