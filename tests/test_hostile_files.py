@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,8 +16,10 @@ import pytest
 
 from copd_megatron.checkpoint.compare import metrics_of
 from copd_megatron.cli.main import main
+from copd_megatron.config.models import check_tokenizer
+from copd_megatron.data import encode_prompt
 from copd_megatron.data.pass_rates import read_pass_rates
-from copd_megatron.errors import CheckpointError, DataError
+from copd_megatron.errors import CheckpointError, ConfigError, DataError
 from copd_megatron.evaluation.summary import summarise
 from copd_megatron.evaluation.verdicts import PromptVerdicts, VerdictFile
 from copd_megatron.merge.journal import Journal
@@ -30,6 +33,7 @@ from copd_megatron.samples.files import read_samples
 from copd_megatron.samples.record import Kind, Sample, to_line
 from copd_megatron.samples.show import shown
 from copd_megatron.untrusted.json_text import MAX_NESTING, dumped, load, loadable, made
+from tests.support.byte_tokenizer import byte_tokenizer
 
 DEEP = "[" * 100_000 + "]" * 100_000
 VALUES = {
@@ -296,3 +300,71 @@ def test_checkpoints_are_errors_of_checkpoints(tmp_path: Path) -> None:
         (tmp_path / MANIFEST).write_text(f'{{"format": 1, "sha256": "", "manifest": {value}}}')
         with pytest.raises(CheckpointError, match=MANIFEST):
             read_manifest(tmp_path)
+
+
+# ---- tokenizers of a received model ----------------------------------------------------------------------
+
+
+def _changed(name: str, **changes: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / name
+        found = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(found | changes))
+
+    return change
+
+
+def _with_id(number: int) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        found = json.loads(path.read_text())
+        found["model"]["vocab"]["zz"] = number
+        path.write_text(json.dumps(found))
+
+    return change
+
+
+def _holding(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+LONGER = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 32}
+SEEN_IN_FILES: dict[str, Callable[[Path], object]] = {
+    "no json": _holding("tokenizer.json", "{"),
+    "empty": _holding("tokenizer.json", "{}"),
+    "deep": _holding("tokenizer.json", "[" * 10**5 + "]" * 10**5),
+    "id of 2^40": _with_id(2**40),
+    "id of 2^32 - 2": _with_id(2**32 - 2),
+    "negative id": _with_id(-1),
+    "a million times longer": _changed(
+        "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [LONGER] * 4}
+    ),
+    "settings are a list": _holding("tokenizer_config.json", "[1]"),
+    "settings are no json": _holding("tokenizer_config.json", "{"),
+    "special tokens are a list": _holding("special_tokens_map.json", "[1]"),
+}
+SEEN_WHEN_LOADED: dict[str, Callable[[Path], object]] = {
+    "class": _changed("tokenizer_config.json", tokenizer_class=5),
+    "token": _changed("tokenizer_config.json", eos_token={"a": [1]}),
+}
+
+
+@pytest.mark.parametrize("what", [*SEEN_IN_FILES, *SEEN_WHEN_LOADED])
+def test_a_tokenizer_that_cannot_be_loaded_is_named(what: str, tmp_path: Path) -> None:
+    """Before it takes all memory or ends the process, and at the dry run where files say so."""
+    from copd_megatron.data.sources import _tokenizer
+
+    byte_tokenizer().save_pretrained(tmp_path)
+    check_tokenizer(tmp_path)
+    {**SEEN_IN_FILES, **SEEN_WHEN_LOADED}[what](tmp_path)
+    if what in SEEN_IN_FILES:
+        with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
+            check_tokenizer(tmp_path)
+    with pytest.raises((ConfigError, DataError), match=rf"{re.escape(str(tmp_path))}.*opy"):
+        _tokenizer(tmp_path)
+
+
+def test_a_chat_template_that_takes_all_memory_is_named() -> None:
+    tokenizer = byte_tokenizer(chat_template="{{ 'a' * 10 ** 18 }}")
+    with pytest.raises(DataError, match=r"chat template .* memory"):
+        encode_prompt(tokenizer, "hi")

@@ -9,7 +9,7 @@ from copd_megatron.config.schema import Config
 from copd_megatron.errors import ConfigError
 from copd_megatron.hf.companions import read_json
 from copd_megatron.hf.model_config import read_model_shape, read_sizes
-from copd_megatron.hf.tokens import token_ids
+from copd_megatron.hf.tokens import check_files, token_ids
 from copd_megatron.model.known import KNOWN, known_shape
 from copd_megatron.model.shape import ModelShape
 
@@ -81,11 +81,22 @@ def check_processors(config: Config, shapes: Mapping[str, ModelShape]) -> None:
                     f"{folder / file} says where a bound is null; set both media.{kind}_min_pixels and "
                     f"media.{kind}_max_pixels"
                 )
+def check_tokenizer(folder: str | Path) -> None:
+    """Whether the tokenizer of a model folder can be loaded, as far as its files say.
+
+    Raises:
+        ConfigError: with the file.
+    """
+    try:
+        check_files(Path(folder).expanduser())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the model's tokenizer: {error}") from error
 
 
 def check_tokenizers(config: Config) -> None:
-    """Whether a token id means the same to all branches, which exchange ids. A token that only one model has
-    is no contradiction: models of a family add tokens of their own to a common vocabulary.
+    """Whether the tokenizers can be loaded, and a token id means the same to all branches, which exchange
+    ids. A token that only one model has is no contradiction: models of a family add tokens of their own to a
+    common vocabulary.
 
     Raises:
         ConfigError: two models have the same id for different tokens, or a tokenizer is damaged.
@@ -93,6 +104,8 @@ def check_tokenizers(config: Config) -> None:
     folders: dict[str, str] = {}
     for name, branch in config.branches.items():
         folders.setdefault(branch.model_path or config.model.path, name)
+    for folder in folders:
+        check_tokenizer(folder)
     if len(folders) < 2:
         return
     known: dict[str, dict[int, str]] = {}

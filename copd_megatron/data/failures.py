@@ -40,6 +40,18 @@ def sample_failure(where: str, reason: str, problem: str, remedy: str) -> Iterat
         raise BadSampleError(where, reason, f"{problem} ({name_and_text(error)})", remedy) from error
 
 
+@contextmanager
+def template_memory() -> Iterator[None]:
+    """Says that it was the chat template that took all memory: a few letters can ask for any amount."""
+    try:
+        yield
+    except MemoryError as error:
+        raise DataError(
+            "the chat template of the model's tokenizer takes more memory than there is. Look at "
+            "chat_template.jinja or tokenizer_config.json in the model's folder."
+        ) from error
+
+
 def any_failure(where: str) -> AbstractContextManager[None]:
     """The last resort: ``sample_failure`` with reason ``unexpected``."""
     return sample_failure(

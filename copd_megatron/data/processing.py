@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from copd_megatron.config.models import check_tokenizer
 from copd_megatron.config.schema import MediaConfig
 from copd_megatron.data.decode import (
     PixelArray,
@@ -33,7 +34,7 @@ from copd_megatron.data.decode import (
     decode_video,
     unbounded,
 )
-from copd_megatron.data.failures import any_failure
+from copd_megatron.data.failures import any_failure, name_and_text, template_memory
 from copd_megatron.data.media import IMAGE, VIDEO
 from copd_megatron.data.samples import Message, texts_and_media
 from copd_megatron.errors import BadSampleError, DataError
@@ -173,12 +174,15 @@ class MultimodalProcessor:
         """The processor saved in a model folder. Raises DataError if there is none."""
         from transformers import AutoProcessor
 
+        check_tokenizer(folder)
         try:
             processor = AutoProcessor.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # the library raises whatever a file's content leads to
             raise DataError(
-                f"{folder}: holds no usable processor ({error}). Copy the processor's files of the base "
-                "model into it (preprocessor_config.json, video_preprocessor_config.json, tokenizer)."
+                f"{folder}: holds no usable processor ({name_and_text(error)}). Copy the base model's "
+                "processor files into it (preprocessor_config.json, video_preprocessor_config.json, tokenizer)."
             ) from error
         return cls(processor, config)
 
@@ -362,9 +366,10 @@ class MultimodalProcessor:
             if system_prompt is not None and conversation[0]["role"] != "system":
                 content = [{"type": "text", "text": system_prompt}]
                 conversation.insert(0, {"role": "system", "content": content})
-            text = self._processor.apply_chat_template(
-                conversation, chat_template=template, add_generation_prompt=True, tokenize=False
-            )
+            with template_memory():
+                text = self._processor.apply_chat_template(
+                    conversation, chat_template=template, add_generation_prompt=True, tokenize=False
+                )
         return list(self.tokenizer(text, add_special_tokens=template is None)["input_ids"])
 
     def placeholders(self, token_ids: IntArray, features: MediaFeatures) -> list[Placeholder]:

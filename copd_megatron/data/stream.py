@@ -16,7 +16,7 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from copd_megatron.data.difficulty import Difficulty
-from copd_megatron.data.failures import any_failure
+from copd_megatron.data.failures import any_failure, template_memory
 from copd_megatron.data.media import media_members, refuse_unknown_members
 from copd_megatron.data.occurrences import number_occurrences
 from copd_megatron.data.order import epoch_order
@@ -108,9 +108,10 @@ def encode_prompt(
     )
     if system_prompt is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
+    with template_memory():
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
     return np.asarray(encoded["input_ids"], dtype=np.int32)
 
 

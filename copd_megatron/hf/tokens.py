@@ -2,13 +2,59 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from copd_megatron.hf.companions import read_json
 
 _TOKENIZER, _VOCABULARY = "tokenizer.json", "vocab.json"
+_OBJECTS: Final = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_MAX_ID: Final = 1 << 24
+"""The tokenizer's memory grows with the largest id; no model has a million."""
+_MAX_GROWTH: Final = 1000
+"""How many times longer normalizing may make a text. One character becomes a few at most."""
+
+
+def check_files(folder: Path) -> None:
+    """Whether a folder's tokenizer can be loaded, as far as its files say. On some files libraries take all
+    memory or end the process, on others they raise what names no file.
+
+    Raises:
+        ValueError: with the file and what is wrong in it.
+    """
+    for name in _OBJECTS:
+        read_json(folder, name)
+    ids = token_ids(folder) or {}
+    if ids and not 0 <= min(ids.values()) <= max(ids.values()) <= _MAX_ID:
+        token = max(ids, key=lambda token: abs(ids[token]))
+        raise ValueError(
+            f"{folder}: token {token!r:.40} has the id {ids[token]}; ids end at {_MAX_ID}; copy it again"
+        )
+    tokenizer = read_json(folder, _TOKENIZER)
+    if tokenizer is None:
+        return
+    for key, kind in (("model", Mapping), ("added_tokens", list)):
+        if not isinstance(tokenizer.get(key), kind):
+            raise ValueError(f"{folder / _TOKENIZER} has no {key}; copy it again")
+    for key in ("normalizer", "decoder"):
+        if _growth(tokenizer.get(key)) > _MAX_GROWTH:
+            raise ValueError(
+                f"{folder / _TOKENIZER}: its {key} makes texts more than {_MAX_GROWTH} times "
+                "longer; copy it again"
+            )
+
+
+def _growth(part: Any) -> float:
+    """At most so many times longer a step of a tokenizer, or a sequence of them, makes a text."""
+    if isinstance(part, list):
+        return math.prod(_growth(step) for step in part)
+    if not isinstance(part, Mapping):
+        return 1
+    content = part.get("content", part.get("prepend"))
+    own = max(len(content), 1) if isinstance(content, str) else 1
+    return own * math.prod(_growth(value) for value in part.values())
 
 
 def token_ids(folder: Path | None) -> dict[str, int] | None:
