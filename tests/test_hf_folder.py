@@ -357,3 +357,11 @@ def test_an_index_is_written_where_one_is_needed(tmp_path: Path) -> None:
         "metadata": {"total_size": 4},
         "weight_map": {"a": "model-00001-of-00001.safetensors"},
     }
+
+
+@pytest.mark.parametrize("entry", [{}, tensor(0, 4, dtype="F" * 10**6), tensor(0, 4, [-1]), tensor(4, 8)])
+def test_a_message_does_not_repeat_a_name_without_end(entry: dict[str, Any]) -> None:
+    header = json.dumps({"n" * 10**6: entry}).encode()
+    with pytest.raises(ValueError, match="nnn") as said:
+        parse_header(header)
+    assert len(str(said.value)) < 1000

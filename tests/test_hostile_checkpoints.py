@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import socket
+import struct
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -30,7 +31,17 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from copd_megatron.checkpoint.distcp import METADATA, check_items, read_metadata
-from copd_megatron.checkpoint.manifest import MANIFEST, CheckpointError, _digest, read_manifest
+from copd_megatron.checkpoint.manifest import (
+    MANIFEST,
+    BranchEntry,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    _digest,
+    hash_problems,
+    read_manifest,
+    size_problems,
+)
 from copd_megatron.checkpoint.safe_pickle import check_saved, load_metadata
 from copd_megatron.cli.main import main
 from copd_megatron.config.schema import ParallelConfig
@@ -569,3 +580,39 @@ def test_parts_that_overlap_and_leave_a_hole_are_no_tensor(converted: Path) -> N
     tensors = MegatronTensors(converted)
     with pytest.raises(CheckpointError, match=f"the parts of {key} overlap or leave a hole"):
         tensors.read_rows(key, (), 0, torch.empty(2 * rows, width))
+
+
+def test_an_archive_whose_directory_claims_gigabytes_is_damaged(converted: Path, tmp_path: Path) -> None:
+    """A sparse file costs its maker nothing; reading the directory whole would cost the reader 30 GB."""
+    claimed = 30 << 30
+
+    def claim(metadata: Any) -> None:
+        place = next(value for key, value in metadata.storage_data.items() if "embedding" in key.fqn)
+        shard = converted / place.relative_path
+        begin = shard.stat().st_size
+        ends = (
+            struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, claimed, 0),
+            struct.pack("<4sLQL", b"PK\6\7", 0, claimed, 1),
+            struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0),
+        )
+        with shard.open("r+b") as file:
+            file.seek(begin + claimed)
+            file.write(b"".join(ends))
+        place.offset, place.length = begin, claimed + sum(map(len, ends))
+
+    _spoil(converted, claim)
+    with pytest.raises(CheckpointError, match=r"\.distcp"):
+        megatron_to_hf(converted, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "x" * 5000])
+def test_a_manifest_with_a_name_that_no_file_has_is_named(name: str, tmp_path: Path) -> None:
+    entry = FileEntry(path=name, num_bytes=1, sha256="0" * 64)
+    branch = BranchEntry(
+        weight_version=1, layout={}, frozen=False, model_path="", dims={}, files=(entry,)
+    )  # fmt: skip
+    manifest = Manifest(step=1, branches={"a": branch}, config="", saved_at="", validation_accuracy=None)
+    for problems in (size_problems, hash_problems):
+        (problem,) = problems(tmp_path, manifest)
+        assert str(tmp_path) in problem and len(problem) < 6000
+        problem.encode()

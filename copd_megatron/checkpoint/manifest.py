@@ -196,6 +196,9 @@ def size_problems(folder: Path, manifest: Manifest) -> list[str]:
         except FileNotFoundError:
             problems.append(f"{folder / file.path} is missing")
             continue
+        except (OSError, ValueError) as error:  # a name that no file can have
+            problems.append(f"{folder}: {file.path!r:.200} cannot be looked at ({error})")
+            continue
         if size != file.num_bytes:
             problems.append(f"{folder / file.path} has {size} bytes, the manifest says {file.num_bytes}")
     return problems
@@ -212,8 +215,8 @@ def hash_problems(folder: Path, manifest: Manifest, *, part: int = 0, num_parts:
     for file in share(manifest.files, part, num_parts):
         try:
             found = hash_file(folder / file.path)
-        except OSError as error:
-            problems.append(f"{folder / file.path} cannot be read: {error}")
+        except (OSError, ValueError) as error:
+            problems.append(f"{folder}: {file.path!r:.200} cannot be read: {error}")
             continue
         if found != file.sha256:
             problems.append(

@@ -182,7 +182,7 @@ class MultimodalProcessor:
         except Exception as error:  # the library raises whatever a file's content leads to
             raise DataError(
                 f"{folder}: holds no usable processor ({name_and_text(error)}). Copy the base model's "
-                "processor files into it (preprocessor_config.json, video_preprocessor_config.json, tokenizer)."
+                "preprocessor_config.json, video_preprocessor_config.json and tokenizer into it."
             ) from error
         return cls(processor, config)
 

@@ -228,8 +228,12 @@ def _tile(shape: tuple[int, ...], chunks: Sequence[_Chunk]) -> bool:
     return not any(left.values())
 
 
+_MAX_DIRECTORY_BYTES: Final = 1 << 20
+"""Of the archive of one tensor, whose directory has a few entries. The values are not read through it."""
+
+
 class _Window(io.RawIOBase):
-    """A range of a file as a file."""
+    """A range of a file as a file, of which only small parts are read."""
 
     def __init__(self, descriptor: int, begin: int, length: int) -> None:
         super().__init__()
@@ -252,6 +256,8 @@ class _Window(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = self._length - self._place
         size = left if size < 0 else min(size, left)
+        if size > _MAX_DIRECTORY_BYTES:
+            raise ValueError(f"its archive's directory claims {size} bytes")
         data = os.pread(self._descriptor, max(size, 0), self._begin + self._place)
         self._place += len(data)
         return data

@@ -24,6 +24,7 @@ _MAX_SIZE: Final = 2**63 - 1
 """Of a dimension, an offset and a tensor: no file holds more, and longer numbers take longer to multiply."""
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
+_SHOWN_CHARACTERS: Final = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,8 @@ def parse_header(header: bytes) -> tuple[TensorSpec, ...]:
     for begin, end, spec in sorted(found, key=lambda item: item[:2]):
         if begin != position or end - begin != spec.num_bytes:
             raise ValueError(
-                f"{spec.name} has bytes {begin} to {end}, where {position} to {position + spec.num_bytes} "
-                "should be"
+                f"{_short(spec.name)} has bytes {begin} to {end}, where {position} to "
+                f"{position + spec.num_bytes} should be"
             )
         position = end
     return tuple(spec for _, _, spec in sorted(found, key=lambda item: item[:2]))
@@ -131,15 +132,20 @@ def _no_number(text: str) -> None:
 def _entry(name: str, entry: Any) -> tuple[int, int, TensorSpec]:
     """First byte, byte after the last, and what the tensor is."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError(f"{name} lacks dtype, shape or data_offsets")
+        raise ValueError(f"{_short(name)} lacks dtype, shape or data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"{name} has type {code}, known are {', '.join(DTYPES)}")
+        raise ValueError(f"{_short(name)} has type {code!r:.40}, known are {', '.join(DTYPES)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{name} has shape {shape!r:.80} and data_offsets {offsets!r:.80}")
+        raise ValueError(f"{_short(name)} has shape {shape!r:.80} and data_offsets {offsets!r:.80}")
     if not _is_storable(shape, DTYPES[code].itemsize):
-        raise ValueError(f"{name} has shape {shape!r:.80}, more than any file holds")
+        raise ValueError(f"{_short(name)} has shape {shape!r:.80}, more than any file holds")
     return offsets[0], offsets[1], TensorSpec(name, tuple(shape), DTYPES[code])
+
+
+def _short(name: str) -> str:
+    """A name for a message: a file's may have millions of characters."""
+    return name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}..."
 
 
 def _are_sizes(values: Any) -> bool:
