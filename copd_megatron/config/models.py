@@ -81,6 +81,8 @@ def check_processors(config: Config, shapes: Mapping[str, ModelShape]) -> None:
                     f"{folder / file} says where a bound is null; set both media.{kind}_min_pixels and "
                     f"media.{kind}_max_pixels"
                 )
+
+
 def check_tokenizer(folder: str | Path) -> None:
     """Whether the tokenizer of a model folder can be loaded, as far as its files say.
 
