@@ -325,3 +325,16 @@ def test_runs_are_compared_without_their_timings(tmp_path: Path) -> None:
     assert metric_differences(runs[0], runs[2], relative=1e-6) == []
     (runs[1] / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
     assert "steps [1] instead of [1, 2]" in compare_runs(runs[0], runs[1])[0]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "x" * 5000])
+def test_a_manifest_with_a_name_that_no_file_has_is_named(name: str, tmp_path: Path) -> None:
+    entry = FileEntry(path=name, num_bytes=1, sha256="0" * 64)
+    branch = BranchEntry(
+        weight_version=1, layout={}, frozen=False, model_path="", dims={}, files=(entry,)
+    )  # fmt: skip
+    manifest = Manifest(step=1, branches={"a": branch}, config="", saved_at="", validation_accuracy=None)
+    for problems in (size_problems, hash_problems):
+        (problem,) = problems(tmp_path, manifest)
+        assert str(tmp_path) in problem and len(problem) < 6000
+        problem.encode()

@@ -331,7 +331,6 @@ def _holding(name: str, text: str) -> Callable[[Path], object]:
 LONGER = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 32}
 SEEN_IN_FILES: dict[str, Callable[[Path], object]] = {
     "no json": _holding("tokenizer.json", "{"),
-    "empty": _holding("tokenizer.json", "{}"),
     "deep": _holding("tokenizer.json", "[" * 10**5 + "]" * 10**5),
     "id of 2^40": _with_id(2**40),
     "id of 2^32 - 2": _with_id(2**32 - 2),
@@ -344,6 +343,7 @@ SEEN_IN_FILES: dict[str, Callable[[Path], object]] = {
     "special tokens are a list": _holding("special_tokens_map.json", "[1]"),
 }
 SEEN_WHEN_LOADED: dict[str, Callable[[Path], object]] = {
+    "empty": _holding("tokenizer.json", "{}"),
     "class": _changed("tokenizer_config.json", tokenizer_class=5),
     "token": _changed("tokenizer_config.json", eos_token={"a": [1]}),
 }

@@ -35,9 +35,9 @@ def check_files(folder: Path) -> None:
     tokenizer = read_json(folder, _TOKENIZER)
     if tokenizer is None:
         return
-    for key, kind in (("model", Mapping), ("added_tokens", list)):
-        if not isinstance(tokenizer.get(key), kind):
-            raise ValueError(f"{folder / _TOKENIZER} has no {key}; copy it again")
+    for key, kind in (("model", dict), ("added_tokens", list)):
+        if not isinstance(tokenizer.get(key, kind()), kind):
+            raise ValueError(f"{folder / _TOKENIZER}: {key} is no {kind.__name__}; copy it again")
     for key in ("normalizer", "decoder"):
         if _growth(tokenizer.get(key)) > _MAX_GROWTH:
             raise ValueError(
