@@ -47,8 +47,8 @@ class RunConfig:
     """How often ``copd train`` on one machine starts again after a failure, each time from the newest valid
     checkpoint. Under SLURM, set COPD_MAX_RESTARTS instead (``launchers/slurm.sh``)."""
     overwrite: bool = False
-    """Start from scratch in a run directory that already holds a run. Its metrics and checkpoints are
-    lost."""
+    """Start from scratch in a run directory that already holds a run. All that its runs have written is lost;
+    what anybody else has put there stays, and is named."""
 
 
 @dataclass(kw_only=True)
