@@ -270,6 +270,10 @@ def test_slerp_by_flags() -> None:
         (("a", "b", "--density", "0.5"), r"unknown key 'models\[0\]\.parameters\.density'"),
         (("a", "b", "--method", "slerp", "--weights", "1,1"), "takes --t"),
         (("recipe.yaml", "--method", "ties"), "the recipe recipe.yaml says how to merge"),
+        (("a", "b", "--seed", "3"), "--seed: linear draws nothing at random"),
+        (("a", "b", "--base", "c", "--method", "ties", "--seed", "0"), "--seed: ties draws nothing"),
+        (("a", "b", "--verify"), "--verify compares joint checkpoints .* and no input is one"),
+        (("recipe.yaml", "--tokenizer-source", "a"), "--tokenizer-source: the recipe recipe.yaml says"),
         (("a", "b", "--weights", "nan,1"), r"models\[0\]\.parameters\.weight.* nan is not a finite number"),
         (("a", "b", "--weights", "1,1e999"), r"models\[1\]\.parameters\.weight.* inf is not a finite number"),
         (

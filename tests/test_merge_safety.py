@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 
 from copd_megatron.checkpoint.manifest import MANIFEST
@@ -22,6 +24,7 @@ from copd_megatron.merge.engine import run_merge
 from copd_megatron.merge.mean import merge_mean
 from copd_megatron.merge.parameters import check_setting
 from copd_megatron.merge.recipe import MergeRecipe, ModelInput, read_recipe
+from copd_megatron.report.merge_distance import branch_distances
 from tests.support.merge_folders import joint_checkpoint, make_family, tensors_of, write_folder
 
 ENDS: list[tuple[float, str]] = [(float("nan"), "NaN"), (float("inf"), "infinities")]
@@ -280,6 +283,74 @@ def test_a_report_of_slerp_says_what_it_measures_from(
     assert f"no --base: movements are measured from {folders[0]}" in text
     assert f"how far x moved from {folders[0]}" in text
     assert json.loads((tmp_path / "report.json").read_text())["base"] == str(folders[0])
+
+
+# ---- what would decide nothing ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--base", "BASE"], "--base: linear takes the models alone and would not read"),
+        (["--base", "/nowhere"], "--base: linear takes the models alone and would not read /nowhere"),
+        (["--weights", "*.mpl.*=0.9,0.1", "--weights", "0.5,0.5"], "mpl.* has no effect: it fits the name"),
+        (["--weights", "1,1", "--weights", "mlp=0.9,0.1"], "'mlp' has no effect: it stands"),
+        (["--weights", "mlp=1,2", "--weights", "up_proj=3,4", "--weights", "1,1"], "'up_proj' has no effect"),
+        (
+            ["--base", "BASE", "--method", "ties", "--density", "*.nosuch.*=0.1", "--density", "0.5"],
+            "the density for .* has no effect: it fits the name of no tensor",
+        ),
+    ],
+)
+def test_flags_that_would_decide_nothing_are_refused(
+    folders: list[Path], tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(folders[0]) if flag == "BASE" else flag for flag in flags]
+    assert main(["merge", *map(str, folders[1:]), "--out", str(tmp_path / "out"), *given]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_that_decide_something_are_not_refused(folders: list[Path], tmp_path: Path) -> None:
+    weights = ["--weights", "mlp=0.9,0.1", "--weights", "re:.=0.5,0.5", "--weights", "1,1"]
+    report = ["--base", str(folders[0]), "--report", str(tmp_path / "report")]
+    assert main(["merge", *map(str, folders[1:]), "--out", str(tmp_path / "out"), *weights, *report]) == 0
+
+
+def test_what_a_recipes_file_says_of_no_tensor_is_told(
+    folders: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A recipe may serve several architectures."""
+    weight = [{"filter": "nosuch", "value": 0.1}, {"value": 1.0}]
+    models = [{"model": str(folder), "parameters": {"weight": weight}} for folder in folders[1:]]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    text = said(caplog, read_recipe(tmp_path / "recipe.yaml"), tmp_path / "out")
+    assert "the weight for 'nosuch' has no effect: it fits the name of no tensor" in text
+    assert main(["merge", str(tmp_path / "recipe.yaml"), "--base", str(folders[0]), "--out", "x"]) == 2
+
+
+def test_chat_templates_that_differ_are_told(
+    folders: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folders[1] / "chat_template.jinja").write_text("{{ one }}")
+    (folders[2] / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ one }}"}))
+    assert said(caplog, recipe_of(folders[1:]), tmp_path / "same") == ""
+    (folders[2] / "chat_template.jinja").write_text("{{ other }}")
+    text = said(caplog, recipe_of(folders[1:]), tmp_path / "out")
+    assert f"{folders[2]}: the chat template is another than that of {folders[1]}" in text
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ one }}"
+
+
+@pytest.mark.parametrize("spoilt", [0, 2])
+def test_a_report_names_what_is_not_finite(
+    folders: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, spoilt: int
+) -> None:
+    spoil(folders[spoilt], float("nan"))
+    with caplog.at_level(logging.WARNING):
+        branch_distances(folders[0], folders[1:])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{folders[spoilt]}: 1 tensor(s) hold NaN") and "model.norm.weight for one" in line
 
 
 # ---- one model as it is -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from copd_megatron.cli.output import say
 from copd_megatron.cli.parameters import SEED, WORKERS, Finite, Size, log_plainly
 from copd_megatron.cli.progress import byte_bar
 from copd_megatron.errors import ConfigError
-from copd_megatron.merge.flags import MergeFlags, recipe_from
+from copd_megatron.merge.flags import MergeFlags, recipe_from, refuse_unread_base
 from copd_megatron.merge.recipe import ALIASES, METHODS, MergeRecipe
 
 EXAMPLES = """
@@ -76,7 +76,7 @@ class _Work:
 @click.option(
     "--tokenizer-source", default="base", show_default=True, help="Input whose tokenizer files are copied."
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="dare: root of the random masks.")
+@click.option("--seed", type=SEED, help="dare: root of the random masks; default: 0.")
 @click.option("--shard-size", type=Size(), default="2GiB", show_default=True, help="Largest output file.")
 @click.option(
     "--format",
@@ -123,6 +123,8 @@ def command(out: str | None, report: str | None, **options: Any) -> int:
         raise ConfigError("merge: --out is missing; say where to write")
     if out is not None and flags.base is not None:
         refuse_to_overwrite(Path(out), Path(flags.base))
+    if report is None:
+        refuse_unread_base(flags, recipe)
     if report is not None:
         report = report or str(Path(out or ".") / "merge_report")
         refuse_other_report(Path(f"{report}.json"))

@@ -20,6 +20,7 @@ WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 MAX_SMALL_BYTES: Final = 256 << 20
 """Of a file beside the weights."""
+_TEMPLATE: Final = "chat_template.jinja"
 _SUFFIXES = {".json", ".txt", ".jinja", ".model"}
 
 
@@ -115,6 +116,22 @@ def write_index(folder: Path, where: Mapping[str, str], total_bytes: int) -> Non
 
 
 # ---- the other files -------------------------------------------------------------------------------------
+
+
+def chat_template(folder: Path) -> str | None:
+    """The folder's chat template, wherever it stands; None: it has none.
+
+    Raises:
+        ValueError, OSError: the file cannot be read.
+    """
+    plain = folder / _TEMPLATE
+    if plain.is_file():
+        return read_regular(plain, MAX_SMALL_BYTES).decode("utf-8", "replace")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = (read_json(folder, name) or {}).get("chat_template")
+        if isinstance(found, str):
+            return found
+    return None
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -33,7 +33,7 @@ from copd_megatron.checkpoint.manifest import CheckpointError
 from copd_megatron.formats.open import Format
 from copd_megatron.formats.tensors import identities, refuse_changed
 from copd_megatron.hf.appear import appear, partial_of
-from copd_megatron.hf.companions import copy_companions, set_dtype
+from copd_megatron.hf.companions import chat_template, copy_companions, set_dtype
 from copd_megatron.hf.dtypes import dtype_name
 from copd_megatron.merge.check import check_tied_copies
 from copd_megatron.merge.journal import Journal
@@ -206,7 +206,7 @@ def _prepare(merger: Merger, journal: Journal, final: Path, *, resume: bool, ver
     read += [source.companions for source in merger.sources if source.companions is not None]
     read += [path for path in [Path(job.recipe.origin)] if path.is_file()]
     check_partial(job.folder, journal, final, read)
-    for remark in job.recipe.remarks():
+    for remark in (*job.recipe.remarks(), *merger.unused, *_templates_that_differ(merger)):
         logger.warning("merge: %s", remark)
     if verify and (problems := [line for source in merger.sources for line in source.problems()]):
         raise CheckpointError(f"merge: {'; '.join(problems)}; merge an older checkpoint")
@@ -221,6 +221,21 @@ def _prepare(merger: Merger, journal: Journal, final: Path, *, resume: bool, ver
     journal.begin(fingerprint)
     merger.sink.companions.mkdir(parents=True, exist_ok=True)
     copy_companions(merger.companions, merger.sink.companions)
+
+
+def _templates_that_differ(merger: Merger) -> Iterator[str]:
+    """Inputs whose prompts were rendered otherwise than those of the result will be."""
+    own = chat_template(merger.companions)
+    others = [
+        source.label
+        for source in merger.sources
+        if source.companions is not None and chat_template(source.companions) != own
+    ]
+    if others:
+        yield (
+            f"{', '.join(others)}: the chat template is another than that of {merger.companions}, which the "
+            "result gets (--tokenizer-source chooses)"
+        )
 
 
 def _is_finished(merger: Merger, journal: Journal, index: int) -> bool:

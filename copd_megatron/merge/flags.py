@@ -35,7 +35,8 @@ class MergeFlags:
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str = "base"
-    seed: int = 0
+    seed: int | None = None
+    verify: bool = False
 
 
 def recipe_from(flags: MergeFlags) -> MergeRecipe:
@@ -46,7 +47,36 @@ def recipe_from(flags: MergeFlags) -> MergeRecipe:
         FileNotFoundError, CheckpointError: a model that cannot be read.
     """
     if len(flags.models) == 1 and flags.models[0].endswith((".yaml", ".yml")):
-        return _from_file(flags)
+        recipe = _from_file(flags)
+    else:
+        recipe = _from_flags(flags)
+    if flags.seed is not None and not recipe.method.startswith("dare"):
+        raise ConfigError(
+            f"merge: --seed: {recipe.method} draws nothing at random; leave it out, or choose dare_linear or "
+            "dare_ties"
+        )
+    if flags.verify and not any(_is_in_joint_checkpoint(path) for path in recipe.inputs):
+        raise ConfigError(
+            "merge: --verify compares joint checkpoints with their recorded digests, and no input is one; "
+            "leave it out"
+        )
+    return recipe
+
+
+def refuse_unread_base(flags: MergeFlags, recipe: MergeRecipe) -> None:
+    """Raises ConfigError if the base that was given decides nothing: neither the merge reads it nor a
+    report."""
+    if flags.base is None or recipe.base == flags.base:
+        return
+    if recipe.origin != "merge":
+        raise ConfigError(f"merge: --base: the recipe {recipe.origin} says what the base is; change it there")
+    raise ConfigError(
+        f"merge: --base: {recipe.method} takes the models alone and would not read {flags.base}; leave it "
+        "out, name it among the models, choose a --method that starts from a base, or ask for a --report"
+    )
+
+
+def _from_flags(flags: MergeFlags) -> MergeRecipe:
     method = ALIASES.get(flags.method or "mean", flags.method or "mean")
     models = [branch for path in flags.models for branch in _branches_of(path)]
     base = flags.base
@@ -67,7 +97,7 @@ def recipe_from(flags: MergeFlags) -> MergeRecipe:
         dtype=flags.dtype,
         out_dtype=flags.out_dtype,
         tokenizer_source=flags.tokenizer_source,
-        seed=flags.seed,
+        seed=flags.seed or 0,
     )
 
 
@@ -83,12 +113,13 @@ def _from_file(flags: MergeFlags) -> MergeRecipe:
         "--rescale": flags.rescale,
         "--dtype": flags.dtype,
         "--out-dtype": flags.out_dtype,
+        "--tokenizer-source": None if flags.tokenizer_source == "base" else flags.tokenizer_source,
     }
     if clash := [flag for flag, value in given.items() if value is not None]:
         raise ConfigError(
             f"merge: {', '.join(clash)}: the recipe {flags.models[0]} says how to merge; change it there"
         )
-    return read_recipe(flags.models[0], seed=flags.seed)
+    return read_recipe(flags.models[0], seed=flags.seed or 0)
 
 
 def _of_all_models(flags: MergeFlags, method: str) -> dict[str, Any]:
@@ -123,6 +154,10 @@ def _branches_of(path: str) -> list[str]:
         return [path]
     branches = read_manifest(Path(path)).branches
     return [str(Path(path) / name) for name, entry in branches.items() if not entry.frozen]
+
+
+def _is_in_joint_checkpoint(path: str) -> bool:
+    return (Path(path) / MANIFEST).is_file() or (Path(path).parent / MANIFEST).is_file()
 
 
 def _per_model(flag: str, texts: Sequence[str], count: int) -> list[tuple[str | None, list[float]]]:

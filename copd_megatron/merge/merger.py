@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from copd_megatron.errors import ConfigError
 from copd_megatron.formats.open import Format, make_sink, open_source
 from copd_megatron.formats.tensors import ShardWriter, TensorSink, TensorSource, identities
 from copd_megatron.hf.dtypes import dtype_named
@@ -91,6 +92,13 @@ class Merger:
         ]
         check_mergeable(self.sources, allow=job.allow)
         names = self.sources[0].names()
+        self.unused = job.recipe.unused_filters(names)
+        """What the recipe says of tensors that are not there, in words."""
+        if self.unused and job.recipe.origin == "merge":
+            raise ConfigError(
+                f"merge: {self.unused[0]}; the first entry that fits a tensor counts, so put patterns before "
+                f"what is for all, and write them as in {names[len(names) // 2]}"
+            )
         self._depths = layer_depths(names)
         self._settings = {name: self._resolve(name) for name in names}
         self.companions = self._find_companions()

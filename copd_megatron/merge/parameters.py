@@ -17,7 +17,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from copd_megatron.config.typecheck import unknown_key
@@ -76,6 +76,32 @@ def evaluate(setting: Any, name: str, depth: float) -> Scalar | None:
                 return _at_depth(item["value"], depth)
         return None
     return _at_depth(setting, depth)
+
+
+def unused_filters(setting: Any, names: Collection[str]) -> list[tuple[str, str]]:
+    """Filters of a checked parameter that decide the value of no tensor, each with why not. A last entry
+    without a filter may have nothing left to decide.
+
+    Args:
+        names: of all tensors.
+    """
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if not _is_filters(setting):
+        return []
+    found, left = [], set(names)
+    for number, item in enumerate(setting):
+        pattern = item.get("filter")
+        if pattern is None and number == len(setting) - 1:
+            break
+        fits = {name for name in names if _fits(pattern, name)}
+        shown = "an entry without a pattern" if pattern is None else repr(pattern)
+        if not fits:
+            found.append((shown, "fits the name of no tensor"))
+        elif not fits & left:
+            found.append((shown, "stands behind entries that fit all of its tensors"))
+        left -= fits
+    return found
 
 
 def is_scalar(value: Any) -> bool:

@@ -36,7 +36,7 @@ import yaml
 
 from copd_megatron.config.typecheck import join, unknown_key
 from copd_megatron.errors import ConfigError
-from copd_megatron.merge.parameters import Scalar, check_setting, evaluate, is_scalar
+from copd_megatron.merge.parameters import Scalar, check_setting, evaluate, is_scalar, unused_filters
 from copd_megatron.untrusted.regular_file import read_regular
 from copd_megatron.untrusted.yaml_text import load_yaml
 
@@ -189,6 +189,17 @@ class MergeRecipe:
                 if is_scalar(value) and float(value) == 0:
                     found.append(f"the {key} of {model.path} is 0: nothing of it gets into the result")
         return found
+
+    def unused_filters(self, names: Sequence[str]) -> list[str]:
+        """Filters that decide nothing in a model of these tensors, one sentence each."""
+        scopes = [self.parameters, *(model.parameters for model in self.models)]
+        found = [
+            f"the {key} for {pattern} has no effect: it {why}"
+            for scope in scopes
+            for key, setting in scope.items()
+            for pattern, why in unused_filters(setting, names)
+        ]
+        return list(dict.fromkeys(found))
 
     def companion_index(self) -> int:
         """Which of ``inputs`` gives configuration, tokenizer and processor files.

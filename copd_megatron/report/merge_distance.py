@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ from copd_megatron.report.names import figure_text
 from copd_megatron.untrusted.json_text import load_file, made
 from copd_megatron.untrusted.visible import markdown_cell, one_line
 from copd_megatron.untrusted.whole_file import replacing, write_whole
+
+logger = logging.getLogger(__name__)
 
 TOTAL = "all"
 _LEGEND_CHARACTERS = 1000
@@ -78,7 +81,7 @@ class DistanceReport:
         """What the columns are."""
         return (
             f"|x|: how far x moved from {self.base}, relative to its size; cos a·b: whether a and b moved "
-            "the same way; -: there is no such number, since one did not move"
+            "the same way; -: there is no such number, since one did not move or holds NaN"
         )
 
     def to_text(self) -> str:
@@ -244,12 +247,18 @@ def branch_distances(
     specs = [spec for spec in map(sources[0].spec, sources[0].names()) if spec.dtype.is_floating_point]
     grams: dict[str, npt.NDArray[np.float64]] = {}
     sizes: dict[str, int] = {}
+    broken: dict[int, list[str]] = {}
+    """Tensors that are not finite, by the number of their source."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             found = pool.map(lambda spec: _gram(sources, spec), specs)
             for number, (spec, gram) in enumerate(zip(specs, found, strict=True), start=1):
+                for index in np.flatnonzero(~np.isfinite(np.diag(gram))):
+                    broken.setdefault(int(index), []).append(spec.name)
+                    if index == 0:
+                        break  # movements from it are none either
                 for label in (layer_label(spec.name), TOTAL):
                     grams[label] = grams.get(label, 0.0) + gram
                     sizes[label] = sizes.get(label, 0) + spec.num_elements
@@ -258,6 +267,14 @@ def branch_distances(
     finally:
         torch.set_num_threads(before)
     refuse_changed(sources, opened)
+    for index, names in sorted(broken.items()):
+        logger.warning(
+            "%s: %d tensor(s) hold NaN, infinities or numbers too large to be squared, %s for one: there are "
+            "no distances where they count",
+            sources[index].label,
+            len(names),
+            names[0],
+        )
     order = sorted(grams, key=_model_order)
     return DistanceReport(
         base=sources[0].label,
