@@ -439,6 +439,43 @@ def test_fields_that_nothing_asks_for_are_named(tmp_path: Path, caplog: pytest.L
     assert "source" not in caplog.text.split("nothing asks for")[1] and "images" not in caplog.text
 
 
+def test_what_stands_beside_a_path_is_named_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {**GOOD, "answer": None, "reward_model": {"truth": "4", "style": "rule", "empty": ""}}
+    source = jsonl(tmp_path / "a.jsonl", row)
+    with caplog.at_level(logging.WARNING):
+        convert_jsonl([source], tmp_path / "out", "m", FieldMap(answer="reward_model.truth"))
+    assert "nothing asks for: 'reward_model.style' (1 lines)." in caplog.text
+    media = jsonl(tmp_path / "b.jsonl", {**row, "reward_model": {"truth": "4", "image": "a.png"}})
+    with pytest.raises(DataError, match=r"line 1: field\(s\) 'reward_model\.image' hold media"):
+        convert_jsonl([media], tmp_path / "out2", "m", FieldMap(answer="reward_model.truth"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_numbers_stay_as_they_are_written(tmp_path: Path, suffix: str) -> None:
+    texts = ["1e5", "1.10", "12345678901234567890.5", "0.1", "7", "-3"]
+    rows = [
+        f'{{"prompt": "p{i}", "answer": {text}, "verifier": "exact", "metadata": {{"x": {text}}}}}'
+        for i, text in enumerate(texts)
+    ]
+    source = tmp_path / f"a.{suffix}"
+    source.write_text("\n".join(rows) if suffix == "jsonl" else f"[{', '.join(rows)}]")
+    found = samples_of(convert_jsonl([source], tmp_path / "out", "m", FieldMap()).train)
+    assert [sample.answer for sample in found] == texts
+    assert [sample.metadata["x"] for sample in found] == [float(text) for text in texts]
+
+
+def test_what_would_replace_something_is_refused(tmp_path: Path) -> None:
+    """A name that occurs twice in a line, and a kept field that the metadata has already."""
+    twice = jsonl(tmp_path / "a.jsonl", '{"prompt": "p", "answer": "4", "answer": "5", "verifier": "exact"}')
+    with pytest.raises(DataError, match=r"line 1: not valid JSON .*the name 'answer' occurs twice"):
+        convert_jsonl([twice], tmp_path / "out", "m", FieldMap())
+    rows = [{**GOOD, "level": 1, "metadata": {"level": level}} for level in (1, 2)]
+    with pytest.raises(DataError, match=r"line 2: field 'level', which --keep takes .* would replace"):
+        convert_jsonl(
+            [jsonl(tmp_path / "b.jsonl", *rows)], tmp_path / "out", "m", FieldMap(extra_metadata=("level",))
+        )
+
+
 def test_repeats_of_validation_prompts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tmp_path / "a.jsonl"
     lines = [{"prompt": f"{n % 3}?", "answer": str(n), "verifier": "exact"} for n in range(30)]

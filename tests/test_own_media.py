@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,10 @@ def test_parts_of_chat_messages_name_their_media(folder: Path) -> None:
         ({"prompt": "<video>", "images": ["photos/0.png"]}, r"0 image placeholder\(s\) for 1 image.*1 video"),
         ({"prompt": "p", "image": "../secret.png"}, "leads out of the media folder"),
         ({"prompt": "p", "image": 7}, "an? image is given as int"),
+        ({"prompt": "p", "image": "moving.gif"}, "the GIF holds several pictures, of which only the first"),
+        ({"prompt": "p", "image": "pages.tiff"}, "the TIFF holds several pictures"),
+        ({"prompt": "p", "image": "moving.webp"}, "the WEBP holds several pictures"),
+        ({"prompt": "p", "image": "moving.png"}, "the PNG holds several pictures"),
         ({"prompt": "p", "audio": "a.wav"}, "'audio' hold media, which would be lost"),
         (
             {
@@ -116,6 +121,9 @@ def test_what_would_be_lost_or_refused_later_is_refused(
     folder: Path, row: dict[str, Any], message: str
 ) -> None:
     (folder / "broken.png").write_bytes(b"no picture")
+    one, other = (Image.new("RGB", (32, 32), (shade, 0, 0)) for shade in (10, 200))
+    for name in ("moving.gif", "pages.tiff", "moving.webp", "moving.png"):
+        one.save(folder / name, save_all=True, append_images=[other])
     (folder / "short.png").write_bytes(picture((9, 9, 9))[:-20])
     (folder / "short.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:-200])
     source = lines(folder, {"prompt": "q", "image": "photos/5.png"}, row)
@@ -124,6 +132,15 @@ def test_what_would_be_lost_or_refused_later_is_refused(
     assert not (folder / "out").exists()
     written = convert(source, skip_bad=True)
     assert [sample.prompt for sample, _ in samples(written.train)] == ["q"]
+
+
+def test_what_stands_beside_a_mediums_path_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("RGB", (32, 32)).save(folder / "one.gif")
+    image = {"path": "photos/0.png", "caption": "a red one", "url": None}
+    source = lines(folder, {"prompt": "p", "image": image}, {"prompt": "q", "image": "one.gif"})
+    with caplog.at_level(logging.WARNING):
+        assert len(samples(convert(source).train)) == 2
+    assert "nothing asks for: 'image.caption' (1 lines)" in caplog.text
 
 
 def test_validation_takes_media_that_training_does_not_have(folder: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from copd_megatron.data.failures import name_and_text
 from copd_megatron.errors import BadSampleError
 from copd_megatron.rewards.terms import WEIGHTED, read_terms
-from copd_megatron.untrusted.json_text import MAX_BYTES, MAX_NESTING, NestingError, load
+from copd_megatron.untrusted.json_text import MAX_BYTES, MAX_NESTING, NestingError, load, load_as_written
 
 Message = Mapping[str, Any]
 
@@ -84,14 +84,14 @@ def refuse_large(num_bytes: int, where: str) -> None:
         )
 
 
-def load_json(raw: bytes, where: str, problem: str, remedy: str) -> Any:
-    """What a JSON text says, in any of Unicode's encodings.
+def load_json(raw: bytes, where: str, problem: str, remedy: str, *, as_written: bool = False) -> Any:
+    """What a JSON text says, in any of Unicode's encodings; ``as_written``: by ``json_text.load_as_written``.
 
     Raises BadSampleError (``not_json``, ``too_nested``): as ``json_text.load``, of any length.
     """
     try:
         text = raw.decode(json.detect_encoding(raw), "surrogatepass")
-        return load(text, max_bytes=len(raw))
+        return (load_as_written if as_written else load)(text, max_bytes=len(raw))
     except NestingError as error:
         raise _too_nested(where) from error
     except ValueError as error:

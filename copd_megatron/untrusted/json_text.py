@@ -59,17 +59,58 @@ def load(text: str | bytes, *, max_bytes: int = MAX_BYTES) -> Any:
         NestingError: nested deeper than ``MAX_NESTING``.
         ValueError: it is no JSON, longer than ``max_bytes``, or holds a number beyond ``MAX_NUMBER``.
     """
+    return _load(text, max_bytes, parse_float=_finite)
+
+
+def _load(text: str | bytes, max_bytes: int, **parse: Any) -> Any:
     if len(text) > max_bytes:
         raise ValueError(f"it is longer than {max_bytes} bytes")
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogatepass")
     try:
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole)
+        value = json.loads(text, parse_constant=_no_constant, parse_int=_whole, **parse)
     except RecursionError:
         raise _too_nested() from None
     if text.count("[") + text.count("{") > MAX_NESTING and nests_deeper(value, MAX_NESTING):
         raise _too_nested()
     return value
+
+
+class WrittenFloat(float):
+    """A number with a point or an exponent that ``str`` gives back as it was written: 1.10, 1e5."""
+
+    def __new__(cls, text: str) -> WrittenFloat:
+        made = super().__new__(cls, _finite(text))
+        made._text = text
+        return made
+
+    _text: str
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __reduce__(self) -> tuple[type[WrittenFloat], tuple[str]]:
+        return WrittenFloat, (self._text,)
+
+
+def load_as_written(text: str | bytes, *, max_bytes: int = MAX_BYTES) -> Any:
+    """As ``load``, and nothing of what is written gets lost: numbers are ``WrittenFloat``, and a name may
+    occur in an object once.
+
+    Raises:
+        NestingError, ValueError: as ``load``, or a name occurs twice.
+    """
+    return _load(text, max_bytes, parse_float=WrittenFloat, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise ValueError(
+            f"the name {name!r:.60} occurs twice in an object, and one of the values would be lost"
+        )
+    return found
 
 
 def load_object(text: str | bytes) -> dict[str, Any]:

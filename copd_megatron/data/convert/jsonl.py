@@ -82,11 +82,11 @@ class FieldMap:
         )
 
     def asked_for(self) -> frozenset[str]:
-        """All names, and the fields that paths begin with."""
+        """All names, and paths."""
         names = [self.prompt, self.answer, self.verifier, self.metadata, *self.extra_metadata]
         names += [*self.images, *self.videos]
         names += [self.key] if self.key is not None else []
-        return frozenset(names) | frozenset(name.split(".")[0] for name in names)
+        return frozenset(names)
 
 
 def convert_jsonl(
@@ -269,9 +269,10 @@ def _lines(sources: Sequence[Path], fields: FieldMap, suffix: str, media: OwnMed
             place = (file_number, number)
             try:
                 with any_failure(where):
-                    row, shown = _row(raw, media, where)
-                    unused = tuple(n for n, value in row.items() if n not in asked_for and _holds(value))
+                    row, shown, beside = _row(raw, media, where)
+                    unused = tuple(_unused(row, asked_for))
                     _refuse_media(unused, where)
+                    unused += beside
                     sample, named = _sample(row, fields, suffix, where)
                     if named and shown:
                         raise _named_twice(where)
@@ -310,17 +311,19 @@ def _raw_rows(source: Path) -> Iterator[tuple[int, str, bytes | Row | BadSampleE
 
 def _row(
     raw: bytes | Row | BadSampleError, media: OwnMedia, where: str
-) -> tuple[dict[str, Any], list[MediaSource]]:
-    """A row without its media, and these."""
+) -> tuple[dict[str, Any], list[MediaSource], tuple[str, ...]]:
+    """A row without its media, these, and what stands beside them."""
     remedy = "Each line must be one JSON object."
     if isinstance(raw, BadSampleError):
         raise raw
-    row = load_json(raw, where, "not valid JSON", remedy) if isinstance(raw, bytes) else dict(raw)
+    row = dict(raw) if not isinstance(raw, bytes) else None
+    if isinstance(raw, bytes):
+        row = load_json(raw, where, "not valid JSON", remedy, as_written=True)
     if isinstance(raw, bytes):
         check_plain(row, where)
     if not isinstance(row, dict):
         raise BadSampleError(where, "bad_type", f"is a {type(row).__name__}, not an object", remedy)
-    shown = media.sources(row, where)
+    shown, beside = media.sources(row, where), tuple(media.beside(row))
     row = {name: value for name, value in row.items() if name not in media.fields}
     try:
         json.dumps(row, allow_nan=False)
@@ -333,7 +336,19 @@ def _row(
             where, "bad_type", problem, "Leave the column out, or store it as text."
         ) from error
     check_plain(row, where)
-    return row, shown
+    return row, shown, beside
+
+
+def _unused(row: dict[str, Any], asked_for: frozenset[str], prefix: str = "") -> Iterator[str]:
+    """Fields that hold something and that nothing asks for, those inside of others by their paths."""
+    for name, value in row.items():
+        path = prefix + name
+        if path in asked_for or not _holds(value):
+            continue
+        if isinstance(value, dict) and any(asked.startswith(f"{path}.") for asked in asked_for):
+            yield from _unused(value, asked_for, f"{path}.")
+        else:
+            yield path
 
 
 def _holds(value: Any) -> bool:
@@ -341,7 +356,7 @@ def _holds(value: Any) -> bool:
 
 
 def _refuse_media(unused: Sequence[str], where: str) -> None:
-    media = [name for name in unused if _MEDIA_FIELD.fullmatch(name)]
+    media = [name for name in unused if _MEDIA_FIELD.fullmatch(name.rpartition(".")[2])]
     if media:
         raise BadSampleError(
             where,
@@ -363,7 +378,7 @@ def _sample(
         "metadata": _field(row, fields.metadata, where, "--metadata-field", default={}),
     }
     if isinstance(record["answer"], int | float) and not isinstance(record["answer"], bool):
-        record["answer"] = json.dumps(record["answer"])
+        record["answer"] = str(record["answer"])  # as it is written: 1.10 and 1e5 stay so
     sample = sample_from_record(record, SampleRef(where, ""), where)
     try:
         for name in _verifiers(sample, where):
@@ -373,6 +388,14 @@ def _sample(
         remedy = "--verifier NAME sets one for lines that name none."
         raise BadSampleError(where, "unknown_verifier", problem, remedy) from error
     extra = {name: _field(row, name, where, "--keep") for name in fields.extra_metadata}
+    for name in extra.keys() & sample.metadata.keys():
+        if extra[name] != sample.metadata[name]:
+            raise BadSampleError(
+                where,
+                "kept_twice",
+                f"field {name!r}, which --keep takes into the metadata, would replace the {name!r} there",
+                "Rename one of them, or leave --keep out.",
+            )
     new = NewSample(
         prompt=_with_suffix(sample.prompt, suffix) if suffix else sample.prompt,
         answer=sample.answer,

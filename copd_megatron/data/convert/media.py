@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,14 @@ class OwnMedia:
             for name in names
             for entry in _listed(row.get(name))
         ]
+
+    def beside(self, row: Mapping[str, Any]) -> Iterator[str]:
+        """What stands beside the path or the bytes of a medium (``image.caption``), which no sample keeps."""
+        for name in self.fields:
+            for entry in _listed(row.get(name)):
+                if isinstance(entry, Mapping):
+                    others = (key for key in entry if key not in ("bytes", "path"))
+                    yield from (f"{name}.{key}" for key in others if entry[key] not in (None, "", [], {}))
 
     def members(self, sources: Sequence[MediaSource], file: Path, where: str) -> dict[str, bytes]:
         """Members of a sample by extension: ``0.png``, ``1.jpg``, ``0.mp4``; each was decoded once.

@@ -199,7 +199,7 @@ def _kind(row: Row, where: str) -> str:
 def _text(row: Row, name: str, where: str) -> str:
     value = row.get(name)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = json.dumps(value)
+        value = str(value)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise BadSampleError(
             where, "missing_field", f"no {name!r}; it has {sorted(row)}", "Check --layout against the file."

@@ -60,7 +60,7 @@ def lines_of_file(source: Path) -> Iterator[Line]:
 
 def _json(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:
     content = read_regular(source, _MAX_ARRAY_BYTES)
-    rows = load_json(content, str(source), "not valid JSON", "Download the file again.")
+    rows = load_json(content, str(source), "not valid JSON", "Download the file again.", as_written=True)
     if not isinstance(rows, list):
         raise DataError(f"{source}: holds a {type(rows).__name__}, not an array of rows. Give such a file.")
     for number, row in enumerate(rows):
@@ -71,7 +71,8 @@ def _jsonl(source: Path) -> Iterator[tuple[str, Row | BadSampleError]]:
     for line in lines_of_file(source):
         where = f"{source}, line {line.number}"
         try:
-            row = load_json(line.text, where, "not valid JSON", "Each line must be one object.")
+            remedy = "Each line must be one object."
+            row = load_json(line.text, where, "not valid JSON", remedy, as_written=True)
         except BadSampleError as error:
             yield where, error
             continue

@@ -48,6 +48,13 @@ def storable_image(data: bytes, where: str, *, max_pixels: int) -> tuple[str, by
     """Extension and bytes under which an image goes into a shard: as it is if samples may have its format,
     else as PNG. Raises BadSampleError as ``decode_image`` does."""
     with _opened(data, where, _CONVERTED, max_pixels) as image:
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise BadSampleError(
+                where,
+                "media_unsupported",
+                f"the {image.format} holds several pictures, of which only the first would be kept",
+                "Store the one that is meant, or make a video of them.",
+            )
         if image.format in _STORED:
             image.verify()
             return _STORED[image.format], data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ def text(row: Row, names: Sequence[str], where: str) -> str:
     """The text of the first of these fields that the row has; numbers as text. Raises BadSampleError."""
     value = next((row[name] for name in names if row.get(name) is not None), None)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = json.dumps(value)
+        value = str(value)
     if not isinstance(value, str) or not value.strip():
         problem = f"needs text in {' or '.join(map(repr, names))}; the row has {sorted(row)}"
         raise BadSampleError(where, "missing_field", problem, AS_PUBLISHED)
