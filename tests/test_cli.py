@@ -391,6 +391,21 @@ def test_a_reader_may_leave(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
 
 
+def test_a_reader_that_has_left_keeps_no_command_from_its_work(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "answer": "a", "verifier": "exact"}\n')
+    words = ["data", "jsonl-to-shards", "a.jsonl", "--out", "out", "--name", "n", "--no-check-golds"]
+    command = f"{shlex.quote(sys.executable)} -m copd_megatron.cli {shlex.join(words)}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; echo ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "0\n" and done.stderr == ""
+    assert (tmp_path / "out/n-train-000000.tar").exists()
+
+
 # --- completion -------------------------------------------------------------------------------------------
 
 

@@ -83,6 +83,9 @@ def test_recipes_become_tasks_that_wait_for_each_other(nemo: ModuleType, config_
     assert tasks["evaluate_opd"].evaluates[-1] == "/out/opd/export/alpha"
     assert tasks["evaluate_copd"].evaluates == ("/out/copd/export/merged",)
     assert load_config(config_path) == config, "the given configuration is not changed"
+    evaluated = load_config(config_path, ["evaluation.every_steps=6", "checkpoint.keep_best=1"])
+    for task in tasks_of(evaluated, EXPERIMENTS.known(), Path("/out")):
+        validate(task.config, world_size=None, model=None)  # those that have fewer steps, too
 
 
 @pytest.mark.parametrize(

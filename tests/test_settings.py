@@ -7,6 +7,8 @@ import re
 import tempfile
 import typing
 from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from copd_megatron.cli.main import main
 from copd_megatron.config import Config, ConfigError, load_config, save_resolved, validate
 from copd_megatron.config.bounds import Bounds, violations
+from copd_megatron.config.checks.switches import SWITCHES, Switch
 from copd_megatron.config.reference import find_settings, markdown, shown_value, values_of
 from copd_megatron.config.texts import NAME, Setting, describe_settings
 from tests.test_config import load, write
@@ -349,6 +352,70 @@ def test_settings_that_would_silently_do_something_else_are_refused(
     with pytest.raises(ConfigError) as caught:
         validate(_load(*overrides), None, None)
     assert message in str(caught.value)
+
+
+OFF = {
+    "opd.behaviour.top_k": ["opd.behaviour.num_states=0"],
+    "opd.behaviour.every_steps": ["opd.behaviour.num_states=0"],
+    "loss.dual_clip": ["loss.surrogate=sapo"],
+    "loss.mismatch_cap": ["loss.mismatch_correction=none"],
+    "advantage.std_epsilon": ["advantage.normalize_std=false"],
+}
+"""What switches off what the file, or a default, has on."""
+SWITCHED = [(switch, key) for switch in SWITCHES for key in switch.keys]
+
+
+@pytest.mark.parametrize(("switch", "key"), SWITCHED, ids=[key for _, key in SWITCHED])
+def test_settings_whose_switch_is_off_are_refused(switch: Switch, key: str) -> None:
+    config = _load(*OFF.get(key, ()))
+    validate(config, None, None)
+    section, _, name = key.rpartition(".")
+    owner, default = attrgetter(section)(config), attrgetter(key)(config)
+    assert default == attrgetter(key)(Config()), "the default says nothing"
+    setattr(owner, name, _another(default))
+    with pytest.raises(ConfigError, match=re.escape(f"{key}: ")) as caught:
+        validate(config, None, None)
+    assert f"has no effect without {switch.needs}; set that, or leave {key} at" in str(caught.value)
+
+
+def _another(value: Any) -> Any:
+    """A value of the same kind that is another one."""
+    if isinstance(value, Enum):
+        return next(other for other in type(value) if other is not value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, list):
+        return value[:-1]
+    return f"{value}1" if isinstance(value, str) else 3 if value is None else value + 0.25
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["evaluation.merged=true", "evaluation.every_steps=3"],
+        ["evaluation.num_generations_per_prompt=4", "evaluation.temperature=1"],
+        ["checkpoint.async_save=true", "checkpoint.save_period=3"],
+        ["opd.ema_rate=0.5", "opd.teacher_mode=ema"],
+        ["opd.snapshot_every_steps=3", "opd.teacher_mode=every_n_steps"],
+        ["loss.mismatch_cap=3", "loss.mismatch_correction=tis_sequence"],
+        ["loss.kl_placement=reward", "loss.kl_coefficient=0.1"],
+        ["loss.sapo_temperature_negative=2", "loss.surrogate=sapo"],
+        ["loss.balance_exponent=-2", "loss.balance=drift"],
+        ["advantage.dynamic_sampling_max_rounds=5", "advantage.dynamic_sampling=true"],
+        ["advantage.overlong_penalty=0.5", "advantage.overlong_buffer_tokens=8"],
+        ["evaluation.every_steps=40"],
+    ],
+)
+def test_settings_whose_switch_is_on_are_taken(overrides: list[str]) -> None:
+    validate(_load(*overrides), None, None)
+    with pytest.raises(ConfigError, match=r"every_steps: 41 is beyond the run's 40 steps"):
+        validate(_load("evaluation.every_steps=41"), None, None)
+
+
+def test_copd_eval_samples_no_prompt_greedily_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(TINY), "base", "evaluation.num_generations_per_prompt=4"]) == 2
+    said = capsys.readouterr().err
+    assert "4 has no effect without an evaluation.temperature above 0: greedy responses" in said
 
 
 # --- the reference ------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from copd_megatron.cli.group import Command
 from copd_megatron.cli.output import refuse_other_record, say
 from copd_megatron.cli.parameters import PATH, log_plainly
 from copd_megatron.config import load_config
+from copd_megatron.config.checks.switches import greedy_repeats
 from copd_megatron.errors import ConfigError
 from copd_megatron.hf.model_config import read_model_shape
 from copd_megatron.launch.caches import usable_caches
@@ -56,6 +57,8 @@ def command(
     """
     models = [word for word in words if "=" not in word]
     settings = load_config(config, [word for word in words if "=" in word])
+    for problem in greedy_repeats(settings):
+        raise ConfigError(problem)
     if not models:
         raise click.UsageError("name at least one MODEL.", click.get_current_context())
     for model in models:  # refused here, before the engines take their time to import

@@ -12,7 +12,7 @@ import click
 
 from copd_megatron import __version__
 from copd_megatron.cli.group import LazyGroup
-from copd_megatron.cli.output import say
+from copd_megatron.cli.output import reader_may_leave, say
 from copd_megatron.errors import EXIT_HOPELESS, CheckpointError, is_hopeless
 from copd_megatron.untrusted.visible import show_tracebacks_visibly
 
@@ -112,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError | CheckpointError):
             return _told(error, EXIT_FAILED)
         raise
+    finally:
+        with reader_may_leave():
+            pass  # what is buffered is said now, or never
 
 
 def _run(arguments: list[str]) -> int:

@@ -16,8 +16,12 @@ from copd_megatron.untrusted.visible import visible
 
 
 def say(text: object = "", *, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
-    """Prints text, whoever wrote parts of it: control characters are shown, not sent to the terminal."""
-    print(visible(str(text)), file=file, end=end, flush=flush)
+    """Prints text, whoever wrote parts of it: control characters are shown, not sent to the terminal. A
+    reader that has left (``| head``) does not keep a command from its work."""
+    try:
+        print(visible(str(text)), file=file, end=end, flush=flush)
+    except BrokenPipeError:
+        _to_nowhere(sys.stdout if file is None else file)
 
 
 def refuse_other(path: Path, begin: bytes, what: str) -> None:
@@ -60,7 +64,12 @@ def reader_may_leave() -> Iterator[None]:
     """Around printing alone: a reader that has seen enough (``| head``) ends the output, not the command."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started this
+            sys.stdout.flush()
     except BrokenPipeError:
-        # what is still buffered goes nowhere, or Python complains when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _to_nowhere(sys.stdout)
+
+
+def _to_nowhere(file: TextIO) -> None:
+    """Where nobody reads: also what is still buffered, or Python complains when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

@@ -12,7 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from copd_megatron.config.bounds import violations
-from copd_megatron.config.checks import branches, distillation, layout, objective, observability, precision
+from copd_megatron.config.checks import (
+    branches,
+    distillation,
+    layout,
+    objective,
+    observability,
+    precision,
+    switches,
+)
 from copd_megatron.config.schema import Config
 from copd_megatron.errors import ConfigError
 from copd_megatron.model.shape import ModelShape
@@ -58,3 +66,4 @@ def _problems(
     yield from objective.problems(config)
     yield from precision.problems(config, shapes or {})
     yield from observability.problems(config, world_size)
+    yield from switches.problems(config)

@@ -132,6 +132,14 @@ def learn_alone(run: Config, num_steps: int) -> None:
     """Makes a run one of ``num_steps`` steps of reinforcement learning and no distillation."""
     run.schedule.cycles, run.schedule.rlvr_steps, run.schedule.opd_steps = 1, num_steps, 0
     run.opd.topology, run.opd.hub, run.opd.edges = Topology.none, None, []
+    evaluate_within(run)
+
+
+def evaluate_within(run: Config) -> None:
+    """Lets a run that was made shorter still be evaluated where it was to be evaluated on its way."""
+    schedule = run.schedule
+    steps = schedule.cycles * (schedule.rlvr_steps + schedule.opd_steps)
+    run.evaluation.every_steps = min(run.evaluation.every_steps, steps)
 
 
 def export_of(out: Path, task: str, branch: str) -> str:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from copd_megatron.config import Config, ConfigError
 from copd_megatron.config.schema import Topology
-from copd_megatron.recipes.experiments.base import Experiment, Task, expert_of, export_of, run_of
+from copd_megatron.recipes.experiments.base import (
+    Experiment,
+    Task,
+    evaluate_within,
+    expert_of,
+    export_of,
+    run_of,
+)
 
 
 def opd(config: Config, out: Path) -> list[Task]:
@@ -45,6 +52,7 @@ def _distillation(config: Config, out: Path, student: str) -> Config:
     run = run_of(config, out, "opd")
     run.schedule.opd_steps = config.schedule.cycles * config.schedule.opd_steps
     run.schedule.cycles, run.schedule.rlvr_steps = 1, 0
+    evaluate_within(run)
     run.opd.topology, run.opd.hub, run.opd.edges = Topology.hub_and_spoke, student, []
     run.end.merge = False
     for name, branch in run.branches.items():
