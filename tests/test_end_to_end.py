@@ -167,16 +167,22 @@ def test_edge_metrics_appear_with_their_phase(first: dict[str, Any]) -> None:
     assert first["metrics"][-1]["copd/sym_kl/alpha-beta"] > 1e-6
 
 
-def test_teacher_gap_is_negative(first: dict[str, Any]) -> None:
-    """On the student's own samples, mean log pi_teacher - log pi_student estimates minus a KL."""
-    gaps = [
-        step[f"copd/teacher_gap/{edge}"]
-        for step in first["metrics"]
-        for edge in EDGES.values()
-        if step["phase"] == "opd"
-    ]
+def test_the_teacher_gap_is_minus_a_divergence_within_its_noise(first: dict[str, Any]) -> None:
+    """On the student's own samples, log pi_teacher - log pi_student has mean -KL and, for close policies,
+    variance 2 KL; the symmetric KL that is measured holds both directions. So few tokens do not tell the
+    sign."""
+    gaps, divergences, tokens = [], [], 0.0
+    for step in first["metrics"]:
+        for name, edge in EDGES.items():
+            if step["phase"] == "opd":
+                gaps.append(step[f"copd/teacher_gap/{edge}"])
+                divergences.append(step[f"copd/sym_kl/{edge.replace('<-', '-')}"] / 2)
+                teacher = edge.partition("<-")[2]
+                tokens += 12 * step[f"{name}/cross/{teacher}/response_length"]
     assert len(gaps) == 6
-    assert np.mean(gaps) < 0
+    noise = (2 * np.mean(divergences) / tokens) ** 0.5
+    assert 0 < noise < 0.05
+    assert abs(np.mean(gaps) + np.mean(divergences)) < 5 * noise
 
 
 def test_evaluation_table_covers_all_models(first: dict[str, Any]) -> None:
