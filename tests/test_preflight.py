@@ -15,12 +15,21 @@ from pathlib import Path
 
 import pytest
 
+from copd_megatron.checkpoint.manifest import (
+    BranchEntry,
+    Manifest,
+    complete_checkpoints,
+    step_folder,
+    write_durably,
+    write_manifest,
+)
 from copd_megatron.cli.main import main
-from copd_megatron.config import ConfigError, load_config, read_model_shapes, to_yaml, validate
+from copd_megatron.config import ConfigError, Device, load_config, read_model_shapes, to_yaml, validate
 from copd_megatron.config.models import check_processors
 from copd_megatron.config.schema import PrometheusConfig
-from copd_megatron.launch import preflight
-from copd_megatron.launch.device import check_device
+from copd_megatron.launch import preflight, slurm
+from copd_megatron.launch.device import check_device, check_memory
+from copd_megatron.launch.lock import RunLock
 from copd_megatron.launch.results import begin_exports, end_exports, read_exports, set_aside_others
 from copd_megatron.launch.shared_memory import left_behind, segments
 from copd_megatron.metrics.places import check_port
@@ -142,7 +151,8 @@ def test_what_a_run_does_not_write_may_lie_in_its_directory(config_path: Path, t
     (tmp_path / "export/beta").mkdir()
     before = _tree(tmp_path)
     preflight.check_run_dir(config, tmp_path)
-    assert {name: text for name, text in _tree(tmp_path).items() if "run.lock" not in name} == before
+    preflight.free_run_dir(config, tmp_path)
+    assert _tree(tmp_path) == before
 
 
 def test_in_the_way_of_an_export_only_what_the_run_made_is_replaced(
@@ -156,12 +166,12 @@ def test_in_the_way_of_an_export_only_what_the_run_made_is_replaced(
         (tmp_path / "export" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "export" / name).touch()
     end_exports(tmp_path, ["alpha"])
-    preflight.check_run_dir(config, tmp_path)
+    preflight.free_run_dir(config, tmp_path)
     assert not list(tmp_path.glob("export/*.kept*")) and not caplog.records
     for name in ("alpha/thesis.txt", "merged/model.safetensors", "merged.partial/p.txt"):
         (tmp_path / "export" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "export" / name).touch()
-    preflight.check_run_dir(config, tmp_path)
+    preflight.free_run_dir(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
         *("alpha.kept", "beta", "beta.partial", "merged.kept", "merged.partial.kept"),
     ]
@@ -176,6 +186,120 @@ def test_a_list_of_exports_that_is_damaged_makes_them_nobodys(tmp_path: Path) ->
     assert read_exports(tmp_path) == {}
     set_aside_others(tmp_path, ["text"])
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["text.kept"]
+
+
+@pytest.fixture
+def finished(config_path: Path, make_disk: Callable[[int], Path]) -> Path:
+    """What a run leaves, and of its exports one that is not known to be its own; on a disk of its own."""
+    run = make_disk(2 << 20) / "run"
+    config = load_config(config_path, [f"run.dir={run}"])
+    for name in ("metrics.jsonl", "starts.jsonl", "export/alpha/w", "logs/rank_00000.log"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("{}\n")
+    folder, branches = step_folder(run, 2), {}
+    for name in BRANCHES:
+        (folder / name).mkdir(parents=True)
+        file = write_durably(folder / name / "w", b"w")
+        branches[name] = BranchEntry(
+            weight_version=2, layout={}, frozen=False, model_path="", dims={},
+            files=(replace(file, path=f"{name}/w"),),
+        )  # fmt: skip
+    write_manifest(folder, Manifest(step=2, branches=branches, config=to_yaml(config), saved_at="2026"))
+    assert list(complete_checkpoints(run)) == [2]
+    return run
+
+
+def test_a_start_that_is_refused_leaves_the_old_run_as_it_is(config_path: Path, finished: Path) -> None:
+    """Whatever refuses it, everything is asked before the first file is deleted or renamed."""
+    before = _tree(finished)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = f"logging.prometheus.port={server.getsockname()[1]}"
+        for words, message in (
+            ([port], "cannot listen on"),
+            (["checkpoint.keep_last=9999"], "needs up to .* more"),
+            (
+                ["branch_defaults.rollout.cpu_kv_cache_gib=500000"],
+                "500000 GiB for each rank, 1e\\+06 for all",
+            ),
+        ):
+            for overwrite in ("true", "false"):
+                config = load_config(
+                    config_path, [f"run.dir={finished}", f"run.overwrite={overwrite}", *words]
+                )
+                with pytest.raises(ConfigError, match=message):
+                    preflight.check_start(config)
+                assert _tree(finished) == before, words
+    config = load_config(config_path, [f"run.dir={finished}", "run.overwrite=true"])
+    os.truncate(finished / "logs/rank_00000.log", run_bytes(config, read_model_shapes(config)))  # sparse
+    preflight.check_start(config)
+    left = {str(Path(name).relative_to(finished)) for name in _tree(finished)}
+    assert left == {"export/alpha.kept/w", "logs/rank_00000.log", "run.lock"}
+
+
+def test_a_dry_run_and_the_check_of_a_slurm_job_ask_what_the_start_asks_of_the_run_directory(
+    config_path: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _tree(finished)
+    (tmp_path / "file").touch()
+    shutil.copytree(config_path.parent / "base", tmp_path / "small/model")
+    (tmp_path / "small/metrics.jsonl").touch()
+    job = ["--hosts", "n1", "--ranks-per-node", "2"]
+
+    def refused(message: str, *words: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            preflight.check_place(load_config(config_path, list(words)))
+        assert main(["train", str(config_path), *words, "--dry-run"]) == 2
+        assert re.search(message, capsys.readouterr().err)
+        assert slurm.main([str(config_path), *words, *job]) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+    small, run = f"run.dir={tmp_path / 'small'}", f"run.dir={finished}"
+    refused(r"run\.seed: 99, but .*step_000002 was saved with", run, "run.seed=99")
+    refused("run.dir: /proc/x cannot be made: /proc cannot be written to", "run.dir=/proc/x")
+    refused(f"{tmp_path}/file/x cannot be made", f"run.dir={tmp_path}/file/x")
+    refused(
+        "which is in the run directory", small, f"model.path={tmp_path}/small/model", "run.overwrite=true"
+    )
+    refused("needs up to .* more", run, "checkpoint.keep_last=9999")
+    assert _tree(finished) == before
+
+
+def test_a_run_directory_in_use_is_known_without_taking_its_lock(
+    config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(config_path), f"run.dir={tmp_path}", "--dry-run"]
+    with RunLock(tmp_path):
+        held = (tmp_path / "run.lock").read_bytes()
+        assert main(["train", *words]) == 2
+        assert f"{tmp_path} is in use by process {os.getpid()}" in capsys.readouterr().err
+    assert main(["train", *words]) == 0
+    assert (tmp_path / "run.lock").read_bytes() == held
+    (tmp_path / "run.lock").unlink()
+    (tmp_path / "run.lock").mkdir()
+    assert main(["train", *words]) == 2
+    assert "run.lock cannot be opened" in capsys.readouterr().err
+
+
+def test_a_dry_run_warns_of_what_another_machine_may_have(
+    config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["logging.prometheus.port=1", "logging.prometheus.host=192.0.2.1", f"run.dir={tmp_path}"]
+    words.append("branch_defaults.rollout.cpu_kv_cache_gib=500000")
+    assert main(["train", str(config_path), *words, "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("warning: on this machine the run would not start: ") == 2
+    assert "cannot listen on 192.0.2.1:1" in said and "500000 GiB for each rank" in said
+
+
+def test_caches_of_ranks_elsewhere_are_not_counted(config_path: Path, tmp_path: Path) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    config = load_config(config_path, [f"branch_defaults.rollout.cpu_kv_cache_gib={0.75 * memory}"])
+    check_memory(config, alone=False)
+    with pytest.raises(ConfigError, match=r"cpu_kv_cache_gib: .* for all, but this machine has"):
+        check_memory(config, alone=True)
+    (tmp_path / "gpu").touch()
+    auto = replace(config, run=replace(config.run, device=Device.auto))
+    check_memory(auto, alone=True, devices=[tmp_path / "gpu"])
 
 
 def test_a_disk_that_is_too_small_is_refused(config_path: Path, disk: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from copd_megatron.data.media_share import MediaShare
 from copd_megatron.data.sources import PromptSources
 from copd_megatron.hf.model_config import read_model_shape
 from copd_megatron.launch.lock import RunLock
-from copd_megatron.launch.preflight import check_place
+from copd_megatron.launch.preflight import check_place, free_run_dir
 from copd_megatron.launch.run_dir import run_directory
 from copd_megatron.launch.waiting import waiting
 from copd_megatron.objectives.base import Context, Objective, ObjectiveFactory
@@ -72,7 +72,10 @@ def _place(config: Config, world: World, run_dir: Path) -> Iterator[None]:
     """Checks this machine and the run directory, which is the first rank's for as long as the run lasts."""
     with world.watch.operation("startup.place"):
         check_place(config)
+    world.barrier("startup.place")  # nothing is deleted before every machine has said yes
     with RunLock(run_dir) if world.is_first else contextlib.nullcontext():
+        if world.is_first:
+            free_run_dir(config, run_dir)
         yield
 
 

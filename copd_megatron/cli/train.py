@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import click
 
@@ -12,6 +13,7 @@ from copd_megatron.cli.parameters import OVERRIDES
 from copd_megatron.config import load_config, read_model_shapes, validate
 from copd_megatron.launch.caches import usable_caches
 from copd_megatron.launch.rank_process import take_one_interrupt
+from copd_megatron.launch.run_dir import run_directory
 from copd_megatron.topology.slurm import step_environment
 
 EXAMPLES = """
@@ -40,13 +42,16 @@ def command(config: str, overrides: tuple[str, ...], dry_run: bool) -> int:
     settings = load_config(config, overrides)
     world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
     validate(settings, world_size=world_size, model=read_model_shapes(settings))
-    from copd_megatron.launch.preflight import check_inputs, check_results, check_start
+    from copd_megatron.launch.preflight import check_inputs, check_run_dir, check_start, refusals_here
 
     if dry_run:
         from copd_megatron.launch.dry_run import dry_run as description
 
-        check_results(settings)
-        say(description(settings, num_samples=check_inputs(settings)))
+        text = description(settings, num_samples=check_inputs(settings))
+        check_run_dir(settings, run_directory(settings), wait_seconds=0)
+        say(text)
+        for reason in refusals_here(settings):
+            say(f"copd: warning: on this machine the run would not start: {reason}", file=sys.stderr)
         return 0
     usable_caches()
     if world_size is None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from copd_megatron.checkpoint.compatible import check_compatible
@@ -15,8 +17,8 @@ from copd_megatron.config.domains import all_domains
 from copd_megatron.config.models import check_processors, check_tokenizers
 from copd_megatron.data import check_shards
 from copd_megatron.data.difficulty import load_difficulty
-from copd_megatron.launch.device import check_device
-from copd_megatron.launch.lock import RunLock
+from copd_megatron.launch.device import check_device, check_memory
+from copd_megatron.launch.lock import LOCK_WAIT_SECONDS, RunLock, refuse_in_use
 from copd_megatron.launch.prompts import PromptLengths
 from copd_megatron.launch.results import (
     METRICS,
@@ -42,7 +44,8 @@ SHARED_MEMORY_BYTES_PER_RANK = 64 * 2**20
 
 
 def check_start(config: Config) -> None:
-    """Everything that can be known before the first process of a run is started.
+    """Everything that can be known before the first process of a run is started; when nothing speaks against
+    it, the run directory is made free.
 
     Raises:
         ConfigError, DataError, UnknownVerifierError: the run could not start, or would harm another one.
@@ -50,24 +53,46 @@ def check_start(config: Config) -> None:
     check_device(config)
     check_inputs(config)
     check_place(config)
+    folder = run_directory(config)
+    with RunLock(folder):  # the job's first rank takes it for good
+        free_run_dir(config, folder)
 
 
 def check_place(config: Config) -> None:
     """Where a run takes place: this machine, by the first rank on it, and the run directory, by the first
-    rank of all. A rank asks when it has joined the job, so that the others learn of a refusal.
+    rank of all. A rank asks when it has joined the job, so that the others learn of a refusal. Changes
+    nothing.
 
     Raises:
         ConfigError: there is no room, or the run directory is in use or holds another run.
     """
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        check_shared_memory(
-            local_ranks(sum(branch.parallel.world_size for branch in config.branches.values()))
-        )
+        check_machine(config)
     if int(os.environ.get("RANK", "0")) == 0:
-        folder = run_directory(config)
-        check_run_dir(config, folder)
         check_port(config.logging.prometheus)
-        check_disk(config, read_model_shapes(config), folder)
+        check_run_dir(config, run_directory(config))
+
+
+def check_machine(config: Config) -> None:
+    """Whether this machine has the memory for its ranks.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    total = sum(branch.parallel.world_size for branch in config.branches.values())
+    here = local_ranks(total)
+    check_memory(config, alone=here >= total)
+    check_shared_memory(here)
+
+
+def refusals_here(config: Config) -> Iterator[str]:
+    """What speaks against a start on this machine, and may be otherwise on another one."""
+    port = config.logging.prometheus
+    for check in (partial(check_device, config), partial(check_machine, config), partial(check_port, port)):
+        try:
+            check()
+        except ConfigError as error:
+            yield str(error)
 
 
 def check_inputs(config: Config) -> dict[str, int]:
@@ -122,25 +147,66 @@ def check_files(config: Config) -> dict[str, int]:
     return num_samples
 
 
-def check_run_dir(config: Config, folder: Path) -> None:
-    """Whether the run directory is free, or holds a run that this configuration can continue. With
-    ``run.overwrite`` it is freed.
+def check_run_dir(config: Config, folder: Path, *, wait_seconds: float = LOCK_WAIT_SECONDS) -> None:
+    """Whether the run can be in the directory: it can be written, has room, and is free or holds a run that
+    this configuration can continue, or with ``run.overwrite`` may delete. Changes nothing.
+
+    Args:
+        wait_seconds: for a job that uses it to end.
 
     Raises:
-        ConfigError: another job uses it, or what it holds cannot be continued.
+        ConfigError: the run cannot be there, or would destroy what is not its own.
     """
-    check_results(config, folder)
-    with RunLock(folder):  # refused, or free: the job's first rank takes it for good
-        pass
+    check_writable(folder)
+    refuse_in_use(folder, wait_seconds=wait_seconds)
+    refuse_own_models(config, folder)
+    refuse_others(config, folder)
     if starts_anew(config):
-        clear_run(
-            folder,
-            [config.model.path, *(b.model_path for b in config.branches.values() if b.model_path)],
-            num_ranks=sum(branch.parallel.world_size for branch in config.branches.values()),
-        )
+        check_clearing(folder, _models(config))
     else:
         _check_continues(config, folder)
+    check_disk(config, read_model_shapes(config), folder)
+
+
+def free_run_dir(config: Config, folder: Path) -> None:
+    """Makes room for a run that nothing speaks against: deletes what an earlier run has left, with
+    ``run.overwrite``, and renames what stands where the run will export. For whoever holds the lock.
+
+    Raises:
+        ConfigError: something cannot be deleted.
+    """
+    if starts_anew(config):
+        num_ranks = sum(branch.parallel.world_size for branch in config.branches.values())
+        clear_run(folder, _models(config), num_ranks=num_ranks)
     set_aside_others(folder, export_names(config))
+
+
+def _models(config: Config) -> list[str]:
+    """Folders that the run starts from."""
+    return [config.model.path, *(b.model_path for b in config.branches.values() if b.model_path)]
+
+
+def check_writable(folder: Path) -> None:
+    """Whether a folder can be made and written.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    place = _nearest(folder)
+    try:
+        # without a name where the file system can do that: nothing shows
+        with tempfile.TemporaryFile(dir=place):
+            return
+    except OSError as error:
+        what = "written to" if place == folder.absolute() else f"made: {place} cannot be written to"
+        raise ConfigError(
+            f"run.dir: {folder} cannot be {what} ({error.strerror}); choose another run.name or run.dir"
+        ) from error
+
+
+def _nearest(folder: Path) -> Path:
+    """A folder, or of those above it the first that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
 
 
 def _check_continues(config: Config, folder: Path) -> None:
@@ -157,18 +223,6 @@ def _check_continues(config: Config, folder: Path) -> None:
             f"run.dir: {folder} already holds a run of {steps_done} steps, without a checkpoint to continue "
             "from; choose another run.name or run.dir, or set run.overwrite=true"
         )
-
-
-def check_results(config: Config, folder: Path | None = None) -> None:
-    """Whether the run would destroy what is not its own: the model that it starts from, or what no run has
-    made. Changes nothing.
-
-    Raises:
-        ConfigError: it would.
-    """
-    place = run_directory(config) if folder is None else folder
-    refuse_own_models(config, place)
-    refuse_others(config, place)
 
 
 def _num_lines(path: Path) -> int:
@@ -188,16 +242,15 @@ def _earlier_save_period(folder: Path) -> int:
     return earlier.checkpoint.save_period
 
 
-def clear_run(folder: Path, models: Sequence[str] = (), *, num_ranks: int | None = None) -> None:
-    """Deletes what an earlier run has left: all that ``results.py`` lists, and nothing else.
+def check_clearing(folder: Path, models: Sequence[str] = ()) -> None:
+    """Whether what an earlier run has left may be deleted. Changes nothing.
 
     Args:
         models: folders that the new run starts from.
-        num_ranks: of the new run.
 
     Raises:
-        ConfigError: something cannot be deleted, a model is in it, or ``checkpoints`` is a link to somewhere
-            else: the new run would continue the old one.
+        ConfigError: a model is in it, or ``checkpoints`` is a link to somewhere else: the new run would
+            continue the old one.
     """
     for model in models:
         if Path(model).expanduser().resolve().is_relative_to(folder.resolve()):
@@ -211,6 +264,19 @@ def clear_run(folder: Path, models: Sequence[str] = (), *, num_ranks: int | None
             f"run.overwrite: {checkpoints} is a link to {checkpoints.resolve()}, which is left alone; remove "
             "the link, or choose another run.name or run.dir"
         )
+
+
+def clear_run(folder: Path, models: Sequence[str] = (), *, num_ranks: int | None = None) -> None:
+    """Deletes what an earlier run has left: all that ``results.py`` lists, and nothing else.
+
+    Args:
+        models: folders that the new run starts from.
+        num_ranks: of the new run.
+
+    Raises:
+        ConfigError: something cannot be deleted, or may not (``check_clearing``).
+    """
+    check_clearing(folder, models)
     try:
         if holds_run(folder):
             delete_results(folder, num_ranks=num_ranks)
@@ -227,7 +293,8 @@ def check_disk(config: Config, shapes: Mapping[str, ModelShape], folder: Path) -
     Raises:
         ConfigError: it does not.
     """
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    place = _nearest(folder)
+    # what an earlier run has left is replaced or deleted: it counts as free
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
     needed = run_bytes(config, shapes) - there
     free = shutil.disk_usage(place).free
