@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from copd_megatron.checkpoint.manifest import (
+    LOOP_STATE,
     BranchEntry,
     Manifest,
     complete_checkpoints,
@@ -27,6 +28,8 @@ from copd_megatron.cli.main import main
 from copd_megatron.config import ConfigError, Device, load_config, read_model_shapes, to_yaml, validate
 from copd_megatron.config.models import check_processors
 from copd_megatron.config.schema import PrometheusConfig
+from copd_megatron.data import check_shards
+from copd_megatron.errors import DataError
 from copd_megatron.launch import preflight, slurm
 from copd_megatron.launch.device import check_device, check_memory
 from copd_megatron.launch.lock import RunLock
@@ -35,6 +38,7 @@ from copd_megatron.launch.shared_memory import left_behind, segments
 from copd_megatron.metrics.places import check_port
 from copd_megatron.model.known import KNOWN
 from copd_megatron.planner.disk import run_bytes
+from copd_megatron.untrusted.json_text import dumped
 from tests.support.checkpoint_runs import BRANCHES, write_config
 from tests.support.domains import make_domains
 from tests.support.models import make_model
@@ -199,13 +203,17 @@ def finished(config_path: Path, make_disk: Callable[[int], Path]) -> Path:
     folder, branches = step_folder(run, 2), {}
     for name in BRANCHES:
         (folder / name).mkdir(parents=True)
-        file = write_durably(folder / name / "w", b"w")
+        shards = check_shards(config.branches[name].data.train)
+        position = {"fingerprint": shards.fingerprint, "position": 2}
+        file = write_durably(folder / name / LOOP_STATE, dumped({"streams": {"native": position}}).encode())
         branches[name] = BranchEntry(
             weight_version=2, layout={}, frozen=False, model_path="", dims={},
-            files=(replace(file, path=f"{name}/w"),),
+            files=(replace(file, path=f"{name}/{LOOP_STATE}"),),
         )  # fmt: skip
     write_manifest(folder, Manifest(step=2, branches=branches, config=to_yaml(config), saved_at="2026"))
     assert list(complete_checkpoints(run)) == [2]
+    # sparse: as large as the run may get
+    os.truncate(run / "logs/rank_00000.log", run_bytes(config, read_model_shapes(config)))
     return run
 
 
@@ -230,7 +238,6 @@ def test_a_start_that_is_refused_leaves_the_old_run_as_it_is(config_path: Path, 
                     preflight.check_start(config)
                 assert _tree(finished) == before, words
     config = load_config(config_path, [f"run.dir={finished}", "run.overwrite=true"])
-    os.truncate(finished / "logs/rank_00000.log", run_bytes(config, read_model_shapes(config)))  # sparse
     preflight.check_start(config)
     left = {str(Path(name).relative_to(finished)) for name in _tree(finished)}
     assert left == {"export/alpha.kept/w", "logs/rank_00000.log", "run.lock"}
@@ -246,8 +253,8 @@ def test_a_dry_run_and_the_check_of_a_slurm_job_ask_what_the_start_asks_of_the_r
     job = ["--hosts", "n1", "--ranks-per-node", "2"]
 
     def refused(message: str, *words: str) -> None:
-        with pytest.raises(ConfigError, match=message):
-            preflight.check_place(load_config(config_path, list(words)))
+        with pytest.raises((ConfigError, DataError), match=message):
+            preflight.check_start(load_config(config_path, list(words)))
         assert main(["train", str(config_path), *words, "--dry-run"]) == 2
         assert re.search(message, capsys.readouterr().err)
         assert slurm.main([str(config_path), *words, *job]) == 2
@@ -255,12 +262,19 @@ def test_a_dry_run_and_the_check_of_a_slurm_job_ask_what_the_start_asks_of_the_r
 
     small, run = f"run.dir={tmp_path / 'small'}", f"run.dir={finished}"
     refused(r"run\.seed: 99, but .*step_000002 was saved with", run, "run.seed=99")
+    others = config_path.parent / "data/beta-train-*.tar"
+    shards = f"branches.alpha.data.train=[{others}]"
+    refused(r"branches\.alpha\.data\.train: the shards are not those that .*step_000002", run, shards)
+    pool = f"branches.alpha.data={{train: [], validation: [], pools: {{p: {{train: ['{others}']}}}}}}"
+    refused(r"branches\.alpha\.data\.pools: the pools are not those", run, pool)
     refused("run.dir: /proc/x cannot be made: /proc cannot be written to", "run.dir=/proc/x")
     refused(f"{tmp_path}/file/x cannot be made", f"run.dir={tmp_path}/file/x")
     refused(
         "which is in the run directory", small, f"model.path={tmp_path}/small/model", "run.overwrite=true"
     )
     refused("needs up to .* more", run, "checkpoint.keep_last=9999")
+    for words in ([], [shards, "run.overwrite=true"]):
+        preflight.check_run(load_config(config_path, [run, *words]))
     assert _tree(finished) == before
 
 

@@ -26,6 +26,7 @@ from copd_megatron.checkpoint.actor_state import actor_layout, load_state, shard
 from copd_megatron.checkpoint.distcp import write_metadata
 from copd_megatron.checkpoint.files import RankWriter, SaveStrategy, Written
 from copd_megatron.checkpoint.manifest import (
+    LOOP_STATE,
     BranchEntry,
     CheckpointError,
     FileEntry,
@@ -54,7 +55,6 @@ from copd_megatron.untrusted.regular_file import read_regular
 
 logger = logging.getLogger(__name__)
 
-LOOP_STATE = "loop.json"
 ASKED = "asked.bin"
 
 

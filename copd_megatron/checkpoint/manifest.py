@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 MANIFEST: Final = "manifest.json"
 UNFINISHED: Final = ".unfinished"
 """File in a checkpoint's folder, from the beginning of a save until its manifest is written."""
+LOOP_STATE: Final = "loop.json"
+"""File in a branch's folder: what its loop remembers, such as positions in the data."""
 FORMAT: Final = 1
 _FOLDER = re.compile(r"step_(\d{6,})")
 _DAMAGED = "damaged"

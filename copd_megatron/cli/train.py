@@ -13,7 +13,6 @@ from copd_megatron.cli.parameters import OVERRIDES
 from copd_megatron.config import load_config, read_model_shapes, validate
 from copd_megatron.launch.caches import usable_caches
 from copd_megatron.launch.rank_process import take_one_interrupt
-from copd_megatron.launch.run_dir import run_directory
 from copd_megatron.topology.slurm import step_environment
 
 EXAMPLES = """
@@ -42,14 +41,12 @@ def command(config: str, overrides: tuple[str, ...], dry_run: bool) -> int:
     settings = load_config(config, overrides)
     world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
     validate(settings, world_size=world_size, model=read_model_shapes(settings))
-    from copd_megatron.launch.preflight import check_inputs, check_run_dir, check_start, refusals_here
+    from copd_megatron.launch.preflight import check_inputs, check_run, check_start, refusals_here
 
     if dry_run:
         from copd_megatron.launch.dry_run import dry_run as description
 
-        text = description(settings, num_samples=check_inputs(settings))
-        check_run_dir(settings, run_directory(settings), wait_seconds=0)
-        say(text)
+        say(description(settings, num_samples=check_run(settings, wait_seconds=0)))
         for reason in refusals_here(settings):
             say(f"copd: warning: on this machine the run would not start: {reason}", file=sys.stderr)
         return 0

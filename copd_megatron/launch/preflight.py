@@ -19,6 +19,7 @@ from copd_megatron.data import check_shards
 from copd_megatron.data.difficulty import load_difficulty
 from copd_megatron.launch.device import check_device, check_memory
 from copd_megatron.launch.lock import LOCK_WAIT_SECONDS, RunLock, refuse_in_use
+from copd_megatron.launch.positions import check_positions
 from copd_megatron.launch.prompts import PromptLengths
 from copd_megatron.launch.results import (
     METRICS,
@@ -51,11 +52,31 @@ def check_start(config: Config) -> None:
         ConfigError, DataError, UnknownVerifierError: the run could not start, or would harm another one.
     """
     check_device(config)
-    check_inputs(config)
-    check_place(config)
+    check_machine(config)
+    check_port(config.logging.prometheus)
+    check_run(config)
     folder = run_directory(config)
     with RunLock(folder):  # the job's first rank takes it for good
         free_run_dir(config, folder)
+
+
+def check_run(config: Config, *, wait_seconds: float = LOCK_WAIT_SECONDS) -> dict[str, int]:
+    """What the run needs on whatever machine: its packages and inputs, its run directory, and the data of the
+    run that it continues. Changes nothing.
+
+    Args:
+        wait_seconds: for another job in the run directory to end.
+
+    Returns:
+        As ``check_inputs``.
+
+    Raises:
+        ConfigError, DataError, UnknownVerifierError: the run could not start, or would harm another one.
+    """
+    num_samples, folder = check_inputs(config), run_directory(config)
+    check_run_dir(config, folder, wait_seconds=wait_seconds)
+    check_positions(config, folder)
+    return num_samples
 
 
 def check_place(config: Config) -> None:

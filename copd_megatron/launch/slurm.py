@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from copd_megatron.config import ConfigError, load_config, read_model_shapes, validate
 from copd_megatron.config.graph import build_graph
 from copd_megatron.launch.placement import PlacementError, host_list, place
-from copd_megatron.launch.preflight import check_inputs, check_run_dir
-from copd_megatron.launch.run_dir import run_directory
+from copd_megatron.launch.preflight import check_run
 from copd_megatron.launch.switches import arrange
 from copd_megatron.topology.layout import Layout
 from copd_megatron.topology.slurm import switches
@@ -44,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layout = Layout.from_config(config)
         placement = place(layout, num_nodes=len(hosts), ranks_per_node=arguments.ranks_per_node)
         validate(config, world_size=layout.world_size, model=read_model_shapes(config))
-        check_inputs(config)
-        check_run_dir(config, run_directory(config))
+        check_run(config)
     except (ConfigError, PlacementError, FileNotFoundError, ValueError) as error:
         print(visible(f"copd: {error}"), file=sys.stderr)
         return 2
