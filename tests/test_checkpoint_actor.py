@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tests.support.texts import random_texts
 
 VOCAB = 321
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, lr_warmup_steps=3, clip_grad=0.5, adam_eps=1e-3)
+CHANGED = replace(OPTIMIZER, lr=4e-3, min_lr=1e-3, weight_decay=0.05, clip_grad=0.25, adam_eps=1e-4)
+"""What people change when they go on with a run."""
 BEFORE, AFTER = 2, 2
 
 
@@ -37,9 +40,9 @@ def _rows() -> list[TrainRow]:
     ]
 
 
-def _actor(parallel: ParallelConfig, folder: Path) -> Any:
+def _actor(parallel: ParallelConfig, folder: Path, optimizer: OptimizerConfig = OPTIMIZER) -> Any:
     return make_actor(
-        parallel, folder, training=TrainingConfig(micro_batch_tokens=128), optimizer=OPTIMIZER, max_tokens=64
+        parallel, folder, training=TrainingConfig(micro_batch_tokens=128), optimizer=optimizer, max_tokens=64
     )
 
 
@@ -90,7 +93,13 @@ def _first_run(parallel: ParallelConfig, model: Path, out: Path) -> dict[str, An
     }
 
 
-def _second_run(parallel: ParallelConfig, model: Path, out: Path, same_layout: bool) -> dict[str, Any]:
+def _second_run(
+    parallel: ParallelConfig,
+    model: Path,
+    out: Path,
+    same_layout: bool,
+    optimizer: OptimizerConfig = OPTIMIZER,
+) -> dict[str, Any]:
     """Loads what ``_first_run`` saved, and trains on."""
     from copd_megatron.checkpoint.actor_state import load_state, random_states
 
@@ -98,7 +107,7 @@ def _second_run(parallel: ParallelConfig, model: Path, out: Path, same_layout: b
     while not (out / "branch" / "complete").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    actor = _actor(parallel, model)
+    actor = _actor(parallel, model, optimizer)
     torch.manual_seed(99)
     teacher = load_state(actor, str(out / "branch"), with_teacher=True, same_layout=same_layout)
     assert teacher is not None
@@ -140,7 +149,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
                 Job(tp=to[0], pp=to[1], dp=to[2], args=(False, models[kind], out, to == (tp, pp, dp)))
             )
             keys.append((kind, (tp, pp, dp), to))
+    for kind, (tp, pp, dp) in SAVED_AT[1:]:
+        out = base / f"{kind}_{tp}_{pp}_{dp}"
+        jobs.append(Job(tp=tp, pp=pp, dp=dp, args=(False, models[kind], out, True, CHANGED)))
+        keys.append((kind, (tp, pp, dp), "changed"))
     return dict(zip(keys, run_layouts(_either, jobs), strict=True))
+
+
+@pytest.mark.parametrize(("kind", "saved"), SAVED_AT[1:])
+def test_a_run_goes_on_with_other_settings_of_the_optimizer(
+    runs: dict[Any, list[Any]], kind: str, saved: Any
+) -> None:
+    """The same weights and moments, the new learning rate."""
+    for before, after in zip(runs[kind, saved, None], runs[kind, saved, "changed"], strict=True):
+        (loss, norm, lr), (other_loss, other_norm, other_lr) = before["then"][0], after["then"][0]
+        assert (loss, norm) == (other_loss, other_norm)
+        assert other_lr == pytest.approx(lr * CHANGED.lr / OPTIMIZER.lr)
+        moved = sum(float(np.abs(w).sum()) for w in after["weights"])
+        assert moved != sum(float(np.abs(w).sum()) for w in before["weights"])
 
 
 CASES = [(kind, saved, loaded) for kind, saved in SAVED_AT for loaded in LOADED_AT[kind, saved]]

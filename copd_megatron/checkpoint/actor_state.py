@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -266,13 +266,26 @@ def _load_optimizer(actor: MegatronActor, loaded: dict[Any, Any]) -> None:
     for number, optimizer in enumerate(optimizers):
         state = dict(loaded if len(optimizers) == 1 else loaded[number])
         moments = state.pop("param_state")
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(_with_rates(state, optimizer.param_groups))
         own = [entry for entry in optimizer.optimizer.state.values() if "step" in entry]
         for entry in own:
             entry["step"] = float(entry["step"])
         optimizer.load_parameter_state_from_fully_reshardable(moments)
         for entry in own:
             entry["step"] = torch.tensor(entry["step"], dtype=torch.float32)
+
+
+_RATES: Final = ("max_lr", "min_lr")
+
+
+def _with_rates(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """An optimizer's saved state whose groups have the learning rates that are configured now. Megatron finds
+    a group by them, among other things, and no group after ``optimizer.lr`` has been changed. They are the
+    same for all groups."""
+    now = {key: groups[0][key] for key in _RATES if key in groups[0]} if groups else {}
+    own = dict(state["optimizer"])
+    own["param_groups"] = [{**group, **now} for group in own["param_groups"]]
+    return {**state, "optimizer": own}
 
 
 def _hyperparameters(actor: MegatronActor) -> list[list[dict[str, Any]]]:
