@@ -187,7 +187,7 @@ copd_job() {
         --wait="${COPD_WAIT_SECONDS:-60}" --unbuffered
         --cpus-per-task="${COPD_CPUS_PER_RANK:-$((SLURM_CPUS_ON_NODE / most))}"
         --job-name=train "${srun_container[@]}")
-    train=("${in_env[@]}" python3 -m copd_megatron.cli train "$config" "${overrides[@]}")
+    train=("${in_env[@]}" python3 -P -m copd_megatron.cli train "$config" "${overrides[@]}")
     export SLURM_HOSTFILE=$hosts COPD_LAUNCHER=srun
     # The ranks listen on the interface of this address alone. On several nodes it is the address of rank 0's node,
     # because the other nodes may be unable to resolve its name.
@@ -241,7 +241,7 @@ copd_job() {
 _copd_job_check() {
     local names command
     names=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)
-    command=("${in_env[@]}" python3 -m copd_megatron.launch.slurm "$config" "${overrides[@]}"
+    command=("${in_env[@]}" python3 -P -m copd_megatron.launch.slurm "$config" "${overrides[@]}"
         --hosts "$names" --ranks-per-node "$per_node"
         --topology "$(scontrol --oneliner show topology 2>/dev/null | grep -e Level= || true)")
     if [[ ${#srun_container[@]} -gt 0 && ${COPD_PRINT-} != 1 ]]; then

@@ -27,6 +27,7 @@ from copd_megatron.topology.rank_table import read_table
 from copd_megatron.topology.store import serve_store
 from copd_megatron.topology.who_waits import UNKNOWN, RankState
 from tests.support.hostile_peers import Strangers, forge_store, pickled_program
+from tests.support.shadows import shadowing_folder
 
 PACKAGE = Path(torchrun.__file__).parents[1]
 
@@ -57,7 +58,8 @@ def _local_job(monkeypatch: pytest.MonkeyPatch, **given: str) -> tuple[list[str]
 def test_nothing_of_a_local_run_listens_beyond_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The agent, its store, Gloo's pairs and the router, in a real job of three ranks."""
+    """The agent, its store, Gloo's pairs and the router, in a real job of three ranks. It is started in a
+    folder whose files have the names of what it imports: they are left alone."""
     command, environment = _local_job(monkeypatch)
     place = command.index("copd_megatron.cli") - 1
     command = [*command[:place], "-m", "tests.support.loopback_ranks", str(tmp_path / "listening.json")]
@@ -65,8 +67,11 @@ def test_nothing_of_a_local_run_listens_beyond_the_machine(
     launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     done = subprocess.run(
         command,
-        env={name: value for name, value in environment.items() if name not in launcher},
-        cwd=ROOT,
+        env={
+            **{name: value for name, value in environment.items() if name not in launcher},
+            "PYTHONPATH": str(ROOT),
+        },
+        cwd=shadowing_folder(tmp_path / "received"),
         capture_output=True,
         text=True,
         timeout=300,

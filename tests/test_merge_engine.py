@@ -28,6 +28,7 @@ from copd_megatron.merge.recipe import MergeRecipe, ModelInput
 from copd_megatron.report.merge_distance import branch_distances
 from tests.support import merge_reference as reference
 from tests.support.merge_folders import make_family, tensors_of, write_folder
+from tests.support.shadows import shadowing_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -318,7 +319,11 @@ def test_a_full_disk_keeps_what_is_finished(
     assert resumed(recipe, tmp_path / "out").kept_shards == 3
 
 
-def test_a_failure_in_a_worker_process_is_told(family: list[Path], tmp_path: Path) -> None:
+def test_a_failure_in_a_worker_process_is_told(
+    family: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started in a folder whose files have the names of what it imports, which are left alone."""
+    monkeypatch.chdir(shadowing_folder(tmp_path / "received"))
     folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in family[:3]]
     for k in (1, 2):
         write_folder(folders[k], {**tensors_of(folders[k]), "model.ids": torch.full((3,), k)})

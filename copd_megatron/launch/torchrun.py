@@ -35,6 +35,9 @@ def become_torchrun(
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.environ |= only_this_machine()
+    # else ``python -m`` imports from the working folder first, which ``copd`` does not: a received folder's
+    # code would run, or a checkout of vLLM that somebody stands beside would be what trains
+    os.environ["PYTHONSAFEPATH"] = "1"
     os.environ["COPD_MAX_RESTARTS"] = str(config.run.max_restarts)
     os.environ["COPD_RUN_ID"] = uuid.uuid4().hex[:12]
     command = [

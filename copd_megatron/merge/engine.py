@@ -338,6 +338,8 @@ def _in_processes(
 ) -> None:
     """Assigns shards to worker processes; the first failure ends the others after their current shard."""
     context = multiprocessing.get_context("spawn")
+    # the processes are started by ``python -c``, which imports from the working folder first
+    os.environ["PYTHONSAFEPATH"] = "1"
     executor = ProcessPoolExecutor(
         processes, mp_context=context, initializer=_start_worker, initargs=(job, opened, threads)
     )
