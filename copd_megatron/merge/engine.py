@@ -338,13 +338,27 @@ def _in_processes(
 ) -> None:
     """Assigns shards to worker processes; the first failure ends the others after their current shard."""
     context = multiprocessing.get_context("spawn")
-    # the processes are started by ``python -c``, which imports from the working folder first
-    os.environ["PYTHONSAFEPATH"] = "1"
     executor = ProcessPoolExecutor(
         processes, mp_context=context, initializer=_start_worker, initargs=(job, opened, threads)
     )
     try:
-        for future in as_completed([executor.submit(_work, index) for index in shards]):
+        with _not_from_the_working_folder():
+            futures = [executor.submit(_work, index) for index in shards]
+        for future in as_completed(futures):
             done.add_bytes(future.result())
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _not_from_the_working_folder() -> Iterator[None]:
+    """Processes are started by ``python -c``, which else imports from the working folder first."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
