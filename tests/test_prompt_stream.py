@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -272,3 +273,16 @@ def test_every_process_computes_the_same_order(tmp_path: Path) -> None:
 
 
 PINNED = [[9, 2, 4, 7, 5, 0, 8, 6, 3, 1], [5, 6, 3, 0, 7, 2, 1, 4, 9, 8]]
+
+
+@pytest.mark.parametrize("filler", ["7", "a ", "<|im_start|>", "é", "\n."], ids=repr)
+def test_a_prompt_without_end_is_too_long_before_it_is_tokenised(filler: str, tmp_path: Path) -> None:
+    """Five million characters, which a tokenizer would take half a minute and a gigabyte for."""
+    samples = [record(prompt=filler * (5_000_000 // len(filler))), record(prompt="short")]
+    write_raw(tmp_path / "a.tar", [(f"{number:03d}.json", sample) for number, sample in enumerate(samples)])
+    begun = time.process_time()
+    reader = reader_of(f"{tmp_path}/*.tar", chat_tokenizer(), max_prompt_tokens=64)
+    found = [reader.read(index) for index in range(2)]
+    assert [prompt is None for prompt in found] == [True, False]
+    assert reader.skipped == {"too_long": 1}
+    assert time.process_time() - begun < 2

@@ -55,8 +55,8 @@ def command(
     reports. Verdicts are written as they come: the same command goes on where it was stopped. Under torchrun
     or srun all ranks take part.
     """
-    models = [word for word in words if "=" not in word]
-    settings = load_config(config, [word for word in words if "=" in word])
+    models = [word for word in words if "=" not in word or Path(word).is_dir()]
+    settings = load_config(config, [word for word in words if word not in models])
     for problem in greedy_repeats(settings):
         raise ConfigError(problem)
     if not models:

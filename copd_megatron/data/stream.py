@@ -20,6 +20,7 @@ from copd_megatron.data.failures import any_failure, template_memory
 from copd_megatron.data.media import media_members, refuse_unknown_members
 from copd_megatron.data.occurrences import number_occurrences
 from copd_megatron.data.order import epoch_order
+from copd_megatron.data.prompt_sizes import most_characters, num_characters
 from copd_megatron.data.samples import Message, Sample, SampleRef, texts_and_media
 from copd_megatron.data.shards import ShardSet
 from copd_megatron.errors import BadSampleError, DataError
@@ -36,6 +37,8 @@ class Tokenizer(Protocol):
     chat_template: Any
 
     def __call__(self, text: str) -> Mapping[str, Any]: ...
+
+    def get_vocab(self) -> Mapping[str, int]: ...
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
@@ -154,6 +157,7 @@ class PromptReader:
         self.skipped: Counter[str] = Counter()
         self._logged: dict[str, set[SampleRef]] = {}
         self._tokenizer = tokenizer
+        self._most_characters: int | None = None
         self._max_prompt_tokens = max_prompt_tokens
         self._system_prompt = system_prompt
         self._verifiers = verifiers
@@ -199,6 +203,7 @@ class PromptReader:
         where = self.shards.where(sample.ref)
         refuse_unknown_members(sample.media, where)
         members = media_members(sample.media)
+        self._refuse_endless(sample, where)
         try:
             if self._media is None:
                 _refuse_media(sample, members, where)
@@ -216,6 +221,21 @@ class PromptReader:
         if self._media is not None:
             self._media.refuse_lone_placeholders(sample, token_ids, where)
         return self._within_limits(token_ids, where), ()
+
+    def _refuse_endless(self, sample: Sample, where: str) -> None:
+        """Raises BadSampleError for a prompt that no tokenizer could make short enough."""
+        characters = num_characters(sample.prompt)
+        if characters <= self._max_prompt_tokens:
+            return
+        if self._most_characters is None:
+            self._most_characters = most_characters(self._tokenizer, self._max_prompt_tokens)
+        if characters > self._most_characters:
+            raise BadSampleError(
+                where,
+                "too_long",
+                f"{characters} characters are more than data.max_prompt_tokens = {self._max_prompt_tokens}",
+                "Raise the limit or shorten the prompt.",
+            )
 
     def _within_limits(self, token_ids: IntArray, where: str) -> IntArray:
         if len(token_ids) == 0:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from copd_megatron.config import Config
 from copd_megatron.config.domains import Domain
+from copd_megatron.data.prompt_sizes import most_characters, num_characters
 from copd_megatron.data.samples import Sample, texts_and_media
 from copd_megatron.data.shards import ShardSet
 from copd_megatron.errors import BadSampleError, DataError
@@ -39,21 +40,23 @@ class PromptLengths:
         limit = branch.data.max_prompt_tokens
         if tokenizer is None or not len(shards):
             return
+        most = most_characters(tokenizer, limit)
         shortest: int | None = None
         for ref in shards.refs[:_MOST_READ]:
             try:
                 sample = shards.read(ref, branch.reward.verifiers)
             except BadSampleError:
                 continue
-            length = _least_tokens(tokenizer, sample)
+            endless = num_characters(sample.prompt) > most
+            length = limit + 1 if endless else _least_tokens(tokenizer, sample)
             if length <= limit:
                 return
             shortest = length if shortest is None else min(shortest, length)
         if shortest is not None and len(shards) <= _MOST_READ:
             raise DataError(
                 f"branches.{domain.branch}.data.max_prompt_tokens: {limit} is less than every {part} prompt "
-                f"of {domain.name} has: the shortest text of {len(shards)} samples has {shortest} tokens, "
-                f"without what a chat template adds. Raise it, and model.max_sequence_tokens if need be."
+                f"of {domain.name} has: the shortest text of {len(shards)} samples has {shortest} tokens or "
+                "more, without what a chat template adds. Raise it, and model.max_sequence_tokens if need be."
             )
 
     def _tokenizer(self, folder: str) -> Any:
