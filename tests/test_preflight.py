@@ -263,6 +263,7 @@ def test_a_dry_run_and_the_check_of_a_slurm_job_ask_what_the_start_asks_of_the_r
     small, run = f"run.dir={tmp_path / 'small'}", f"run.dir={finished}"
     refused(r"run\.seed: 99, but .*step_000002 was saved with", run, "run.seed=99")
     short = ("schedule.cycles=1", "schedule.rlvr_steps=1", "schedule.opd_steps=0")
+    short += ("evaluation.every_steps=0", "optimizer.lr_warmup_steps=0")
     refused(r"schedule: ends after step 1, but .*step_000002 is already further", run, *short)
     others = config_path.parent / "data/beta-train-*.tar"
     shards = f"branches.alpha.data.train=[{others}]"

@@ -238,9 +238,9 @@ def _check_continues(config: Config, folder: Path) -> None:
         last = config.schedule.cycles * (config.schedule.rlvr_steps + config.schedule.opd_steps)
         if step > last:
             raise ConfigError(
-                f"schedule: ends after step {last}, but {step_folder(folder, step)} is already further, and so "
-                "would be what is evaluated and exported; raise schedule.cycles, or choose another run.name or "
-                "run.dir"
+                f"schedule: ends after step {last}, but {step_folder(folder, step)} is already further, and "
+                "so would be what is evaluated and exported; raise schedule.cycles, or choose another "
+                "run.name or run.dir"
             )
         return
     # a run that was killed before its first save was complete (in the background: before the second was due)
