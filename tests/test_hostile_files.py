@@ -368,3 +368,18 @@ def test_a_chat_template_that_takes_all_memory_is_named() -> None:
     tokenizer = byte_tokenizer(chat_template="{{ 'a' * 10 ** 18 }}")
     with pytest.raises(DataError, match=r"chat template .* memory"):
         encode_prompt(tokenizer, "hi")
+
+
+def test_a_chat_template_that_does_not_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten billion turns of a loop, which nothing else would end."""
+    from copd_megatron.data import templates
+    from copd_megatron.data.sources import _tokenizer
+
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
+    byte_tokenizer(chat_template=loop).save_pretrained(tmp_path)
+    monkeypatch.setattr(templates, "_LIMIT_SECONDS", 0.5)
+    with pytest.raises(DataError, match=rf"{re.escape(str(tmp_path))}: the chat template has not ended"):
+        _tokenizer(tmp_path)
+    for refusing in ("{{ raise_exception('no') }}", "{% for %}", "{{ messages[7].role }}"):
+        byte_tokenizer(chat_template=refusing).save_pretrained(tmp_path)
+        assert _tokenizer(tmp_path).chat_template == refusing

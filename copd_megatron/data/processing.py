@@ -37,6 +37,7 @@ from copd_megatron.data.decode import (
 from copd_megatron.data.failures import any_failure, name_and_text, template_memory
 from copd_megatron.data.media import IMAGE, VIDEO
 from copd_megatron.data.samples import Message, texts_and_media
+from copd_megatron.data.templates import try_template
 from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.records import FloatArray, IntArray
 
@@ -184,6 +185,7 @@ class MultimodalProcessor:
                 f"{folder}: holds no usable processor ({name_and_text(error)}). Copy the base model's "
                 "preprocessor_config.json, video_preprocessor_config.json and tokenizer into it."
             ) from error
+        try_template(processor, folder)
         return cls(processor, config)
 
     @property

@@ -26,6 +26,7 @@ from copd_megatron.data.media_prompts import MediaPrompts
 from copd_megatron.data.media_share import MediaShare
 from copd_megatron.data.processing import MultimodalProcessor
 from copd_megatron.data.seeds import sample_seed
+from copd_megatron.data.templates import try_template
 from copd_megatron.errors import DataError
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.records import Prompt
@@ -126,7 +127,7 @@ def _tokenizer(folder: str | Path) -> Any:
     """Raises ConfigError, DataError where the folder's tokenizer cannot be loaded."""
     check_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except MemoryError:
         raise
     except Exception as error:  # the library raises whatever a file's content leads to
@@ -134,3 +135,5 @@ def _tokenizer(folder: str | Path) -> Any:
             f"{folder}: its tokenizer cannot be loaded ({name_and_text(error)}). Copy the base model's "
             "tokenizer files into it."
         ) from error
+    try_template(tokenizer, folder)
+    return tokenizer
