@@ -164,7 +164,10 @@ def _talking(out: Path, seconds: float, monkeypatch: pytest.MonkeyPatch) -> Iter
     with (out.parent / "said").open("w") as said:
         job = subprocess.Popen(
             command,
-            env={name: value for name, value in environment.items() if name not in launcher},
+            env={
+                **{name: value for name, value in environment.items() if name not in launcher},
+                "PYTHONPATH": str(ROOT),
+            },
             cwd=ROOT,
             stdout=said,
             stderr=subprocess.STDOUT,
