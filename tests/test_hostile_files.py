@@ -352,7 +352,7 @@ SEEN_WHEN_LOADED: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("what", [*SEEN_IN_FILES, *SEEN_WHEN_LOADED])
 def test_a_tokenizer_that_cannot_be_loaded_is_named(what: str, tmp_path: Path) -> None:
     """Before it takes all memory or ends the process, and at the dry run where files say so."""
-    from copd_megatron.data.sources import _tokenizer
+    from copd_megatron.data.model_files import load_tokenizer
 
     byte_tokenizer().save_pretrained(tmp_path)
     check_tokenizer(tmp_path)
@@ -361,7 +361,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(what: str, tmp_path: Path) -
         with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
             check_tokenizer(tmp_path)
     with pytest.raises((ConfigError, DataError), match=rf"{re.escape(str(tmp_path))}.*opy"):
-        _tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_a_chat_template_that_takes_all_memory_is_named() -> None:
@@ -372,14 +372,14 @@ def test_a_chat_template_that_takes_all_memory_is_named() -> None:
 
 def test_a_chat_template_that_does_not_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten billion turns of a loop, which nothing else would end."""
-    from copd_megatron.data import templates
-    from copd_megatron.data.sources import _tokenizer
+    from copd_megatron.data import model_files
+    from copd_megatron.data.model_files import load_tokenizer
 
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
     byte_tokenizer(chat_template=loop).save_pretrained(tmp_path)
-    monkeypatch.setattr(templates, "_LIMIT_SECONDS", 0.5)
+    monkeypatch.setattr(model_files, "_LIMIT_SECONDS", 0.5)
     with pytest.raises(DataError, match=rf"{re.escape(str(tmp_path))}: the chat template has not ended"):
-        _tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     for refusing in ("{{ raise_exception('no') }}", "{% for %}", "{{ messages[7].role }}"):
         byte_tokenizer(chat_template=refusing).save_pretrained(tmp_path)
-        assert _tokenizer(tmp_path).chat_template == refusing
+        assert load_tokenizer(tmp_path).chat_template == refusing

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copd_megatron.objectives.surrogate import flatten
-from copd_megatron.policy.batch.balance import CostModel, plan_micro_batches, plan_packed
+from copd_megatron.policy.batch.balance import CostModel, plan_micro_batches
 from copd_megatron.policy.batch.context import context_shard
 from copd_megatron.policy.batch.micro_batch import Arrangement, build_micro_batch
 from copd_megatron.policy.batch.prompts import assign, plan_prompts, prompt_keys
@@ -86,6 +89,11 @@ def test_impossible_plans_are_refused(lengths: list[int], num_ranks: int, budget
 # ---- packing ---------------------------------------------------------------------------------------------
 
 COST = CostModel(quadratic=1e-3)
+
+
+def plan_packed(lengths: Sequence[int], **settings: Any) -> list[list[list[int]]]:
+    """Of rows that all have prompts of their own."""
+    return plan_prompts(lengths, [0] * len(lengths), range(len(lengths)), **settings)
 
 
 @settings(max_examples=300, deadline=None)

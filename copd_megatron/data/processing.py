@@ -24,7 +24,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from copd_megatron.config.models import check_tokenizer
 from copd_megatron.config.schema import MediaConfig
 from copd_megatron.data.decode import (
     PixelArray,
@@ -34,10 +33,10 @@ from copd_megatron.data.decode import (
     decode_video,
     unbounded,
 )
-from copd_megatron.data.failures import any_failure, name_and_text, template_memory
+from copd_megatron.data.failures import any_failure, template_memory
 from copd_megatron.data.media import IMAGE, VIDEO
+from copd_megatron.data.model_files import load_processor
 from copd_megatron.data.samples import Message, texts_and_media
-from copd_megatron.data.templates import try_template
 from copd_megatron.errors import BadSampleError, DataError
 from copd_megatron.records import FloatArray, IntArray
 
@@ -172,21 +171,8 @@ class MultimodalProcessor:
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: MediaConfig) -> MultimodalProcessor:
-        """The processor saved in a model folder. Raises DataError if there is none."""
-        from transformers import AutoProcessor
-
-        check_tokenizer(folder)
-        try:
-            processor = AutoProcessor.from_pretrained(folder)
-        except MemoryError:
-            raise
-        except Exception as error:  # the library raises whatever a file's content leads to
-            raise DataError(
-                f"{folder}: holds no usable processor ({name_and_text(error)}). Copy the base model's "
-                "preprocessor_config.json, video_preprocessor_config.json and tokenizer into it."
-            ) from error
-        try_template(processor, folder)
-        return cls(processor, config)
+        """The processor saved in a model folder. Raises as ``load_processor``."""
+        return cls(load_processor(folder), config)
 
     @property
     def image_token_id(self) -> int:

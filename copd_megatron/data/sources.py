@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
-
-from transformers import AutoTokenizer
+from typing import Literal
 
 from copd_megatron.config import Config
 from copd_megatron.config.domains import Domain, all_domains, domains_by_name, domains_of, evaluated_as
-from copd_megatron.config.models import check_tokenizer
 from copd_megatron.data import (
     PromptMix,
     PromptReader,
@@ -20,14 +17,12 @@ from copd_megatron.data import (
     load_validation,
 )
 from copd_megatron.data.difficulty import load_difficulty
-from copd_megatron.data.failures import name_and_text
 from copd_megatron.data.loader import MediaLoader
 from copd_megatron.data.media_prompts import MediaPrompts
 from copd_megatron.data.media_share import MediaShare
+from copd_megatron.data.model_files import load_tokenizer
 from copd_megatron.data.processing import MultimodalProcessor
 from copd_megatron.data.seeds import sample_seed
-from copd_megatron.data.templates import try_template
-from copd_megatron.errors import DataError
 from copd_megatron.model.shape import ModelShape
 from copd_megatron.records import Prompt
 
@@ -52,7 +47,7 @@ class PromptSources:
         """``share``: this rank's part in decoding, where the ranks of a branch draw the same prompts."""
         self.config = config
         self._share = share
-        self.tokenizer = _tokenizer(model_path)
+        self.tokenizer = load_tokenizer(model_path)
         self.media: MediaLoader | None = None
         if shape.vision is not None:
             processor = MultimodalProcessor.from_folder(model_path, config.media)
@@ -121,19 +116,3 @@ class PromptSources:
 def stream_seed(run_seed: int, purpose: str) -> int:
     """The seed of one stream's order; ``purpose`` is ``native`` or an edge's name."""
     return sample_seed(run_seed, purpose, 0, "stream", 0) % 2**31
-
-
-def _tokenizer(folder: str | Path) -> Any:
-    """Raises ConfigError, DataError where the folder's tokenizer cannot be loaded."""
-    check_tokenizer(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except MemoryError:
-        raise
-    except Exception as error:  # the library raises whatever a file's content leads to
-        raise DataError(
-            f"{folder}: its tokenizer cannot be loaded ({name_and_text(error)}). Copy the base model's "
-            "tokenizer files into it."
-        ) from error
-    try_template(tokenizer, folder)
-    return tokenizer

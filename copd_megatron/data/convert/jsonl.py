@@ -316,11 +316,11 @@ def _row(
     remedy = "Each line must be one JSON object."
     if isinstance(raw, BadSampleError):
         raise raw
-    row = dict(raw) if not isinstance(raw, bytes) else None
     if isinstance(raw, bytes):
         row = load_json(raw, where, "not valid JSON", remedy, as_written=True)
-    if isinstance(raw, bytes):
         check_plain(row, where)
+    else:
+        row = dict(raw)
     if not isinstance(row, dict):
         raise BadSampleError(where, "bad_type", f"is a {type(row).__name__}, not an object", remedy)
     shown, beside = media.sources(row, where), tuple(media.beside(row))

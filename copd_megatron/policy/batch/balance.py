@@ -1,6 +1,6 @@
 """Which rows go to which data-parallel rank, in which micro-batch. Pure.
 
-Packed (``plan_packed``): rows lie behind each other; the sum of their lengths stays within the token budget,
+Packed (``plan_items``): rows lie behind each other; the sum of their lengths stays within the token budget,
 and micro-batches are made equal in cost, since attention makes a long row dearer than as many short ones.
 Padded (``plan_micro_batches``): a micro-batch of ``b`` rows is padded to its longest row ``s``; ``b x s``
 stays within the token budget.
@@ -47,45 +47,24 @@ class Item:
     cost: float
     """As ``CostModel`` counts."""
     together: Hashable = None
-    """Items with one key go to one rank; None: anywhere."""
-
-
-def plan_packed(
-    lengths: Sequence[int],
-    *,
-    num_ranks: int,
-    budget_tokens: int,
-    cost: CostModel,
-    multiple: int = 1,
-    together: Sequence[Hashable] | None = None,
-) -> list[list[list[int]]]:
-    """Assigns rows to ``plan[rank][micro_batch] = [row, ...]``; each row appears exactly once.
-
-    ``lengths`` are row lengths in tokens. As few micro-batches as the budget allows, equal in number on all
-    ranks and as equal in cost as a greedy assignment (dearest row first, to the cheapest micro-batch with
-    room) makes them; a rank's dearest come first, so that micro-batches that run at the same time are alike.
-    A row longer than the budget gets a micro-batch of its own. A micro-batch may be empty where there are
-    fewer rows than ranks. Each rank's number of micro-batches is a multiple of ``multiple``. Deterministic,
-    and the same on every rank.
-
-    Rows with one key in ``together`` (None: no key) go to one rank, which then is the only one that needs the
-    media that they show.
-
-    Raises:
-        ValueError: no rows, or a non-positive rank count or budget.
-    """
-    keys = [None] * len(lengths) if together is None else together
-    items = [
-        Item(length=length, cost=cost(length), together=key)
-        for length, key in zip(lengths, keys, strict=True)
-    ]
-    return plan_items(items, num_ranks=num_ranks, budget_tokens=budget_tokens, multiple=multiple)
+    """Items with one key go to one rank, which then is the only one that needs the media that they show.
+    None: anywhere."""
 
 
 def plan_items(
     items: Sequence[Item], *, num_ranks: int, budget_tokens: int, multiple: int = 1
 ) -> list[list[list[int]]]:
-    """As ``plan_packed``, for rows, or rows that belong together, whose cost is known."""
+    """Assigns items to ``plan[rank][micro_batch] = [item, ...]``; each item appears exactly once.
+
+    As few micro-batches as the budget allows, equal in number on all ranks and as equal in cost as a greedy
+    assignment (dearest item first, to the cheapest micro-batch with room) makes them; a rank's dearest come
+    first, so that micro-batches that run at the same time are alike. An item longer than the budget gets a
+    micro-batch of its own. A micro-batch may be empty where there are fewer items than ranks. Each rank's
+    number of micro-batches is a multiple of ``multiple``. Deterministic, and the same on every rank.
+
+    Raises:
+        ValueError: no items, or a non-positive rank count or budget.
+    """
     if num_ranks < 1 or budget_tokens < 1 or not items:
         raise ValueError(f"cannot plan {len(items)} rows on {num_ranks} ranks at {budget_tokens} tokens")
     if num_ranks > 1 and any(item.together is not None for item in items):

@@ -88,7 +88,8 @@ def plan_prompts(
     multiple: int = 1,
     together: Sequence[Hashable] | None = None,
 ) -> list[list[list[int]]]:
-    """As ``balance.plan_packed``, for rows that share their prompts.
+    """Assigns rows to ``plan[rank][micro_batch] = [row, ...]`` as ``balance.plan_items`` does, groups of one
+    prompt as a whole.
 
     ``prompts`` are the lengths of the rows' prompts, ``keys`` as ``prompt_keys`` makes them. Rows of one
     prompt that go to one micro-batch follow one another there. A group is cut where the ranks' work would

@@ -57,22 +57,14 @@ class Spread:
     def spread(self, values: Tensor, *, read_once: bool = False) -> Tensor:
         """[t, ...] to [M, ...]. ``read_once``: what is made of a token is taken from its first place alone,
         as of a query, so that its other places have no gradient."""
-        return _moved(values, self.index, self.first, None, () if read_once else self.repeats)
+        repeats = () if read_once else self.repeats
+        moved: Tensor = _Moved.apply(values, self.index, self.first, None, repeats)
+        return moved
 
     def collect(self, values: Tensor) -> Tensor:
         """[M, ...] to [t, ...]."""
-        return _moved(values, self.first, self.index, self.unused, ())
-
-
-def _moved(
-    values: Tensor,
-    index: Tensor,
-    back: Tensor,
-    nothing: Tensor | None,
-    repeats: Sequence[tuple[Tensor, Tensor]],
-) -> Tensor:
-    moved: Tensor = _Moved.apply(values, index, back, nothing, repeats)
-    return moved
+        moved: Tensor = _Moved.apply(values, self.first, self.index, self.unused, ())
+        return moved
 
 
 class _Moved(torch.autograd.Function):

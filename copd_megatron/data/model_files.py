@@ -1,4 +1,5 @@
-"""A chat template, tried once before a run depends on it. It is a program that came with the model."""
+"""What comes with a model for its prompts: tokenizer or processor, and the chat template, which is a program
+and is tried once before a run depends on it."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from typing import Any, Final
 
 from jinja2.exceptions import TemplateError
 
-from copd_megatron.data.failures import template_memory
+from copd_megatron.config.models import check_tokenizer
+from copd_megatron.data.failures import name_and_text, template_memory
 from copd_megatron.errors import DataError
 
 _LIMIT_SECONDS: Final = 20.0
@@ -24,7 +26,40 @@ class _TooSlowError(Exception):
     pass
 
 
-def try_template(owner: Any, folder: str | Path) -> None:
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ConfigError, DataError: it cannot be loaded, or its chat template does not end.
+    """
+    from transformers import AutoTokenizer
+
+    return _loaded(AutoTokenizer, folder, "its tokenizer cannot be loaded", "tokenizer files")
+
+
+def load_processor(folder: str | Path) -> Any:
+    """The processor of a vision-language model's folder. Raises as ``load_tokenizer``."""
+    from transformers import AutoProcessor
+
+    files = "preprocessor_config.json, video_preprocessor_config.json and tokenizer"
+    return _loaded(AutoProcessor, folder, "holds no usable processor", files)
+
+
+def _loaded(kind: Any, folder: str | Path, problem: str, files: str) -> Any:
+    check_tokenizer(folder)
+    try:
+        found = kind.from_pretrained(folder)
+    except MemoryError:
+        raise
+    except Exception as error:  # the library raises whatever a file's content leads to
+        raise DataError(
+            f"{folder}: {problem} ({name_and_text(error)}). Copy the base model's {files} into it."
+        ) from error
+    _try_template(found, folder)
+    return found
+
+
+def _try_template(owner: Any, folder: str | Path) -> None:
     """Renders one short message by the template of a tokenizer or processor, if it has one. What the template
     refuses is left to the samples, each of which it may refuse for a reason of its own.
 
